@@ -1,0 +1,68 @@
+"""Everything the runtime raises at its users.
+
+Each message says what was asked, what there is, and what would work. ``MemoError`` is the common base;
+each class is also the built-in exception that callers of ordinary libraries expect. Nothing here
+imports anything else of the project.
+"""
+
+from __future__ import annotations
+
+
+class MemoError(Exception):
+    """Base of every error of the runtime."""
+
+
+class PlanInfeasibleError(MemoError, RuntimeError):
+    """No plan fits the budgets; says by how much, which length would fit, and which knob buys it."""
+
+
+class HostLimitError(PlanInfeasibleError):
+    """The plan, or a step that deviates from it, needs more host memory than is allowed."""
+
+
+class PlanMismatchError(MemoError, ValueError):
+    """A plan was made for something else; names the field that differs."""
+
+
+class PlanFileError(MemoError, ValueError):
+    """A profile or plan file cannot be read: missing, corrupt, or of another schema version."""
+
+
+class OutputError(MemoError, OSError):
+    """A file that was asked for cannot be written."""
+
+
+class NoBlocksError(MemoError, ValueError):
+    """The model has no stack of repeated blocks that can be found."""
+
+
+class BlockListError(MemoError, ValueError):
+    """``blocks=`` is not a list of modules of this model that are called one after another."""
+
+
+class AlreadyWrappedError(MemoError, RuntimeError):
+    """The model is wrapped already, with another plan or other settings."""
+
+
+class NotWrappedError(MemoError, RuntimeError):
+    """The model is not wrapped, and what was asked needs a wrapped one."""
+
+
+class OffloaderActiveError(MemoError, RuntimeError):
+    """Another memory optimiser (gradient checkpointing, an offloader) is active in the same step."""
+
+
+class DeviceUnavailableError(MemoError, RuntimeError):
+    """CUDA was asked for and there is none."""
+
+
+class BlockFallbackError(MemoError, RuntimeError):
+    """``strict=True`` and a block cannot take the policy."""
+
+
+class ReplayMismatchError(MemoError, RuntimeError):
+    """A block saved other tensors when it was run again than in its forward; no gradient was produced."""
+
+
+class ProfileError(MemoError, RuntimeError):
+    """The model could not be profiled on the given batch."""

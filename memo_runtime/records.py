@@ -1,0 +1,403 @@
+"""The nouns: what is measured (Profile), what is decided (Plan), what happened (Report).
+
+All are frozen, torch-free values. A stage takes only the value of the stage before:
+
+    profiling --- Profile ---> planning --- Plan ---> execution --- Report
+
+Numbers that depend on the sequence length are a ``Growth``: a polynomial in the tokens of one
+sequence, with the batch size folded into its coefficients. Row intervals are half-open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+SCHEMA_VERSION = 1
+
+#: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
+HOST_ALIGNMENT = 64
+
+#: Groups smaller than this stay on the device: a copy costs more than the bytes are worth.
+MIN_SWAP_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """``constant + linear * t + quadratic * t**2`` with t the tokens, rounded up to ``multiple``."""
+
+    constant: float = 0
+    linear: float = 0
+    quadratic: float = 0
+    multiple: int = 1
+
+    def at(self, tokens: int) -> int:
+        """Value at ``tokens``, as a whole number (bytes, FLOPs)."""
+        return round(self.exact(tokens))
+
+    def exact(self, tokens: int) -> float:
+        """Value at ``tokens`` without rounding (seconds)."""
+        t = -(-tokens // self.multiple) * self.multiple
+        return self.constant + self.linear * t + self.quadratic * t * t
+
+
+class Role(StrEnum):
+    """Why a group of bytes is needed by a block's backward."""
+
+    PARAMETER = "parameter"  # weights, buffers and what is cast from them: returned as they are
+    SHARED = "shared"  # block arguments other than the input (masks, rotary tables): kept once
+    INPUT = "input"  # the block's input hidden state
+    MIXER = "mixer"  # output of an operator that mixes tokens
+    RANDOM = "random"  # dropout masks and other random numbers, routing choices, positions
+    TOKEN = "token"  # token-wise: a prefix is swapped, the rest can be rebuilt
+    WHOLE = "whole"  # two token dimensions or a size that depends on data: never split
+    FIXED = "fixed"  # made inside the block, same size at any length: rebuilt by any rerun
+
+
+class Action(StrEnum):
+    """What execution does with a group of bytes between forward and backward."""
+
+    KEEP = "keep"  # the tensor stays on the device as it is
+    HOST = "host"  # all of it goes to the host
+    PREFIX = "prefix"  # rows [0, prefix) are stashed (device rows first, then host rows), the rest rebuilt
+    TAIL = "tail"  # rows [prefix, tokens) go to the host, as input of the rerun
+    REBUILD = "rebuild"  # dropped; the rerun makes it
+
+
+class Executor(StrEnum):
+    """How one block runs."""
+
+    KEEP = "keep"  # untouched: everything it saves stays on the device
+    REPLAY = "replay"  # token prefix swapped, the rest rebuilt from the token slice, mixers replaced
+    RECOMPUTE = "recompute"  # input swapped, the whole block run again in backward
+    NATIVE = "native"  # not managed in this step, for the reason given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenAxis:
+    """Dimension ``dim`` has ``outer * tokens * inner`` elements, tokens in the middle of the three."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTensor:
+    """The ``index``-th tensor that a block saves for backward, in order of saving.
+
+    ``group`` indexes ``BlockProfile.groups``; ``axis`` is None where no single dimension grows with tokens.
+    """
+
+    index: int
+    group: int
+    axis: TokenAxis | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorGroup:
+    """Bytes needed by backward that live in one storage and are therefore kept or moved once.
+
+    Attributes:
+        role: why they are needed.
+        size: bytes by tokens. For ``TOKEN``, ``INPUT`` and ``MIXER`` with one token dimension it is linear.
+        saved: autograd reads them in backward; False: only the rerun does (an input or a replaced output).
+        splits: the token rows can be separated (one token dimension).
+        estimated: the size depends on data and is only an estimate at other lengths.
+    """
+
+    role: Role
+    size: Growth
+    saved: bool = True
+    splits: bool = True
+    estimated: bool = False
+
+
+class PinKind(StrEnum):
+    """Why an operator's result is replaced by the saved one when the block is run again."""
+
+    MIXER = "mixer"
+    RANDOM = "random"
+    POSITION = "position"
+    ROUTING = "routing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Output ``output`` of the ``call``-th use of operator ``op`` is replaced, never recomputed.
+
+    Attributes:
+        op: qualified overload name, such as ``aten._scaled_dot_product_flash_attention.default``.
+        group: index of the group that holds the value; None: nothing to hold (an empty or None output).
+        saved: index of the saved tensor with the same value; None: captured while the forward runs.
+        axis: where the tokens are; None: the whole value is used.
+    """
+
+    op: str
+    call: int
+    output: int
+    kind: PinKind
+    group: int | None = None
+    saved: int | None = None
+    axis: TokenAxis | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArgumentAxes:
+    """Leaf ``leaf`` of the flattened (args, kwargs) of a block call has tokens along ``dims``."""
+
+    leaf: int
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockProfile:
+    """What one block saves, what a rerun needs, and what both cost.
+
+    Attributes:
+        name: qualified module name. kind: class name. stack: index of its stack.
+        tokens: length of one sequence at which the block will be planned (seen in the profiled call).
+        token_dim: token dimension of the input hidden state.
+        input_leaf: which leaf of the flattened (args, kwargs) is the input hidden state.
+        arguments: leaves that are cut along tokens for a rerun on a slice.
+        sliceable: a rerun on a token slice rebuilds every token-wise tensor (checked numerically).
+        replayable: a rerun at full length with pins rebuilds them (checked numerically).
+        reason: why not, where one of the two is False.
+        random: the block draws random numbers.
+        forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
+        forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
+        recompute_flops: of a rerun of the whole block without pins.
+        forward_peak, backward_peak: transient device bytes beyond what is saved.
+        timed_tokens: longest length timed; seconds at other lengths are extrapolated from it.
+    """
+
+    name: str
+    kind: str
+    stack: int
+    tokens: int
+    token_dim: int
+    input_leaf: int
+    arguments: tuple[ArgumentAxes, ...] = ()
+    saved: tuple[SavedTensor, ...] = ()
+    groups: tuple[TensorGroup, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    sliceable: bool = False
+    replayable: bool = False
+    reason: str = ""
+    random: bool = False
+    forward_seconds: Growth = field(default_factory=Growth)
+    backward_seconds: Growth = field(default_factory=Growth)
+    rerun_seconds: Growth = field(default_factory=Growth)
+    forward_flops: Growth = field(default_factory=Growth)
+    rerun_flops: Growth = field(default_factory=Growth)
+    recompute_flops: Growth = field(default_factory=Growth)
+    forward_peak: Growth = field(default_factory=Growth)
+    backward_peak: Growth = field(default_factory=Growth)
+    timed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What a profile or plan was made for; every field must agree before it is used."""
+
+    model: str  # hash over parameter names, shapes, dtypes and requires_grad
+    blocks: str  # hash over the names of the managed blocks
+    batch: str  # shapes and dtypes of the batch, without the token dimension
+    torch: str  # major.minor
+    device: str  # device type and name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Measured copy rates between device and host in bytes per second."""
+
+    to_host: float
+    to_device: float
+    measured: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStates:
+    """Bytes of the model itself, present or still to come.
+
+    ``optimizer`` is the state in total; ``optimizer_present`` and ``gradients_present`` are what existed when
+    profiled. ``optimizer_name`` says whose state it is, ``assumed`` that nobody named one.
+    """
+
+    parameters: int
+    buffers: int
+    gradients: int
+    optimizer: int
+    gradients_present: int = 0
+    optimizer_present: int = 0
+    optimizer_name: str = "AdamW"
+    assumed: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Everything planning needs, measured on one model and batch.
+
+    Attributes:
+        rows: sequences in the batch. device_bytes: usable device memory; host_bytes: usable host memory, and
+            host_source says which limit that is. allocated_bytes: device bytes in use where the profile was taken
+            (parameters and whatever else is alive), 0 on CPU.
+        shared: bytes of block arguments that all blocks share (masks, rotary tables).
+        outside_forward: device bytes alive across the stacks that belong to no block (embedding output, targets).
+        outside_peak: device bytes that the head and loss need on top, after the last block.
+        outside_measured: that peak was seen in a step; False: estimated from the head's shape.
+        outside_seconds: embedding, head and loss, forward and backward.
+    """
+
+    fingerprint: Fingerprint
+    device_type: str
+    device_name: str
+    device_bytes: int
+    host_bytes: int
+    host_source: str
+    link: Link
+    states: ModelStates
+    rows: int
+    blocks: tuple[BlockProfile, ...]
+    allocated_bytes: int = 0
+    shared: Growth = field(default_factory=Growth)
+    outside_forward: Growth = field(default_factory=Growth)
+    outside_peak: Growth = field(default_factory=Growth)
+    outside_measured: bool = False
+    outside_seconds: Growth = field(default_factory=Growth)
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """What happens to one block.
+
+    Attributes:
+        tokens: sequence length planned for. prefix: rows [0, prefix) of token-wise tensors are stashed, of which
+            rows [0, device_rows) stay on the device; rows [prefix, tokens) are rebuilt.
+        actions: one per group of the block's profile.
+        bytes_to_host, bytes_to_device: copied in one step. bytes_kept: stashed on the device.
+        host_bytes: host memory occupied, with the alignment of every slot.
+        recomputed_flops: spent again in backward. reason: why the executor is not the policy's.
+    """
+
+    name: str
+    executor: Executor
+    tokens: int
+    prefix: int
+    actions: tuple[Action, ...]
+    device_rows: int = 0
+    bytes_to_host: int = 0
+    bytes_to_device: int = 0
+    bytes_kept: int = 0
+    host_bytes: int = 0
+    recomputed_flops: int = 0
+    reason: str = ""
+
+    @property
+    def alpha(self) -> float:
+        """Swap fraction: share of tokens that are not rebuilt."""
+        return self.prefix / self.tokens if self.tokens else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Predicted totals of one steady step; the names are those of ``Totals``."""
+
+    step_seconds: float = 0.0
+    peak_bytes: int = 0
+    host_bytes: int = 0
+    bytes_to_host: int = 0
+    bytes_to_device: int = 0
+    bytes_kept: int = 0
+    recomputed_flops: int = 0
+    stash_peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The budgets a plan obeys, and where they come from."""
+
+    device_bytes: int
+    device_source: str
+    host_bytes: int
+    host_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What happens to each byte of a training step. ``print(plan)`` is a table.
+
+    ``policy`` and ``alpha`` are what was asked; ``profile`` is what the plan was made from, so that execution
+    needs nothing else.
+    """
+
+    policy: str
+    alpha: float | None
+    profile: Profile
+    limits: Limits
+    blocks: tuple[BlockPlan, ...]
+    forecast: Forecast
+    floor_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __str__(self) -> str:
+        from memo_runtime.reporting.plan_table import plan_table
+
+        return plan_table(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReport:
+    """What one block did in the last step."""
+
+    name: str
+    executor: Executor
+    reason: str
+    alpha: float
+    bytes_to_host: int
+    bytes_to_device: int
+    bytes_kept: int
+    recomputed_flops: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the blocks and peaks of the last step, beside their forecast.
+
+    ``peak_bytes`` is ``torch.cuda.max_memory_allocated`` on CUDA; on CPU, where no allocator counts, it is the
+    model's states plus the peak of the stash. ``host_bytes`` is host memory reserved, ``open_copies`` the copies
+    still in flight.
+    """
+
+    bytes_to_host: int
+    bytes_to_device: int
+    bytes_kept: int
+    recomputed_flops: int
+    peak_bytes: int
+    stash_peak_bytes: int
+    stash_bytes: int
+    host_bytes: int
+    host_bytes_in_use: int
+    open_copies: int
+    step_seconds: float
+    steps: int
+    forecast: Forecast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What the runtime did in the last step of a wrapped model. ``print(report)`` is a table."""
+
+    policy: str
+    blocks: tuple[BlockReport, ...]
+    totals: Totals
+    states: ModelStates | None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from memo_runtime.reporting.report_table import report_table
+
+        return report_table(self)

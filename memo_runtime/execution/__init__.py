@@ -1,0 +1,1 @@
+"""Plan -> step: the executors, their stash, the copies, and what they report."""

@@ -1,0 +1,47 @@
+# make demo   trains a small model on real text with its activations swapped and partly rebuilt
+# make test   lint, types and tests; what .ci/run calls
+#
+# Both make an environment in .venv first. Stamp files keep a second run from installing anything again.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# Test processes side by side; each keeps to one thread.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+NATIVE := $(wildcard csrc/solver/*.cpp csrc/solver/*.h csrc/solver/*.hpp)
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/train_text.py --compare
+
+# All three run even when one fails, so that one run tells everything.
+test: $(VENV)/.installed-dev
+	@status=0; \
+	echo "== ruff";   $(BIN)/python -m ruff check . || status=1; \
+	echo "== mypy";   $(BIN)/python -m mypy || status=1; \
+	echo "== pytest"; $(BIN)/python -m pytest -n $(JOBS) || status=1; \
+	exit $$status
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "memo-runtime needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+# First and alone, so that nothing below pulls another torch.
+	$(PIP) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) --editable '.[hf]' '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) --editable '.[dev]' '$(TORCH)'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info solver/memo_solver/_search.so

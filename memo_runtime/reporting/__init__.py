@@ -1,0 +1,1 @@
+"""Readable text from records; needs neither torch nor a GPU."""

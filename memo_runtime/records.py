@@ -128,7 +128,8 @@ class Pin:
 
     Attributes:
         op: qualified overload name, such as ``aten._scaled_dot_product_flash_attention.default``.
-        group: index of the group that holds the value; None: nothing to hold (an empty or None output).
+        group: index of the group that holds the value; None: nothing to hold (an empty or None output, a number).
+        number: the output is this number. empty: the output is a tensor without elements.
         saved: index of the saved tensor with the same value; None: captured while the forward runs.
         axis: where the tokens are; None: the whole value is used.
     """
@@ -140,6 +141,8 @@ class Pin:
     group: int | None = None
     saved: int | None = None
     axis: TokenAxis | None = None
+    number: int | None = None
+    empty: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +166,7 @@ class BlockProfile:
         sliceable: a rerun on a token slice rebuilds every token-wise tensor (checked numerically).
         replayable: a rerun at full length with pins rebuilds them (checked numerically).
         reason: why not, where one of the two is False.
+        dynamic: how many tensors it saves, or their sizes, depends on data; it is never sliced.
         random: the block draws random numbers.
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
         forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
@@ -184,6 +188,7 @@ class BlockProfile:
     sliceable: bool = False
     replayable: bool = False
     reason: str = ""
+    dynamic: bool = False
     random: bool = False
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)

@@ -1,0 +1,74 @@
+"""What surrounds a forward and must be the same when it runs again: autocast and random number state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AutocastState:
+    """Autocast settings of the CPU and of one accelerator type."""
+
+    settings: tuple[tuple[str, bool, torch.dtype], ...]
+    cache_enabled: bool
+
+    @classmethod
+    def current(cls, device_type: str) -> AutocastState:
+        """The settings in force here."""
+        kinds = ["cpu"] if device_type == "cpu" else ["cpu", device_type]
+        return cls(
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run under these settings."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.settings:
+                # Some dtypes are refused even where autocast is off, and then they do not matter.
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache_enabled)
+                    )
+            yield
+
+    def signature(self) -> str:
+        """Distinguishes calls that compute in other precisions."""
+        return ",".join(f"{kind}:{dtype}" for kind, enabled, dtype in self.settings if enabled)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """State of the CPU generator and of one CUDA device's."""
+
+    cpu: torch.Tensor
+    device: torch.device | None
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> RandomState:
+        """The state at this point."""
+        if device.type == "cuda":
+            return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
+        return cls(torch.get_rng_state(), None, None)
+
+    def set(self) -> None:
+        """Make it the current state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None and self.device is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run from this state, then put back the one from before."""
+        before = RandomState.current(self.device or torch.device("cpu"))
+        self.set()
+        try:
+            yield
+        finally:
+            before.set()

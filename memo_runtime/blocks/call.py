@@ -1,0 +1,103 @@
+"""One call of a block: its arguments as flat leaves, cut along tokens, and a signature to tell calls apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memo_runtime.blocks.cache import cache_is_empty, is_cache
+from memo_runtime.blocks.region import packed
+from memo_runtime.records import ArgumentAxes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """The flattened ``(args, kwargs)`` of one block call."""
+
+    leaves: tuple[Any, ...]
+    spec: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+        """The call ``block(*args, **kwargs)``."""
+        leaves, spec = _pytree.tree_flatten((args, kwargs))
+        return cls(tuple(leaves), spec)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` again."""
+        args, kwargs = _pytree.tree_unflatten(list(self.leaves), self.spec)
+        return args, kwargs
+
+    def replaced(self, leaves: dict[int, Any]) -> BlockCall:
+        """The same call with some leaves exchanged."""
+        return BlockCall(tuple(leaves.get(i, leaf) for i, leaf in enumerate(self.leaves)), self.spec)
+
+    def tensors(self) -> list[tuple[int, torch.Tensor]]:
+        """(leaf index, tensor) of every tensor argument."""
+        return [(i, leaf) for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def input_leaf(self) -> int | None:
+        """Leaf of the input hidden state: the first floating-point tensor with two dimensions or more."""
+        for index, tensor in self.tensors():
+            if tensor.is_floating_point() and tensor.dim() >= 2:
+                return index
+        return None
+
+    def without_caches(self) -> tuple[BlockCall, bool, bool]:
+        """(the call with key/value caches replaced by None, one was found, one held tokens already)."""
+        caches = {i: leaf for i, leaf in enumerate(self.leaves) if is_cache(leaf)}
+        if not caches:
+            return self, False, False
+        filled = any(not cache_is_empty(cache) for cache in caches.values())
+        return self.replaced(dict.fromkeys(caches)), True, filled
+
+    def cut(self, axes: Iterable[ArgumentAxes], start: int, stop: int) -> BlockCall:
+        """The call on tokens [start, stop).
+
+        Leaves that grow with tokens become views; those with one token dimension are packed, since a whole input
+        is too and operators may copy where memory has gaps. Masks with two stay views: they are large.
+        """
+        leaves: dict[int, Any] = {}
+        for axis in axes:
+            tensor = self.leaves[axis.leaf]
+            for dim in axis.dims:
+                tensor = tensor.narrow(dim, start, stop - start)
+            grad = tensor.requires_grad
+            leaves[axis.leaf] = packed(tensor.detach()).requires_grad_(grad) if len(axis.dims) == 1 else tensor
+        return self.replaced(leaves)
+
+    def detached(self, fresh: Sequence[int] = ()) -> BlockCall:
+        """The call with every tensor detached, requiring grad where it did.
+
+        A leaf listed in ``fresh`` is also copied, so that writing to it does not touch the caller's tensor.
+        """
+        leaves: dict[int, Any] = {}
+        for index, tensor in self.tensors():
+            copy = tensor.detach().clone() if index in fresh else tensor.detach()
+            leaves[index] = copy.requires_grad_(tensor.requires_grad)
+        return self.replaced(leaves)
+
+    def signature(self) -> str:
+        """What distinguishes this call from one that may save other tensors; lengths are left out."""
+        parts = []
+        for leaf in self.leaves:
+            if isinstance(leaf, torch.Tensor):
+                parts.append(f"{leaf.dtype}/{leaf.dim()}/{leaf.requires_grad}")
+            elif leaf is None or isinstance(leaf, (bool, float, str)):
+                parts.append(repr(leaf))
+            else:
+                parts.append(type(leaf).__name__)
+        return f"{self.spec}|{';'.join(parts)}"
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The first floating-point tensor of what a block yields that has a gradient."""
+    for leaf in _pytree.tree_leaves(output):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            return leaf
+    return None

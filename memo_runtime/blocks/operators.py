@@ -1,0 +1,91 @@
+"""What is known about operators by name: which mix tokens, which draw random numbers, and what they cost.
+
+Names are those of overloads at dispatch level (``aten.bmm.default``). Operators that are not listed are judged by
+comparing a run on a token slice with the run on the whole sequence (profiling/slicing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from memo_runtime.records import PinKind
+
+_MIXER_MARKS = (
+    "scaled_dot_product",
+    "_flash_attention",
+    "flash_attn",
+    "_efficient_attention",
+    "cudnn_attention",
+    "flex_attention",
+    "fused_attn",
+    "selective_scan",
+    "causal_conv1d",
+)
+_RANDOM_NAMES = ("bernoulli", "native_dropout", "_fused_dropout", "rand", "randn", "rand_like", "randn_like")
+_RANDOM_NAMES_IN_PLACE = ("uniform_", "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
+_ROUTING_NAMES = ("topk",)
+
+#: Mixers registered by the user with memo.register_mixer: qualified operator names without overload.
+_registered_mixers: set[str] = set()
+
+
+def base_name(name: str) -> str:
+    """Operator of an overload name: ``aten.bmm.default`` -> ``bmm``."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def register_mixer_operator(name: str) -> None:
+    """Treat operator ``namespace::name`` (or ``namespace.name``) as one that mixes tokens."""
+    _registered_mixers.add(name.replace("::", "."))
+
+
+def registered_mixers() -> tuple[str, ...]:
+    """Operators registered so far, sorted."""
+    return tuple(sorted(_registered_mixers))
+
+
+def pin_kind(name: str) -> PinKind | None:
+    """Why the result of operator ``name`` must be saved rather than recomputed; None: it need not by its name."""
+    base = base_name(name)
+    if any(mark in name for mark in _MIXER_MARKS) and "backward" not in base:
+        return PinKind.MIXER
+    if name in _registered_mixers or name.rsplit(".", 1)[0] in _registered_mixers:
+        return PinKind.MIXER
+    if base.rstrip("_") in _RANDOM_NAMES or base in _RANDOM_NAMES_IN_PLACE:
+        return PinKind.RANDOM
+    if base in _ROUTING_NAMES:
+        return PinKind.ROUTING
+    return None
+
+
+def is_mutable(func: Any) -> bool:
+    """The operator writes to an argument."""
+    schema = getattr(func, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """2 * B * H * S_q * S_k * (D_qk + D_v), the convention of torch.utils.flop_counter (no causal discount)."""
+    batch, heads, queries, depth = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (depth + value.shape[-1])
+
+
+def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Floating-point operations of one dispatched call; 0 for operators that are not matrix products."""
+    packet = getattr(func, "_overloadpacket", None)
+    if packet is None:
+        return 0
+    formula = flop_registry.get(packet)
+    if formula is not None:
+        return int(formula(*args, **kwargs, out_val=out))
+    name = str(packet)
+    if name == "aten._scaled_dot_product_flash_attention_for_cpu":
+        return _attention_flops(args[0], args[1], args[2])
+    if name == "aten._grouped_mm":
+        return 2 * args[0].shape[0] * args[0].shape[-1] * args[1].shape[-1]
+    return 0

@@ -1,0 +1,145 @@
+"""Pins: operator results that a rerun takes from the forward instead of computing them.
+
+Attention mixes tokens, dropout draws random numbers, routing must not flip, a position counter starts at zero: run
+on a token slice they would give something else. They are replaced below autograd, by a dispatch mode, so that the
+graph of the rerun has the nodes of the forward and saves the same tensors in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops
+from memo_runtime.records import Pin
+
+PinKey = tuple[str, int]
+Value = torch.Tensor | int | float | bool | None
+Values = Mapping[int, Value]
+
+
+def by_call(pins: Iterable[Pin]) -> dict[PinKey, list[Pin]]:
+    """Pins grouped by the operator call that they belong to."""
+    grouped: dict[PinKey, list[Pin]] = {}
+    for pin in pins:
+        grouped.setdefault((pin.op, pin.call), []).append(pin)
+    return grouped
+
+
+def outputs_of(func: Any, args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+    """What a pin holds of a call: all outputs, or the written argument of an in-place operator."""
+    if is_mutable(func):
+        return (args[0],)
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+def packed_value(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A pin's value as it is stored: a Bernoulli draw of zeros and ones needs one byte an element."""
+    if base_name(name).startswith("bernoulli") and value.dtype != torch.bool:
+        return value.to(torch.bool)
+    return value.clone() if base_name(name).endswith("_") else value
+
+
+def pin_values(name: str, outputs: tuple[Any, ...], wanted: tuple[int, ...] | None = None) -> dict[int, Value]:
+    """The outputs that a pin of operator ``name`` holds, packed; ``wanted`` None: all that are needed."""
+    if wanted is None:
+        wanted = (1,) if base_name(name) == "native_dropout" else tuple(range(len(outputs)))
+    return {
+        index: packed_value(name, outputs[index].detach()) if isinstance(outputs[index], torch.Tensor) else outputs[index]
+        for index in wanted
+    }
+
+
+class CountingMode(TorchDispatchMode):
+    """A dispatch mode that numbers the calls of each operator and leaves compiled regions compiled."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions stay compiled; their operators are not seen."""
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Counter[str] = Counter()
+
+    def next_key(self, func: Any) -> PinKey:
+        """(operator, how many calls of it came before)."""
+        name = str(func)
+        call = self._calls[name]
+        self._calls[name] += 1
+        return name, call
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator; subclasses see it through ``handle``."""
+        return self.handle(func, self.next_key(func), args, kwargs or {})
+
+    def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What to do with one operator call."""
+        raise NotImplementedError
+
+
+class CaptureMode(CountingMode):
+    """Runs everything and remembers chosen outputs of chosen calls, in ``captured[(op, call)][output]``.
+
+    ``wanted`` maps an operator call to the outputs to keep; empty: none, ``None``: all that a pin holds.
+    """
+
+    def __init__(self, wanted: Callable[[PinKey], tuple[int, ...] | None]) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self.captured: dict[PinKey, dict[int, Value]] = {}
+
+    def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator and keep what a pin needs of it."""
+        out = func(*args, **kwargs)
+        wanted = self._wanted(key)
+        if wanted is None or wanted:
+            self.captured[key] = pin_values(key[0], outputs_of(func, args, out), wanted)
+        return out
+
+
+class ReplayMode(CountingMode):
+    """Returns given values for chosen calls and runs the rest, counting its FLOPs."""
+
+    def __init__(self, values: Mapping[PinKey, Values]) -> None:
+        super().__init__()
+        self._values = values
+        self.flops = 0
+        self.replaced: set[PinKey] = set()
+
+    def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Substitute the operator's result, or run it."""
+        values = self._values.get(key)
+        if values is None:
+            out = func(*args, **kwargs)
+            self.flops += operator_flops(func, args, kwargs, out)
+            return out
+        self.replaced.add(key)
+        return _substitute(func, key[0], args, values)
+
+
+def _substitute(func: Any, name: str, args: tuple[Any, ...], values: Values) -> Any:
+    if is_mutable(func):
+        value = values[0]
+        assert isinstance(value, torch.Tensor), f"{name} writes to a tensor"
+        args[0].copy_(value)
+        return args[0]
+    if base_name(name) == "native_dropout":
+        # The mask is saved, the product is not: it costs one pass over a tensor that is there anyway.
+        mask = values[1]
+        assert isinstance(mask, torch.Tensor), "dropout saves its mask"
+        scale = 0.0 if args[1] == 1 else 1.0 / (1.0 - args[1])
+        return torch.ops.aten.native_dropout_backward(args[0], mask, scale), mask
+    schema = getattr(func, "_schema", None)
+    count = len(schema.returns) if schema is not None else max(values) + 1
+    if count == 1 and schema is not None:
+        return values[0]
+    return tuple(values.get(index) for index in range(count))

@@ -1,0 +1,182 @@
+"""Where the bytes of saved tensors lie, and how to cut them along tokens.
+
+Saved tensors are views: attention saves q as [B, H, S, D] over memory laid out [B, S, H, D], the output
+projection saves the attention output as [B*S, H*D] over the same storage that attention saved, and so on. A
+``Region`` describes one piece of storage in the only form that copies need,
+
+    outer x tokens x inner     (elements; inner is the distance between two tokens)
+
+so that a token prefix is ``outer`` runs of ``prefix * inner`` elements (one run where outer is 1), together with
+the views that autograd wants back. Restored views have the sizes, strides and relative offsets of the originals,
+hence the kernels of backward see what they would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from memo_runtime.records import TokenAxis
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A strided view relative to the start of a region; ``axis`` is where its tokens are."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    axis: TokenAxis | None
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The view over ``flat``, a 1-D tensor that holds the region."""
+        return flat.as_strided(self.size, self.stride, flat.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """``outer * tokens * inner`` elements, and the views over them."""
+
+    outer: int
+    tokens: int
+    inner: int
+    views: tuple[View, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole region."""
+        return self.outer * self.tokens * self.inner
+
+    def rows(self, flat: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Tokens [start, stop) of ``flat`` as [outer, stop - start, inner]."""
+        return flat.view(self.outer, self.tokens, self.inner)[:, start:stop]
+
+    def cut(self, start: int, stop: int) -> Region:
+        """The region of tokens [start, stop) alone, packed."""
+        length = stop - start
+        return Region(self.outer, length, self.inner, tuple(self._cut_view(v, length) for v in self.views))
+
+    def _cut_view(self, view: View, length: int) -> View:
+        assert view.axis is not None, "only regions with a token axis are cut"
+        block, new_block = self.tokens * self.inner, length * self.inner
+        size, stride = list(view.size), list(view.stride)
+        size[view.axis.dim] = view.axis.outer * length * view.axis.inner
+        for dim, step in enumerate(stride):
+            if dim != view.axis.dim and step >= block:
+                stride[dim] = step // block * new_block
+        outer_steps, within = divmod(view.offset, block)
+        return View(tuple(size), tuple(stride), outer_steps * new_block + within, view.axis)
+
+
+def take(tensor: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: int) -> torch.Tensor:
+    """Tokens [start, stop) of ``tensor`` along ``axis``; a view wherever strides allow one."""
+    if axis.outer == 1 and axis.inner == 1:
+        return tensor.narrow(axis.dim, start, stop - start)
+    split = tensor.unflatten(axis.dim, (axis.outer, tokens, axis.inner)).narrow(axis.dim + 1, start, stop - start)
+    return split.flatten(axis.dim, axis.dim + 2)
+
+
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without gaps in memory, its dimensions in the same memory order; itself where it has none.
+
+    An operator on a slice yields such a tensor, and whether a later reshape copies depends on it.
+    """
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.clone(memory_format=torch.preserve_format)
+        expected *= size
+    return tensor
+
+
+def shrink(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with expanded dimensions (stride 0) cut to one element."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _span(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Half-open range of storage elements that ``tensors`` (of one storage) touch."""
+    start = min(t.storage_offset() for t in tensors)
+    stop = max(
+        t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors
+    )
+    return start, stop
+
+
+def _layout(tensor: torch.Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Two views with the same layout hold the same elements."""
+    dims = sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    merged: list[tuple[int, int]] = []
+    for step, size in dims:
+        if merged and merged[-1][0] * merged[-1][1] == step:
+            merged[-1] = (merged[-1][0], merged[-1][1] * size)
+        else:
+            merged.append((step, size))
+    return tensor.storage_offset(), tuple(merged)
+
+
+def _token_stride(tensor: torch.Tensor, axis: TokenAxis, tokens: int) -> int | None:
+    """Elements between two tokens, or None where the other dimensions do not nest around it."""
+    inner = tensor.stride(axis.dim) * axis.inner
+    block = tokens * inner
+    for dim, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size <= 1 or step == 0 or dim == axis.dim:
+            continue
+        if step >= block:
+            if step % block:
+                return None
+        elif step * (size - 1) >= inner:
+            return None
+    return inner if inner > 0 else None
+
+
+def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | None], tokens: int) -> Region | None:
+    """The region that ``tensors``, all over one storage and of one dtype, share; None if they leave gaps.
+
+    ``axes`` gives each tensor's token axis, all None for bytes that are never split. ``tokens`` is the length.
+    """
+    start, stop = _span(tensors)
+    shrunk = {_layout(shrink(t)): math.prod(shrink(t).shape) for t in tensors}
+    if sum(shrunk.values()) < stop - start:
+        return None
+    if any(axis is None for axis in axes):
+        outer, length, inner = 1, 1, stop - start
+    else:
+        steps = {_token_stride(t, axis, tokens) for t, axis in zip(tensors, axes, strict=True) if axis is not None}
+        step = steps.pop()
+        if steps or step is None or (stop - start) % (tokens * step):
+            return None
+        outer, length, inner = (stop - start) // (tokens * step), tokens, step
+    views = tuple(
+        View(tuple(t.shape), t.stride(), t.storage_offset() - start, axis) for t, axis in zip(tensors, axes, strict=True)
+    )
+    return Region(outer, length, inner, views)
+
+
+def compact_region(tensor: torch.Tensor, axis: TokenAxis | None, tokens: int) -> tuple[Region, torch.Tensor]:
+    """(region, packed copy) of one tensor whose memory has gaps; expanded dimensions stay expanded."""
+    small = shrink(tensor)
+    packed = small.contiguous()
+    stride = tuple(
+        0 if n != m else s for n, m, s in zip(tensor.shape, small.shape, packed.stride(), strict=True)
+    )
+    flat = packed.view(-1)
+    if axis is None or small.shape[axis.dim] != tensor.shape[axis.dim]:
+        return Region(1, 1, flat.numel(), (View(tuple(tensor.shape), stride, 0, None),)), flat
+    outer = math.prod(small.shape[: axis.dim]) * axis.outer
+    inner = math.prod(small.shape[axis.dim + 1 :]) * axis.inner
+    return Region(outer, tokens, inner, (View(tuple(tensor.shape), stride, 0, axis),)), flat
+
+
+def flat_of(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """The region's elements as a 1-D view, given the tensor of its first view."""
+    start = tensor.storage_offset() - region.views[0].offset
+    return tensor.as_strided((region.numel,), (1,), start)

@@ -1,0 +1,88 @@
+"""Running a block while watching what it saves for backward, the first time and again.
+
+Autograd asks a pair of hooks for every tensor that it saves. In a rerun the k-th tensor saved is the k-th tensor
+of the forward, on fewer tokens, because the graph has the same nodes; it is handed over and the rerun ends with the
+last one, before the operators behind it (the MLP's down projection) run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memo_runtime.blocks.call import BlockCall
+
+Forward = Callable[..., Any]
+
+
+class _AllSaved(Exception):
+    """The last tensor that backward needs has been made."""
+
+
+def stops_early(block: nn.Module) -> bool:
+    """Whether a rerun may end in the middle of the forward.
+
+    Sub-modules under ``fully_shard`` reshard in a post-forward hook that an early end would skip.
+    """
+    return not any(type(inner).__name__.startswith("FSDP") for inner in block.modules() if inner is not block)
+
+
+def _never(_: Any) -> torch.Tensor:
+    raise AssertionError("a rerun's own graph is never walked backward")
+
+
+def run_again(
+    forward: Forward,
+    call: BlockCall,
+    on_saved: Callable[[int, torch.Tensor], None],
+    *,
+    mode: contextlib.AbstractContextManager[Any],
+    last: int | None,
+) -> int:
+    """Run ``forward`` with grad and hand over every tensor that it saves, detached, with its index.
+
+    Args:
+        forward: the block's own forward.
+        call: arguments, detached, requiring grad where the forward's did.
+        on_saved: called with (index, tensor) in order of saving.
+        mode: dispatch mode that replaces what must not be computed.
+        last: index of the last tensor; the run ends there. None: run to the end.
+
+    Returns:
+        How many tensors were saved.
+    """
+    count = 0
+
+    def pack(tensor: torch.Tensor) -> None:
+        nonlocal count
+        index, count = count, count + 1
+        on_saved(index, tensor.detach())
+        if index == last:
+            raise _AllSaved
+
+    args, kwargs = call.arguments()
+    with (
+        torch.enable_grad(),
+        saved_tensors_hooks(pack, _never),
+        mode,
+        contextlib.suppress(_AllSaved),
+    ):
+        forward(*args, **kwargs)
+    return count
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the storage behind ``tensor`` while it is alive."""
+    return tensor.untyped_storage()._cdata
+
+
+def parameter_storages(block: nn.Module) -> set[int]:
+    """Storages of the parameters and buffers of ``block`` as they are now (under FSDP2: unsharded)."""
+    tensors = [*block.parameters(), *block.buffers()]
+    # A DTensor (tensor parallelism) keeps its elements in a local tensor.
+    return {storage_key(getattr(tensor, "_local_tensor", tensor)) for tensor in tensors}

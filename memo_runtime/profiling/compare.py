@@ -1,0 +1,115 @@
+"""Comparing a tensor of a run on the whole sequence with its counterpart of a run on a token slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from memo_runtime.blocks.region import take
+from memo_runtime.records import TokenAxis
+
+#: Relative L2 difference that rounding may explain: a matrix product on fewer rows may sum in another order.
+_TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}
+_COARSE = 3e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A run on tokens [0, whole) against one on tokens [start, whole). ``batch`` is what precedes the tokens."""
+
+    whole: int
+    start: int
+    batch: int = 1
+
+    @property
+    def part(self) -> int:
+        """Tokens of the slice."""
+        return self.whole - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How two tensors relate: ``dims`` grow with tokens; ``axis`` if there is one; ``equal`` values.
+
+    ``padded``: the one dimension that grows holds the tokens rounded up to this multiple (a log-sum-exp).
+    """
+
+    dims: tuple[int, ...]
+    axis: TokenAxis | None
+    equal: bool
+    comparable: bool = True
+    padded: int | None = None
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to the rounding of their dtype; exactly for integers and booleans."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b):
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return False
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = torch.nan_to_num(a.to(wide)), torch.nan_to_num(b.to(wide))
+    # Infinities of masks become the largest number; clamp so that their squares stay finite.
+    if not a.is_complex():
+        x, y = x.clamp(-1e100, 1e100), y.clamp(-1e100, 1e100)
+    scale = torch.linalg.vector_norm(y).item()
+    return torch.linalg.vector_norm(x - y).item() <= _TOLERANCE.get(a.dtype, _COARSE) * max(scale, 1e-30)
+
+
+def growing_dims(whole: torch.Size, part: torch.Size) -> tuple[int, ...] | None:
+    """Dimensions whose sizes differ; None if the shapes have nothing to do with each other."""
+    if len(whole) != len(part):
+        return None
+    return tuple(dim for dim, (n, m) in enumerate(zip(whole, part, strict=True)) if n != m)
+
+
+def _splits(size: int, part_size: int, lengths: Lengths) -> Iterator[tuple[int, int]]:
+    """(outer, inner) with size == outer * tokens * inner, the likeliest first: the batch in front."""
+    if size % lengths.whole or part_size % lengths.part or size // lengths.whole != part_size // lengths.part:
+        return
+    factor = size // lengths.whole
+    outers = [d for d in range(1, factor + 1) if factor % d == 0]
+    preferred = [d for d in (lengths.batch, factor, 1) if d in outers]
+    for outer in dict.fromkeys(preferred + outers):
+        yield outer, factor // outer
+
+
+def match(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> Match:
+    """Relate ``whole`` and ``part``; of several token axes the first with equal values is taken."""
+    dims = growing_dims(whole.shape, part.shape)
+    if dims is None or whole.dtype != part.dtype:
+        return Match((), None, equal=False, comparable=False)
+    if not dims:
+        return Match((), None, equal=close(part, whole))
+    if len(dims) > 1:
+        return Match(dims, None, equal=_equal_corner(whole, part, dims, lengths))
+    dim = dims[0]
+    first: TokenAxis | None = None
+    for outer, inner in _splits(whole.shape[dim], part.shape[dim], lengths):
+        axis = TokenAxis(dim=dim, outer=outer, inner=inner)
+        first = first or axis
+        if close(part, take(whole, axis, lengths.whole, lengths.start, lengths.whole)):
+            return Match(dims, axis, equal=True)
+    padded = _padding(whole.shape[dim], part.shape[dim], lengths) if first is None else None
+    return Match(dims, first, equal=False, comparable=first is not None, padded=padded)
+
+
+def _padding(size: int, part_size: int, lengths: Lengths) -> int | None:
+    for multiple in (8, 16, 32, 64, 128):
+        rounded = (-(-n // multiple) * multiple for n in (lengths.whole, lengths.part))
+        if (size, part_size) == tuple(rounded):
+            return multiple
+    return None
+
+
+def _equal_corner(whole: torch.Tensor, part: torch.Tensor, dims: tuple[int, ...], lengths: Lengths) -> bool:
+    corner = whole
+    for dim in dims:
+        if whole.shape[dim] != lengths.whole or part.shape[dim] != lengths.part:
+            return False
+        corner = corner.narrow(dim, lengths.start, lengths.part)
+    return close(part, corner)

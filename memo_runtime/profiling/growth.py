@@ -1,0 +1,66 @@
+"""Fitting how a count grows with the sequence from a few lengths, exactly where it is a polynomial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from memo_runtime.records import Growth
+
+
+def _number(value: Fraction) -> float:
+    return int(value) if value.denominator == 1 else float(value)
+
+
+def fit_counts(points: Sequence[tuple[int, int]]) -> Growth:
+    """The polynomial of degree at most 2 through up to three (tokens, count) points.
+
+    FLOPs of matrix products and attention are such polynomials with whole coefficients, so counts at other
+    lengths are exact, not estimated.
+    """
+    unique = sorted(dict(points).items())[-3:]
+    if not unique:
+        return Growth()
+    if len(unique) == 1:
+        tokens, count = unique[0]
+        return Growth(linear=_number(Fraction(count, tokens)))
+    (x0, y0), (x1, y1) = unique[0], unique[1]
+    slope = Fraction(y1 - y0, x1 - x0)
+    quadratic = Fraction(0)
+    if len(unique) == 3:
+        x2, y2 = unique[2]
+        quadratic = (Fraction(y2 - y1, x2 - x1) - slope) / (x2 - x0)
+    linear = slope - quadratic * (x0 + x1)
+    constant = y0 - linear * x0 - quadratic * x0 * x0
+    return Growth(constant=_number(constant), linear=_number(linear), quadratic=_number(quadratic))
+
+
+def fit_seconds(points: Sequence[tuple[int, float]], *, curved: bool) -> Growth:
+    """Seconds by tokens through measured points, with no negative coefficient.
+
+    ``curved`` allows a quadratic term (attention); otherwise time is proportional to tokens from the longest
+    measurement, and what remains at the shorter one is a constant.
+    """
+    unique = sorted(dict(points).items())
+    if not unique:
+        return Growth()
+    x1, y1 = unique[-1]
+    if len(unique) == 1:
+        return Growth(linear=y1 / x1)
+    x0, y0 = unique[0]
+    if curved:
+        quadratic = max(0.0, (y1 / x1 - y0 / x0) / (x1 - x0))
+        return Growth(linear=max(0.0, y1 / x1 - quadratic * x1), quadratic=quadratic)
+    slope = min(max(0.0, (y1 - y0) / (x1 - x0)), y1 / x1)
+    return Growth(constant=max(0.0, y1 - slope * x1), linear=slope)
+
+
+def polynomial_bytes(size_bytes: int, tokens: int, dims: int, multiple: int = 1) -> Growth:
+    """Bytes of a tensor with ``dims`` token dimensions that takes ``size_bytes`` at ``tokens``."""
+    rounded = -(-tokens // multiple) * multiple
+    value = _number(Fraction(size_bytes, rounded**dims))
+    if dims == 0:
+        return Growth(constant=value)
+    if dims == 1:
+        return Growth(linear=value, multiple=multiple)
+    return Growth(quadratic=value, multiple=multiple)

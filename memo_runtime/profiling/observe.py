@@ -1,0 +1,97 @@
+"""Watching one run of a block: every operator with its results, and every tensor saved for backward.
+
+Observations hold all results alive, so they are made on a short crop of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.operators import is_mutable
+from memo_runtime.blocks.pins import PinKey, ReplayMode, Values, outputs_of
+from memo_runtime.blocks.rerun import Forward, run_again, storage_key
+
+
+@dataclass(slots=True)
+class OperatorRecord:
+    """One operator call: what it read and what it gave."""
+
+    key: PinKey
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[Any, ...]
+    mutable: bool
+    replaced: bool
+    lists: bool  # yields lists of tensors, whose members cannot be pinned one by one
+    #: Storages as they were then: a module may give a tensor's storage away later.
+    input_storages: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Observation:
+    """One run of a block."""
+
+    saved: list[torch.Tensor] = field(default_factory=list)
+    operators: list[OperatorRecord] = field(default_factory=list)
+    flops: int = 0
+
+    def counts(self) -> Counter[str]:
+        """How often each operator was called."""
+        return Counter(record.key[0] for record in self.operators)
+
+    def by_key(self) -> dict[PinKey, OperatorRecord]:
+        """The operator calls by (operator, call)."""
+        return {record.key: record for record in self.operators}
+
+    def derived_storages(self, parameters: set[int]) -> set[int]:
+        """Storages of ``parameters`` and of what was made from them alone, such as autocast's copies."""
+        derived = set(parameters)
+        for record in self.operators:
+            if record.inputs and not record.mutable and all(key in derived for key in record.input_storages):
+                derived.update(storage_key(t) for t in record.outputs if isinstance(t, torch.Tensor))
+        return derived
+
+
+class ObservingMode(ReplayMode):
+    """Replaces pinned calls like a rerun and records every call."""
+
+    def __init__(self, values: Mapping[PinKey, Values]) -> None:
+        super().__init__(values)
+        self.operators: list[OperatorRecord] = []
+
+    def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run or replace the operator and record it."""
+        inputs = tuple(leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        storages = tuple(storage_key(tensor) for tensor in inputs)
+        out = super().handle(func, key, args, kwargs)
+        values = outputs_of(func, args, out)
+        self.operators.append(
+            OperatorRecord(
+                key=key,
+                inputs=inputs,
+                outputs=values,
+                mutable=is_mutable(func),
+                replaced=key in self.replaced,
+                lists=isinstance(out, list),
+                input_storages=storages,
+            )
+        )
+        return out
+
+
+def observe(
+    forward: Forward, call: BlockCall, values: Mapping[PinKey, Values] | None = None, *, last: int | None = None
+) -> Observation:
+    """Run ``forward`` on ``call`` (detached), replacing the calls in ``values``, and record everything."""
+    mode = ObservingMode(values or {})
+    observation = Observation()
+    run_again(forward, call, lambda _, tensor: observation.saved.append(tensor), mode=mode, last=last)
+    observation.operators = mode.operators
+    observation.flops = mode.flops
+    return observation

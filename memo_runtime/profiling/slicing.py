@@ -1,0 +1,235 @@
+"""Finding what must be pinned so that a block can be run again on a slice of its tokens.
+
+The block is run on a whole (short) sequence and on its tail. An operator whose inputs agree on the tail and whose
+output does not is one that mixes tokens, counts positions or draws random numbers: its result is pinned, and the
+tail is run again. Operators that are known to (attention, dropout, top-k), and those that lose a token dimension
+(a product over tokens, a mean), are pinned whatever their values. In the end every tensor saved for backward must
+agree; otherwise the block is not sliceable, and the reason names the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.operators import base_name, pin_kind
+from memo_runtime.blocks.pins import PinKey, Value, Values, pin_values
+from memo_runtime.blocks.region import packed, take
+from memo_runtime.blocks.rerun import Forward
+from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
+from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
+from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
+
+_MAX_ROUNDS = 8
+
+#: Operators that only make room: what is wrong in their result was written by somebody else.
+_UNFILLED = ("empty", "new_empty", "zeros", "new_zeros", "ones", "new_ones", "full", "new_full")
+
+
+@dataclass(slots=True)
+class Slicing:
+    """What a rerun on a slice needs, or why there is none."""
+
+    pins: dict[PinKey, PinKind] = field(default_factory=dict)
+    axes: dict[tuple[PinKey, int], TokenAxis | None] = field(default_factory=dict)
+    saved: list[Match] = field(default_factory=list)
+    arguments: tuple[ArgumentAxes, ...] = ()
+    reason: str = ""
+
+    @property
+    def mixers(self) -> int:
+        """Number of pinned operators that mix tokens."""
+        return sum(kind == PinKind.MIXER for kind in self.pins.values())
+
+
+def named_pins(observation: Observation) -> dict[PinKey, PinKind]:
+    """Operator calls that are pinned by their name alone."""
+    found = {record.key: pin_kind(record.key[0]) for record in observation.operators}
+    return {key: kind for key, kind in found.items() if kind is not None}
+
+
+def full_values(observation: Observation, pins: Mapping[PinKey, PinKind]) -> dict[PinKey, dict[int, Value]]:
+    """The pins' values as the forward gave them, for a rerun at full length."""
+    records = observation.by_key()
+    return {key: pin_values(key[0], records[key].outputs) for key in pins if key in records}
+
+
+def _part_value(value: Value, shape: torch.Size | None, lengths: Lengths) -> tuple[Value, TokenAxis | None]:
+    """(the value's tail, its token axis). ``shape`` is what the tail's own run gave, where it is known."""
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return value, None
+    dims: tuple[int, ...] | None
+    if shape is not None and value.dim() == len(shape):
+        dims = growing_dims(value.shape, shape)
+    else:
+        dims = ()
+    if not dims:
+        return value, None
+    if len(dims) > 1:
+        for dim in dims:
+            value = value.narrow(dim, lengths.start, lengths.part) if value.shape[dim] == lengths.whole else value
+        return value, None
+    size, part = value.shape[dims[0]], shape[dims[0]] if shape is not None else 0
+    if size % lengths.whole or part % lengths.part or size // lengths.whole != part // lengths.part:
+        return value, None  # padded to a multiple: used whole
+    factor = size // lengths.whole
+    outer = lengths.batch if factor % lengths.batch == 0 else factor
+    axis = TokenAxis(dim=dims[0], outer=outer, inner=factor // outer)
+    return packed(take(value, axis, lengths.whole, lengths.start, lengths.whole)), axis
+
+
+def _tail_values(
+    whole: Observation, shapes: Mapping[PinKey, tuple[torch.Size | None, ...]], slicing: Slicing, lengths: Lengths
+) -> dict[PinKey, Values]:
+    values: dict[PinKey, Values] = {}
+    records = whole.by_key()
+    for key in slicing.pins:
+        parts: dict[int, Value] = {}
+        for index, value in pin_values(key[0], records[key].outputs).items():
+            known = shapes.get(key, ())
+            shape = known[index] if index < len(known) else None
+            parts[index], slicing.axes[key, index] = _part_value(value, shape, lengths)
+        values[key] = parts
+    return values
+
+
+def tail_values(whole: Observation, slicing: Slicing, lengths: Lengths) -> dict[PinKey, Values]:
+    """The pins' values on tokens [start, whole), by the token axes that were found."""
+    values: dict[PinKey, Values] = {}
+    records = whole.by_key()
+    for key in slicing.pins:
+        parts: dict[int, Value] = {}
+        for index, value in pin_values(key[0], records[key].outputs).items():
+            axis = slicing.axes.get((key, index))
+            if axis is not None and isinstance(value, torch.Tensor):
+                value = packed(take(value, axis, lengths.whole, lengths.start, lengths.whole))
+            parts[index] = value
+        values[key] = parts
+    return values
+
+
+def _shapes(observation: Observation) -> dict[PinKey, tuple[torch.Size | None, ...]]:
+    return {
+        record.key: tuple(value.shape if isinstance(value, torch.Tensor) else None for value in record.outputs)
+        for record in observation.operators
+    }
+
+
+def _token_dims(whole: OperatorRecord, part: OperatorRecord) -> tuple[int, int]:
+    """(most token dimensions of an input, most of an output)."""
+
+    def most(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+        return max((len(growing_dims(a.shape, b.shape) or ()) for a, b in pairs), default=0)
+
+    inputs = list(zip(whole.inputs, part.inputs, strict=False))
+    outputs = [
+        (a, b)
+        for a, b in zip(whole.outputs, part.outputs, strict=False)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    ]
+    return most(inputs), most(outputs)
+
+
+def _pinnable(record: OperatorRecord) -> bool:
+    """Integers found by value are an order of tokens or a count: cutting them would point past the slice."""
+    tensors = [value for value in record.outputs if isinstance(value, torch.Tensor)]
+    return not record.lists and (not record.inputs or all(t.is_floating_point() for t in tensors))
+
+
+def _find_faults(whole: Observation, part: Observation, lengths: Lengths) -> tuple[dict[PinKey, PinKind], str]:
+    """Operators whose inputs agree and whose outputs do not; or the one that cannot be pinned."""
+    records = whole.by_key()
+    counts, part_counts = whole.counts(), part.counts()
+    disagree: set[int] = set()
+    faults: dict[PinKey, PinKind] = {}
+    for record in part.operators:
+        reference = records.get(record.key)
+        agrees = reference is not None and _agrees(reference, record, lengths)
+        if agrees or record.replaced:
+            continue
+        known = any(id(tensor) in disagree for tensor in record.inputs)
+        disagree.update(id(value) for value in record.outputs if isinstance(value, torch.Tensor))
+        if known:
+            continue
+        name = record.key[0]
+        if base_name(name).startswith(_UNFILLED):
+            return {}, f"{name} is filled by a kernel or in-place operator that mixes tokens"
+        if reference is None or record.mutable or not _pinnable(record) or part_counts[name] > counts[name]:
+            return {}, f"{name} depends on data or on the order of tokens"
+        faults[record.key] = PinKind.MIXER if record.inputs else PinKind.POSITION
+    return faults, ""
+
+
+def _agrees(reference: OperatorRecord, record: OperatorRecord, lengths: Lengths) -> bool:
+    inputs, outputs = _token_dims(reference, record)
+    if outputs >= 2:
+        return True  # saved whole: what it holds on a slice does not matter
+    if inputs > outputs and not record.mutable:
+        return False
+    return all(
+        not isinstance(value, torch.Tensor)
+        or value.numel() == 0
+        or (isinstance(other, torch.Tensor) and match(other, value, lengths).equal)
+        for other, value in zip(reference.outputs, record.outputs, strict=False)
+    )
+
+
+def find_slicing(
+    forward: Forward, call: BlockCall, whole: Observation, arguments: tuple[ArgumentAxes, ...], lengths: Lengths
+) -> Slicing:
+    """Pins with which ``forward`` on tokens [start, whole) of ``call`` saves the tail of what ``whole`` saved."""
+    slicing = Slicing(pins=named_pins(whole), arguments=arguments)
+    shapes: dict[PinKey, tuple[torch.Size | None, ...]] = {}
+    tail = call.cut(arguments, lengths.start, lengths.whole)
+    if slicing.pins:
+        try:
+            # The shapes of the pinned outputs on a slice, before anything is replaced.
+            shapes = _shapes(observe(forward, tail, last=len(whole.saved) - 1))
+        except (RuntimeError, IndexError, ValueError) as error:
+            slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
+            return slicing
+    for _ in range(_MAX_ROUNDS):
+        values = _tail_values(whole, shapes, slicing, lengths)
+        try:
+            part = observe(forward, tail, values, last=len(whole.saved) - 1)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
+            return slicing
+        faults, slicing.reason = _find_faults(whole, part, lengths)
+        faults = {key: kind for key, kind in faults.items() if key not in slicing.pins}
+        if slicing.reason:
+            return slicing
+        if not faults:
+            return _check_saved(slicing, whole, part, lengths)
+        shapes.update({key: value for key, value in _shapes(part).items() if key in faults})
+        slicing.pins.update(faults)
+    slicing.reason = f"its operators still mixed tokens after {_MAX_ROUNDS} rounds of pinning"
+    return slicing
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+
+
+def _check_saved(slicing: Slicing, whole: Observation, part: Observation, lengths: Lengths) -> Slicing:
+    if len(whole.saved) != len(part.saved):
+        slicing.reason = (
+            f"it saves {len(whole.saved)} tensors on the whole sequence and {len(part.saved)} on a slice: "
+            "what it saves depends on data"
+        )
+        return slicing
+    for index, (full, cut) in enumerate(zip(whole.saved, part.saved, strict=True)):
+        found = match(full, cut, lengths)
+        slicing.saved.append(found)
+        split = len(found.dims) <= 1
+        if split and not found.equal and full.numel() and found.comparable:
+            slicing.reason = f"saved tensor {index} {tuple(full.shape)} differs on a slice of its tokens"
+            return slicing
+        if not found.comparable and found.padded is None:
+            slicing.reason = f"saved tensor {index} {tuple(full.shape)} has a size that depends on data"
+            return slicing
+    return slicing
+

@@ -1,0 +1,29 @@
+"""What every test shares: one thread per worker, and reasons for skipped GPU tests."""
+
+import importlib.util
+import os
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    # Workers of pytest-xdist share the machine's cores: more threads than one each only fight.
+    if "PYTEST_XDIST_WORKER" in os.environ and importlib.util.find_spec("torch"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
+    for item in marked:
+        item.add_marker(skip)

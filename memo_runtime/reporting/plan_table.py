@@ -1,0 +1,116 @@
+"""A plan as text: what was asked, what each run of like blocks does, and what the step is forecast to cost.
+
+    plan: policy memo, alpha 0.375, 3 x 4,096 tokens on cpu
+
+    blocks             executor  alpha    to host  to device  kept  host memory   recomputed
+    model.layers.0-29  replay    0.375  48.00 MiB  48.00 MiB     -    48.00 MiB  12.00 GFLOP
+
+Bytes and FLOPs are those of one block; the line ``total`` is the sum over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memo_runtime.records import BlockPlan, Executor, Plan
+from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_name, runs, table
+from memo_runtime.units import format_bytes, format_flops, format_seconds
+
+_HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "host memory", "recomputed")
+
+
+def plan_table(plan: Plan) -> str:
+    """``plan`` as a readable table, at most 110 columns wide."""
+    notes = notes_text((*plan.notes, *plan.profile.notes))
+    return "\n".join([_title(plan), "", *_blocks(plan), "", _forecast(plan), *notes])
+
+
+def tokens_text(lengths: set[int]) -> str:
+    """Lengths of the sequences: ``4,096 tokens``, or the range where stacks differ."""
+    if not lengths:
+        return "no blocks"
+    low, high = min(lengths), max(lengths)
+    return f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
+
+
+def _title(plan: Plan) -> str:
+    asked = f"policy {plan.policy}"
+    if plan.alpha is not None:
+        asked += f", alpha {plan.alpha:g}"
+    profile = plan.profile
+    batch = f"{profile.rows} x {tokens_text({block.tokens for block in plan.blocks})}"
+    device = profile.device_name or profile.device_type
+    return f"plan: {asked}, {batch} on {device}"
+
+
+def _key(block: BlockPlan) -> tuple[object, ...]:
+    """All that a line shows, so that only blocks with the same line become one."""
+    return (
+        block.executor,
+        block.alpha,
+        block.bytes_to_host,
+        block.bytes_to_device,
+        block.bytes_kept,
+        block.host_bytes,
+        block.recomputed_flops,
+        block.reason,
+    )
+
+
+def _blocks(plan: Plan) -> list[str]:
+    rows = []
+    reasons = []
+    for run in runs(plan.blocks, _key):
+        name = run_name([block.name for block in run])
+        rows.append((name, *_cells(run[0])))
+        reasons.append((name, run[0].reason))
+    if len(plan.blocks) > 1:
+        rows.append(_total(plan.blocks))
+    return [table(_HEADER, rows, text_columns=(0, 1)), *reasons_text(reasons)]
+
+
+def _cells(block: BlockPlan) -> tuple[str, ...]:
+    return (
+        str(block.executor),
+        f"{block.alpha:.3f}" if block.executor is Executor.REPLAY else "-",
+        amount(block.bytes_to_host, format_bytes),
+        amount(block.bytes_to_device, format_bytes),
+        amount(block.bytes_kept, format_bytes),
+        amount(block.host_bytes, format_bytes),
+        amount(block.recomputed_flops, format_flops),
+    )
+
+
+def _total(blocks: Sequence[BlockPlan]) -> tuple[str, ...]:
+    return (
+        "total",
+        "",
+        "",
+        amount(sum(block.bytes_to_host for block in blocks), format_bytes),
+        amount(sum(block.bytes_to_device for block in blocks), format_bytes),
+        amount(sum(block.bytes_kept for block in blocks), format_bytes),
+        amount(sum(block.host_bytes for block in blocks), format_bytes),
+        amount(sum(block.recomputed_flops for block in blocks), format_flops),
+    )
+
+
+def _forecast(plan: Plan) -> str:
+    forecast, limits = plan.forecast, plan.limits
+    rows = [
+        (
+            "device peak",
+            format_bytes(forecast.peak_bytes),
+            format_bytes(limits.device_bytes),
+            limits.device_source,
+        ),
+        (
+            "host memory",
+            format_bytes(forecast.host_bytes),
+            format_bytes(limits.host_bytes),
+            limits.host_source,
+        ),
+    ]
+    if plan.floor_bytes:
+        rows.append(("device floor", format_bytes(plan.floor_bytes), "", "with every activation sent away"))
+    rows.append(("step time", format_seconds(forecast.step_seconds), "", ""))
+    return table(("forecast", "value", "limit", "source"), rows, text_columns=(0, 3))

@@ -1,0 +1,80 @@
+"""A report as text: what each run of like blocks did in the last step, and the totals beside their forecast.
+
+Bytes and FLOPs of a line of blocks are those of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memo_runtime.records import BlockReport, Executor, Report
+from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_name, runs, table
+from memo_runtime.units import format_bytes, format_flops, format_seconds
+
+_HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "recomputed")
+
+
+def report_table(report: Report) -> str:
+    """``report`` as a readable table, at most 110 columns wide."""
+    steps = report.totals.steps
+    done = {0: "no step yet", 1: "after 1 step"}.get(steps, f"after {steps} steps")
+    title = f"report: policy {report.policy}, {done}"
+    return "\n".join([title, "", *_blocks(report), "", _totals(report), *notes_text(report.notes)])
+
+
+def _key(block: BlockReport) -> tuple[object, ...]:
+    return (
+        block.executor,
+        block.reason,
+        block.alpha,
+        block.bytes_to_host,
+        block.bytes_to_device,
+        block.bytes_kept,
+        block.recomputed_flops,
+    )
+
+
+def _blocks(report: Report) -> list[str]:
+    rows = []
+    reasons = []
+    for run in runs(report.blocks, _key):
+        name = run_name([block.name for block in run])
+        rows.append((name, *_cells(run[0])))
+        reasons.append((name, run[0].reason))
+    return [table(_HEADER, rows, text_columns=(0, 1)), *reasons_text(reasons)]
+
+
+def _cells(block: BlockReport) -> tuple[str, ...]:
+    return (
+        str(block.executor),
+        f"{block.alpha:.3f}" if block.executor is Executor.REPLAY else "-",
+        amount(block.bytes_to_host, format_bytes),
+        amount(block.bytes_to_device, format_bytes),
+        amount(block.bytes_kept, format_bytes),
+        amount(block.recomputed_flops, format_flops),
+    )
+
+
+def _totals(report: Report) -> str:
+    totals, forecast = report.totals, report.totals.forecast
+
+    def line(name: str, actual: float, foreseen: float, show: Callable[[float], str]) -> tuple[str, ...]:
+        return name, amount(actual, show), amount(foreseen, show), _error(actual, foreseen)
+
+    rows = [
+        line("device peak", totals.peak_bytes, forecast.peak_bytes, format_bytes),
+        line("stash peak", totals.stash_peak_bytes, forecast.stash_peak_bytes, format_bytes),
+        line("host memory", totals.host_bytes, forecast.host_bytes, format_bytes),
+        line("to host", totals.bytes_to_host, forecast.bytes_to_host, format_bytes),
+        line("to device", totals.bytes_to_device, forecast.bytes_to_device, format_bytes),
+        line("kept", totals.bytes_kept, forecast.bytes_kept, format_bytes),
+        line("recomputed", totals.recomputed_flops, forecast.recomputed_flops, format_flops),
+        line("step time", totals.step_seconds, forecast.step_seconds, format_seconds),
+    ]
+    return table(("totals", "actual", "forecast", "difference"), rows)
+
+
+def _error(actual: float, foreseen: float) -> str:
+    if actual == foreseen:
+        return "exact"
+    return f"{(actual / foreseen - 1) * 100:+.1f} %" if foreseen else "not foreseen"

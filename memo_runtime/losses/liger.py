@@ -1,0 +1,88 @@
+"""Liger's fused linear cross entropy as an engine for the head's loss, where it is right to use it.
+
+Liger's kernels are used below its own autograd function, whose backward multiplies the saved gradients in
+place (a second backward with ``retain_graph=True`` scales them twice) and compares grad_output with 1 on the
+host. What remains is one synchronisation per call: Liger counts the valid targets with ``.item()``.
+
+By default Liger adds dW over its chunks in the weight's dtype, which for bf16 is wrong by up to several times
+the rounding of an ordinary matmul (its issues 512, 827, 1391); ``accum_dtype=torch.float32`` repairs that.
+Versions without that option are not used. API read from liger-kernel 0.8.5.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memo_runtime.losses.tiles import Criterion, Gradients, Head, Wanted
+
+_MODULE = "liger_kernel.ops.fused_linear_cross_entropy"
+
+
+@cache
+def _load() -> tuple[Callable[..., Any] | None, str]:
+    """Liger's forward with gradients, or None and why it cannot be used."""
+    for package in ("liger_kernel", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return None, f"{package} is not installed"
+    try:
+        forward = importlib.import_module(_MODULE).fused_linear_cross_entropy_forward
+    except (ImportError, AttributeError, RuntimeError) as error:  # the reason is handed on, not swallowed
+        return None, f"{_MODULE} does not load: {error}"
+    if "accum_dtype" not in inspect.signature(forward).parameters:
+        return None, "this liger-kernel has no accum_dtype: it would add the weight gradient in bf16"
+    return forward, ""
+
+
+def obstacle(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted) -> str | None:
+    """Why Liger cannot compute this loss; None when it can."""
+    if head.hidden.device.type != "cuda":
+        return f"the hidden states are on {head.hidden.device.type}, its kernels need CUDA"
+    if head.compute not in (torch.bfloat16, torch.float32):
+        return f"{head.compute} is not supported"
+    if head.hidden.dtype != head.weight.dtype:
+        return f"hidden states are {head.hidden.dtype} and the weight is {head.weight.dtype}"
+    if reduction == "none":
+        return "reduction='none' needs the gradient per token"
+    if criterion.logit_scale != 1.0:
+        return f"logit_scale={criterion.logit_scale} is not supported"
+    if criterion.softcap is not None and criterion.softcap < 0.0:
+        return f"softcap={criterion.softcap} is not supported"
+    if wanted and not wanted.hidden:
+        return "the hidden states need no gradient: it would make none for the weight either"
+    return _load()[1] or None
+
+
+def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted) -> tuple[Tensor, Gradients]:
+    """Loss (a scalar, float32) for ``mean`` or ``sum``, and its gradients. Call only without an obstacle."""
+    forward, reason = _load()
+    assert forward is not None, f"liger was chosen although {reason}"
+    result = forward(
+        _input=head.hidden,
+        weight=head.weight,
+        target=head.target,
+        bias=head.bias,
+        ignore_index=criterion.ignore_index,
+        label_smoothing=criterion.label_smoothing,
+        reduction=reduction,
+        softcap=criterion.softcap,
+        accum_dtype=torch.float32,
+    )
+    loss: Tensor = result[0]
+    if reduction == "mean":
+        # Liger's mean of nothing is 0, PyTorch's is nan: add 0 or nan, without reading the count.
+        count = (head.target != criterion.ignore_index).sum()
+        loss = loss + (count / count - 1.0)
+    # The gradients end the tuple in every version; what stands between them and the loss has grown.
+    by_hidden, by_weight, by_bias = result[-3:]
+    return loss, Gradients(
+        hidden=by_hidden if wanted.hidden else None,
+        weight=by_weight if wanted.weight else None,
+        bias=by_bias if wanted.bias else None,
+    )

@@ -71,7 +71,7 @@ def linear_cross_entropy(
 
     Equals ``torch.nn.functional.cross_entropy`` on logits upcast to float32 (float64 stays float64), with
     softmax, losses and sums over tiles in that dtype. Works under autocast, with any of the operands frozen,
-    and reads nothing back from the device (``backend="liger"``: once per call). A second derivative is refused.
+    and reads nothing back from the device (``backend="liger"``: once per call). No second derivative.
 
     Args:
         hidden: [..., D] hidden states.

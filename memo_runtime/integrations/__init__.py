@@ -1,0 +1,1 @@
+"""What connects the runtime to other libraries; nothing here imports them before the user has."""

@@ -1,0 +1,1 @@
+"""Profile + budgets -> Plan. Never imports torch; the solver is imported only to solve."""

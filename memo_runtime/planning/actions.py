@@ -1,0 +1,159 @@
+"""From the choice for a block to an action per group of bytes, and from those to exact bytes.
+
+    rows   0          device_rows        prefix            tokens
+           |  device rows  |   host rows    |    rebuilt     |      action PREFIX
+           |               dropped          |   host rows    |      action TAIL
+
+Execution obeys these actions, and its counters equal the numbers computed here.
+"""
+
+from __future__ import annotations
+
+from memo_runtime.records import (
+    HOST_ALIGNMENT,
+    MIN_SWAP_BYTES,
+    Action,
+    BlockPlan,
+    BlockProfile,
+    Executor,
+    Role,
+    TensorGroup,
+)
+
+#: Roles whose bytes belong to the model or to all blocks: never moved, never counted for a block.
+RESIDENT_ROLES = (Role.PARAMETER, Role.SHARED)
+
+_RERUN_INPUTS = (Role.INPUT, Role.MIXER, Role.RANDOM)
+
+
+def splits(group: TensorGroup) -> bool:
+    """Rows of ``group`` can be separated: one token dimension, no padding, the same bytes for every row."""
+    size = group.size
+    return group.splits and size.multiple == 1 and size.constant == 0 and size.quadratic == 0
+
+
+def row_bytes(group: TensorGroup, rows: int) -> int:
+    """Bytes of ``rows`` token rows of a group that splits."""
+    return round(group.size.linear * rows)
+
+
+def slot_bytes(size_bytes: int) -> int:
+    """Host memory that ``size_bytes`` occupy."""
+    return -(-size_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT
+
+
+def block_actions(
+    block: BlockProfile, executor: Executor, tokens: int, prefix: int, device_rows: int = 0
+) -> tuple[Action, ...]:
+    """One action per group of ``block``; ``prefix`` and ``device_rows`` count for ``REPLAY`` only."""
+    if executor in (Executor.KEEP, Executor.NATIVE):
+        return (Action.KEEP,) * len(block.groups)
+    if executor is Executor.RECOMPUTE:
+        return tuple(_recompute_action(group) for group in block.groups)
+    if prefix >= tokens:
+        return tuple(_swap_action(group, tokens, device_rows) for group in block.groups)
+    return tuple(_replay_action(group, tokens, prefix) for group in block.groups)
+
+
+def _recompute_action(group: TensorGroup) -> Action:
+    if group.role in RESIDENT_ROLES:
+        return Action.KEEP
+    return Action.HOST if group.role is Role.INPUT else Action.REBUILD
+
+
+def _host_or_keep(group: TensorGroup, tokens: int) -> Action:
+    return Action.HOST if group.size.at(tokens) >= MIN_SWAP_BYTES else Action.KEEP
+
+
+def _swap_action(group: TensorGroup, tokens: int, device_rows: int) -> Action:
+    """Nothing is run again, so what only a rerun would read is not stored at all."""
+    if group.role in RESIDENT_ROLES:
+        return Action.KEEP
+    if not group.saved:
+        return Action.REBUILD
+    if device_rows and group.role is Role.TOKEN and splits(group):
+        return Action.PREFIX
+    return _host_or_keep(group, tokens)
+
+
+def _replay_action(group: TensorGroup, tokens: int, prefix: int) -> Action:
+    """The rerun makes rows [prefix, tokens) of token-wise tensors from input, mixers and random numbers."""
+    if group.role in RESIDENT_ROLES:
+        return Action.KEEP
+    if group.role in _RERUN_INPUTS:
+        if not group.saved and splits(group) and prefix:
+            return Action.TAIL
+        return _host_or_keep(group, tokens)
+    if group.role is Role.WHOLE:
+        # A rerun on a slice cannot make these; a rerun at full length can, unless they are its own input.
+        return Action.REBUILD if group.saved and not prefix else _host_or_keep(group, tokens)
+    if group.role is Role.FIXED or not group.saved or not prefix:
+        return Action.REBUILD
+    return Action.PREFIX if splits(group) else _host_or_keep(group, tokens)
+
+
+def copied_bytes(group: TensorGroup, action: Action, tokens: int, prefix: int, device_rows: int) -> int:
+    """Bytes of ``group`` that go to the host and come back."""
+    if action is Action.HOST:
+        return group.size.at(tokens)
+    if action is Action.PREFIX:
+        return row_bytes(group, prefix - device_rows)
+    if action is Action.TAIL:
+        return row_bytes(group, tokens - prefix)
+    return 0
+
+
+def kept_bytes(group: TensorGroup, action: Action, tokens: int, device_rows: int) -> int:
+    """Bytes of ``group`` that stay on the device until the block's backward."""
+    if group.role in RESIDENT_ROLES or not group.saved:
+        return 0
+    if action is Action.KEEP:
+        return group.size.at(tokens)
+    return row_bytes(group, device_rows) if action is Action.PREFIX else 0
+
+
+def plan_block(
+    block: BlockProfile,
+    executor: Executor,
+    tokens: int,
+    prefix: int = 0,
+    device_rows: int = 0,
+    *,
+    reason: str = "",
+) -> BlockPlan:
+    """The exact plan of one block.
+
+    Args:
+        block: its profile. executor: how it runs. tokens: length of one sequence.
+        prefix: rows that ``REPLAY`` stashes, the first ``device_rows`` of them on the device.
+        reason: why the executor is not the policy's.
+    """
+    if executor in (Executor.KEEP, Executor.NATIVE):
+        prefix, device_rows = tokens, 0
+    elif executor is Executor.RECOMPUTE:
+        prefix, device_rows = 0, 0
+    actions = block_actions(block, executor, tokens, prefix, device_rows)
+    pairs = tuple(zip(block.groups, actions, strict=True))
+    copied = [copied_bytes(group, action, tokens, prefix, device_rows) for group, action in pairs]
+    return BlockPlan(
+        name=block.name,
+        executor=executor,
+        tokens=tokens,
+        prefix=prefix,
+        actions=actions,
+        device_rows=device_rows,
+        bytes_to_host=sum(copied),
+        bytes_to_device=sum(copied),
+        bytes_kept=sum(kept_bytes(group, action, tokens, device_rows) for group, action in pairs),
+        host_bytes=sum(slot_bytes(size) for size in copied),
+        recomputed_flops=_recomputed_flops(block, executor, tokens, prefix),
+        reason=reason,
+    )
+
+
+def _recomputed_flops(block: BlockProfile, executor: Executor, tokens: int, prefix: int) -> int:
+    if executor is Executor.RECOMPUTE:
+        return block.recompute_flops.at(tokens)
+    if executor is Executor.REPLAY and prefix < tokens:
+        return block.rerun_flops.at(tokens - prefix)
+    return 0

@@ -1,0 +1,228 @@
+"""Simulating a step: what a plan holds on the device at every point, and how long the step takes.
+
+    forward  | block 0 | block 1 | ... | head, loss |     backward | ... | block 1 | block 0 |
+    holds      skel 0    skel 1          all kept                          full 1    full 0
+                         + kept 0        + last                            + kept    + kept 0
+                         + copies of 0     copies                          + landing of 0
+
+A block's *skeletal* bytes live while its forward runs, its *copies out* while the next one runs (on CUDA: the
+source of a copy stays alive until the copy is done; on CPU copies are synchronous), its *kept* bytes until
+its backward is over, and in backward all that it needs is there in *full*, beside the bytes that *land* for
+the nearest lower block that has copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
+from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Forecast, Link, Profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What one block, planned, holds and takes; bytes and seconds.
+
+    Attributes:
+        skeletal: saved while its forward runs. outgoing: sources of its copies to the host. kept: stashed on
+            the device. full: all that its backward needs, fetched and rebuilt. landing: buffers of its fetch.
+        copies: its backward fetches something.
+        to_host, to_device: seconds of its copies alone. again: seconds of its rerun.
+        forward_peak, backward_peak: transient bytes beyond all these.
+    """
+
+    skeletal: int
+    outgoing: int
+    kept: int
+    full: int
+    landing: int
+    copies: bool
+    forward: float
+    backward: float
+    again: float
+    to_host: float
+    to_device: float
+    forward_peak: int
+    backward_peak: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The highest points of a step.
+
+    ``stash_peak`` counts what the runtime holds; ``device_peak`` adds what blocks, head and loss need while
+    they run, and was reached in ``phase`` ("forward", "backward" or "head and loss") of block ``index``.
+    """
+
+    stash_peak: int
+    device_peak: int
+    index: int
+    phase: str
+
+
+def copy_seconds(size_bytes: float, rate: float) -> float:
+    """Seconds for ``size_bytes`` at ``rate`` bytes per second; a rate of 0 was not measured: no time."""
+    return size_bytes / rate if rate > 0 else 0.0
+
+
+def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
+    """What ``block`` holds and takes when it runs as ``plan`` says."""
+    tokens = plan.tokens
+    skeletal = outgoing = full = landing = 0
+    copies = False
+    for group, action in zip(block.groups, plan.actions, strict=True):
+        if group.role in RESIDENT_ROLES:
+            continue
+        size = group.size.at(tokens)
+        skeletal += size if group.saved else 0
+        if action in (Action.HOST, Action.PREFIX, Action.TAIL):
+            copies = True
+            fetched = row_bytes(group, tokens - plan.prefix) if action is Action.TAIL else size
+            full += fetched
+            landing += fetched
+            if action is not Action.PREFIX or plan.prefix > plan.device_rows:
+                outgoing += size
+        elif action is Action.REBUILD and group.saved:
+            full += size
+    return Footprint(
+        skeletal=skeletal,
+        outgoing=outgoing,
+        kept=plan.bytes_kept,
+        full=full,
+        landing=landing,
+        copies=copies,
+        forward=block.forward_seconds.exact(tokens),
+        backward=block.backward_seconds.exact(tokens),
+        again=_rerun_seconds(block, plan),
+        to_host=copy_seconds(plan.bytes_to_host, link.to_host),
+        to_device=copy_seconds(plan.bytes_to_device, link.to_device),
+        forward_peak=block.forward_peak.at(tokens),
+        backward_peak=block.backward_peak.at(tokens),
+    )
+
+
+def _rerun_seconds(block: BlockProfile, plan: BlockPlan) -> float:
+    if plan.executor is Executor.RECOMPUTE:
+        return block.forward_seconds.exact(plan.tokens)
+    if plan.executor is Executor.REPLAY and plan.prefix < plan.tokens:
+        return block.rerun_seconds.exact(plan.tokens - plan.prefix)
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """The part of a step that no choice changes: the model's states, the head and the loss.
+
+    Attributes:
+        asynchronous: copies run beside compute (CUDA).
+        base_bytes: on the device at every point: states, with gradients and optimizer in full; on CUDA also
+            what else was alive in the profiled step.
+        outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU).
+    """
+
+    asynchronous: bool
+    base_bytes: int
+    outside_peak: int
+    outside_seconds: float
+
+    @classmethod
+    def of(cls, profile: Profile, tokens: int) -> Surroundings:
+        """Those of ``profile`` where the last stack is given ``tokens``."""
+        states = profile.states
+        asynchronous = profile.device_type != "cpu"
+        if asynchronous:
+            base = (
+                profile.allocated_bytes
+                + max(0, states.gradients - states.gradients_present)
+                + max(0, states.optimizer - states.optimizer_present)
+                + profile.shared.at(tokens)
+                + profile.outside_forward.at(tokens)
+            )
+        else:
+            base = states.parameters + states.buffers + states.gradients + states.optimizer
+        return cls(
+            asynchronous=asynchronous,
+            base_bytes=base,
+            outside_peak=profile.outside_peak.at(tokens) if asynchronous else 0,
+            outside_seconds=profile.outside_seconds.exact(tokens),
+        )
+
+    def forecast(self, plans: Sequence[BlockPlan], footprints: Sequence[Footprint]) -> Forecast:
+        """The totals of one steady step."""
+        course = run_course(self, footprints)
+        return Forecast(
+            step_seconds=step_seconds(self, footprints),
+            peak_bytes=self.base_bytes + course.device_peak,
+            host_bytes=sum(plan.host_bytes for plan in plans),
+            bytes_to_host=sum(plan.bytes_to_host for plan in plans),
+            bytes_to_device=sum(plan.bytes_to_device for plan in plans),
+            bytes_kept=sum(plan.bytes_kept for plan in plans),
+            recomputed_flops=sum(plan.recomputed_flops for plan in plans),
+            stash_peak_bytes=course.stash_peak,
+        )
+
+
+def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
+    """Walk through one step of ``blocks`` in call order and find its highest points."""
+    points: list[tuple[int, int, int, str]] = []
+    transient = 1 if around.asynchronous else 0
+    kept = outgoing = 0
+    for index, block in enumerate(blocks):
+        stash = kept + outgoing + block.skeletal
+        points.append((stash, transient * block.forward_peak, index, "forward"))
+        outgoing = block.outgoing if around.asynchronous else 0
+        kept += block.kept
+    points.append((kept + outgoing, around.outside_peak, max(0, len(blocks) - 1), "head and loss"))
+    landing = 0
+    backward: list[tuple[int, int, int, str]] = []
+    kept = 0
+    for index, block in enumerate(blocks):
+        kept += block.kept
+        backward.append((kept + block.full + landing, transient * block.backward_peak, index, "backward"))
+        if block.copies:
+            landing = block.landing
+    points.extend(reversed(backward))
+    highest = max(points, key=lambda point: point[0] + point[1])
+    return Course(
+        stash_peak=max(point[0] for point in points),
+        device_peak=highest[0] + highest[1],
+        index=highest[2],
+        phase=highest[3],
+    )
+
+
+def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
+    """Compute, reruns, and the part of every copy that compute cannot hide."""
+    compute = sum(block.forward + block.backward + block.again for block in blocks)
+    if not around.asynchronous:
+        copies = sum(block.to_host + block.to_device for block in blocks)
+        return compute + copies + around.outside_seconds
+    exposed = 0.0
+    for block, cover in zip(blocks, to_host_cover(around, blocks), strict=True):
+        exposed += max(0.0, block.to_host - cover)
+    for index, block in enumerate(blocks):
+        cover = sum(blocks[above].backward + blocks[above].again for above in to_device_cover(blocks, index))
+        exposed += max(0.0, block.to_device - cover)
+    return compute + exposed + around.outside_seconds
+
+
+def to_host_cover(around: Surroundings, blocks: Sequence[Footprint]) -> list[float]:
+    """Seconds of compute behind which each block's copies to the host hide: the forward of the next block.
+
+    For the last block that is the forward of the head and loss, a third of their time.
+    """
+    return [block.forward for block in blocks[1:]] + [around.outside_seconds / 3]
+
+
+def to_device_cover(blocks: Sequence[Footprint], index: int) -> range:
+    """Blocks in whose backward the fetch of block ``index`` hides.
+
+    The fetch starts with the backward of the first block above for which this is the nearest lower block that
+    has
+    copies: kept blocks above a swapped one all help, and nothing hides the fetch of the last block.
+    """
+    above = index + 1
+    while above < len(blocks) and not blocks[above].copies:
+        above += 1
+    return range(index + 1, min(above + 1, len(blocks)))

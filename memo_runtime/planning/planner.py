@@ -1,0 +1,44 @@
+"""``make_plan``: from a profile and settings to a plan within both budgets, or an error that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memo_runtime.config import Settings
+from memo_runtime.planning.infeasible import infeasible
+from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.strategies import floor_choices, notes_on, strategy_for
+from memo_runtime.planning.treatment import refuse_fallbacks
+from memo_runtime.records import Plan, Profile
+
+
+def make_plan(profile: Profile, settings: Settings, *, tokens: Mapping[int, int] | None = None) -> Plan:
+    """Decide what happens to each byte of a training step. Pure: the same arguments give the same plan.
+
+    Args:
+        profile: what was measured. settings: policy and budgets.
+        tokens: length of a sequence by stack index; stacks that are not named keep their profiled length.
+
+    Raises:
+        PlanRequestError: knobs that do not go with this profile, or a policy that is not built.
+        BlockFallbackError: ``strict`` and a block cannot take the policy.
+        PlanInfeasibleError: the step does not fit in device memory. HostLimitError: nor in host memory.
+    """
+    sheet = Sheet(profile, lengths_of(profile, tokens))
+    budgets = Budgets.of(profile, settings)
+    strategy = strategy_for(settings, limited=budgets.device is not None)
+    decision = strategy.decide(sheet, budgets)
+    if decision is None:
+        raise infeasible(sheet, settings, budgets, strategy)
+    refuse_fallbacks(sheet, decision.choices, settings)
+    return Plan(
+        policy=settings.policy,
+        alpha=settings.alpha,
+        profile=profile,
+        limits=budgets.record(profile),
+        blocks=sheet.plans(decision.choices),
+        forecast=sheet.forecast(decision.choices),
+        floor_bytes=sheet.peak_bytes(floor_choices(sheet)),
+        notes=(*decision.notes, *notes_on(sheet, decision.choices)),
+    )

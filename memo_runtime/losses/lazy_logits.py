@@ -122,7 +122,11 @@ class HeadCall:
         """The hidden states of the chosen tokens, [..., D], with their graph."""
         hidden = self.hidden
         for operator, arguments in views:
-            hidden = operator(hidden, *_for_hidden(operator, arguments, hidden.shape[-1]))
+            if operator in _RESHAPES:
+                # The logits could be viewed so; the hidden states may be laid out otherwise.
+                hidden = hidden.reshape(*arguments[0][:-1], hidden.shape[-1])
+            else:
+                hidden = operator(hidden, *arguments)
         return hidden
 
     def logits(self, views: tuple[View, ...]) -> Tensor:
@@ -151,13 +155,6 @@ class HeadCall:
         return tuple(-1 if part.is_inference() else part._version for part in self._operands())
 
 
-def _for_hidden(operator: Callable[..., Tensor], arguments: tuple[Any, ...], width: int) -> tuple[Any, ...]:
-    """Arguments of a choice of tokens, for hidden states [..., D] in place of logits [..., V]."""
-    if operator in _RESHAPES:
-        return ([*arguments[0][:-1], width],)
-    return arguments
-
-
 class LazyLogits(Tensor):
     """Logits [..., V] of a ``HeadCall``; see the module's description. Make them with ``lazy_linear``."""
 
@@ -170,10 +167,12 @@ class LazyLogits(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def make(cls, call: HeadCall, shape: torch.Size, dtype: torch.dtype) -> LazyLogits:
-        """Lazy logits without history."""
+    def make(
+        cls, call: HeadCall, shape: torch.Size, dtype: torch.dtype, stride: tuple[int, ...] | None = None
+    ) -> LazyLogits:
+        """Lazy logits without history, contiguous unless strides are given."""
         made: LazyLogits = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=call.hidden.device, storage_size=0
+            cls, shape, strides=stride, dtype=dtype, device=call.hidden.device, storage_size=0
         )
         made._call, made._views, made._chain = call, (), Chain()
         made._real = made._base_logits = None
@@ -185,8 +184,8 @@ class LazyLogits(Tensor):
         return made
 
     def _choose(self, operator: Callable[..., Tensor], arguments: tuple[Any, ...]) -> LazyLogits:
-        shape = operator(torch.empty(self.shape, device="meta"), *arguments).shape
-        made = LazyLogits.make(self._call, shape, self.dtype)
+        view = operator(torch.empty_strided(self.shape, self.stride(), device="meta"), *arguments)
+        made = LazyLogits.make(self._call, view.shape, self.dtype, view.stride())
         made._views, made._chain = (*self._views, (operator, arguments)), self._chain
         made._base_logits = self
         return made

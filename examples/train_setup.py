@@ -1,0 +1,158 @@
+"""From options to everything a run needs, checked as far as possible before a model exists."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import checkout  # noqa: F401
+import torch
+from geometries import (
+    Geometry,
+    GeometryError,
+    attention_width,
+    find_geometry,
+    make_config,
+    matmul_parameters,
+    parameter_count,
+)
+from text_data import ByteEncoder, Corpus, FolderEncoder, StandardLibrary, TextFile, read_corpus
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from train_options import OptionError, Options, check_writable
+from train_progress import Workload
+
+import memo_runtime as memo
+from memo_runtime.errors import DeviceUnavailableError
+from memo_runtime.persist import load_plan
+from memo_runtime.reporting.mfu import model_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_BACKENDS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "math": [SDPBackend.MATH],
+}
+#: Kernels whose backward gives the same bits every time, when asked to.
+_REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything that both runs share."""
+
+    options: Options
+    geometry: Geometry
+    config: PreTrainedConfig
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    seq_len: int
+    learning_rate: float
+    plan: memo.Plan | None
+
+    def batch(self, index: int) -> torch.Tensor:
+        """Token ids of forward number ``index``, on the device."""
+        rows = self.options.batch_size
+        return self.corpus.batch(index, rows=rows, length=self.seq_len).to(self.device)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all steps together train on."""
+        return self.options.sequences * self.seq_len
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """The attention kernels to choose from."""
+        if self.options.sdpa_backend != "auto":
+            return sdpa_kernel(_BACKENDS[self.options.sdpa_backend])
+        if self.options.compare and self.device.type == "cuda":
+            return sdpa_kernel(_REPEATABLE)
+        return nullcontext()
+
+
+def prepare(options: Options) -> Setup:
+    """Checks everything that can be checked before a model exists."""
+    check_writable(options.json_out, "--json-out")
+    check_writable(options.save_plan, "--save-plan")
+    plan = load_plan(options.plan) if options.plan is not None else None
+    device = _device(options)
+    geometry = find_geometry(options.geometry)
+    seq_len = options.seq_len or geometry.seq_len
+    config = make_config(geometry, tokens=seq_len, layers=options.layers)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return Setup(
+        options=options,
+        geometry=geometry,
+        config=config,
+        corpus=_corpus(options, seq_len, vocabulary=config.get_text_config().vocab_size),
+        device=device,
+        dtype=getattr(torch, dtype),
+        seq_len=seq_len,
+        learning_rate=options.lr or geometry.learning_rate,
+        plan=plan,
+    )
+
+
+def _device(options: Options) -> torch.device:
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        why = "this PyTorch is built without it" if torch.version.cuda is None else "no device is found"
+        raise DeviceUnavailableError(f"--device cuda: there is no CUDA here ({why}); use --device cpu")
+    device = torch.device("cuda" if there and options.device != "cpu" else "cpu")
+    if device.type == "cpu" and options.sdpa_backend in ("cudnn", "efficient"):
+        raise OptionError(f"--sdpa-backend {options.sdpa_backend} needs CUDA; the CPU has flash and math")
+    return device
+
+
+def _corpus(options: Options, seq_len: int, *, vocabulary: int) -> Corpus:
+    encoder = ByteEncoder() if options.tokenizer is None else FolderEncoder(options.tokenizer)
+    if encoder.vocabulary > vocabulary:
+        what = f"the text has up to {encoder.vocabulary:,} different tokens"
+        raise GeometryError(
+            f"{what} and the geometry's vocabulary is {vocabulary:,}; choose another of the two"
+        )
+    source = StandardLibrary() if options.text is None else TextFile(options.text)
+    return read_corpus(source, encoder, needed=options.sequences * seq_len, length=seq_len)
+
+
+def make_workload(setup: Setup, model: PreTrainedModel) -> Workload:
+    """What one optimizer step is."""
+    config, options = setup.config.get_text_config(), setup.options
+    sequences = options.batch_size * options.accumulate
+    cuda = setup.device.type == "cuda"
+    return Workload(
+        tokens=sequences * setup.seq_len,
+        flops=model_flops(
+            parameters=matmul_parameters(model),
+            layers=config.num_hidden_layers,
+            attention_width=attention_width(config),
+            tokens=setup.seq_len,
+            sequences=sequences,
+        ),
+        passes=options.accumulate,
+        device_name=torch.cuda.get_device_name(setup.device) if cuda else "cpu",
+    )
+
+
+def describe_model(setup: Setup, model: PreTrainedModel, *, wrapped: bool) -> str:
+    """Model, device and batch in one line."""
+    options = setup.options
+    kind = str(setup.dtype).removeprefix("torch.")
+    blocks = setup.config.get_text_config().num_hidden_layers
+    size = f"{parameter_count(model) / 1e6:,.1f} M parameters"
+    tokens = f"{options.batch_size * options.accumulate} x {setup.seq_len:,} tokens a step"
+    name = setup.geometry.name if wrapped else f"{setup.geometry.name}, not wrapped"
+    return f"\nmodel: {name}, {blocks} blocks, {size}, {kind} on {setup.device}; {tokens}"
+
+
+def make_repeatable() -> None:
+    """Have CUDA operators give the same bits every time, as far as they can."""
+    # cuBLAS reads this when it starts. Operators without a repeatable kernel still run, with a warning.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Writing NaN into all new memory finds bugs, and costs time and nothing else here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,14 +1,104 @@
-"""Errors that say by how much a plan does not fit, and what would: everything suggested was planned first."""
+"""Errors that say by how much a plan does not fit, where, and what would: see ``suggest``.
+
+this step does not fit in 76.00 GiB on H100 (budget): it needs 83.20 GiB, short by 7.20 GiB
+  at         model.layers.31, backward
+  floor      83.20 GiB with every activation sent away or rebuilt: optimizer 48.20 GiB, parameters ...
+  would fit  98,304 tokens instead of 131,072 (device ..., host ...)
+             budget='83.20GiB' (device ..., host ...)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from memo_runtime.config import Settings
-from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.errors import HostLimitError, PlanInfeasibleError
+from memo_runtime.planning import suggest
 from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.policies import strategy_for
 from memo_runtime.planning.sheet import Sheet
-from memo_runtime.planning.strategies import Strategy
+from memo_runtime.planning.strategy import Choices
+from memo_runtime.planning.treatment import floor_choices
+from memo_runtime.units import format_bytes
 
 
-def infeasible(sheet: Sheet, settings: Settings, budgets: Budgets, strategy: Strategy) -> PlanInfeasibleError:
-    """The error for a request of which no stand-by fits."""
-    return PlanInfeasibleError("this step does not fit")
+def infeasible(sheet: Sheet, settings: Settings) -> PlanInfeasibleError:
+    """The error for a request of which no stand-by fits: about the device first, then about the host."""
+    budgets = Budgets.of(sheet.profile, settings)
+    strategy, _ = strategy_for(settings, budgets)
+    tried = list(strategy.stand_bys(sheet))
+    on_device = [choices for choices in tried if not budgets.over_device(sheet.peak_bytes(choices))]
+    if not on_device:
+        return _device_error(sheet, settings, budgets, tried)
+    return _host_error(
+        sheet, settings, budgets, tried, min(sheet.host_bytes(choices) for choices in on_device)
+    )
+
+
+def _device_error(
+    sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices]
+) -> PlanInfeasibleError:
+    choices = min(tried, key=sheet.peak_bytes)
+    needed = sheet.peak_bytes(choices)
+    course = sheet.course(choices)
+    name = sheet.blocks[course.index].name if sheet.blocks else "the model"
+    where = course.phase if course.phase == "head and loss" else f"{name}, {course.phase}"
+    device = sheet.profile.device_name or sheet.profile.device_type
+    allowed = f"{format_bytes(budgets.device or 0)} on {device} ({budgets.device_source})"
+    lines = [
+        f"this step does not fit in {allowed}: it needs {format_bytes(needed)}, "
+        f"short by {format_bytes(budgets.over_device(needed))}",
+        f"  at         {where}, policy '{settings.policy}'",
+        _floor_line(sheet),
+        *_suggestions(suggest.for_device(sheet, settings, tried), _no_length(sheet, budgets)),
+    ]
+    return PlanInfeasibleError("\n".join(lines))
+
+
+def _host_error(
+    sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices], needed: int
+) -> HostLimitError:
+    lines = [
+        f"this step needs {format_bytes(needed)} of host memory with policy '{settings.policy}' and "
+        f"{format_bytes(budgets.host)} are allowed ({budgets.host_source}): "
+        f"short by {format_bytes(budgets.over_host(needed))}",
+        *_suggestions(suggest.for_host(sheet, settings, tried), "nothing that was tried"),
+    ]
+    return HostLimitError("\n".join(lines))
+
+
+def _suggestions(found: Sequence[suggest.Suggestion], otherwise: str) -> list[str]:
+    texts = [str(suggestion) for suggestion in found] or [otherwise]
+    return [f"  {'would fit' if not number else '':9}  {text}" for number, text in enumerate(texts)]
+
+
+def _no_length(sheet: Sheet, budgets: Budgets) -> str:
+    base = format_bytes(sheet.around.base_bytes)
+    return f"no length: {base} are there before any activation; a smaller model or optimizer state would"
+
+
+def _floor_line(sheet: Sheet) -> str:
+    floor = floor_choices(sheet)
+    total = sheet.peak_bytes(floor)
+    parts = sorted(_floor_parts(sheet, total).items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+    return f"  floor      {format_bytes(total)} with every activation sent away or rebuilt: {listed}"
+
+
+def _floor_parts(sheet: Sheet, total: int) -> dict[str, int]:
+    """What the floor consists of; bytes that add up to ``total``."""
+    profile, states = sheet.profile, sheet.profile.states
+    parts = {
+        "parameters": states.parameters,
+        "buffers": states.buffers,
+        "gradients": states.gradients,
+        f"optimizer ({states.optimizer_name}{', assumed' if states.assumed else ''})": states.optimizer,
+    }
+    if sheet.around.asynchronous:
+        tokens = sheet.lengths[-1] if sheet.lengths else 0
+        parts["shared arguments"] = profile.shared.at(tokens)
+        parts["around the blocks"] = profile.outside_forward.at(tokens)
+        # What else was alive in the profiled process; what the profile calls present is part of it.
+        parts["other tensors"] = max(0, sheet.around.base_bytes - sum(parts.values()))
+    parts["activations and workspace there"] = max(0, total - sum(parts.values()))
+    return parts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memo_runtime.config import Settings
+from memo_runtime.planning.sheet import Choice, Sheet
 from memo_runtime.records import Limits, Profile
 
 
@@ -47,3 +49,10 @@ class Budgets:
     def over_host(self, host_bytes: int) -> int:
         """Bytes by which ``host_bytes`` exceed the host limit, 0 if they fit."""
         return max(0, host_bytes - self.host)
+
+
+def fits(sheet: Sheet, budgets: Budgets, choices: Sequence[Choice]) -> bool:
+    """``choices`` keep within both budgets, by exact bytes."""
+    return not (
+        budgets.over_host(sheet.host_bytes(choices)) or budgets.over_device(sheet.peak_bytes(choices))
+    )

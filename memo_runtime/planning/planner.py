@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from memo_runtime.config import Settings
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.notes import notes_on
+from memo_runtime.planning.policies import decide
 from memo_runtime.planning.sheet import Sheet, lengths_of
-from memo_runtime.planning.strategies import floor_choices, notes_on, strategy_for
-from memo_runtime.planning.treatment import refuse_fallbacks
+from memo_runtime.planning.treatment import floor_choices
 from memo_runtime.records import Plan, Profile
 
 
@@ -26,17 +27,14 @@ def make_plan(profile: Profile, settings: Settings, *, tokens: Mapping[int, int]
         PlanInfeasibleError: the step does not fit in device memory. HostLimitError: nor in host memory.
     """
     sheet = Sheet(profile, lengths_of(profile, tokens))
-    budgets = Budgets.of(profile, settings)
-    strategy = strategy_for(settings, limited=budgets.device is not None)
-    decision = strategy.decide(sheet, budgets)
+    decision = decide(sheet, settings)
     if decision is None:
-        raise infeasible(sheet, settings, budgets, strategy)
-    refuse_fallbacks(sheet, decision.choices, settings)
+        raise infeasible(sheet, settings)
     return Plan(
         policy=settings.policy,
         alpha=settings.alpha,
         profile=profile,
-        limits=budgets.record(profile),
+        limits=Budgets.of(profile, settings).record(profile),
         blocks=sheet.plans(decision.choices),
         forecast=sheet.forecast(decision.choices),
         floor_bytes=sheet.peak_bytes(floor_choices(sheet)),

@@ -56,6 +56,11 @@ def at_prefix(block: BlockProfile, prefix: int, tokens: int) -> Choice:
     return Choice(Executor.REPLAY if block.replayable else Executor.RECOMPUTE, reason=reason)
 
 
+def floor_choices(sheet: Sheet) -> tuple[Choice, ...]:
+    """Every activation sent away or rebuilt."""
+    return at_fraction(sheet, 0.0, frozenset())
+
+
 def refuse_fallbacks(sheet: Sheet, choices: tuple[Choice, ...], settings: Settings) -> None:
     """With ``strict``, raise where a block could not take the policy.
 

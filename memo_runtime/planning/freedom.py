@@ -1,0 +1,116 @@
+"""``replay`` and ``auto``: the strategies that let the linear program choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from memo_runtime.planning.limits import Budgets, fits
+from memo_runtime.planning.sheet import KEEP, Sheet
+from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
+from memo_runtime.planning.swap import solve_prefixes
+from memo_runtime.planning.treatment import at_fraction, kept_blocks
+
+#: Numbers of kept blocks that are tried first, evenly spaced, and in all; each costs a linear program.
+_FIRST_TRIES = 5
+_MOST_TRIES = 11
+
+
+@dataclass(frozen=True, slots=True)
+class FreeReplay(Strategy):
+    """``replay``: a prefix per block by the linear program; the last blocks of each stack are kept."""
+
+    keep_last: int | None
+    device_rows: bool
+
+    def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
+        """Nothing but inputs and mixers swapped; everything swapped."""
+        yield from _ends(sheet, kept_blocks(sheet, self.keep_last))
+
+    def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
+        """The program's answer, or the fastest stand-by."""
+        kept = kept_blocks(sheet, self.keep_last)
+        best = _solved(sheet, budgets, kept, device_rows=self.device_rows)
+        return None if best is None else Decision(best)
+
+
+@dataclass(frozen=True, slots=True)
+class Auto(Strategy):
+    """``auto``: everything kept if that fits; else the fastest number of kept blocks at the model's end."""
+
+    def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
+        """Everything kept; then every number of kept blocks, the rest at both ends."""
+        yield (KEEP,) * len(sheet.blocks)
+        for count in range(len(sheet.blocks)):
+            yield from _ends(sheet, _last(sheet, count))
+
+    def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
+        """The fastest plan over some numbers of kept blocks, by the program and the stand-bys of each."""
+        everything = (KEEP,) * len(sheet.blocks)
+        if fits(sheet, budgets, everything):
+            return Decision(everything, ("everything fits on the device, so nothing is moved",))
+        counts = [
+            count
+            for count in range(len(sheet.blocks))
+            if any(fits(sheet, budgets, choices) for choices in _ends(sheet, _last(sheet, count)))
+        ]
+        if not counts:
+            return None
+        tries = _Tries(sheet, budgets)
+        return Decision(tries.plan(lowest(counts, tries.seconds)))
+
+
+@dataclass(slots=True)
+class _Tries:
+    """The best plan for each number of kept blocks that was tried."""
+
+    sheet: Sheet
+    budgets: Budgets
+    _plans: dict[int, Choices] = field(default_factory=dict)
+
+    def plan(self, count: int) -> Choices:
+        """The best plan with ``count`` blocks kept, of which at least a stand-by fits."""
+        if count not in self._plans:
+            kept = _last(self.sheet, count)
+            best = _solved(self.sheet, self.budgets, kept, device_rows=True)
+            assert best is not None, "a stand-by with this many kept blocks fits"
+            self._plans[count] = best
+        return self._plans[count]
+
+    def seconds(self, count: int) -> float:
+        """Step time of that plan."""
+        return self.sheet.forecast(self.plan(count)).step_seconds
+
+
+def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
+    """The count of a sorted sequence with a low ``value``: evenly spaced tries, then halving around the best.
+
+    Exact for up to ``_FIRST_TRIES`` counts; beyond, as good as ``value`` is free of dips between the tries.
+    """
+    last = len(counts) - 1
+    tries = max(1, min(_FIRST_TRIES - 1, last))
+    tried = {at: value(counts[at]) for at in sorted({round(last * i / tries) for i in range(tries + 1)})}
+    while True:
+        best = min(tried, key=lambda at: (tried[at], at))
+        below = max((at for at in tried if at < best), default=best)
+        above = min((at for at in tried if at > best), default=best)
+        middles = {(below + best) // 2, (best + above + 1) // 2} - set(tried)
+        if not middles or len(tried) + len(middles) > _MOST_TRIES:
+            return counts[best]
+        tried.update({at: value(counts[at]) for at in sorted(middles)})
+
+
+def _solved(sheet: Sheet, budgets: Budgets, kept: frozenset[int], *, device_rows: bool) -> Choices | None:
+    ends = list(_ends(sheet, kept))
+    solved = solve_prefixes(sheet, budgets, ends[0], device_rows=device_rows)
+    return fastest(sheet, budgets, ends if solved is None else [solved, *ends])
+
+
+def _last(sheet: Sheet, count: int) -> frozenset[int]:
+    """The last ``count`` blocks of the model in call order."""
+    return frozenset(range(len(sheet.blocks) - count, len(sheet.blocks)))
+
+
+def _ends(sheet: Sheet, kept: frozenset[int]) -> Iterator[Choices]:
+    yield at_fraction(sheet, 0.0, kept)
+    yield at_fraction(sheet, 1.0, kept)

@@ -1,0 +1,40 @@
+"""What a plan says about its own assumptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memo_runtime.planning.sheet import Choice, Sheet
+from memo_runtime.records import Executor
+
+
+def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
+    """What the plan assumes about the model and the lengths."""
+    states = sheet.profile.states
+    if states.assumed:
+        yield f"optimizer state is assumed: {states.optimizer_name}, reserved in full from the first step on"
+    else:
+        yield f"optimizer state is that of {states.optimizer_name}, reserved in full from the first step on"
+    moved = [
+        (block, tokens)
+        for block, tokens, choice in zip(sheet.blocks, sheet.lengths, choices, strict=True)
+        if choice.executor is not Executor.NATIVE
+    ]
+    estimated = [block.name for block, _ in moved if any(group.estimated for group in block.groups)]
+    if estimated:
+        yield f"bytes of {_many(estimated)} depend on data and are estimates"
+    unmanaged = [
+        block.name
+        for block, choice in zip(sheet.blocks, choices, strict=True)
+        if choice.executor is Executor.NATIVE
+    ]
+    if unmanaged:
+        yield f"bytes of {_many(unmanaged)} are not managed and not counted"
+    timed = {block.timed_tokens for block, tokens in moved if 0 < block.timed_tokens < tokens}
+    if timed:
+        longest = max(sheet.lengths)
+        yield f"seconds at {longest:,} tokens are extrapolated from {min(timed):,}"
+
+
+def _many(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} blocks ({names[0]} and others)"

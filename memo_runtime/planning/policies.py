@@ -1,0 +1,59 @@
+"""From settings to a strategy, and from a strategy to a decision."""
+
+from __future__ import annotations
+
+from memo_runtime.config import FIXED_ALPHA, Policy, Settings
+from memo_runtime.planning.single_alpha import ClosedForm, FixedFraction, KeepAll
+from memo_runtime.planning.freedom import Auto, FreeReplay
+from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.sheet import PlanRequestError, Sheet
+from memo_runtime.planning.strategy import Decision, Strategy
+from memo_runtime.planning.treatment import kept_blocks, refuse_fallbacks
+
+_CPU_AUTO = (
+    "auto plans as memo here: device and host are the same memory on cpu, so there is nothing to trade; "
+    "give budget= to plan for a device of that size"
+)
+
+
+def decide(sheet: Sheet, settings: Settings) -> Decision | None:
+    """What ``settings`` ask for, within their budgets; None if that is infeasible.
+
+    Raises:
+        PlanRequestError: knobs that do not go with this profile, or a policy that is not built.
+        BlockFallbackError: ``strict`` and a block cannot take the policy.
+    """
+    if settings.keep_last is not None:
+        kept_blocks(sheet, settings.keep_last)
+    budgets = Budgets.of(sheet.profile, settings)
+    strategy, notes = strategy_for(settings, budgets)
+    decision = strategy.decide(sheet, budgets)
+    if decision is None:
+        return None
+    refuse_fallbacks(sheet, decision.choices, settings)
+    return Decision(decision.choices, (*notes, *decision.notes))
+
+
+def strategy_for(settings: Settings, budgets: Budgets) -> tuple[Strategy, tuple[str, ...]]:
+    """The strategy of ``settings``, and what a plan should say about that.
+
+    Raises:
+        PlanRequestError: a policy that is not built.
+    """
+    policy, keep_last = settings.policy, settings.keep_last
+    limited = budgets.device is not None
+    if policy is Policy.TILED:
+        built = ", ".join(p for p in Policy if p is not Policy.TILED)
+        raise PlanRequestError(f"policy='tiled' is not built yet; there are: {built}")
+    if policy is Policy.NONE:
+        return KeepAll(), ()
+    alpha = FIXED_ALPHA.get(policy, settings.alpha)
+    if alpha is not None:
+        return FixedFraction(alpha, keep_last), ()
+    if policy is Policy.MEMO:
+        return ClosedForm(keep_last), ()
+    if policy is Policy.AUTO and not limited:
+        return ClosedForm(keep_last), (_CPU_AUTO,)
+    if policy is Policy.AUTO and keep_last is None:
+        return Auto(), ()
+    return FreeReplay(keep_last, device_rows=limited), ()

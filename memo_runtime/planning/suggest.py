@@ -1,0 +1,146 @@
+"""What would fit instead: lengths, budgets and knobs, each planned before it is suggested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from memo_runtime.config import Policy, Settings
+from memo_runtime.errors import MemoError
+from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.policies import decide, strategy_for
+from memo_runtime.planning.rounding import granule
+from memo_runtime.planning.search import largest
+from memo_runtime.planning.sheet import Sheet
+from memo_runtime.planning.strategy import Choices, Decision
+from memo_runtime.units import format_bytes, parse_bytes
+
+#: Decimals of a suggested swap fraction.
+_ALPHA_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A change that makes the request feasible, in the user's words, with what it would take."""
+
+    text: str
+    peak_bytes: int
+    host_bytes: int
+
+    def __str__(self) -> str:
+        taken = f"device {format_bytes(self.peak_bytes)}, host {format_bytes(self.host_bytes)}"
+        return f"{self.text} ({taken})"
+
+
+def is_feasible(sheet: Sheet, settings: Settings) -> bool:
+    """Whether ``decide`` would find a plan, without looking for the best one."""
+    budgets = Budgets.of(sheet.profile, settings)
+    strategy, _ = strategy_for(settings, budgets)
+    return strategy.first_fitting(sheet, budgets) is not None
+
+
+def for_device(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
+    """What to do about a device budget that no plan of ``tried`` keeps."""
+    return [*_lengths(sheet, settings), *_budgets(sheet, settings, tried, "budget"), *_knobs(sheet, settings)]
+
+
+def for_host(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
+    """What to do about a host budget that no plan of ``tried`` keeps."""
+    return [
+        *_alphas(sheet, settings),
+        *_lengths(sheet, settings),
+        *_budgets(sheet, settings, tried, "host_budget"),
+        *_knobs(sheet, settings),
+    ]
+
+
+def scaled_lengths(sheet: Sheet, longest: int) -> tuple[int, ...]:
+    """The lengths of ``sheet`` in proportion, the longest of them ``longest``."""
+    asked = max(sheet.lengths)
+    return tuple(max(1, length * longest // asked) if length else 0 for length in sheet.lengths)
+
+
+def longest_that_fits(sheet: Sheet, settings: Settings) -> int:
+    """Tokens of the longest sequence below the asked one for which a plan exists, in whole granules; or 0."""
+    asked = max(sheet.lengths, default=0)
+    if asked < 2:
+        return 0
+    step = granule(asked)
+    return step * largest(
+        lambda count: is_feasible(sheet.at(scaled_lengths(sheet, count * step)), settings),
+        -(-asked // step),
+    )
+
+
+def size_at_least(size_bytes: int) -> str:
+    """A size in words of this library that is ``size_bytes`` or slightly more: ``"84.13GiB"``."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        scale = parse_bytes(f"1{unit}")
+        if size_bytes >= scale:
+            hundredths = -(-size_bytes * 100 // scale)
+            while parse_bytes(f"{hundredths / 100:.2f}{unit}") < size_bytes:
+                hundredths += 1
+            return f"{hundredths / 100:.2f}{unit}"
+    return str(size_bytes)
+
+
+def _planned(sheet: Sheet, settings: Settings) -> Decision | None:
+    try:
+        return decide(sheet, settings)
+    except MemoError:
+        # A suggestion that raises (strict, a knob that does not go with this model) is not made.
+        return None
+
+
+def _checked(sheet: Sheet, settings: Settings, text: str) -> Iterator[Suggestion]:
+    """The suggestion, if a whole plan for it exists."""
+    decision = _planned(sheet, settings)
+    if decision is not None:
+        yield Suggestion(text, sheet.peak_bytes(decision.choices), sheet.host_bytes(decision.choices))
+
+
+def _lengths(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+    longest = longest_that_fits(sheet, settings)
+    if longest:
+        shorter = sheet.at(scaled_lengths(sheet, longest))
+        yield from _checked(shorter, settings, f"{longest:,} tokens instead of {max(sheet.lengths):,}")
+
+
+def _budgets(sheet: Sheet, settings: Settings, tried: Sequence[Choices], knob: str) -> Iterator[Suggestion]:
+    """The smallest budget of one kind under which a plan keeps the other."""
+    budgets = Budgets.of(sheet.profile, settings)
+    if knob == "budget":
+        needs = [sheet.peak_bytes(c) for c in tried if not budgets.over_host(sheet.host_bytes(c))]
+    else:
+        needs = [sheet.host_bytes(c) for c in tried if not budgets.over_device(sheet.peak_bytes(c))]
+    if needs:
+        text = size_at_least(min(needs))
+        raised = (
+            replace(settings, budget=parse_bytes(text))
+            if knob == "budget"
+            else replace(settings, host_budget=parse_bytes(text))
+        )
+        yield from _checked(sheet, raised, f"{knob}='{text}'")
+
+
+def _alphas(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+    """The largest swap fraction below the asked one."""
+    asked = 1.0 if settings.policy is Policy.SWAP else settings.alpha
+    if asked is None:
+        return
+    policy = Policy.MEMO if settings.policy is Policy.SWAP else settings.policy
+
+    def at(steps: int) -> Settings:
+        return replace(settings, policy=policy, alpha=steps / _ALPHA_STEPS)
+
+    steps = largest(lambda steps: is_feasible(sheet, at(steps)), max(1, -int(-asked * _ALPHA_STEPS // 1)))
+    yield from _checked(sheet, at(steps), f"policy='{policy}', alpha={steps / _ALPHA_STEPS:g}")
+
+
+def _knobs(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+    """Other settings of the same request."""
+    if settings.policy is not Policy.NONE and settings.keep_last != 0:
+        yield from _checked(sheet, replace(settings, keep_last=0), "keep_last=0")
+    for policy in (Policy.RECOMPUTE, Policy.AUTO):
+        if settings.policy is not policy:
+            yield from _checked(sheet, replace(settings, policy=policy, alpha=None), f"policy='{policy}'")

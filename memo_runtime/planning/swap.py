@@ -1,0 +1,309 @@
+"""The linear program of the replay executor: which rows stay, which go to the host, which are rebuilt.
+
+Per block three shares of its tokens that add up to one: ``device`` (kept), ``host`` (swapped), and the rest,
+which is rebuilt. One rerun rebuilds all token-wise tensors of a block, so classes of tensors enter as byte
+counts only.
+
+    min   reruns + copies that compute cannot hide, each direction of the link on its own
+    s.t.  device memory at every point of the step (the walk of ``forecast.run_course``)
+          host memory in all
+
+What jumps as soon as a prefix is not empty (landing buffers, copies under way, tensors with two token
+dimensions) is constant in the program; blocks for which there is no room for that are taken out first, with
+an empty prefix. The result is rounded down to whole granules and verified by exact bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from memo_runtime.planning.forecast import Footprint, copy_seconds, to_device_cover, to_host_cover
+from memo_runtime.planning.limits import Budgets, fits
+from memo_runtime.planning.lines import Lines, lines_of
+from memo_runtime.planning.rounding import granule, round_prefix, whole_granules
+from memo_runtime.planning.search import largest
+from memo_runtime.planning.sheet import Choice, Sheet
+from memo_runtime.records import Executor
+
+_LOG = logging.getLogger("memo_runtime")
+
+#: Share of a budget that the program leaves free for the tolerance of its floating-point solver.
+_SOLVER_SLACK = 1e-6
+
+#: A hidden copy is not free: of two equally fast plans the one that copies less wins.
+_COPY_WEIGHT = 1e-4
+
+#: Rows by which the solver's answer may miss the whole number that was meant.
+_ROW_TOLERANCE = 1e-3
+
+#: Steps in which all prefixes are scaled down together if rounding broke a budget.
+_REPAIR_STEPS = 256
+
+
+def solve_prefixes(
+    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], *, device_rows: bool
+) -> tuple[Choice, ...] | None:
+    """The fastest prefixes for the blocks that ``base`` leaves at an empty one; None: no solution.
+
+    Args:
+        base: choices with an empty prefix wherever one may be chosen; all others are constants.
+        device_rows: rows may also stay on the device.
+    """
+    free = {
+        index
+        for index, choice in enumerate(base)
+        if choice == Choice(Executor.REPLAY) and _sliceable(sheet, index)
+    }
+    by_kind: dict[tuple[int, int], Lines] = {}
+    for index in sorted(free):
+        if sheet.kind(index) not in by_kind:
+            by_kind[sheet.kind(index)] = lines_of(sheet, index)
+    lines = {index: by_kind[sheet.kind(index)] for index in sorted(free)}
+    found: list[tuple[float, int, tuple[Choice, ...]]] = []
+    for chosen in _line_ups(lines):
+        open_blocks = _with_room(sheet, budgets, base, chosen)
+        rows = _Program(sheet, budgets, base, open_blocks, device_rows).solve() if open_blocks else None
+        choices = None if rows is None else _rounded(sheet, budgets, base, rows)
+        if choices is not None:
+            found.append((sheet.forecast(choices).step_seconds, len(found), choices))
+    return min(found)[2] if found else None
+
+
+def _sliceable(sheet: Sheet, index: int) -> bool:
+    tokens = sheet.lengths[index]
+    return sheet.blocks[index].sliceable and tokens > granule(tokens) + 1
+
+
+def _line_ups(lines: dict[int, Lines]) -> list[dict[int, Lines]]:
+    """All blocks; and, where some copy much more as soon as they have a prefix, all but those."""
+    calm = {index: line for index, line in lines.items() if not line.jump}
+    return [lines] if len(calm) == len(lines) or not calm else [lines, calm]
+
+
+def _with_room(
+    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines]
+) -> dict[int, Lines]:
+    """Those of ``lines`` for whose landing buffers and copies under way the device has room at any prefix."""
+    left = dict(lines)
+    if budgets.device is None:
+        return left
+    room = budgets.device - sheet.around.base_bytes
+    while True:
+        crowded = _crowding(sheet, base, left, room)
+        if not crowded:
+            return left
+        for index in crowded:
+            del left[index]
+
+
+def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], room: int) -> set[int]:
+    """Blocks whose copies alone break the device budget somewhere, with everything else at its least."""
+    transient = 1 if sheet.around.asynchronous else 0
+    feet = [_least(foot, lines.get(index)) for index, foot in enumerate(sheet.footprints(base))]
+    crowded: set[int] = set()
+    kept = outgoing = 0
+    for index, foot in enumerate(feet):
+        if kept + outgoing + foot.skeletal + transient * foot.forward_peak > room:
+            crowded.add(index - 1)
+        outgoing = foot.outgoing if sheet.around.asynchronous else 0
+        kept += foot.kept
+    if kept + outgoing + sheet.around.outside_peak > room:
+        crowded.add(len(feet) - 1)
+    kept = landing = 0
+    lower = -1
+    for index, foot in enumerate(feet):
+        kept += foot.kept
+        if kept + foot.full + landing + transient * foot.backward_peak > room:
+            crowded.add(lower)
+        if foot.copies:
+            landing, lower = foot.landing, index
+    return crowded & set(lines)
+
+
+def _least(foot: Footprint, line: Lines | None) -> Footprint:
+    """``foot`` with the least that its block holds at any prefix that is not empty."""
+    if line is None:
+        return foot
+    return replace(
+        foot, outgoing=line.outgoing, full=line.full, landing=line.landing, kept=line.kept, copies=True
+    )
+
+
+@dataclass(slots=True)
+class _Program:
+    """Variables and rows; bytes as shares of their budget, seconds as shares of the step's compute."""
+
+    sheet: Sheet
+    budgets: Budgets
+    base: Sequence[Choice]
+    lines: dict[int, Lines]
+    device_rows: bool
+    _problem: Any = field(init=False)
+    _possible: bool = field(init=False, default=True)
+    _device: dict[int, Any] = field(init=False, default_factory=dict)
+    _host: dict[int, Any] = field(init=False, default_factory=dict)
+
+    def solve(self) -> dict[int, tuple[float, float]] | None:
+        """(prefix rows, device rows) of every block with lines; None if no solution exists."""
+        import pulp
+
+        self._problem = pulp.LpProblem("swap", pulp.LpMinimize)
+        for index in self.lines:
+            most = 1 if self.device_rows else 0
+            self._device[index] = pulp.LpVariable(f"device_{index}", 0, most)
+            self._host[index] = pulp.LpVariable(f"host_{index}", 0, 1)
+            self._problem += self._prefix(index) <= 1
+        feet = [
+            _least(foot, self.lines.get(index)) for index, foot in enumerate(self.sheet.footprints(self.base))
+        ]
+        self._hold_host(feet)
+        if self.budgets.device is not None:
+            self._hold_device(feet, self.budgets.device)
+        if not self._possible:
+            return None
+        self._minimise(feet)
+        try:
+            status = self._problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
+        except pulp.PulpSolverError as error:
+            _LOG.warning("the linear program was not solved, a simpler plan is used: %s", error)
+            return None
+        if status != pulp.LpStatusOptimal:
+            return None
+        return {
+            index: (
+                (self._device[index].value() + self._host[index].value()) * line.tokens,
+                self._device[index].value() * line.tokens,
+            )
+            for index, line in self.lines.items()
+        }
+
+    def _prefix(self, index: int) -> Any:
+        return self._device[index] + self._host[index]
+
+    def _rebuilt_bytes(self, index: int) -> Any:
+        """Bytes that are copied for the rows that are rebuilt, with a granule for rounding."""
+        line = self.lines[index]
+        if not line.copied_per_rebuilt_row:
+            return 0
+        rows = line.tokens * (1 - self._prefix(index)) + line.step
+        return line.copied_per_rebuilt_row * rows
+
+    def _copied(self, index: int) -> Any:
+        line = self.lines[index]
+        host = line.copied_per_host_row * line.tokens * self._host[index]
+        return line.copied + host + self._rebuilt_bytes(index)
+
+    def _hold_host(self, feet: Sequence[Footprint]) -> None:
+        import pulp
+
+        fixed = sum(
+            self.sheet.one(index, self.base[index])[0].host_bytes
+            for index in range(len(feet))
+            if index not in self.lines
+        )
+        total = pulp.lpSum([self._copied(index) + line.host_slack for index, line in self.lines.items()])
+        limit = self.budgets.host * (1 - _SOLVER_SLACK)
+        self._problem += (total + fixed) * (1 / max(1.0, limit)) <= limit / max(1.0, limit)
+
+    def _hold_device(self, feet: Sequence[Footprint], limit: int) -> None:
+        """A row for every point of the step; the bytes kept up to a block are a variable of their own."""
+        import pulp
+
+        around = self.sheet.around
+        transient = 1 if around.asynchronous else 0
+        room = limit * (1 - _SOLVER_SLACK) - around.base_bytes
+        scale = 1 / max(1.0, float(limit))
+        kept: Any = 0
+        outgoing = 0
+        landing: Any = 0
+        for index, foot in enumerate(feet):
+            forward = outgoing + foot.skeletal + transient * foot.forward_peak
+            self._hold(kept + scale * (forward - room))
+            after = kept + scale * foot.kept
+            if index in self.lines:
+                line = self.lines[index]
+                rows = scale * line.copied_per_host_row * line.tokens
+                after = pulp.LpVariable(f"kept_{index}", 0)
+                self._problem += after == kept + scale * foot.kept + rows * self._device[index]
+            kept = after
+            fetched = self._rebuilt_bytes(index) if index in self.lines else 0
+            backward = foot.full + fetched + landing + transient * foot.backward_peak
+            self._hold(kept + scale * (backward - room))
+            if foot.copies:
+                landing = foot.landing + fetched
+            outgoing = foot.outgoing if around.asynchronous else 0
+        self._hold(kept + scale * (outgoing + around.outside_peak - room))
+
+    def _hold(self, excess: Any) -> None:
+        """``excess`` must not be positive."""
+        if isinstance(excess, (int, float)):
+            self._possible = self._possible and excess <= 0
+            return
+        self._problem += excess <= 0
+
+    def _minimise(self, feet: Sequence[Footprint]) -> None:
+        import pulp
+
+        around, link = self.sheet.around, self.sheet.profile.link
+        scale = 1 / max(1e-9, sum(foot.forward + foot.backward for foot in feet))
+        again = {
+            index: scale * line.rerun_per_row * line.tokens * (1 - self._prefix(index))
+            for index, line in self.lines.items()
+        }
+        out: list[Any] = [scale * foot.to_host for foot in feet]
+        back: list[Any] = [scale * foot.to_device for foot in feet]
+        for index in self.lines:
+            copied = self._copied(index)
+            out[index] = copied * (scale * copy_seconds(1, link.to_host))
+            back[index] = copied * (scale * copy_seconds(1, link.to_device))
+        costs = list(again.values())
+        copies = [out[index] + back[index] for index in self.lines]
+        if not around.asynchronous:
+            self._problem += pulp.lpSum(costs + copies)
+            return
+        covers = to_host_cover(around, feet)
+        for index, foot in enumerate(feet):
+            if not foot.copies:
+                continue
+            above = to_device_cover(feet, index)
+            cover = pulp.lpSum(
+                [again.get(j, scale * feet[j].again) + scale * feet[j].backward for j in above]
+            )
+            late_out = pulp.LpVariable(f"late_out_{index}", 0)
+            late_back = pulp.LpVariable(f"late_back_{index}", 0)
+            self._problem += late_out >= out[index] - scale * covers[index]
+            self._problem += late_back >= back[index] - cover
+            costs += [late_out, late_back]
+        self._problem += pulp.lpSum(costs + [_COPY_WEIGHT * copy for copy in copies])
+
+
+def _rounded(
+    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], rows: dict[int, tuple[float, float]]
+) -> tuple[Choice, ...] | None:
+    """``rows`` in whole granules, scaled down together where exact bytes break a budget all the same."""
+
+    def scaled(steps: int) -> tuple[Choice, ...]:
+        share = steps / _REPAIR_STEPS
+        return tuple(
+            _choice(sheet.lengths[index], *(share * row for row in rows[index])) if index in rows else choice
+            for index, choice in enumerate(base)
+        )
+
+    choices = scaled(_REPAIR_STEPS)
+    if fits(sheet, budgets, choices):
+        return choices
+    choices = scaled(largest(lambda steps: fits(sheet, budgets, scaled(steps)), _REPAIR_STEPS))
+    return choices if fits(sheet, budgets, choices) else None
+
+
+def _choice(tokens: int, prefix_rows: float, device_rows: float) -> Choice:
+    prefix = round_prefix(prefix_rows + _ROW_TOLERANCE, tokens)
+    device = (
+        tokens
+        if device_rows >= tokens - _ROW_TOLERANCE
+        else whole_granules(device_rows + _ROW_TOLERANCE, tokens)
+    )
+    return Choice(Executor.REPLAY, prefix, min(device, prefix))

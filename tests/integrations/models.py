@@ -23,7 +23,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, "vocab_size": VOCABULARY}
 _GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
 
 #: model type -> what its config adds: factors (Granite, Cohere), caps (Gemma), tied heads, experts.
@@ -58,8 +58,8 @@ def batch(*, rows: int = 3, tokens: int = 13, seed: int = 1) -> dict[str, Tensor
     mask = torch.ones_like(ids)
     mask[-1, -4:] = 0
     labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :5] = -100
-    labels[1, 6] = -100
+    labels[0, :2] = -100
+    labels[rows // 2, tokens // 2] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "on", "off")
 #: No -march=native: a wheel built on one machine has to run on another.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 LIBRARY = "memo_solver._search"
 
 

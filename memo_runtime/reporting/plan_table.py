@@ -13,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memo_runtime.records import BlockPlan, Executor, Plan
-from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_name, runs, table
+from memo_runtime.reporting.text_table import (
+    amount,
+    notes_text,
+    reasons_text,
+    run_name,
+    runs,
+    table,
+    tokens_text,
+)
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
 _HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "host memory", "recomputed")
@@ -23,14 +31,6 @@ def plan_table(plan: Plan) -> str:
     """``plan`` as a readable table, at most 110 columns wide."""
     notes = notes_text((*plan.notes, *plan.profile.notes))
     return "\n".join([_title(plan), "", *_blocks(plan), "", _forecast(plan), *notes])
-
-
-def tokens_text(lengths: set[int]) -> str:
-    """Lengths of the sequences: ``4,096 tokens``, or the range where stacks differ."""
-    if not lengths:
-        return "no blocks"
-    low, high = min(lengths), max(lengths)
-    return f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
 
 
 def _title(plan: Plan) -> str:

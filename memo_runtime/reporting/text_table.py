@@ -87,3 +87,11 @@ def run_name(names: Sequence[str]) -> str:
         if list(names) == [f"{head}{start + step}{tail}" for step in range(len(names))]:
             return f"{head}{start}-{start + len(names) - 1}{tail}"
     return f"{first} .. {last} ({len(names)})"
+
+
+def tokens_text(lengths: set[int]) -> str:
+    """Lengths of the sequences: ``4,096 tokens``, or the range where stacks differ."""
+    if not lengths:
+        return "no blocks"
+    low, high = min(lengths), max(lengths)
+    return f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens"

@@ -4,9 +4,10 @@ import pytest
 
 from memo_runtime.records import Executor, Forecast
 from memo_runtime.reporting.plan_table import plan_table
+from memo_runtime.reporting.profile_table import profile_table
 from memo_runtime.reporting.report_table import report_table
 from memo_runtime.reporting.text_table import run_name, runs, table
-from tests.reporting.samples import PLAN, REPORT, block_plan, block_report
+from tests.reporting.samples import PLAN, PROFILE, REPORT, block_plan, block_report
 
 REASON = (
     "saves a tensor whose size depends on data (aten.nonzero), so it cannot be cut along tokens and is run "
@@ -122,3 +123,12 @@ def test_runs_join_neighbours_only():
 
 def test_columns_without_content_are_left_out():
     assert table(("a", "b", "c"), [("x", "", "1")]) == "a  c\nx  1"
+
+
+def test_a_profile_prints_what_blocks_save():
+    text = profile_table(PROFILE)
+    assert text.startswith("profile: 3 x 4,096 tokens on cpu\n")
+    assert "model.layers.0-2  LlamaDecoderLayer" in text
+    assert "AdamW, assumed" in text
+    assert "5.5 GB/s  assumed" in text
+    assert widest(text) <= 110

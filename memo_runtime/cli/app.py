@@ -1,0 +1,96 @@
+"""``memo``: one verb per file, loaded when it runs, so that ``memo --help`` answers at once.
+
+Results go to stdout, talk to stderr. Errors that a user can do something about are one message without a
+traceback; anything else is a bug of ours and shows where it happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from memo_runtime import __version__
+from memo_runtime.cli.check import check
+from memo_runtime.cli.doctor import doctor
+from memo_runtime.cli.exits import exit_code
+from memo_runtime.cli.show import show
+from memo_runtime.errors import MemoError
+
+_HELP = """\
+Memory-managed long-context training for PyTorch: activations swapped and rebuilt by plan, exactly.
+
+\b
+Examples:
+  memo doctor                  what works on this machine, with a self-test
+  memo check --model llama     losses and gradients against the unwrapped model
+  memo show plan.json          a plan or profile as a table
+
+\b
+Exit codes:
+  0 ok   1 bug or failed check   2 usage   3 infeasible   4 not found in the time   5 plan does not match
+"""
+
+
+class _Commands(TyperGroup):
+    """Turns the runtime's own errors into a message and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except MemoError as error:
+            typer.echo(f"memo: {error}", err=True)
+            raise typer.Exit(exit_code(error)) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="memo",
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memo-runtime {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Say on stderr what the runtime does.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say errors only.")] = False,
+) -> None:
+    """Options that stand before the verb."""
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("memo_runtime").setLevel(level)
+
+
+app.command()(check)
+app.command()(doctor)
+app.command()(show)
+if find_spec("memo_runtime.cli.solve"):
+    app.command()(import_module("memo_runtime.cli.solve").solve)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs ``memo`` with ``arguments`` (the command line's, when not given) and exits."""
+    app(args=None if arguments is None else list(arguments), prog_name="memo")

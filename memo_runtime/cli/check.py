@@ -1,0 +1,112 @@
+"""``memo check``: losses and gradients of a wrapped model against the unwrapped one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memo_runtime.cli.exits import ExitCode
+
+if TYPE_CHECKING:
+    from memo_runtime.api import CheckResult
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def check(
+    *,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="llama, qwen3, gpt2 (tiny, random weights), or module:factory giving (model, batch)."
+        ),
+    ] = "llama",
+    policy: Annotated[str, typer.Option(help="auto, none, memo, swap, recompute or replay.")] = "auto",
+    alpha: Annotated[
+        float | None, typer.Option(help="Swap fraction for memo and replay: 0 recomputes, 1 swaps.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(_DTYPES) + ".")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seq_len: Annotated[
+        str, typer.Option(help="Tokens of a sequence, such as 256 or 4K (tiny models).")
+    ] = "192",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences (tiny models).")] = 2,
+    keep_last: Annotated[
+        int, typer.Option(min=0, help="Blocks at the end of the stack that keep their activations.")
+    ] = 0,
+    budget: Annotated[str | None, typer.Option(help="Device memory, such as 70GiB.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory, such as 200GiB.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batch.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare one training step, wrapped against unwrapped.
+
+    Exits with 0 where losses and gradients are within the bound, and with 1 where they are not.
+
+    \b
+    Examples:
+      memo check
+      memo check --model qwen3 --policy memo --alpha 0.37 --dtype float64
+      memo check --model mypackage.mymodel:make --policy swap --device cuda
+    """
+    _validate(policy, alpha, budget, host_memory)
+    import torch
+
+    from memo_runtime import api
+    from memo_runtime.cli.models import make_model
+    from memo_runtime.cli.placing import find_device, place
+
+    tokens = _tokens(seq_len)
+    if dtype not in _DTYPES:
+        raise typer.BadParameter(
+            f"'{dtype}' is unknown; there are {', '.join(_DTYPES)}", param_hint="--dtype"
+        )
+    target = find_device(device)
+    torch.manual_seed(seed)
+    made, batch = make_model(model, sequences=batch_size, tokens=tokens)
+    made, batch = place(made, batch, target, getattr(torch, dtype))
+    result = api.check(
+        made, batch, policy=policy, alpha=alpha, budget=budget, host_budget=host_memory, keep_last=keep_last
+    )
+    typer.echo(json.dumps(asdict(result)) if as_json else _text(result))
+    raise typer.Exit(ExitCode.OK if result.ok else ExitCode.BUG)
+
+
+def _validate(policy: str, alpha: float | None, budget: str | None, host_memory: str | None) -> None:
+    from memo_runtime.config import make_settings
+
+    try:
+        make_settings(policy=policy, alpha=alpha, budget=budget, host_budget=host_memory)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _tokens(text: str) -> int:
+    from memo_runtime.units import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--seq-len") from error
+
+
+def _text(result: CheckResult) -> str:
+    # In half precision rounding dominates: there the error is a ratio, to that of the unwrapped model.
+    ratio = result.bound >= 1
+    error = f"{result.gradient_error:.3f}" if ratio else f"{result.gradient_error:.3e}"
+    meaning = "times the unwrapped model's, against float64" if ratio else "relative L2 over all gradients"
+    bound = f"{result.bound:g}"
+    verdict = "bit for bit" if result.bit_identical else f"within {bound}"
+    lines = [
+        f"check: exact, {verdict}" if result.ok else f"check: NOT exact, the bound is {bound}",
+        "",
+        f"loss difference  {result.loss_difference:.3e}",
+        f"gradient error   {error}  ({meaning})",
+        f"worst parameter  {result.worst_error:.3e}  {result.worst_parameter}",
+        "",
+        str(result.report),
+    ]
+    return "\n".join(lines)

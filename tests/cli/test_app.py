@@ -1,0 +1,102 @@
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+from typer.testing import CliRunner
+
+from memo_runtime import __version__, errors
+from memo_runtime.cli.app import app
+from memo_runtime.cli.exits import ExitCode, exit_code
+from memo_runtime.persist import save
+from tests.house.sources import ROOT
+from tests.reporting.samples import PLAN, PROFILE
+
+VERBS = ["check", "doctor", "show"] + ["solve"] * bool(find_spec("memo_runtime.cli.solve"))
+
+
+def memo(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def python_m(*arguments):
+    command = [sys.executable, "-m", "memo_runtime", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_help_names_every_verb_that_is_built_and_no_other():
+    shown = memo("--help").stdout
+    assert all(f"\n  {verb}" in shown for verb in VERBS)
+    assert not any(f"\n  {verb} " in shown for verb in ("profile", "plan", "fit", "bench"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_examples(verb):
+    result = memo(verb, "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.stdout
+    assert f"memo {verb}" in result.stdout
+
+
+def test_the_version():
+    assert memo("--version").stdout == f"memo-runtime {__version__}\n"
+
+
+def test_python_m_is_the_same():
+    result = python_m("--version")
+    assert (result.returncode, result.stdout) == (0, f"memo-runtime {__version__}\n")
+
+
+def test_help_is_there_in_half_a_second():
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert python_m("--help").returncode == 0
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--nonsense",), ("nonsense",), ("show",), ("check", "--seed", "x")]
+)
+def test_usage_errors_exit_with_two(arguments):
+    assert memo(*arguments).exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.PlanInfeasibleError, 3),
+        (errors.HostLimitError, 3),
+        (errors.PlanMismatchError, 5),
+        (errors.ReplayMismatchError, 1),
+        (errors.PlanFileError, 2),
+        (errors.OutputError, 2),
+        (errors.DeviceUnavailableError, 2),
+        (errors.MemoError, 2),
+    ],
+)
+def test_errors_have_their_exit_codes(error, code):
+    assert exit_code(error("text")) == code
+
+
+def test_show_prints_the_table_of_either_file(tmp_path):
+    for value, start in ((PLAN, "plan: policy memo"), (PROFILE, "profile: 3 x 4,096 tokens")):
+        path = tmp_path / "file.json"
+        save(value, path)
+        result = memo("show", str(path))
+        assert result.exit_code == 0
+        assert result.stdout.startswith(start)
+
+
+def test_a_file_that_is_none_is_one_message_without_a_traceback(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"memo_runtime": "plan", "schema_version": 0}')
+    result = python_m("show", str(path))
+    assert result.returncode == ExitCode.USAGE
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        f"memo: {path}: field 'schema_version' is 0, and this release reads 1; "
+        "make the file again with the installed release"
+    ]

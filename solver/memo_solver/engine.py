@@ -1,0 +1,269 @@
+"""`solve`: bounds, then heuristics, then exact search, then the validator.
+
+The question is either "how low can the peak be?" (no capacity) or "does it fit?"
+(capacity). Sections are independent, and only the worst one matters: each is
+searched down to the target, which is the capacity or the highest lower bound of
+all sections, whichever applies; no section is ever pushed below that.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from memo_solver import cpsat, heuristics, native
+from memo_solver.errors import MissingSolverError
+from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes
+from memo_solver.outcome import Outcome
+from memo_solver.params import Progress, ProgressListener, SolveParams, Switch
+from memo_solver.race import race
+from memo_solver.records import Placement, Problem, Proof, Solution, Stage, Status
+from memo_solver.section_state import SectionState
+from memo_solver.sections import Section, split
+from memo_solver.validator import validate
+
+MAX_ROUNDS = 12
+"""Rounds of exact search; the last ones are days long, so the deadline always comes first."""
+
+
+def solve(
+    problem: Problem,
+    params: SolveParams | None = None,
+    *,
+    progress: ProgressListener | None = None,
+    hint: Placement | None = None,
+) -> Solution:
+    """Place every request; the answer says how good it is (see `Solution`).
+
+    With a capacity, OPTIMAL means that it fits. Ctrl-C and the time limit return
+    the best placement so far. `hint` is a placement to start from and to beat.
+    """
+    return _Solve(problem, params or SolveParams(), progress, hint).run()
+
+
+@dataclass(slots=True)
+class _Clock:
+    start: float
+    last: float
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+class _Solve:
+    """One solve, stage by stage."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        params: SolveParams,
+        progress: ProgressListener | None,
+        hint: Placement | None,
+    ) -> None:
+        if params.cpsat is Switch.ON and not cpsat.available():
+            raise MissingSolverError("CP-SAT was asked for and OR-Tools is missing: pip install ortools")
+        if params.native is Switch.ON and not native.native_status().available:
+            raise MissingSolverError(f"compiled search was asked for: {native.native_status().reason}")
+        now = time.monotonic()
+        self.problem = problem
+        self.params = params
+        self.progress = progress
+        self.hint = hint
+        self.clock = _Clock(start=now, last=now)
+        self.deadline = now + params.time_limit_seconds
+        self.states: list[SectionState] = []
+        self.stages: list[Stage] = []
+        self.interrupted = False
+
+    def run(self) -> Solution:
+        """All stages; each may end the solve early."""
+        try:
+            self.states = [self._state(section) for section in split(self.problem)]
+            self._close_stage("reductions and bounds", f"{len(self.states)} sections")
+            if not self._too_small():
+                if self.hint is not None:
+                    self._take_hint(self.hint)
+                self._run_heuristics()
+                self._run_exact()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._close_stage("interrupted", "")
+        return self._solution()
+
+    def _state(self, section: Section) -> SectionState:
+        use_native = self.params.native is not Switch.OFF and native.usable_for(section)
+        return SectionState(section, use_native=use_native)
+
+    # What is known
+
+    @property
+    def bound(self) -> int:
+        return max((state.lower_bound for state in self.states), default=0)
+
+    @property
+    def target(self) -> int:
+        """Height (bytes) below which nothing is gained."""
+        return self.bound if self.problem.capacity is None else self.problem.capacity
+
+    @property
+    def peak(self) -> int | None:
+        peaks = [state.peak for state in self.states]
+        return None if None in peaks else max((p for p in peaks if p is not None), default=0)
+
+    def _too_small(self) -> bool:
+        return self.problem.capacity is not None and self.bound > self.problem.capacity
+
+    def _above_target(self) -> list[SectionState]:
+        """Sections still above the target, the smallest first: they answer soonest."""
+        target = self.target
+        above = [s for s in self.states if s.peak is None or s.peak > target]
+        return sorted(above, key=lambda s: (s.section.num_requests, s.section.index))
+
+    def _tell(self, stage: str) -> None:
+        if self.progress is not None:
+            seconds = time.monotonic() - self.clock.start
+            self.progress(Progress(stage=stage, peak=self.peak, lower_bound=self.bound, seconds=seconds))
+
+    def _close_stage(self, name: str, note: str) -> None:
+        self.stages.append(Stage(name=name, seconds=self.clock.lap(), peak=self.peak, note=note))
+        self._tell(name)
+
+    # Stages
+
+    def _take_hint(self, hint: Placement) -> None:
+        offsets = hint.by_id()
+        validate(self.problem, [offsets[r.id] for r in self.problem.requests], capacity=2**64)
+        for state in self.states:
+            section = state.section
+            placed = [offsets[self.problem.requests[i].id] for i in section.index]
+            if all(offset % section.unit == 0 for offset in placed):
+                state.offer(tuple(offset // section.unit for offset in placed))
+
+    def _run_heuristics(self) -> None:
+        for state in self._above_target():
+            heuristics.improve(
+                state,
+                target=self.target // state.section.unit,
+                params=self.params,
+                deadline=self.deadline,
+                on_gain=lambda: self._tell("heuristics"),
+            )
+        self._close_stage("heuristics", "first fit with repair of the order")
+
+    def _run_exact(self) -> None:
+        used: set[str] = set()
+        for round_index in range(MAX_ROUNDS):
+            open_states = self._above_target()
+            if not open_states or self._too_small() or time.monotonic() >= self.deadline:
+                break
+            exact = [s for s in open_states if s.section.num_requests <= MAX_EXACT_REQUESTS]
+            if not exact:
+                break
+            for state in exact:
+                self._search_down(state, round_index, used)
+        if used:
+            self._close_stage("exact search", ", ".join(sorted(used)))
+        if self._above_target() and not self._too_small() and self.problem.requests:
+            self._polish()
+
+    def _search_down(self, state: SectionState, round_index: int, used: set[str]) -> None:
+        """Ask for the target, then (when it is not decided) for heights half-way to the incumbent."""
+        while state.peak is None or state.peak > self.target:
+            height = self.target // state.section.unit
+            if self._ask(state, height, round_index, used) is not None:
+                if self._too_small():
+                    return
+                continue
+            if self.problem.capacity is not None:
+                return
+            while state.peak_units is not None and state.peak_units - 1 > height:
+                height = (height + state.peak_units) // 2
+                answer = self._ask(state, height, round_index, used)
+                if answer is None or answer is Outcome.INFEASIBLE:
+                    break
+            return
+
+    def _ask(
+        self, state: SectionState, height: int, round_index: int, used: set[str]
+    ) -> Outcome | None:
+        """Race for one height; None when undecided. Updates the incumbent or the bound."""
+        if time.monotonic() >= self.deadline:
+            return None
+        capacity = state.floor_height(height)
+        if capacity < state.bound:
+            state.exclude(height)
+            return Outcome.INFEASIBLE
+        question = Question(
+            section=state.section, capacity=capacity, round_index=round_index, deadline=self.deadline
+        )
+        verdict = race(build_lanes(question, self.params, state.compiled))
+        if verdict is None:
+            return None
+        used.add(verdict.name)
+        if verdict.result.outcome is Outcome.INFEASIBLE:
+            state.exclude(height)
+        elif verdict.result.offsets is not None:
+            state.offer(verdict.result.offsets)
+        self._tell("exact search")
+        return verdict.result.outcome
+
+    def _polish(self) -> None:
+        """Spend what time is left on more repair of the sections above the target."""
+        for state in self._above_target():
+            heuristics.improve(
+                state,
+                target=self.target // state.section.unit,
+                params=self.params,
+                deadline=self.deadline,
+                on_gain=lambda: self._tell("repair"),
+                effort=heuristics.Effort.LONG,
+            )
+        self._close_stage("repair", "longer repair of the order")
+
+    # The answer
+
+    def _solution(self) -> Solution:
+        placement = self._placement()
+        bound = self.bound
+        proof = self._proof(bound)
+        capacity = self.problem.capacity
+        if capacity is not None and bound > capacity:
+            status, placement = Status.INFEASIBLE, None
+        elif placement is None:
+            status = Status.UNKNOWN
+        elif capacity is not None:
+            fits = placement.peak <= capacity
+            status = Status.OPTIMAL if fits else Status.UNKNOWN
+            placement = placement if fits else None
+        else:
+            status = Status.OPTIMAL if placement.peak <= bound else Status.FEASIBLE
+        return Solution(
+            status=status,
+            placement=placement,
+            lower_bound=bound,
+            proof=proof,
+            stages=tuple(self.stages),
+            interrupted=self.interrupted,
+        )
+
+    def _placement(self) -> Placement | None:
+        offsets = [0] * len(self.problem.requests)
+        for state in self.states:
+            if state.offsets is None:
+                return None
+            for i, offset in zip(state.section.index, state.offsets, strict=True):
+                offsets[i] = offset * state.section.unit
+        if self.interrupted and not self.states and self.problem.requests:
+            return None  # interrupted before the sections were known
+        free = Problem(requests=self.problem.requests)
+        validate(free, offsets)
+        self._close_stage("validation", "")
+        return Placement(problem=self.problem, offsets=tuple(offsets))
+
+    def _proof(self, bound: int) -> Proof | None:
+        for state in self.states:
+            if state.lower_bound == bound:
+                return state.proof(self.problem)
+        return None

@@ -1,0 +1,128 @@
+"""The portfolio of heuristics of one section: several orders, each with repair.
+
+Effort is counted in passes, so that a seed always gives the same placement;
+only the deadline can cut it short. The orders after the first run beside each
+other in threads, as compiled passes release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memo_solver import first_fit, native
+from memo_solver.orders import heuristic_orders
+from memo_solver.outcome import Outcome, SearchResult, StopFlag
+from memo_solver.params import SolveParams
+from memo_solver.race import Task, race
+from memo_solver.section_state import SectionState
+from memo_solver.sections import Section
+
+
+class Effort(enum.Enum):
+    """Placements of single requests that an order may cost."""
+
+    SHORT = 30_000
+    LONG = 2_000_000_000
+
+
+MIN_PASSES = 6
+MAX_PASSES = 1_000_000
+PYTHON_SLOWDOWN = 50
+"""The Python twin gets this much less work."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Repair:
+    """One order with its repair, as a search of the race: undecided unless it reaches the target."""
+
+    section: Section
+    compiled: native.NativeSection | None
+    order: list[int]
+    target: int
+    max_passes: int
+    seed: int
+    deadline: float
+    results: list[SearchResult]
+
+    def __call__(self, stop: StopFlag) -> SearchResult:
+        seconds = max(self.deadline - time.monotonic(), 0.0)
+        if self.compiled is not None:
+            result = self.compiled.squeaky_wheel(
+                self.order, target=self.target, max_passes=self.max_passes, seed=self.seed,
+                stop=stop, seconds=seconds,
+            )  # fmt: skip
+        else:
+            result = first_fit.squeaky_wheel(
+                self.section, self.order, target=self.target, max_passes=self.max_passes,
+                seed=self.seed, stop=stop, seconds=seconds,
+            )  # fmt: skip
+        self.results.append(result)
+        if result.offsets is None or peak_of(self.section, result.offsets) > self.target:
+            return SearchResult(outcome=Outcome.LIMIT, effort=result.effort)
+        return result
+
+
+def peak_of(section: Section, offsets: tuple[int, ...]) -> int:
+    """Highest end of a placement, in units."""
+    return max(offset + size for offset, size in zip(offsets, section.size, strict=True))
+
+
+def improve(
+    state: SectionState,
+    *,
+    target: int,
+    params: SolveParams,
+    deadline: float,
+    on_gain: Callable[[], None],
+    effort: Effort = Effort.SHORT,
+) -> None:
+    """Offer the state the best placement of the portfolio; stop early at the target."""
+    section = state.section
+    work = effort.value if state.compiled is not None else effort.value // PYTHON_SLOWDOWN
+    passes = min(max(work // section.num_requests, MIN_PASSES), MAX_PASSES)
+    names = list(heuristic_orders(section).items())
+    if effort is Effort.LONG:
+        names = names[: max(1, params.threads)]
+    if state.peak_units is None:
+        # A placement must exist even when the time is over at once: one pass, no deadline.
+        _run(state, [names[:1]], target, 1, params.seed, float("inf"), on_gain)
+    if state.peak_units is not None and state.peak_units <= target:
+        return
+    threads = max(1, params.threads) if state.compiled is not None else 1
+    groups = [names[k::threads] for k in range(threads)]
+    seed = params.seed * 7919 + effort.value
+    _run(state, groups, target, passes, seed, deadline, on_gain)
+
+
+def _run(
+    state: SectionState,
+    groups: list[list[tuple[str, list[int]]]],
+    target: int,
+    passes: int,
+    seed: int,
+    deadline: float,
+    on_gain: Callable[[], None],
+) -> None:
+    results: list[list[SearchResult]] = [[] for _ in groups]
+    lanes = []
+    for lane, group in enumerate(groups):
+        tasks = []
+        for number, (name, order) in enumerate(group):
+            repair = _Repair(
+                state.section, state.compiled, order, target, passes,
+                seed + 101 * lane + number, deadline, results[lane],
+            )  # fmt: skip
+            tasks.append(Task(name=name, run=repair))
+        lanes.append(tasks)
+    try:
+        verdict = race(lanes)
+        if verdict is not None and verdict.result.offsets is not None:
+            results = [[verdict.result]]
+    finally:
+        # Also after Ctrl-C: what was found so far counts.
+        for result in (r for lane_results in results for r in lane_results):
+            if result.offsets is not None and state.offer(result.offsets):
+                on_gain()

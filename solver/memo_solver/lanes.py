@@ -1,0 +1,144 @@
+"""The lanes of the race for one question: does this section fit in this height?
+
+Round 0 is short and native only. Later rounds give every lane about the same
+share of time (measured in nodes and deterministic time) and grow threefold, so
+that at most half as much again is lost to restarting.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from memo_solver import cpsat, native, orders, python_search
+from memo_solver.outcome import SearchResult, StopFlag
+from memo_solver.params import SolveParams, Switch
+from memo_solver.race import Task
+from memo_solver.sections import Section
+
+MAX_EXACT_REQUESTS = 2500
+"""Sections above this are left to the heuristics: no exact search comes near them."""
+ROUND_SECONDS = 1.5
+"""Aim for one lane in round 1, on a core of 2024; only the ratio between lanes matters."""
+ROUND_GROWTH = 3.0
+VALLEY_NODES = 400_000
+CANONICAL_NODES = 12_000
+PYTHON_NODES = 3_000
+"""Nodes a second, roughly, times the share of a lane that each search gets."""
+CPSAT_DETERMINISTIC = 1.0
+"""CP-SAT's deterministic seconds per second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One section, one height (in units), and the time left."""
+
+    section: Section
+    capacity: int
+    round_index: int
+    deadline: float
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline, never negative."""
+        return max(self.deadline - time.monotonic(), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Canonical:
+    question: Question
+    order: list[int]
+    max_nodes: int
+    compiled: native.NativeSection | None
+
+    def __call__(self, stop: StopFlag) -> SearchResult:
+        question = self.question
+        if self.compiled is not None:
+            return self.compiled.canonical_search(
+                self.order, capacity=question.capacity, max_nodes=self.max_nodes, stop=stop,
+                seconds=question.seconds_left,
+            )  # fmt: skip
+        return python_search.canonical_search(
+            question.section, self.order, capacity=question.capacity, max_nodes=self.max_nodes,
+            stop=stop, seconds=question.seconds_left,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Valley:
+    question: Question
+    seed: int
+    max_nodes: int
+    compiled: native.NativeSection
+
+    def __call__(self, stop: StopFlag) -> SearchResult:
+        question = self.question
+        return self.compiled.valley_search(
+            capacity=question.capacity, seed=self.seed, max_nodes=self.max_nodes, stop=stop,
+            seconds=question.seconds_left,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _CpSat:
+    question: Question
+    limits: cpsat.CpSatLimits
+
+    def __call__(self, stop: StopFlag) -> SearchResult:
+        return cpsat.search(
+            self.question.section, capacity=self.question.capacity, limits=self.limits, stop=stop
+        )
+
+
+def build_lanes(
+    question: Question, params: SolveParams, compiled: native.NativeSection | None
+) -> list[list[Task]]:
+    """Lanes of a round, the preferred first; one lane per thread at most."""
+    if question.section.num_requests > MAX_EXACT_REQUESTS:
+        return []
+    if question.round_index == 0:
+        return [_own_searches(question, params, compiled, seconds=0.1)]
+    seconds = ROUND_SECONDS * ROUND_GROWTH ** (question.round_index - 1)
+    own = _own_searches(question, params, compiled, seconds=seconds)
+    exact = _cpsat_lanes(question, params, seconds=seconds)
+    lanes = [own, *exact]
+    if params.threads >= 3 and compiled is not None:
+        lanes = [own[:1], own[1:], *exact]
+    if params.threads < len(lanes):
+        kept = lanes[: params.threads - 1] if params.threads > 1 else []
+        merged = [task for lane in lanes[len(kept) : max(params.threads, 2)] for task in lane]
+        return [*kept, merged]
+    return lanes
+
+
+def _own_searches(
+    question: Question, params: SolveParams, compiled: native.NativeSection | None, *, seconds: float
+) -> list[Task]:
+    tasks = []
+    section = question.section
+    if compiled is not None and all(alignment == 1 for alignment in section.alignment):
+        seed = params.seed * 1000 + question.round_index
+        valley = _Valley(question, seed, int(VALLEY_NODES * seconds), compiled)
+        tasks.append(Task(name="valley search", run=valley))
+    nodes = CANONICAL_NODES if compiled is not None else PYTHON_NODES // 5
+    for number, order in enumerate(orders.exact_orders(section)):
+        canonical = _Canonical(question, order, int(nodes * seconds), compiled)
+        tasks.append(Task(name=f"canonical search {number}", run=canonical))
+    return tasks
+
+
+def _cpsat_lanes(question: Question, params: SolveParams, *, seconds: float) -> list[list[Task]]:
+    if params.cpsat is Switch.OFF or (params.cpsat is Switch.AUTO and not cpsat.available()):
+        return []
+    if not question.section.fits_native:
+        return []  # CP-SAT's own arithmetic is 64-bit too
+    lanes = []
+    for number in range(max(1, params.threads - 2)):
+        limits = cpsat.CpSatLimits(
+            seconds=question.seconds_left,
+            deterministic_time=CPSAT_DETERMINISTIC * seconds,
+            seed=params.seed + number + 100 * question.round_index,
+            interleaved=number % 2 == 0,
+        )
+        lanes.append([Task(name=f"CP-SAT {number}", run=_CpSat(question, limits))])
+    return lanes

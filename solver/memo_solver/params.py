@@ -1,0 +1,63 @@
+"""What a caller may set about a solve, and what a solve tells while it runs."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memo_solver.errors import InputError
+
+
+class Switch(enum.Enum):
+    """Whether to use an optional part."""
+
+    AUTO = "auto"
+    """Use it when it is there."""
+    ON = "on"
+    """Use it, and fail when it is not there."""
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveParams:
+    """Limits and switches of one solve; the defaults suit an interactive user."""
+
+    time_limit_seconds: float = 30.0
+    """Hard limit of wall time; the best placement so far is returned when it passes."""
+    seed: int = 0
+    """Same seed, same problem, no limit hit: same placement."""
+    num_threads: int | None = None
+    """Searches that run beside each other; None = the cores this process may use."""
+    native: Switch = Switch.AUTO
+    """The compiled search."""
+    cpsat: Switch = Switch.AUTO
+    """OR-Tools CP-SAT in the race."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits that mean nothing."""
+        if not self.time_limit_seconds > 0:
+            raise InputError(f"time_limit_seconds must be above 0, got {self.time_limit_seconds}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InputError(f"num_threads must be at least 1, got {self.num_threads}")
+
+    @property
+    def threads(self) -> int:
+        """Number of threads to use."""
+        return self.num_threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """State of a running solve: incumbent and bound in bytes, elapsed seconds."""
+
+    stage: str
+    peak: int | None
+    lower_bound: int
+    seconds: float
+
+
+ProgressListener = Callable[[Progress], None]

@@ -1,0 +1,106 @@
+"""Writes placements; a half-written file never replaces a good one.
+
+The text goes to a temporary file in the same folder, is flushed to the disk,
+and takes the name in one step (`os.replace`), which is atomic on POSIX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from memo_solver.errors import InputError
+from memo_solver.records import Placement, Problem
+
+
+def format_csv(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
+    """Text of the CSV file: alignment only when one is not 1, offset when given."""
+    with_alignment = any(r.alignment != 1 for r in problem.requests)
+    header = ["id", "lower", "upper", "size"]
+    header += ["alignment"] if with_alignment else []
+    header += ["offset"] if offsets is not None else []
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    for i, r in enumerate(problem.requests):
+        row: list[str | int] = [r.id, r.lower, r.upper, r.size]
+        if with_alignment:
+            row.append(r.alignment)
+        if offsets is not None:
+            row.append(offsets[i])
+        writer.writerow(row)
+    return buffer.getvalue()
+
+
+def format_json(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
+    """Text of the JSON file, one request a line."""
+    lines = []
+    for i, r in enumerate(problem.requests):
+        row: dict[str, str | int] = {
+            "id": r.id, "lower": r.lower, "upper": r.upper, "size": r.size,
+            "alignment": r.alignment,
+        }  # fmt: skip
+        if offsets is not None:
+            row["offset"] = offsets[i]
+        lines.append("  " + json.dumps(row))
+    capacity = json.dumps(problem.capacity)
+    return f'{{"capacity": {capacity}, "requests": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def write_problem(problem: Problem, path: str | Path) -> None:
+    """Write a problem without offsets; .json is JSON, anything else CSV."""
+    json_wanted = str(path).lower().endswith(".json")
+    write_atomically(path, format_json(problem) if json_wanted else format_csv(problem))
+
+
+def write_placement(placement: Placement, path: str | Path) -> None:
+    """Write a placement; .json is JSON, anything else CSV."""
+    json_wanted = str(path).lower().endswith(".json")
+    form = format_json if json_wanted else format_csv
+    write_atomically(path, form(placement.problem, placement.offsets))
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise before the work begins when a file cannot be made beside `path`."""
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"{target}: cannot be written: it is a folder")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: cannot be written: there is no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{target}: cannot be written: no permission in {target.parent}")
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Give `path` the text in one step, or leave what was there untouched."""
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        os.chmod(name, mode)
+        os.replace(name, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it; temporary files are private by default.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -18,11 +18,12 @@ NATIVE := $(wildcard csrc/solver/*.cpp csrc/solver/*.h csrc/solver/*.hpp)
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_text.py --compare
 
-# All three run even when one fails, so that one run tells everything.
+# All of it runs even when a part fails, so that one run tells everything.
 test: $(VENV)/.installed-dev
 	@status=0; \
 	echo "== ruff";   $(BIN)/python -m ruff check . || status=1; \
 	echo "== mypy";   $(BIN)/python -m mypy || status=1; \
+	echo "== sizes";  $(BIN)/python -m tests.house.sizes || status=1; \
 	echo "== pytest"; $(BIN)/python -m pytest -n $(JOBS) || status=1; \
 	exit $$status
 

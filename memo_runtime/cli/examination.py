@@ -6,16 +6,12 @@ Nothing here needs torch to load: that it does not is one of the things to find 
 from __future__ import annotations
 
 import ctypes
-from importlib.util import find_spec
-from pathlib import Path
 
 from memo_runtime import __version__
 from memo_runtime.cli.findings import Device, Findings, HostMemory, Native, SelfTests
 from memo_runtime.reporting.environment import packages, system
 from memo_runtime.reporting.text_table import table
 from memo_runtime.units import format_bytes
-
-_LIBRARY = "_search.so"
 
 
 def examine() -> Findings:
@@ -65,16 +61,13 @@ def _cuda_driver() -> str | None:
 
 def _native_search() -> Native:
     name = "solver search"
-    spec = find_spec("memo_solver")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    library = next((path for folder in folders if (path := Path(folder, _LIBRARY)).exists()), None)
-    if library is None:
-        return Native(name=name, state="not built", detail="install from source with MEMO_BUILD_EXT=on")
     try:
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return Native(name=name, state="broken", detail=str(error))
-    return Native(name=name, state="ok")
+        from memo_solver.native import native_status
+
+        status = native_status()
+    except Exception as error:  # a solver that does not load is a finding
+        return Native(name=name, state="unavailable", detail=f"{type(error).__name__}: {error}")
+    return Native(name=name, state="ok" if status.available else "unavailable", detail=status.reason)
 
 
 def examination_text(found: Findings) -> str:

@@ -52,7 +52,7 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Native:
-    """A compiled part; ``state`` is ``ok``, ``not built`` or ``broken``."""
+    """A compiled part: ``state`` is ``ok`` or ``unavailable``, ``detail`` says why."""
 
     name: str
     state: str

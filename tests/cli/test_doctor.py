@@ -32,7 +32,8 @@ def test_json_has_everything_that_is_promised(monkeypatch, found):
     cpu = told["devices"][0]
     assert cpu["name"] == "cpu"
     assert cpu["to_host"] > 0
-    assert told["native"][0]["state"] in ("ok", "not built", "broken")
+    assert told["native"][0]["state"] in ("ok", "unavailable")
+    assert told["native"][0]["detail"]
 
 
 def test_text_says_the_same(monkeypatch, found):

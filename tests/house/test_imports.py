@@ -1,0 +1,132 @@
+"""Imports point one way; the arrows are those of the design.
+
+errors, units <- config <- records <- persist
+blocks, losses, planning, reporting -> the nouns          profiling, execution -> blocks, the nouns
+planning -> memo_solver                                   wrapping, checking, api -> the three stages
+"""
+
+import pytest
+
+from tests.house.sources import ROOT, imports, module_name, python_files
+
+NOUNS = {"records", "config", "errors", "units"}
+STAGES = {"profiling", "planning", "execution"}
+
+#: Part of memo_runtime -> parts it may import, itself aside. Parts that are not listed make the test fail.
+ALLOWED = {
+    "errors": set(),
+    "units": set(),
+    "config": {"errors", "units"},
+    "records": set(),
+    "persist": NOUNS,
+    "blocks": NOUNS,
+    "losses": NOUNS,
+    "reporting": {"records", "units", "errors"},
+    "profiling": NOUNS | {"blocks"},
+    "planning": NOUNS,
+    "execution": NOUNS | {"blocks"},
+    "integrations": NOUNS | {"blocks", "losses", "execution"},
+    # The front door: the only place where the three stages meet.
+    "wrapping": NOUNS | STAGES | {"blocks", "integrations"},
+    "checking": NOUNS | {"blocks", "profiling", "wrapping", "api"},
+    "api": NOUNS | STAGES | {"blocks", "checking", "persist", "wrapping"},
+    "cli": NOUNS
+    | {"api", "blocks", "losses", "persist", "planning", "profiling", "reporting", "__version__"},
+    "__init__": NOUNS | {"api", "losses", "persist"},
+    "__main__": {"cli"},
+}
+#: (file, imported part): records print themselves as tables, when asked to.
+LAZY_EXCEPTIONS = {("records", "reporting")}
+
+WITHOUT_TORCH = {"errors", "units", "config", "records", "persist", "reporting", "planning", "__init__"}
+SOLVERS = {"ortools", "pulp", "memo_solver"}
+MAY_SOLVE = {"planning", "cli"}
+
+
+def part_of(path):
+    parts = path.relative_to(ROOT / "memo_runtime").with_suffix("").parts
+    return parts[0]
+
+
+def runtime_imports():
+    return [(part_of(path), found) for path in python_files("memo_runtime") for found in imports(path)]
+
+
+def top(module):
+    return module.split(".")[0]
+
+
+def test_every_part_of_the_runtime_has_a_place_in_the_rules():
+    parts = {part_of(path) for path in python_files("memo_runtime")}
+    assert parts - set(ALLOWED) == set(), "say in ALLOWED what the new part may import"
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for part, found in runtime_imports():
+        if top(found.module) != "memo_runtime":
+            continue
+        target = [*found.module.split("."), "__init__"][1]
+        exempt = found.lazy and (part, target) in LAZY_EXCEPTIONS
+        if target != part and target not in ALLOWED[part] and not exempt:
+            wrong.append(str(found))
+    assert wrong == []
+
+
+def test_nouns_files_and_tables_do_without_torch():
+    assert [
+        str(found)
+        for part, found in runtime_imports()
+        if part in WITHOUT_TORCH and top(found.module) == "torch"
+    ] == []
+
+
+def test_only_planning_solves():
+    assert [
+        str(found)
+        for part, found in runtime_imports()
+        if part not in MAY_SOLVE and top(found.module) in SOLVERS
+    ] == []
+
+
+def test_importing_the_package_imports_nothing_of_it():
+    found = imports(ROOT / "memo_runtime" / "__init__.py")
+    assert [str(one) for one in found if top(one.module) == "memo_runtime" and not one.typing] == []
+
+
+@pytest.mark.parametrize("banned", ["torch", "memo_runtime"])
+def test_the_solver_knows_neither_torch_nor_the_runtime(banned):
+    found = [one for path in python_files("solver") for one in imports(path)]
+    assert [str(one) for one in found if top(one.module) == banned] == []
+
+
+def test_one_module_of_the_solver_imports_ortools():
+    modules = {
+        module_name(path)
+        for path in python_files("solver")
+        for one in imports(path)
+        if top(one.module) == "ortools"
+    }
+    assert len(modules) <= 1, modules
+
+
+def test_nobody_imports_the_command_line():
+    everyone = python_files("memo_runtime", "solver", "benchmarks")
+    assert [
+        str(found)
+        for path in everyone
+        if "memo_runtime/cli" not in path.as_posix() and path.name != "__main__.py"
+        for found in imports(path)
+        if found.module.startswith("memo_runtime.cli")
+    ] == []
+
+
+def test_solvers_are_imported_when_something_is_solved():
+    """A top-level import of ortools or pulp would make every import of planning pay for it."""
+    everyone = python_files("memo_runtime")
+    assert [
+        str(found)
+        for path in everyone
+        for found in imports(path)
+        if top(found.module) in {"ortools", "pulp"} and not found.lazy and not found.typing
+    ] == []

@@ -26,13 +26,17 @@ class GeometryError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """A model shape: the fields of its Hugging Face config, and defaults that suit its size."""
+    """A model shape: the fields of its Hugging Face config, and defaults that suit its size.
+
+    ``threads`` is how many a CPU should use; None leaves it to PyTorch.
+    """
 
     name: str
     model_type: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     seq_len: int = 8192
     learning_rate: float = 3e-4
+    threads: int | None = None
 
 
 def _llama3_rope(factor: float) -> dict[str, Any]:
@@ -61,6 +65,8 @@ _LLAMA_1B: dict[str, Any] = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": True,
 }
+# Matrices this small are multiplied before a second thread has woken up, and far slower where it has to wait.
+_TINY_RUN: dict[str, Any] = {"seq_len": 512, "learning_rate": 3e-3, "threads": 1}
 # 257 is enough for bytes and one special token; a multiple of 64 is what matmuls like.
 _TINY: dict[str, Any] = {
     "vocab_size": 320,
@@ -79,8 +85,8 @@ _TINY: dict[str, Any] = {
 GEOMETRIES: dict[str, Geometry] = {
     geometry.name: geometry
     for geometry in (
-        Geometry(name="tiny", model_type="llama", fields=_TINY, seq_len=512, learning_rate=3e-3),
-        Geometry(name="qwen3-tiny", model_type="qwen3", fields=_TINY, seq_len=512, learning_rate=3e-3),
+        Geometry(name="tiny", model_type="llama", fields=_TINY, **_TINY_RUN),
+        Geometry(name="qwen3-tiny", model_type="qwen3", fields=_TINY, **_TINY_RUN),
         Geometry(
             name="llama-1b-d128",
             model_type="llama",

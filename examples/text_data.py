@@ -13,6 +13,7 @@ Reading stops as soon as there are enough tokens. A text that ends earlier start
 from __future__ import annotations
 
 import codecs
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,15 +93,19 @@ class StandardLibrary:
     def documents(self) -> Iterator[str]:
         """The texts, in an order that is the same every time."""
         yield from _topics()
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
+        for folder, folders, files in os.walk(sysconfig.get_paths()["stdlib"]):
             # Installed packages are no part of the standard library, and differ between machines.
-            if {"site-packages", "dist-packages"} & set(path.parts):
-                continue
-            try:
-                yield path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                continue  # some files of its own test suite are broken on purpose
+            folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
+            for name in sorted(files):
+                if name.endswith(".py"):
+                    yield from _source(Path(folder, name))
+
+
+def _source(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return  # some files of its own test suite are broken on purpose
 
 
 def _topics() -> Iterator[str]:

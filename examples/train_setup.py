@@ -84,6 +84,8 @@ def prepare(options: Options) -> Setup:
     seq_len = options.seq_len or geometry.seq_len
     config = make_config(geometry, tokens=seq_len, layers=options.layers)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cpu" and geometry.threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(geometry.threads)
     return Setup(
         options=options,
         geometry=geometry,

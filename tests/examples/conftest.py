@@ -1,0 +1,9 @@
+"""The modules beside an example are found as they are when it runs: from its own folder."""
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+if str(EXAMPLES) not in sys.path:
+    sys.path.append(str(EXAMPLES))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -21,6 +19,7 @@ from memo_runtime.cli.check import check
 from memo_runtime.cli.doctor import doctor
 from memo_runtime.cli.exits import exit_code
 from memo_runtime.cli.show import show
+from memo_runtime.cli.solve import solve
 from memo_runtime.errors import MemoError
 
 _HELP = """\
@@ -31,6 +30,7 @@ Examples:
   memo doctor                  what works on this machine, with a self-test
   memo check --model llama     losses and gradients against the unwrapped model
   memo show plan.json          a plan or profile as a table
+  memo solve trace.csv         an address for every tensor of a trace
 
 \b
 Exit codes:
@@ -87,8 +87,7 @@ def options(
 app.command()(check)
 app.command()(doctor)
 app.command()(show)
-if find_spec("memo_runtime.cli.solve"):
-    app.command()(import_module("memo_runtime.cli.solve").solve)
+app.command()(solve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

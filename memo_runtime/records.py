@@ -131,7 +131,8 @@ class Pin:
         group: index of the group that holds the value; None: nothing to hold (an empty or None output, a number).
         number: the output is this number. empty: the output is a tensor without elements.
         saved: index of the saved tensor with the same value; None: captured while the forward runs.
-        axis: where the tokens are; None: the whole value is used.
+        axis: where the tokens are; None: the whole value is used, cut along ``dims`` if there are any.
+        dims: the two token dimensions of a value that has two (a dropout mask of attention weights).
     """
 
     op: str
@@ -141,6 +142,7 @@ class Pin:
     group: int | None = None
     saved: int | None = None
     axis: TokenAxis | None = None
+    dims: tuple[int, ...] = ()
     number: int | None = None
     empty: bool = False
 

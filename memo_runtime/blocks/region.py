@@ -94,6 +94,19 @@ def packed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def tail(
+    tensor: torch.Tensor, axis: TokenAxis | None, dims: tuple[int, ...], *, tokens: int, start: int
+) -> torch.Tensor:
+    """Tokens [start, tokens) of ``tensor`` along its axis, packed, or along both of its token dimensions."""
+    if not start:
+        return tensor
+    if axis is not None:
+        return packed(take(tensor, axis, tokens, start, tokens))
+    for dim in dims:
+        tensor = tensor.narrow(dim, start, tokens - start)
+    return tensor
+
+
 def shrink(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with expanded dimensions (stride 0) cut to one element."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -142,13 +142,11 @@ def _add_pins(inventory: Inventory, whole: Observation, slicing: Slicing, roles:
             if isinstance(value, torch.Tensor) and value.numel():
                 saved = next((i for i, tensor in enumerate(whole.saved) if _same_view(tensor, value)), None)
                 if saved is None:
-                    inventory.groups.append(_captured_group(value, kind, pin.axis, roles, tokens))
+                    inventory.groups.append(_captured_group(value, pin, roles, tokens))
                     group = len(inventory.groups) - 1
                 else:
                     group = group_of[saved]
-                pin = Pin(
-                    op=pin.op, call=pin.call, output=output, kind=kind, group=group, saved=saved, axis=pin.axis
-                )
+                pin = replace(pin, group=group, saved=saved)
             inventory.pins.append(pin)
 
 
@@ -159,30 +157,22 @@ def _pin(key: PinKey, output: int, kind: PinKind, value: object, slicing: Slicin
         output=output,
         kind=kind,
         axis=slicing.axes.get((key, output)),
+        dims=slicing.squares.get((key, output), ()),
         number=int(value) if isinstance(value, (int, float)) else None,
         empty=isinstance(value, torch.Tensor) and value.numel() == 0,
     )
 
 
-def _captured_group(
-    value: torch.Tensor, kind: PinKind, axis: TokenAxis | None, roles: _Roles, tokens: int
-) -> TensorGroup:
+def _captured_group(value: torch.Tensor, pin: Pin, roles: _Roles, tokens: int) -> TensorGroup:
     key = storage_key(value)
     if key in roles.parameters or key in roles.shared:
         role = Role.PARAMETER if key in roles.parameters else Role.SHARED
         return TensorGroup(role=role, size=Growth(), saved=False, splits=False)
-    (region, flat, _), *_ = locate([Member(value, axis)], tokens)
+    (region, flat, _), *_ = locate([Member(value, pin.axis)], tokens)
+    dims = 1 if pin.axis is not None else len(pin.dims)
     return TensorGroup(
-        role=Role.MIXER if kind == PinKind.MIXER else Role.RANDOM,
-        size=_captured_size(value, region.numel * flat.element_size(), axis, tokens),
+        role=Role.MIXER if pin.kind == PinKind.MIXER else Role.RANDOM,
+        size=polynomial_bytes(region.numel * flat.element_size(), tokens, dims),
         saved=False,
-        splits=axis is not None,
+        splits=pin.axis is not None,
     )
-
-
-def _captured_size(value: torch.Tensor, size_bytes: int, axis: TokenAxis | None, tokens: int) -> Growth:
-    if axis is not None:
-        return polynomial_bytes(size_bytes, tokens, 1)
-    # Without an axis of its own a pinned value has two token dimensions, or none.
-    dims = sum(size == tokens for size in value.shape)
-    return polynomial_bytes(size_bytes, tokens, min(dims, 2))

@@ -17,7 +17,7 @@ import torch
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import base_name, pin_kind
 from memo_runtime.blocks.pins import PinKey, Value, Values, pin_values
-from memo_runtime.blocks.region import packed, take
+from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
 from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
@@ -35,6 +35,7 @@ class Slicing:
 
     pins: dict[PinKey, PinKind] = field(default_factory=dict)
     axes: dict[tuple[PinKey, int], TokenAxis | None] = field(default_factory=dict)
+    squares: dict[tuple[PinKey, int], tuple[int, ...]] = field(default_factory=dict)
     saved: list[Match] = field(default_factory=list)
     arguments: tuple[ArgumentAxes, ...] = ()
     reason: str = ""
@@ -57,43 +58,38 @@ def full_values(observation: Observation, pins: Mapping[PinKey, PinKind]) -> dic
     return {key: pin_values(key[0], records[key].outputs) for key in pins if key in records}
 
 
-def _part_value(value: Value, shape: torch.Size | None, lengths: Lengths) -> tuple[Value, TokenAxis | None]:
-    """(the value's tail, its token axis). ``shape`` is what the tail's own run gave, where it is known."""
-    if not isinstance(value, torch.Tensor) or value.numel() == 0:
-        return value, None
-    dims: tuple[int, ...] | None
-    if shape is not None and value.dim() == len(shape):
-        dims = growing_dims(value.shape, shape)
-    else:
-        dims = ()
+def _axes_of(
+    value: Value, shape: torch.Size | None, lengths: Lengths
+) -> tuple[TokenAxis | None, tuple[int, ...]]:
+    """(token axis, token dimensions if there are two) of a pinned value.
+
+    ``shape`` is what a run on the tail gave, where it is known.
+    """
+    if not isinstance(value, torch.Tensor) or value.numel() == 0 or shape is None:
+        return None, ()
+    dims = growing_dims(value.shape, shape)
     if not dims:
-        return value, None
+        return None, ()
     if len(dims) > 1:
-        for dim in dims:
-            value = value.narrow(dim, lengths.start, lengths.part) if value.shape[dim] == lengths.whole else value
-        return value, None
-    size, part = value.shape[dims[0]], shape[dims[0]] if shape is not None else 0
+        return None, tuple(dim for dim in dims if value.shape[dim] == lengths.whole)
+    size, part = value.shape[dims[0]], shape[dims[0]]
     if size % lengths.whole or part % lengths.part or size // lengths.whole != part // lengths.part:
-        return value, None  # padded to a multiple: used whole
+        return None, ()  # padded to a multiple: used whole
     factor = size // lengths.whole
     outer = lengths.batch if factor % lengths.batch == 0 else factor
-    axis = TokenAxis(dim=dims[0], outer=outer, inner=factor // outer)
-    return packed(take(value, axis, lengths.whole, lengths.start, lengths.whole)), axis
+    return TokenAxis(dim=dims[0], outer=outer, inner=factor // outer), ()
 
 
-def _tail_values(
+def _find_axes(
     whole: Observation, shapes: Mapping[PinKey, tuple[torch.Size | None, ...]], slicing: Slicing, lengths: Lengths
-) -> dict[PinKey, Values]:
-    values: dict[PinKey, Values] = {}
+) -> None:
+    """Learn where the tokens of every pinned value are."""
     records = whole.by_key()
     for key in slicing.pins:
-        parts: dict[int, Value] = {}
+        known = shapes.get(key, ())
         for index, value in pin_values(key[0], records[key].outputs).items():
-            known = shapes.get(key, ())
             shape = known[index] if index < len(known) else None
-            parts[index], slicing.axes[key, index] = _part_value(value, shape, lengths)
-        values[key] = parts
-    return values
+            slicing.axes[key, index], slicing.squares[key, index] = _axes_of(value, shape, lengths)
 
 
 def tail_values(whole: Observation, slicing: Slicing, lengths: Lengths) -> dict[PinKey, Values]:
@@ -103,9 +99,11 @@ def tail_values(whole: Observation, slicing: Slicing, lengths: Lengths) -> dict[
     for key in slicing.pins:
         parts: dict[int, Value] = {}
         for index, value in pin_values(key[0], records[key].outputs).items():
-            axis = slicing.axes.get((key, index))
-            if axis is not None and isinstance(value, torch.Tensor):
-                value = packed(take(value, axis, lengths.whole, lengths.start, lengths.whole))
+            if isinstance(value, torch.Tensor):
+                value = tail(
+                    value, slicing.axes.get((key, index)), slicing.squares.get((key, index), ()),
+                    tokens=lengths.whole, start=lengths.start,
+                )  # fmt: skip
             parts[index] = value
         values[key] = parts
     return values
@@ -183,18 +181,19 @@ def find_slicing(
     """Pins with which ``forward`` on tokens [start, whole) of ``call`` saves the tail of what ``whole`` saved."""
     slicing = Slicing(pins=named_pins(whole), arguments=arguments)
     shapes: dict[PinKey, tuple[torch.Size | None, ...]] = {}
-    tail = call.cut(arguments, lengths.start, lengths.whole)
+    tail_call = call.cut(arguments, lengths.start, lengths.whole)
     if slicing.pins:
         try:
             # The shapes of the pinned outputs on a slice, before anything is replaced.
-            shapes = _shapes(observe(forward, tail, last=len(whole.saved) - 1))
+            shapes = _shapes(observe(forward, tail_call, last=len(whole.saved) - 1))
         except (RuntimeError, IndexError, ValueError) as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
     for _ in range(_MAX_ROUNDS):
-        values = _tail_values(whole, shapes, slicing, lengths)
+        _find_axes(whole, shapes, slicing, lengths)
+        values = tail_values(whole, slicing, lengths)
         try:
-            part = observe(forward, tail, values, last=len(whole.saved) - 1)
+            part = observe(forward, tail_call, values, last=len(whole.saved) - 1)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing

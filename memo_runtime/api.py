@@ -1,0 +1,220 @@
+"""The front door: ``memo.wrap`` and what goes with it.
+
+    import memo_runtime as memo
+    memo.wrap(model, budget="70GiB")
+
+Each function takes the model itself or a wrapper around it (DDP, PEFT, ``torch.compile``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from memo_runtime.blocks.operators import register_mixer_operator
+from memo_runtime.blocks.stack import BlockRef, find_blocks, given_blocks
+from memo_runtime.checking import CheckResult, check
+from memo_runtime.config import Layout, Loss, make_settings
+from memo_runtime.errors import AlreadyWrappedError, MemoError, NotWrappedError, PlanMismatchError
+from memo_runtime.execution.guard import refuse_other_optimisers
+from memo_runtime.persist import load_plan
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.records import Plan, Profile, Report
+from memo_runtime.units import parse_tokens
+from memo_runtime.wrapping import Batch, find_wrapped, make_wrapped
+
+__all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "unwrap", "wrap"]
+
+Model = TypeVar("Model", bound=nn.Module)
+PlanLike = Plan | str | os.PathLike[str]
+
+
+def _refs(model: nn.Module, blocks: Any) -> tuple[BlockRef, ...]:
+    return find_blocks(model) if blocks is None else given_blocks(model, blocks)
+
+
+def _load(plan: PlanLike | None) -> Plan | None:
+    return plan if plan is None or isinstance(plan, Plan) else load_plan(Path(plan))
+
+
+def _not_built(name: str, value: object, instead: str) -> MemoError:
+    return MemoError(f"{name}={value!r} is not built yet: {instead}")
+
+
+def wrap(
+    model: Model,
+    *,
+    plan: PlanLike | None = None,
+    policy: str = "auto",
+    alpha: float | None = None,
+    budget: int | str | None = None,
+    host_budget: int | str | None = None,
+    disk: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    blocks: Any = None,
+    keep_last: int | None = None,
+    tile: int | None = None,
+    layout: str = "auto",
+    loss: str = "auto",
+    strict: bool = False,
+) -> Model:
+    """Manage the activations of ``model``'s repeated blocks, in place, and return ``model``.
+
+    The first training forward profiles the blocks and plans for its shapes; later shapes reuse the profile. Parameter
+    names, ``state_dict``, the optimizer, evaluation under ``no_grad`` and ``generate`` stay as they are; copies and
+    pickles of the model are unwrapped.
+
+    Args:
+        model: any ``nn.Module`` with a stack of repeated blocks.
+        plan: a plan, or a file that holds one; then nothing is profiled or planned.
+        policy: ``auto``, ``none``, ``memo``, ``swap``, ``recompute`` or ``replay``.
+        alpha: share of tokens whose activations are swapped, for ``memo`` and ``replay``; the rest is recomputed.
+        budget: bound on ``torch.cuda.max_memory_allocated``, bytes or text such as ``"70GiB"``.
+        host_budget: bound on host (pinned) bytes.
+        disk: not built yet.
+        optimizer: whose state the plan reserves for; without it AdamW in the parameters' dtype.
+        blocks: the blocks, if they should not be searched: modules, a ``ModuleList``, or names.
+        keep_last: blocks at the end of each stack that stay on the device.
+        tile: not built yet. layout: ``auto`` or ``native``.
+        loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
+        strict: a block that cannot take the policy is an error before the first step.
+
+    Raises:
+        ValueError: arguments that do not go together.
+        NoBlocksError, BlockListError: no blocks, or none that can be used.
+        AlreadyWrappedError: wrapped already, with something else.
+        OffloaderActiveError: gradient checkpointing or another offloader is on.
+        PlanFileError: the plan file cannot be read.
+    """
+    if disk is not None:
+        raise _not_built("disk", disk, "activations go to the device, the host, or are recomputed")
+    if tile is not None:
+        raise _not_built("tile", tile, "tiled execution comes later; policy 'replay' splits along tokens")
+    if Layout(layout) == Layout.PLANNED:
+        raise _not_built("layout", layout, "use layout='auto', PyTorch's own allocator")
+    settings = make_settings(
+        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict
+    )
+    given = _load(plan)
+    if given is not None and settings != make_settings():
+        raise ValueError("a plan fixes policy, alpha, budgets, keep_last and strict: give the plan or those, not both")
+    refs = _planned_refs(model, given) if given is not None and blocks is None else _refs(model, blocks)
+    wrapped = make_wrapped(model, refs, settings, loss=Loss(loss), optimizer=optimizer, plan=given)
+    existing = find_wrapped(model)
+    if existing is not None:
+        if existing.model is model and existing.same_as(wrapped):
+            return model
+        raise AlreadyWrappedError(
+            f"{type(model).__name__} is wrapped already with policy '{existing.settings.policy}' and other settings "
+            f"({existing.settings}); call memo.unwrap(model) first"
+        )
+    refuse_other_optimisers(model, {id(ref.module) for ref in refs})
+    wrapped.install()
+    return model
+
+
+def _planned_refs(model: nn.Module, plan: Plan) -> tuple[BlockRef, ...]:
+    modules = dict(model.named_modules())
+    missing = [block.name for block in plan.profile.blocks if block.name not in modules]
+    if missing:
+        raise PlanMismatchError(
+            f"the plan is for another model: it plans block '{missing[0]}' (and {len(missing) - 1} more) that "
+            f"{type(model).__name__} does not have"
+        )
+    return tuple(
+        BlockRef(name=block.name, stack=block.stack, module=modules[block.name]) for block in plan.profile.blocks
+    )
+
+
+def unwrap(model: Model) -> Model:
+    """Undo ``wrap`` and return ``model``. An unwrapped model is returned as it is."""
+    wrapped = find_wrapped(model)
+    if wrapped is not None:
+        wrapped.remove()
+    return model
+
+
+def as_batch(batch: Any) -> Batch:
+    """(args, kwargs) of a model call: a mapping is keywords, a tuple or list arguments, anything else one argument."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def profile(
+    model: nn.Module, batch: Any, *, optimizer: torch.optim.Optimizer | None = None, blocks: Any = None
+) -> Profile:
+    """Measure ``model`` on ``batch`` (keywords as a mapping, or positional arguments) without training.
+
+    Raises:
+        NoBlocksError, BlockListError, ProfileError: see ``wrap``; the model is as before.
+    """
+    existing = find_wrapped(model)
+    if existing is not None:
+        return existing.profile(as_batch(batch))
+    wrapped = make_wrapped(model, _refs(model, blocks), make_settings(), optimizer=optimizer)
+    wrapped.install()
+    try:
+        return wrapped.profile(as_batch(batch))
+    finally:
+        wrapped.remove()
+
+
+def plan(
+    profile: Profile,
+    *,
+    policy: str = "auto",
+    alpha: float | None = None,
+    budget: int | str | None = None,
+    host_budget: int | str | None = None,
+    keep_last: int | None = None,
+    strict: bool = False,
+    seq_len: int | str | None = None,
+) -> Plan:
+    """Decide what happens to each byte of a step of the profiled model; ``print`` it for a table.
+
+    Args:
+        profile: from ``memo.profile``. seq_len: another length than the profiled one, such as ``"128K"``.
+        policy, alpha, budget, host_budget, keep_last, strict: as in ``wrap``.
+
+    Raises:
+        PlanInfeasibleError, HostLimitError: no plan fits; says what would.
+        BlockFallbackError: ``strict`` and a block cannot take the policy.
+    """
+    settings = make_settings(
+        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict
+    )
+    tokens = None
+    if seq_len is not None:
+        tokens = dict.fromkeys({block.stack for block in profile.blocks}, parse_tokens(seq_len))
+    return make_plan(profile, settings, tokens=tokens)
+
+
+def report(model: nn.Module) -> Report:
+    """What the last step of a wrapped ``model`` did.
+
+    Raises:
+        NotWrappedError: the model is not wrapped.
+    """
+    wrapped = find_wrapped(model)
+    if wrapped is None:
+        raise NotWrappedError(f"{type(model).__name__} is not wrapped: call memo.wrap(model) before the first step")
+    return wrapped.session.report()
+
+
+def register_mixer(operator: str) -> None:
+    """Declare that ``operator`` (``"namespace::name"``) mixes tokens: its result is saved, never recomputed.
+
+    Operators that mix tokens are found by comparing runs; this is for those whose effect may be too small to see,
+    such as a custom scan that starts as the identity.
+    """
+    if "::" not in operator and "." not in operator:
+        raise ValueError(f"{operator!r} is not a qualified operator name such as 'mylib::scan'")
+    register_mixer_operator(operator)

@@ -1,0 +1,201 @@
+"""``memo.check``: exactness on the user's own model and batch.
+
+Pure swap must give bit-identical losses and gradients. Recompute changes the shapes of sums: in float64 the relative
+error of every gradient is at most 1e-12, in float32 at most 1e-5. In half precision rounding dominates, so both the
+wrapped and the unwrapped model are measured against a float64 reference and the wrapped one's error may be at most
+1.1 times the unwrapped one's over all gradients together, and 1.5 times for any single parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from memo_runtime.blocks.ambient import RandomState
+from memo_runtime.blocks.stack import find_blocks, given_blocks
+from memo_runtime.config import Loss, make_settings
+from memo_runtime.errors import ProfileError
+from memo_runtime.profiling.model import model_device
+from memo_runtime.records import Report
+from memo_runtime.wrapping import find_wrapped, make_wrapped
+
+#: Relative L2 error allowed for the gradients of a wrapped model against the unwrapped one, by dtype.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+_OVERALL_RATIO = 1.1
+_SINGLE_RATIO = 1.5
+_HALF_SEEDS = 5
+#: Longest sequence for which the reference is float64 rather than float32.
+_DOUBLE_TOKENS = 4096
+
+Gradients = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """Outcome of ``memo.check``.
+
+    Attributes:
+        ok: within the bounds. bit_identical: loss and all gradients are equal bit for bit.
+        loss_difference: relative difference of the losses.
+        gradient_error: relative L2 difference of all gradients together; bound: what it may be.
+        worst_parameter, worst_error: the parameter with the largest relative difference.
+        report: what the wrapped model did in the checked step.
+    """
+
+    ok: bool
+    bit_identical: bool
+    loss_difference: float
+    gradient_error: float
+    bound: float
+    worst_parameter: str
+    worst_error: float
+    report: Report
+
+
+def _scalar(output: Any) -> torch.Tensor:
+    """The loss of a model's output: its ``loss``, a scalar tensor, else the mean square of all float outputs."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    if isinstance(output, torch.Tensor) and output.dim() == 0:
+        return output
+    leaves = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not leaves:
+        raise ProfileError("the model's output has no loss and no tensor with a gradient to check")
+    return torch.stack([leaf.float().square().mean().to(leaves[0].device) for leaf in leaves]).sum()
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], start: RandomState) -> tuple[float, Gradients]:
+    model.zero_grad(set_to_none=True)
+    with start.restored(), torch.enable_grad():
+        loss = _scalar(model(*args, **kwargs))
+        loss.backward()
+    return float(loss.detach()), {
+        name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def _norm(gradients: Mapping[str, torch.Tensor]) -> float:
+    return float(sum(torch.linalg.vector_norm(g.double()).item() ** 2 for g in gradients.values()) ** 0.5)
+
+
+def _errors(found: Gradients, reference: Gradients) -> tuple[float, dict[str, float]]:
+    """(relative L2 error over all parameters, the same for each)."""
+    tiny = 1e-300
+    gaps = {name: found[name].double() - reference[name].double() for name in reference}
+    single = {
+        name: torch.linalg.vector_norm(gap).item()
+        / max(torch.linalg.vector_norm(reference[name].double()).item(), tiny)
+        for name, gap in gaps.items()
+    }
+    return _norm(gaps) / max(_norm(reference), tiny), single
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return _pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tree
+    )
+
+
+def check(
+    model: nn.Module,
+    batch: Any,
+    *,
+    policy: str = "auto",
+    alpha: float | None = None,
+    budget: int | str | None = None,
+    host_budget: int | str | None = None,
+    keep_last: int | None = 0,
+    blocks: Any = None,
+) -> CheckResult:
+    """Compare a step of ``model`` wrapped with the same step unwrapped, on copies; ``model`` is left as it is.
+
+    Args:
+        model: the model, wrapped or not. batch: keywords as a mapping, or positional arguments; an output without a
+            ``loss`` is turned into one.
+        policy, alpha, budget, host_budget, keep_last, blocks: as in ``wrap``; ``keep_last`` is 0 so that every block
+            is tested.
+
+    Raises:
+        MemoError: as ``wrap`` and the first step do.
+    """
+    from memo_runtime.api import as_batch
+
+    existing = find_wrapped(model)
+    plain = copy.deepcopy(existing.model if existing is not None else model)
+    managed = copy.deepcopy(plain)
+    args, kwargs = as_batch(batch)
+    settings = make_settings(
+        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last
+    )
+    refs = find_blocks(managed) if blocks is None else given_blocks(managed, blocks)
+    wrapped = make_wrapped(managed, refs, settings, loss=Loss.AUTO)
+    wrapped.install()
+    try:
+        start = RandomState.current(model_device(plain))
+        loss, plain_gradients = _run(plain, args, kwargs, start)
+        managed_loss, gradients = _run(managed, args, kwargs, start)
+        report = wrapped.session.report()
+        dtype = next((g.dtype for g in plain_gradients.values()), torch.float32)
+        identical = loss == managed_loss and all(torch.equal(gradients[n], g) for n, g in plain_gradients.items())
+        overall, single = _errors(gradients, plain_gradients)
+        worst = max(single, key=lambda name: single[name]) if single else ""
+        bound = BOUNDS.get(dtype)
+        if bound is not None:
+            ok = overall <= bound and gradients.keys() == plain_gradients.keys()
+        else:
+            overall, ok = _half_precision(plain, managed, (args, kwargs), start)
+            bound = _OVERALL_RATIO
+    finally:
+        wrapped.remove()
+    return CheckResult(
+        ok=ok,
+        bit_identical=identical,
+        loss_difference=abs(loss - managed_loss) / max(abs(loss), 1e-300),
+        gradient_error=overall,
+        bound=bound,
+        worst_parameter=worst,
+        worst_error=single.get(worst, 0.0),
+        report=report,
+    )
+
+
+def _half_precision(
+    plain: nn.Module, managed: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]], start: RandomState
+) -> tuple[float, bool]:
+    """(ratio of the wrapped model's error to the unwrapped one's, within bounds), median of five perturbed weights."""
+    args, kwargs = batch
+    longest = max((max(t.shape) for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)), default=0)
+    wide = torch.float64 if longest <= _DOUBLE_TOKENS else torch.float32
+    overall, singles = [], []
+    for seed in range(_HALF_SEEDS):
+        _perturb(plain, managed, seed)
+        reference = copy.deepcopy(plain).to(wide)
+        _, exact = _run(reference, *_cast((args, kwargs), wide), start)
+        error, single = _errors(_run(plain, args, kwargs, start)[1], exact)
+        managed_error, managed_single = _errors(_run(managed, args, kwargs, start)[1], exact)
+        overall.append(managed_error / max(error, 1e-300))
+        singles.append({name: managed_single[name] / max(single[name], 1e-300) for name in single if single[name] > 0})
+    ratio = statistics.median(overall)
+    names = set.intersection(*(set(s) for s in singles)) if singles else set()
+    worst = max((statistics.median(s[name] for s in singles) for name in names), default=0.0)
+    return ratio, ratio <= _OVERALL_RATIO and worst <= _SINGLE_RATIO
+
+
+def _perturb(plain: nn.Module, managed: nn.Module, seed: int) -> None:
+    """Give both models the same slightly changed weights: another draw of the rounding errors."""
+    if seed == 0:
+        return
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), managed.parameters(), strict=True):
+            generator = torch.Generator(device=p.device).manual_seed(seed)
+            noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32)
+            p.mul_(1 + 1e-2 * noise.to(p.dtype))
+            q.copy_(p)

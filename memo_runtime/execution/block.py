@@ -1,0 +1,209 @@
+"""The forward that ``wrap`` puts in place of a block's own.
+
+Without grad it is the block's own forward. With grad it runs that forward, unchanged, under hooks that see what
+autograd saves, and sorts it into a stash when the forward is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memo_runtime.blocks.ambient import AutocastState, RandomState
+from memo_runtime.blocks.call import BlockCall, first_tensor
+from memo_runtime.blocks.operators import pin_kind
+from memo_runtime.blocks.pins import CaptureMode, PinKey
+from memo_runtime.blocks.rerun import Forward, parameter_storages
+from memo_runtime.execution.install import original_forward
+from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
+from memo_runtime.execution.replay import Rerun
+from memo_runtime.execution.stash import Stash
+from memo_runtime.records import BlockPlan, BlockProfile, Executor
+
+if TYPE_CHECKING:
+    from memo_runtime.execution.session import Session
+
+logger = logging.getLogger("memo_runtime")
+
+
+def for_length(plan: BlockPlan, tokens: int) -> BlockPlan:
+    """``plan`` for a call of another length: the same share of tokens is stashed."""
+    if plan.tokens == tokens or not plan.tokens:
+        return plan
+    if plan.prefix >= plan.tokens:
+        return replace(plan, tokens=tokens, prefix=tokens, device_rows=0)
+    prefix = plan.prefix * tokens // plan.tokens
+    device_rows = plan.device_rows * tokens // plan.tokens
+    return replace(plan, tokens=tokens, prefix=max(prefix, 1 if plan.prefix else 0), device_rows=device_rows)
+
+
+class BlockForward:
+    """Callable that stands in for ``block.forward``; ``position`` is the block's place in call order."""
+
+    def __init__(self, session: Session, block: nn.Module, name: str, position: int) -> None:
+        self.session = session
+        self.block = block
+        self.name = name
+        self.position = position
+        self._layouts: dict[tuple[int, int], PlannedLayout] = {}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        forward = original_forward(self.block)
+        if self.session.observer is not None:
+            return self.session.observer(self, forward, args, kwargs)
+        if not torch.is_grad_enabled() or self.session.idle:
+            return forward(*args, **kwargs)
+        return self._managed(forward, args, kwargs)
+
+    def _managed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        session = self.session
+        counters = session.enter(self)
+        call, found, filled = BlockCall.of(args, kwargs).without_caches()
+        if found and not filled:
+            session.note_cache_off()
+        profile, plan = session.decision(self.name)
+        executor = plan.executor if plan is not None else Executor.NATIVE
+        if filled:
+            executor = Executor.NATIVE
+            counters.reason = "it was called with a key/value cache that holds tokens already"
+        else:
+            args, kwargs = call.arguments()
+            counters.reason = plan.reason if plan is not None else session.no_plan_reason
+        counters.executor = executor
+        if executor in (Executor.KEEP, Executor.NATIVE) or plan is None or profile is None:
+            return self._untouched(forward, args, kwargs, plan)
+        counters.alpha = plan.alpha
+        return self._stashed(forward, call, profile, plan)
+
+    def _untouched(
+        self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], plan: BlockPlan | None
+    ) -> Any:
+        output = forward(*args, **kwargs)
+        counters = self.session.step.block(self.name)
+        if plan is not None and counters.executor == Executor.KEEP:
+            counters.bytes_kept += plan.bytes_kept
+            self.session.tools.ledger.hold(plan.bytes_kept)
+        tensor = first_tensor(output)
+        if tensor is not None:
+            # When its gradient arrives, this block's backward starts and the one below should be on its way.
+            tensor.register_hook(_BackwardStarts(self.session, plan.bytes_kept if plan is not None else 0))
+        return output
+
+    def _stashed(self, forward: Forward, call: BlockCall, profile: BlockProfile, plan: BlockPlan) -> Any:
+        session = self.session
+        tokens = call.leaves[profile.input_leaf].shape[profile.token_dim] if profile.tokens else 0
+        plan = for_length(plan, tokens)
+        stash = Stash(self.name, session.tools, session.step.block(self.name))
+        capture = self._capture(profile, plan)
+        autocast = AutocastState.current(session.tools.device.type)
+        random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None
+        args, kwargs = call.arguments()
+        with torch.profiler.record_function(f"memo::forward {self.name}"), saved_tensors_hooks(stash.pack, stash.unpack):
+            if capture is None:
+                output = forward(*args, **kwargs)
+            else:
+                with capture:
+                    output = forward(*args, **kwargs)
+        if stash.pending:
+            captured = capture.captured if capture is not None else {}
+            sorted_ = self._sort(stash, call, profile, plan, captured)
+            if plan.prefix < plan.tokens or profile.dynamic or plan.executor == Executor.RECOMPUTE:
+                self._plan_rerun(stash, call, profile, plan, sorted_, autocast, random, forward)
+            session.commit(stash, sorted_, self.position)
+        return output
+
+    def _capture(self, profile: BlockProfile, plan: BlockPlan) -> CaptureMode | None:
+        if plan.executor == Executor.RECOMPUTE or plan.prefix >= plan.tokens:
+            return None
+        if profile.dynamic:
+            return CaptureMode(_wanted_by_name)
+        wanted = self._planned(profile, plan).captures
+        return CaptureMode(lambda key: wanted.get(key, ())) if wanted else None
+
+    def _planned(self, profile: BlockProfile, plan: BlockPlan) -> PlannedLayout:
+        key = (id(profile), hash(plan))
+        if key not in self._layouts:
+            self._layouts = {key: PlannedLayout(profile, plan)}
+        return self._layouts[key]
+
+    def _sort(
+        self, stash: Stash, call: BlockCall, profile: BlockProfile, plan: BlockPlan, captured: Any
+    ) -> Sorted:
+        if not profile.dynamic and plan.executor == Executor.REPLAY:
+            layout = self._planned(profile, plan)
+            if layout.fits(stash):
+                stash.hold_skeletal(layout.skeletal_bytes())
+                return layout.sort(stash, call, captured)
+            self.session.note_deviation(self.name, len(profile.saved), len(stash.pending))
+        swap = plan.executor == Executor.REPLAY and (plan.prefix >= plan.tokens or not profile.dynamic)
+        storage = StorageLayout(
+            rebuild=not swap,
+            pinned=plan.executor == Executor.REPLAY,
+            input_leaf=profile.input_leaf if profile.tokens else None,
+        )
+        stash.hold_skeletal(sum(t.numel() * t.element_size() for t in stash.pending))
+        return storage.sort(stash, call, captured, parameter_storages(self.block))
+
+    def _plan_rerun(
+        self, stash: Stash, call: BlockCall, profile: BlockProfile, plan: BlockPlan, sorted_: Sorted,
+        autocast: AutocastState, random: RandomState | None, forward: Forward,
+    ) -> None:  # fmt: skip
+        needs_grad = False
+        if profile.tokens:
+            needs_grad = call.leaves[profile.input_leaf].requires_grad
+            # The input comes from its piece; the call must not keep the live one.
+            call = call.replaced({profile.input_leaf: torch.empty(0)})
+        stash.rebuild = Rerun(
+            block=self.block,
+            forward=forward,
+            name=self.name,
+            call=call.detached(),
+            input_leaf=profile.input_leaf,
+            input_source=sorted_.input_source,
+            input_needs_grad=needs_grad,
+            count=len(stash.pending),
+            autocast=autocast,
+            arguments=profile.arguments,
+            tokens=plan.tokens,
+            prefix=0 if profile.dynamic or plan.executor == Executor.RECOMPUTE else plan.prefix,
+            pins=sorted_.pins,
+            random=random,
+        )
+
+
+def _wanted_by_name(key: PinKey) -> tuple[int, ...] | None:
+    return None if pin_kind(key[0]) is not None else ()
+
+
+def _needs_random(profile: BlockProfile, plan: BlockPlan) -> bool:
+    return profile.random and plan.executor == Executor.RECOMPUTE
+
+
+class _BackwardStarts:
+    """Tensor hook on the output of a block that stays on the device."""
+
+    def __init__(self, session: Session, kept: int) -> None:
+        self._session = session
+        self._lower = session.last_stash
+        self._kept = kept
+
+    def __call__(self, _: torch.Tensor) -> None:
+        stash = self._lower() if self._lower is not None else None
+        self._session.backward_started()
+        if stash is not None:
+            stash.fetch()
+        self._drop()
+
+    def _drop(self) -> None:
+        self._session.tools.ledger.drop(self._kept)
+        self._kept = 0
+
+    def __del__(self) -> None:
+        self._drop()  # the step was abandoned

@@ -1,0 +1,71 @@
+"""Finding other memory optimisers in the same step: two of them fight, silently. They are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from memo_runtime.errors import OffloaderActiveError
+
+_WRAPPERS = {
+    "CheckpointWrapper": "torch's checkpoint_wrapper (apply_activation_checkpointing)",
+    "OffloadWrapper": "torch's offload_wrapper",
+}
+_ADVICE = "memo plans swap and recompute itself"
+
+
+def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
+    """Raise if gradient checkpointing or an offloader is switched on in ``model``.
+
+    Args:
+        model: the wrapped model. blocks: identities of its managed blocks.
+
+    Raises:
+        OffloaderActiveError: names the optimiser, where it is, and how to switch it off.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False) is True and not isinstance(module, type):
+            raise OffloaderActiveError(
+                f"gradient checkpointing is on in '{name or type(model).__name__}' ({type(module).__name__}): {_ADVICE}. "
+                "Call model.gradient_checkpointing_disable(), and leave gradient_checkpointing=True out of the "
+                "trainer's arguments, or do not wrap"
+            )
+        kind = type(module).__name__
+        if kind in _WRAPPERS and _touches(module, blocks):
+            raise OffloaderActiveError(f"{_WRAPPERS[kind]} is around '{name}': {_ADVICE}. Remove that wrapper")
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", False):
+            raise OffloaderActiveError(
+                f"accelerate offloads the weights of '{name}' ({type(hook).__name__}): {_ADVICE}, and needs them on the "
+                "device. Load the model without device_map offloading"
+            )
+
+
+def _touches(module: nn.Module, blocks: set[int]) -> bool:
+    return any(id(inner) in blocks for inner in module.modules())
+
+
+def active_hooks() -> Any:
+    """The pair of saved-tensor hooks that is active on this thread, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def refuse_active_hooks() -> None:
+    """Raise if saved-tensor hooks of somebody else surround the step.
+
+    Raises:
+        OffloaderActiveError: names the hook.
+    """
+    hooks = active_hooks()
+    if not hooks:
+        return
+    pack = hooks[0]
+    owner = getattr(pack, "__self__", None)
+    name = type(owner).__name__ if owner is not None else getattr(pack, "__qualname__", repr(pack))
+    module = getattr(pack, "__module__", "") or type(owner).__module__
+    raise OffloaderActiveError(
+        f"saved-tensor hooks of {module}.{name} are active around this step (torch.utils.checkpoint, save_on_cpu, or an "
+        f"activation offloader such as TRL's): {_ADVICE}. Leave that context, or do not wrap"
+    )

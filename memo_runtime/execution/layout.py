@@ -1,0 +1,219 @@
+"""Sorting what a block saved into pieces: by the plan, or by storage where a plan cannot know.
+
+The planned layout follows the block's profile: the k-th saved tensor belongs to the group that it belonged to when
+the block was profiled. A block whose saves depend on data is sorted by storage at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.grouping import Member, by_storage, locate
+from memo_runtime.blocks.pins import PinKey, Values
+from memo_runtime.blocks.rerun import storage_key
+from memo_runtime.execution.piece import Piece
+from memo_runtime.execution.replay import Source
+from memo_runtime.execution.stash import Stash
+from memo_runtime.records import (
+    MIN_SWAP_BYTES,
+    Action,
+    BlockPlan,
+    BlockProfile,
+    Pin,
+    Role,
+    SavedTensor,
+    TokenAxis,
+)
+
+Captured = Mapping[PinKey, Values]
+
+
+@dataclass(slots=True)
+class Sorted:
+    """Pieces of one call and where its rerun finds the input and the pinned values."""
+
+    input_source: Source = field(default_factory=Source)
+    pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
+    outgoing: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class PlannedLayout:
+    """Sorts by the k-index of the profile."""
+
+    def __init__(self, profile: BlockProfile, plan: BlockPlan) -> None:
+        self.profile = profile
+        self.plan = plan
+        self._saved: dict[int, list[SavedTensor]] = {}
+        for saved in profile.saved:
+            self._saved.setdefault(saved.group, []).append(saved)
+        self._captured = {pin.group: pin for pin in profile.pins if pin.group is not None and pin.saved is None}
+        self._input_group = next(
+            (i for i, group in enumerate(profile.groups) if group.role == Role.INPUT and group.splits), None
+        )
+        self.captures: dict[PinKey, tuple[int, ...]] = {}
+        for pin in profile.pins:
+            if pin.group is not None and pin.saved is None:
+                self.captures[pin.op, pin.call] = (*self.captures.get((pin.op, pin.call), ()), pin.output)
+
+    def fits(self, stash: Stash) -> bool:
+        """The call saved as many tensors as the profile says, of which the growing ones have the planned length."""
+        return len(stash.pending) == len(self.profile.saved)
+
+    def skeletal_bytes(self) -> int:
+        """Bytes that the call holds for backward while it runs."""
+        tokens = self.plan.tokens
+        kept = (Role.PARAMETER, Role.SHARED)
+        return sum(group.size.at(tokens) for group in self.profile.groups if group.saved and group.role not in kept)
+
+    def sort(self, stash: Stash, call: BlockCall, captured: Captured) -> Sorted:
+        """Make the pieces of ``stash`` and take their host memory; the copies are listed in ``outgoing``."""
+        result = Sorted()
+        sources: dict[int, Source] = {}
+        for number, group in enumerate(self.profile.groups):
+            action = self.plan.actions[number]
+            saved = self._saved.get(number, [])
+            if action == Action.KEEP:
+                counted = group.role not in (Role.PARAMETER, Role.SHARED)
+                for entry in saved:
+                    stash.keep(entry.index, counted=False)
+                if counted and group.saved:
+                    stash.hold_kept(group.size.at(self.plan.tokens))
+                continue
+            piece = Piece(action, stash.tools.ledger, group.size.at(self.plan.tokens))
+            stash.pieces.append(piece)
+            if action != Action.REBUILD:
+                members = self._members(number, stash, call, captured)
+                flat = piece.store(members, self.plan.tokens, self.plan.prefix, self.plan.device_rows, stash.tools.pool)
+                stash.counters.bytes_kept += piece.bytes_kept
+                result.outgoing.append((piece, flat.tensor))
+                sources[number] = Source(piece, len(members) - 1)
+            for position, entry in enumerate(saved):
+                stash.assign(entry.index, piece, position)
+        self._find_input(result, stash, call, sources)
+        self._find_pins(result, stash, captured, sources)
+        return result
+
+    def _members(self, number: int, stash: Stash, call: BlockCall, captured: Captured) -> list[Member]:
+        members = [Member(stash.pending[s.index], s.axis, s.index) for s in self._saved.get(number, [])]
+        if number == self._input_group:
+            hidden = call.leaves[self.profile.input_leaf]
+            members.append(Member(hidden.detach(), TokenAxis(dim=self.profile.token_dim)))
+        pin = self._captured.get(number)
+        if pin is not None:
+            value = captured[pin.op, pin.call][pin.output]
+            assert isinstance(value, torch.Tensor), "only tensors have a group"
+            members.append(Member(value, pin.axis))
+        return members
+
+    def _find_input(self, result: Sorted, stash: Stash, call: BlockCall, sources: dict[int, Source]) -> None:
+        axis = TokenAxis(dim=self.profile.token_dim)
+        source = sources.get(self._input_group) if self._input_group is not None else None
+        if source is not None:
+            result.input_source = Source(source.piece, source.position, axis=axis)
+        elif self.plan.prefix < self.plan.tokens:
+            # Too small to be worth a copy.
+            result.input_source = Source(kept=call.leaves[self.profile.input_leaf].detach(), axis=axis)
+
+    def _find_pins(self, result: Sorted, stash: Stash, captured: Captured, sources: dict[int, Source]) -> None:
+        if self.plan.prefix >= self.plan.tokens:
+            return
+        for pin in self.profile.pins:
+            outputs = result.pins.setdefault((pin.op, pin.call), {})
+            outputs[pin.output] = self._pin_source(pin, stash, captured, sources)
+
+    @staticmethod
+    def _pin_source(pin: Pin, stash: Stash, captured: Captured, sources: dict[int, Source]) -> Source:
+        if pin.group is None:
+            return Source(kept=torch.empty(0) if pin.empty else pin.number)
+        if pin.saved is not None:
+            holder = stash.holder(pin.saved)
+            if holder is not None and holder.piece is not None:
+                return Source(holder.piece, holder.position, axis=pin.axis, dims=pin.dims)
+            return Source(kept=stash.pending[pin.saved], axis=pin.axis, dims=pin.dims)
+        source = sources.get(pin.group)
+        if source is not None:
+            return Source(source.piece, source.position, axis=pin.axis, dims=pin.dims)
+        return Source(kept=captured[pin.op, pin.call][pin.output], axis=pin.axis, dims=pin.dims)
+
+
+class StorageLayout:
+    """Sorts by storage: parameters and arguments stay; the rest goes to the host or is dropped.
+
+    Args:
+        rebuild: what is neither the input nor a pinned value is dropped and rebuilt; False: it goes to the host.
+        pinned: results replaced in the rerun are stashed too.
+        input_leaf: which argument is the input; None: the call has none, and its arguments stay.
+    """
+
+    def __init__(self, *, rebuild: bool, pinned: bool, input_leaf: int | None) -> None:
+        self.rebuild = rebuild
+        self.pinned = pinned
+        self.input_leaf = input_leaf
+
+    def sort(self, stash: Stash, call: BlockCall, captured: Captured, kept: set[int]) -> Sorted:
+        """Like ``PlannedLayout.sort``; ``kept`` are the storages of the block's parameters."""
+        result = Sorted()
+        kept = kept | {storage_key(t) for leaf, t in call.tensors() if leaf != self.input_leaf}
+        needed = self._needed(call, captured) if self.rebuild else {}
+        wanted = {storage_key(tensor) for tensor in needed.values()} - kept
+        stored: list[Member] = []
+        dropped = Piece(Action.REBUILD, stash.tools.ledger, 0)
+        for index, tensor in enumerate(stash.pending):
+            key = storage_key(tensor)
+            if key in kept or not tensor.numel() or (not self.rebuild and _size(tensor) < MIN_SWAP_BYTES):
+                stash.keep(index, counted=key not in kept)
+            elif not self.rebuild or key in wanted:
+                stored.append(Member(tensor, None, index))
+            else:
+                dropped.size_bytes += _size(tensor)
+                stash.assign(index, dropped, 0)
+        if dropped.users:
+            stash.pieces.append(dropped)
+        stored += [Member(t, None) for t in needed.values() if storage_key(t) in wanted and _size(t) >= MIN_SWAP_BYTES]
+        found = self._store(result, stash, stored)
+        sources = {name: found.get(id(t)) or Source(kept=t) for name, t in needed.items()}
+        result.input_source = sources.get(_INPUT, Source())
+        for pin, values in captured.items() if self.rebuild and self.pinned else ():
+            result.pins[pin] = {
+                output: sources.get((pin, output)) or Source(kept=value) for output, value in values.items()
+            }
+        return result
+
+    def _needed(self, call: BlockCall, captured: Captured) -> dict[object, torch.Tensor]:
+        """Tensors that the rerun needs, by what they are."""
+        needed: dict[object, torch.Tensor] = {}
+        if self.input_leaf is not None:
+            needed[_INPUT] = call.leaves[self.input_leaf].detach()
+        for pin, values in captured.items() if self.pinned else ():
+            for output, value in values.items():
+                if isinstance(value, torch.Tensor) and value.numel():
+                    needed[pin, output] = value
+        return needed
+
+    @staticmethod
+    def _store(result: Sorted, stash: Stash, members: list[Member]) -> dict[int, Source]:
+        """Make one piece per storage; returns where members that are no saved tensors are, by identity."""
+        found: dict[int, Source] = {}
+        for same in by_storage(members):
+            for _, flat, inside in locate(same, 1):
+                piece = Piece(Action.HOST, stash.tools.ledger, _size(flat))
+                stash.pieces.append(piece)
+                piece.store(inside, 1, 0, 0, stash.tools.pool)
+                result.outgoing.append((piece, flat))
+                for position, member in enumerate(inside):
+                    if member.index is not None:
+                        stash.assign(member.index, piece, position)
+                    else:
+                        found[id(member.tensor)] = Source(piece, position)
+        return found
+
+
+_INPUT = "input"

@@ -1,0 +1,208 @@
+"""One group of bytes of one block between its forward and its backward.
+
+A piece is stored when the block's forward ends (its rows go to the host, stay, or are dropped), fetched before the
+block's backward (into a buffer of full size, so that rebuilt rows are written behind the fetched ones and nothing
+is concatenated), and freed on the device when the last node that needs it has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from memo_runtime.blocks.grouping import Member, region_of, whole
+from memo_runtime.blocks.region import Region, View
+from memo_runtime.execution.host_pool import HostPool, Slot
+from memo_runtime.execution.ledger import Ledger
+from memo_runtime.execution.transfer import Ticket, Transfer
+from memo_runtime.records import Action
+
+
+class Piece:
+    """A group's bytes. ``users`` counts the saved tensors that still may be asked for."""
+
+    __slots__ = (
+        "_buffer",
+        "_device_rows",
+        "_held",
+        "_in",
+        "_ledger",
+        "_slot",
+        "action",
+        "bytes_in",
+        "bytes_kept",
+        "bytes_out",
+        "dtype",
+        "indices",
+        "modified",
+        "out",
+        "prefix",
+        "rebuilt",
+        "region",
+        "rows",
+        "size_bytes",
+        "users",
+        "written",
+    )
+
+    def __init__(self, action: Action, ledger: Ledger, size_bytes: int) -> None:
+        self.action = action
+        self.size_bytes = size_bytes
+        self.users = 0
+        self.indices: list[int] = []
+        self.rebuilt: dict[int, torch.Tensor] = {}
+        self.written: set[tuple[object, ...]] = set()
+        self.region: Region | None = None
+        self.rows = (0, 0)
+        self.prefix = 0
+        self.dtype = torch.uint8
+        self.out: Ticket | None = None
+        self.modified = False
+        self.bytes_out = 0
+        self.bytes_in = 0
+        self.bytes_kept = 0
+        self._ledger = ledger
+        self._slot: Slot | None = None
+        self._device_rows: torch.Tensor | None = None
+        self._buffer: torch.Tensor | None = None
+        self._in: Ticket | None = None
+        self._held = 0
+
+    # ---- forward
+
+    def store(self, members: Sequence[Member], tokens: int, prefix: int, device_rows: int, pool: HostPool) -> Member:
+        """Decide which rows are stashed and take host memory for them; returns the member to copy from.
+
+        Raises:
+            HostLimitError: the pool has no room.
+        """
+        region, flat = region_of(members, tokens)
+        self.dtype = flat.dtype
+        self.prefix = prefix
+        if self.action == Action.HOST:
+            region = whole(region)
+            self.rows = (0, 1)
+        elif self.action == Action.PREFIX:
+            self.rows = (device_rows, prefix)
+            if device_rows:
+                self._device_rows = region.rows(flat, 0, device_rows).clone()
+                self.bytes_kept = self._device_rows.numel() * flat.element_size()
+                self._ledger.hold(self.bytes_kept)
+        else:
+            assert self.action == Action.TAIL, f"{self.action} stores nothing"
+            self.rows = (prefix, tokens)
+        self.region = region
+        start, stop = self.rows
+        self.bytes_out = region.outer * (stop - start) * region.inner * flat.element_size()
+        if self.bytes_out:
+            self._slot = pool.take(self.bytes_out)
+        return Member(flat, None)
+
+    def send(self, flat: torch.Tensor, transfer: Transfer) -> None:
+        """Start the copy to the host."""
+        if self._slot is not None and self.region is not None:
+            self.out = transfer.to_host(self.region.rows(flat, *self.rows), self._host_rows())
+
+    def _host_rows(self) -> torch.Tensor:
+        assert self._slot is not None and self.region is not None, "the piece was stored"
+        start, stop = self.rows
+        return self._slot.typed(self.dtype).view(self.region.outer, stop - start, self.region.inner)
+
+    # ---- backward
+
+    @property
+    def present(self) -> bool:
+        """The piece's buffer is on the device."""
+        return self._buffer is not None
+
+    def fetch(self, transfer: Transfer, device: torch.device) -> None:
+        """Start the copy back, into a buffer on the device."""
+        if self.region is None or self._buffer is not None:
+            return
+        start, stop = self.rows
+        if self.action == Action.TAIL:
+            self.region_of_tail()
+        # Allocated on the compute stream: that stream owns it, the copy stream only writes once.
+        self._buffer = torch.empty(self.region.numel, dtype=self.dtype, device=device)
+        self._hold(self._buffer.numel() * self._buffer.element_size())
+        if self._device_rows is not None:
+            self.region.rows(self._buffer, 0, self._device_rows.shape[1]).copy_(self._device_rows)
+        if self._slot is not None:
+            target = self.region.rows(self._buffer, 0, stop - start) if self.action == Action.TAIL else (
+                self.region.rows(self._buffer, start, stop)
+            )  # fmt: skip
+            self._in = transfer.to_device(self._host_rows(), target)
+            self.bytes_in = self.bytes_out
+
+    def region_of_tail(self) -> None:
+        """Make the region that of the stashed tail alone, once."""
+        assert self.region is not None, "the piece was stored"
+        start, stop = self.rows
+        if self.region.tokens != stop - start:
+            self.region = self.region.cut(start, stop)
+
+    def arrived(self) -> None:
+        """Make compute wait for the copy back."""
+        if self._in is not None:
+            self._in.wait()
+            self._in = None
+
+    def view(self, position: int) -> torch.Tensor:
+        """View number ``position`` of the region over the buffer."""
+        assert self._buffer is not None and self.region is not None, "the piece was fetched"
+        return self.region.views[position].of(self._buffer)
+
+    def write_tail(self, position: int, tail: torch.Tensor, tokens: int) -> None:
+        """Write rebuilt rows [prefix, tokens) of view ``position`` behind the fetched ones; equal views once."""
+        assert self.region is not None and self._buffer is not None, "the piece was fetched"
+        view: View = self.region.views[position]
+        axis = view.axis
+        assert axis is not None, "only pieces with a token axis have a tail"
+        key = (view.offset, view.size, view.stride)
+        if key in self.written:
+            return
+        self.written.add(key)
+        count = tokens - self.prefix
+        target = view.of(self._buffer)
+        for dim, step in enumerate(view.stride):
+            if step == 0 and view.size[dim] > 1:  # expanded: one element stands for all
+                target, tail = target.narrow(dim, 0, 1), tail.narrow(dim, 0, 1)
+        target = target.unflatten(axis.dim, (axis.outer, tokens, axis.inner))
+        source = tail.unflatten(axis.dim, (axis.outer, count, axis.inner))
+        target.narrow(axis.dim + 1, self.prefix, count).copy_(source)
+
+    def rebuild(self, index: int, tensor: torch.Tensor) -> None:
+        """Keep what the rerun made for saved tensor ``index``."""
+        if not self.rebuilt:
+            self._hold(self.size_bytes)
+        self.rebuilt[index] = tensor
+
+    # ---- freeing
+
+    def drop_buffer(self) -> None:
+        """Free what is on the device for backward; the stashed rows stay and can be fetched again."""
+        self.arrived()
+        self._buffer = None
+        self.rebuilt.clear()
+        self.written.clear()
+        self._ledger.drop(self._held)
+        self._held = 0
+
+    def release_user(self) -> None:
+        """One saved tensor fewer may be asked for."""
+        self.users -= 1
+        if self.users == 0:
+            self.drop_buffer()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.drop_buffer()
+        self._slot = None
+        self._device_rows = None
+        self._ledger.drop(self.bytes_kept)
+        self.bytes_kept = 0
+
+    def _hold(self, count: int) -> None:
+        self._held += count
+        self._ledger.hold(count)

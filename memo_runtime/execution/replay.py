@@ -1,0 +1,126 @@
+"""Running a block again in backward, to rebuild what was not stashed of its forward.
+
+``Replay`` runs it on the tokens [prefix, tokens) with mixers, random numbers and routing replaced by the values of
+the forward; ``Recompute`` runs all of it as it was, under the random state of its forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memo_runtime.blocks.ambient import AutocastState, RandomState
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.pins import PinKey, ReplayMode, Value
+from memo_runtime.blocks.region import packed, tail
+from memo_runtime.blocks.rerun import Forward, run_again, stops_early
+from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.execution.piece import Piece
+from memo_runtime.execution.stash import Stash
+from memo_runtime.records import Action, ArgumentAxes, TokenAxis
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a value that the rerun needs comes from: a view of a piece, or a tensor or number kept as it is."""
+
+    piece: Piece | None = None
+    position: int = 0
+    kept: Value = None
+    axis: TokenAxis | None = None
+    dims: tuple[int, ...] = ()
+
+    def rows(self, prefix: int, tokens: int) -> Value:
+        """The value on tokens [prefix, tokens), without gaps in memory."""
+        value: Value = self.kept
+        if self.piece is not None:
+            value = self.piece.view(self.position)
+            if self.piece.action == Action.TAIL:
+                return packed(value)
+        if isinstance(value, torch.Tensor):
+            return tail(value, self.axis, self.dims, tokens=tokens, start=prefix)
+        return value
+
+
+@dataclass(slots=True)
+class Rerun:
+    """One block call to be run again.
+
+    Attributes:
+        call: its arguments, detached, without the input. input_source: where that comes from, None: it was kept.
+        count: how many tensors the forward saved. prefix, tokens: rows to rebuild; 0 for all.
+        pins: what is replaced. random: state to start from, None where nothing is drawn.
+    """
+
+    block: nn.Module
+    forward: Forward
+    name: str
+    call: BlockCall
+    input_leaf: int
+    input_source: Source
+    input_needs_grad: bool
+    count: int
+    autocast: AutocastState
+    arguments: tuple[ArgumentAxes, ...] = ()
+    tokens: int = 0
+    prefix: int = 0
+    pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
+    random: RandomState | None = None
+
+    def run(self, stash: Stash) -> int:
+        """Rebuild into the pieces of ``stash``; returns the FLOPs spent.
+
+        Raises:
+            ReplayMismatchError: the block saves another number of tensors than in its forward. The graph is as
+                before and no gradient of this block was computed.
+        """
+        call = self._call()
+        values = {
+            key: {output: source.rows(self.prefix, self.tokens) for output, source in outputs.items()}
+            for key, outputs in self.pins.items()
+        }
+        mode = ReplayMode(values)
+        random = self.random.restored() if self.random is not None else contextlib.nullcontext()
+        with self.autocast.restored(), random:
+            saved = run_again(
+                self.forward,
+                call,
+                lambda index, tensor: self._put(stash, index, tensor),
+                mode=mode,
+                last=self.count - 1 if stops_early(self.block) else None,
+            )
+        if saved != self.count:
+            raise ReplayMismatchError(
+                f"'{self.name}' saved {self.count} tensors in its forward and {saved} when it was run again: its forward "
+                "depends on something that changed in between (a module attribute, random numbers that PyTorch does "
+                "not draw, data). No gradient was computed; use policy='swap', or leave it out with blocks="
+            )
+        return mode.flops
+
+    def _call(self) -> BlockCall:
+        call = self.call
+        if self.prefix:
+            others = tuple(axes for axes in self.arguments if axes.leaf != self.input_leaf)
+            call = call.cut(others, self.prefix, self.tokens)
+        hidden = self.input_source.rows(self.prefix, self.tokens)
+        if isinstance(hidden, torch.Tensor):
+            call = call.replaced({self.input_leaf: hidden})
+        call = call.detached()
+        if isinstance(hidden, torch.Tensor):
+            call.leaves[self.input_leaf].requires_grad_(self.input_needs_grad)
+        return call
+
+    def _put(self, stash: Stash, index: int, tensor: torch.Tensor) -> None:
+        holder = stash.holder(index) if index < self.count else None
+        if holder is None or holder.piece is None:
+            return
+        # Writing a piece is no operator of the block: the mode that counts and replaces them must not see it.
+        with _disable_current_modes():
+            if holder.piece.action == Action.PREFIX:
+                holder.piece.write_tail(holder.position, tensor, self.tokens)
+            elif holder.piece.action == Action.REBUILD:
+                holder.piece.rebuild(index, tensor)

@@ -1,0 +1,233 @@
+"""One wrapped model: its plan, its tools, and the step that is under way.
+
+The session is the only place that knows the order of blocks. Streams and lifetimes:
+
+* a block's copies to the host start at its ``commit`` and are released (compute waits, sources are freed) when the
+  next block but one enters, so the skeletal tensors of two blocks are alive at a time: MEMO's two rounding buffers;
+* in backward, the first tensor asked of a block fetches it, and starts the fetch of the block below.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from memo_runtime.execution.block import BlockForward
+from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
+from memo_runtime.execution.guard import refuse_active_hooks
+from memo_runtime.execution.host_pool import HostPool
+from memo_runtime.execution.install import install_forward, remove_forward
+from memo_runtime.execution.layout import Sorted
+from memo_runtime.execution.stash import Stash, Tools
+from memo_runtime.execution.transfer import Ticket, make_transfer
+from memo_runtime.records import BlockPlan, BlockProfile, Forecast, Plan, Report, Totals
+
+logger = logging.getLogger("memo_runtime")
+
+Observer = Callable[[BlockForward, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_NO_PLAN = "the wrapped model itself was not called, so there is no plan yet"
+
+
+class Session:
+    """The runtime state of one wrapped model.
+
+    After an exception in a step, including an interrupt, the next step starts clean: what the abandoned graph held
+    goes back when the graph is freed, and ``begin`` forgets the rest.
+
+    Args:
+        blocks: (qualified name, module) in call order.
+        policy: what the user asked for, for the report.
+    """
+
+    def __init__(self, blocks: list[tuple[str, nn.Module]], policy: str) -> None:
+        self.policy = policy
+        self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
+        self.observer: Observer | None = None
+        self.idle = False
+        self.plan: Plan | None = None
+        self.no_plan_reason = _NO_PLAN
+        self.steps = 0
+        self._notes: dict[str, None] = {}
+        self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
+        self._tools: Tools | None = None
+        self._step: StepCounters | None = None
+        self.last_stash: weakref.ref[Stash] | None = None
+        self._in_flight: deque[tuple[int, list[Ticket]]] = deque()
+        self._ready: deque[weakref.ref[Stash]] = deque()
+
+    # ---- in place
+
+    def install(self) -> None:
+        """Replace the blocks' forwards."""
+        for block in self.blocks:
+            install_forward(block.block, block)
+
+    def remove(self) -> None:
+        """Restore the blocks' forwards and give host memory back. Graphs that are alive can still go backward."""
+        for block in self.blocks:
+            remove_forward(block.block)
+        self._release_copies(all_of_them=True)
+        if self._tools is not None:
+            self._tools.pool.trim()
+
+    # ---- plan
+
+    def adopt(self, plan: Plan, device: torch.device) -> None:
+        """Execute ``plan`` from the next block on; its host memory is reserved now.
+
+        Raises:
+            HostLimitError: the host memory cannot be had; the plan before stays in force.
+        """
+        if self._tools is None or self._tools.device != device:
+            pool = HostPool(plan.limits.host_bytes, pinned=device.type == "cuda")
+            self._tools = Tools(device, pool, make_transfer(device))
+        self._tools.pool.limit = plan.limits.host_bytes
+        self._tools.pool.trim()
+        self._tools.pool.reserve(plan.forecast.host_bytes)
+        self.plan = plan
+        self._decisions = {
+            block.name: (profile, block) for profile, block in zip(plan.profile.blocks, plan.blocks, strict=True)
+        }
+
+    def decision(self, name: str) -> tuple[BlockProfile | None, BlockPlan | None]:
+        """Profile and plan of block ``name``; None before there is a plan."""
+        return self._decisions.get(name, (None, None))
+
+    @property
+    def tools(self) -> Tools:
+        """Pool, copies and ledger of the device."""
+        if self._tools is None:
+            device = next((p.device for b in self.blocks for p in b.block.parameters()), torch.device("cpu"))
+            self._tools = Tools(device, HostPool(0, pinned=device.type == "cuda"), make_transfer(device))
+        return self._tools
+
+    # ---- step
+
+    @property
+    def step(self) -> StepCounters:
+        """The step under way."""
+        if self._step is None:
+            self.begin()
+        assert self._step is not None, "begin makes a step"
+        return self._step
+
+    def begin(self) -> None:
+        """A new forward pass starts: nothing of an earlier one is in order before it."""
+        self._step = StepCounters(Clock(self.tools.device))
+        self.steps += 1
+        self.last_stash = None
+        self._release_copies(all_of_them=True)
+        self.tools.ledger.reset_peak()
+
+    def begin_if_new(self) -> None:
+        """Begin a step unless this forward follows another whose backward is still to come."""
+        alive = self.last_stash is not None and self.last_stash() is not None
+        if self._step is None or self._step.backward_seen or not alive:
+            self.begin()
+
+    def enter(self, block: BlockForward) -> BlockCounters:
+        """Block ``block`` starts its forward."""
+        if block.position == 0:
+            self.begin_if_new()
+        if block.position == 0:
+            refuse_active_hooks()
+        self._release_copies(all_of_them=False)
+        return self.step.block(block.name)
+
+    def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
+        """Block number ``position`` has finished its forward: start its copies."""
+        tickets = []
+        with torch.profiler.record_function(f"memo::offload {stash.name}"):
+            for piece, flat in sorted_.outgoing:
+                piece.send(flat, self.tools.transfer)
+                stash.counters.bytes_to_host += piece.bytes_out
+                if piece.out is not None:
+                    tickets.append(piece.out)
+        stash.settle()
+        stash.lower = self.last_stash
+        stash.before_backward = self._before_backward
+        self.last_stash = weakref.ref(stash)
+        self._in_flight.append((position, tickets))
+        if position == len(self.blocks) - 1:
+            self._release_copies(all_of_them=True)
+        self.step.clock.touch()
+
+    def _release_copies(self, *, all_of_them: bool) -> None:
+        keep = 0 if all_of_them else 1
+        while len(self._in_flight) > keep:
+            for ticket in self._in_flight.popleft()[1]:
+                ticket.release()
+
+    def _before_backward(self, stash: Stash) -> None:
+        self.backward_started()
+        self._release_copies(all_of_them=True)
+        # The two most recent stay: autograd may go back and forth between neighbours.
+        self._ready.append(weakref.ref(stash))
+        while len(self._ready) > 2:
+            older = self._ready.popleft()()
+            if older is not None and older is not stash:
+                older.drop()
+
+    def backward_started(self) -> None:
+        """Something of this step is going backward."""
+        step = self.step
+        step.backward_seen = True
+        step.clock.touch()
+        if torch._C._current_graph_task_id() != -1:
+            # Called by the engine when this backward pass is over; the last touch is the end of the step.
+            torch.autograd.Variable._execution_engine.queue_callback(step.clock.touch)
+
+    # ---- notes and report
+
+    def note(self, text: str, *, level: int = logging.WARNING) -> None:
+        """Say ``text`` once, in the log and in the report."""
+        if text not in self._notes:
+            self._notes[text] = None
+            logger.log(level, text)
+
+    def note_cache_off(self) -> None:
+        """The key/value cache was switched off."""
+        self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
+                  level=logging.INFO)  # fmt: skip
+
+    def note_deviation(self, name: str, planned: int, saved: int) -> None:
+        """A block saved something else than when it was profiled."""
+        self.note(
+            f"'{name}' saved {saved} tensors where its profile has {planned}: in this step all of them are swapped whole"
+        )
+
+    def report(self) -> Report:
+        """What the last step did; see ``records.Report``."""
+        step = self._step
+        blocks = tuple(step.blocks[b.name].report() for b in self.blocks if b.name in step.blocks) if step else ()
+        forecast = self.plan.forecast if self.plan is not None else Forecast()
+        states = self.plan.profile.states if self.plan is not None else None
+        tools = self.tools
+        if tools.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(tools.device)
+        else:
+            fixed = states.parameters + states.buffers + states.gradients + states.optimizer if states else 0
+            peak = fixed + tools.ledger.peak
+        totals = Totals(
+            bytes_to_host=sum(b.bytes_to_host for b in blocks),
+            bytes_to_device=sum(b.bytes_to_device for b in blocks),
+            bytes_kept=sum(b.bytes_kept for b in blocks),
+            recomputed_flops=sum(b.recomputed_flops for b in blocks),
+            peak_bytes=peak,
+            stash_peak_bytes=tools.ledger.peak,
+            stash_bytes=tools.ledger.current,
+            host_bytes=tools.pool.reserved,
+            host_bytes_in_use=tools.pool.in_use,
+            open_copies=tools.transfer.open_copies,
+            step_seconds=step.clock.seconds() if step else 0.0,
+            steps=self.steps,
+            forecast=forecast,
+        )
+        notes = (*self._notes, *(self.plan.notes if self.plan is not None else ()))
+        return Report(policy=self.policy, blocks=blocks, totals=totals, states=states, notes=tuple(notes))

@@ -1,0 +1,209 @@
+"""What is kept of one block call between its forward and its backward.
+
+    forward:   autograd hands over every tensor that it saves (``pack``); when the block is done, ``commit`` sorts them
+               into pieces and starts the copies
+    backward:  the first ``unpack`` fetches the pieces, starts the fetch of the block below, and runs the block again
+               on the tokens that were not stashed; later ones hand out views
+
+Autograd holds only ``Holder`` objects, and they hold the stash: when the graph is freed, after backward or because
+a step was abandoned, everything goes back by itself. ``backward(retain_graph=True)`` fetches and rebuilds again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.execution.host_pool import HostPool
+from memo_runtime.execution.ledger import Ledger
+from memo_runtime.execution.piece import Piece
+from memo_runtime.execution.transfer import Transfer
+
+
+class Counters(Protocol):
+    """Where a stash counts what it does; see ``execution.counters``."""
+
+    bytes_to_host: int
+    bytes_to_device: int
+    bytes_kept: int
+    recomputed_flops: int
+
+
+class Rebuild(Protocol):
+    """How a block's missing tensors are made again (``replay.Replay``, ``recompute.Recompute``)."""
+
+    def run(self, stash: Stash) -> int:
+        """Rebuild what ``stash`` lacks; returns the FLOPs spent."""
+        ...
+
+
+class Tools:
+    """What all stashes of one device share."""
+
+    def __init__(self, device: torch.device, pool: HostPool, transfer: Transfer) -> None:
+        self.device = device
+        self.pool = pool
+        self.transfer = transfer
+        self.ledger = Ledger()
+
+
+class Holder:
+    """What autograd keeps in place of one saved tensor."""
+
+    __slots__ = ("__weakref__", "index", "kept", "piece", "position", "problem", "stash")
+
+    def __init__(self, stash: Stash, index: int) -> None:
+        self.stash = stash
+        self.index = index
+        self.kept: torch.Tensor | None = None
+        self.piece: Piece | None = None
+        self.position = 0
+        self.problem = ""
+
+    def __del__(self) -> None:
+        if self.piece is not None:
+            self.piece.release_user()
+
+
+class Stash:
+    """The pieces of one block call, and how to rebuild what they lack."""
+
+    def __init__(self, name: str, tools: Tools, counters: Counters) -> None:
+        self.name = name
+        self.tools = tools
+        self.counters = counters
+        self.pending: list[torch.Tensor] = []
+        self.versions: list[int] = []
+        self.holders: list[weakref.ref[Holder]] = []
+        self.pieces: list[Piece] = []
+        self.rebuild: Rebuild | None = None
+        self.call: BlockCall | None = None
+        self.lower: weakref.ref[Stash] | None = None
+        self.before_backward: Callable[[Stash], None] | None = None
+        self._ready = False
+        self._kept_bytes = 0
+        self._skeletal_bytes = 0
+        self._settled = False
+
+    # ---- forward
+
+    def pack(self, tensor: torch.Tensor) -> Holder:
+        """Take a tensor that autograd saves."""
+        holder = Holder(self, len(self.pending))
+        self.pending.append(tensor.detach())
+        self.versions.append(tensor._version)
+        self.holders.append(weakref.ref(holder))
+        return holder
+
+    def holder(self, index: int) -> Holder | None:
+        """Holder of saved tensor ``index``, None once its node has run."""
+        return self.holders[index]()
+
+    def assign(self, index: int, piece: Piece, position: int) -> None:
+        """Saved tensor ``index`` is view ``position`` of ``piece``."""
+        holder = self.holder(index)
+        if holder is not None:
+            holder.piece = piece
+            holder.position = position
+            piece.users += 1
+            piece.indices.append(index)
+
+    def keep(self, index: int, *, counted: bool) -> None:
+        """Saved tensor ``index`` stays on the device; ``counted`` unless it is a parameter or shared."""
+        holder = self.holder(index)
+        if holder is not None:
+            holder.kept = self.pending[index]
+        if counted:
+            self.hold_kept(self.pending[index].numel() * self.pending[index].element_size())
+
+    def hold_kept(self, count: int) -> None:
+        """``count`` bytes stay on the device until the stash is gone."""
+        self._kept_bytes += count
+        self.counters.bytes_kept += count
+
+    def hold_skeletal(self, count: int) -> None:
+        """``count`` bytes are held while the forward's tensors are alive; ``settle`` drops them."""
+        self._skeletal_bytes = count
+        self.tools.ledger.hold(count)
+
+    def settle(self) -> None:
+        """The forward is done and the copies are made or under way: let go of the live tensors."""
+        for index, (tensor, version) in enumerate(zip(self.pending, self.versions, strict=True)):
+            holder = self.holder(index)
+            if holder is not None and tensor._version != version:
+                holder.problem = (
+                    f"saved tensor {index} of '{self.name}' was modified by an in-place operation after it was saved"
+                )
+        self.pending = []
+        self.versions = []
+        # What stays is counted by hold_kept and by the pieces from here on.
+        self.tools.ledger.hold(self._kept_bytes)
+        self.tools.ledger.drop(self._skeletal_bytes)
+        self._skeletal_bytes = 0
+        self._settled = True
+
+    # ---- backward
+
+    def unpack(self, holder: Holder) -> torch.Tensor:
+        """Hand a saved tensor back to autograd."""
+        if holder.problem:
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation cannot be given back: {holder.problem}"
+            )
+        if holder.kept is not None:
+            return holder.kept
+        if not self._ready:
+            self._make_ready()
+        piece = holder.piece
+        if piece is None:
+            raise ReplayMismatchError(
+                f"saved tensor {holder.index} of '{self.name}' is asked for, but its forward did not finish"
+            )
+        rebuilt = piece.rebuilt.get(holder.index)
+        if rebuilt is not None:
+            return rebuilt
+        if not piece.present:
+            raise ReplayMismatchError(
+                f"'{self.name}' was run again and did not save tensor {holder.index}; its forward depends on something "
+                "that changed since (a module attribute, random numbers, data)"
+            )
+        return piece.view(holder.position)
+
+    def fetch(self) -> None:
+        """Start the copies back."""
+        for piece in self.pieces:
+            before = piece.present
+            piece.fetch(self.tools.transfer, self.tools.device)
+            if piece.present and not before:
+                self.counters.bytes_to_device += piece.bytes_in
+
+    def _make_ready(self) -> None:
+        if self.before_backward is not None:
+            self.before_backward(self)
+        with torch.profiler.record_function(f"memo::fetch {self.name}"):
+            self.fetch()
+            for piece in self.pieces:
+                piece.arrived()
+            lower = self.lower() if self.lower is not None else None
+            if lower is not None:
+                lower.fetch()
+        if self.rebuild is not None:
+            with torch.profiler.record_function(f"memo::rebuild {self.name}"):
+                self.counters.recomputed_flops += self.rebuild.run(self)
+        self._ready = True
+
+    def drop(self) -> None:
+        """Free what was fetched and rebuilt; a later backward through the same graph makes it again."""
+        self._ready = False
+        for piece in self.pieces:
+            piece.drop_buffer()
+
+    def __del__(self) -> None:
+        for piece in self.pieces:
+            piece.close()
+        self.tools.ledger.drop(self._kept_bytes if self._settled else self._skeletal_bytes)

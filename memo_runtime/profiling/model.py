@@ -1,0 +1,211 @@
+"""Profiling a model: one pass that reaches every block with its real arguments and measures each.
+
+The model's forward runs on the user's batch; where it calls a block, the block is calibrated and timed on a crop of
+the arguments, and then skipped where its result has the shape of its input: no activation of the target length is
+ever saved. The pass ends when the last block was seen. Random state and buffers are put back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.rerun import Forward, storage_key
+from memo_runtime.errors import ProfileError
+from memo_runtime.profiling.calibrate import calibrate, undisturbed
+from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
+from memo_runtime.profiling.link import measure_link
+from memo_runtime.profiling.machine import device_memory, host_limit, usable_device_bytes
+from memo_runtime.profiling.outside import outside_peak, outside_seconds
+from memo_runtime.profiling.states import measure_states
+from memo_runtime.profiling.timing import time_block
+from memo_runtime.records import BlockProfile, Growth, Profile
+
+logger = logging.getLogger("memo_runtime")
+
+
+class _AllSeen(Exception):
+    """Every block was profiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedBlock:
+    """A block to profile: its name, stack, module and own forward."""
+
+    name: str
+    stack: int
+    module: nn.Module
+
+
+@dataclass(slots=True)
+class Observer:
+    """Stands in for the forward of every block during the pass."""
+
+    blocks: dict[str, NamedBlock]
+    device: torch.device
+    profiles: dict[str, BlockProfile] = field(default_factory=dict)
+    shared: dict[int, tuple[int, int]] = field(default_factory=dict)
+    timed: dict[object, BlockProfile] = field(default_factory=dict)
+    allocated: int | None = None
+    rows: int = 1
+    hidden_bytes: int = 0
+    may_stop: bool = True
+    _outputs: dict[object, bool] = field(default_factory=dict)
+
+    def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Profile block ``name`` on its first call and give a result of the right shape."""
+        block = self.blocks[name]
+        call, _, _ = BlockCall.of(args, kwargs).without_caches()
+        if self.allocated is None and self.device.type == "cuda":
+            self.allocated = torch.cuda.memory_allocated(self.device)
+        if name not in self.profiles:
+            self.profiles[name] = self._profile(block, forward, call)
+        last = len(self.profiles) == len(self.blocks) and self.may_stop
+        if last:
+            raise _AllSeen
+        return self._result(block, forward, call, self.profiles[name])
+
+    def _profile(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        profile = calibrate(block.module, forward, call, name=block.name, stack=block.stack)
+        self._note_shared(call, profile)
+        if profile.tokens and not self.profiles:
+            hidden = call.leaves[profile.input_leaf]
+            self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
+            self.hidden_bytes = hidden.numel() * hidden.element_size()
+        # Blocks that save the same cost the same: time one of each.
+        key = (type(block.module), profile.groups, profile.pins, profile.tokens, profile.dynamic)
+        if key not in self.timed:
+            self.timed[key] = time_block(block.module, forward, call, profile, self.device)
+        model = self.timed[key]
+        return replace(
+            profile,
+            forward_seconds=model.forward_seconds,
+            backward_seconds=model.backward_seconds,
+            rerun_seconds=model.rerun_seconds,
+            forward_peak=model.forward_peak,
+            backward_peak=model.backward_peak,
+            timed_tokens=model.timed_tokens,
+        )
+
+    def _note_shared(self, call: BlockCall, profile: BlockProfile) -> None:
+        dims = {axes.leaf: len(axes.dims) for axes in profile.arguments}
+        for leaf, tensor in call.tensors():
+            if leaf != profile.input_leaf:
+                self.shared[storage_key(tensor)] = (tensor.untyped_storage().nbytes(), dims.get(leaf, 0))
+
+    def shared_growth(self, tokens: int) -> Growth:
+        """Bytes of the arguments that blocks share, by tokens."""
+        by_dims = [0, 0, 0]
+        for size, dims in self.shared.values():
+            by_dims[min(dims, 2)] += size
+        tokens = max(1, tokens)
+        return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
+
+    def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:
+        key = (type(block.module), profile.groups, profile.tokens)
+        hidden = call.leaves[profile.input_leaf] if profile.tokens else None
+        if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
+            return hidden
+        args, kwargs = call.arguments()
+        with torch.no_grad():
+            output = forward(*args, **kwargs)
+        self._outputs[key] = (
+            isinstance(output, torch.Tensor)
+            and isinstance(hidden, torch.Tensor)
+            and output.shape == hidden.shape
+            and output.dtype == hidden.dtype
+        )
+        trains = any(p.requires_grad for p in block.module.parameters()) or (hidden is not None and hidden.requires_grad)
+        return _pytree.tree_map(lambda leaf: _like_output(leaf, trains), output)
+
+
+def _like_output(leaf: Any, trains: bool) -> Any:
+    """A result made without grad that looks as if it had one."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and trains:
+        return leaf.detach().requires_grad_(True)
+    return leaf
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's parameters; the CPU for a model without any."""
+    parameter = next(model.parameters(), None)
+    return parameter.device if parameter is not None else torch.device("cpu")
+
+
+def profile_model(
+    model: nn.Module,
+    blocks: Sequence[NamedBlock],
+    run: Callable[[Callable[..., Any]], None],
+    *,
+    batch: tuple[tuple[Any, ...], dict[str, Any]],
+    optimizer: torch.optim.Optimizer | None = None,
+    tiled_loss: bool = False,
+) -> Profile:
+    """Measure ``model`` on ``batch``.
+
+    Args:
+        model: the model, with ``blocks`` inside.
+        run: called with an observer; must run the model's forward on the batch such that every block's forward calls
+            ``observer(name, own_forward, args, kwargs)`` and yields its result.
+        batch: (args, kwargs) of the model call. optimizer: whose state to reserve for.
+        tiled_loss: the head and loss run by tiles, so that logits take no memory to speak of.
+
+    Raises:
+        ProfileError: the forward failed, or called none of the blocks.
+    """
+    device = model_device(model)
+    start = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    observer = Observer({block.name: block for block in blocks}, device)
+    # A root under FSDP reshards in a post-forward hook: it must run to its end.
+    observer.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
+    with undisturbed(model, device), torch.enable_grad():
+        try:
+            run(observer)
+        except _AllSeen:
+            pass
+    if not observer.profiles:
+        raise ProfileError(
+            f"{type(model).__name__} was called and none of its blocks was ({', '.join(b.name for b in blocks[:3])}, ...): "
+            "name the blocks that its forward uses with blocks="
+        )
+    measured = tuple(observer.profiles[b.name] for b in blocks if b.name in observer.profiles)
+    tokens = max(profile.tokens for profile in measured)
+    name, _ = device_memory(device)
+    host_bytes, host_source = host_limit()
+    shared = observer.shared_growth(tokens)
+    outside = max(0, (observer.allocated or start) - start - shared.at(tokens))
+    return Profile(
+        fingerprint=make_fingerprint(
+            model, [profile.name for profile in measured], batch_signature(*batch), device.type, name
+        ),
+        device_type=device.type,
+        device_name=name,
+        device_bytes=usable_device_bytes(device),
+        host_bytes=host_bytes,
+        host_source=host_source,
+        link=measure_link(device),
+        states=measure_states(model, optimizer, device.type),
+        rows=observer.rows,
+        blocks=measured,
+        allocated_bytes=start,
+        shared=shared,
+        outside_forward=Growth(linear=outside / max(1, tokens)),
+        outside_peak=outside_peak(model, measured, observer.rows, observer.hidden_bytes, tiled_loss=tiled_loss),
+        outside_seconds=outside_seconds(model, measured, observer.rows),
+        notes=_notes(measured),
+    )
+
+
+def _notes(profiles: Sequence[BlockProfile]) -> tuple[str, ...]:
+    stretched = [p for p in profiles if p.timed_tokens and p.tokens > 4 * p.timed_tokens]
+    if not stretched:
+        return ()
+    first = stretched[0]
+    return (f"block times are extrapolated from {first.timed_tokens:,} to {first.tokens:,} tokens",)

@@ -1,0 +1,176 @@
+"""Timing one block: forward, backward, and a rerun with its mixers replaced, at two lengths.
+
+On CUDA the transient memory of the block is measured in the same runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.pins import CaptureMode, ReplayMode
+from memo_runtime.blocks.rerun import Forward, run_again, stops_early
+from memo_runtime.profiling.calibrate import undisturbed
+from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
+from memo_runtime.records import BlockProfile, Growth, Role
+
+#: Longest length timed where the block will run at more.
+_LONGEST = {"cuda": 8192, "cpu": 512}
+_REPEATS = 3
+
+
+@dataclass(slots=True)
+class _Sample:
+    tokens: int
+    forward: float
+    backward: float
+    rerun: float
+    forward_peak: int = 0
+    backward_peak: int = 0
+
+
+@dataclass(slots=True)
+class _Timer:
+    """Runs of one block on the first ``tokens`` tokens of a call."""
+
+    block: nn.Module
+    forward: Forward
+    call: BlockCall
+    profile: BlockProfile
+    device: torch.device
+    saved: int = field(default=0)
+
+    def crop(self, tokens: int) -> BlockCall:
+        """The call on ``tokens`` tokens, detached."""
+        call = self.call.cut(self.profile.arguments, 0, tokens) if self.profile.arguments else self.call
+        return call.detached(fresh=(self.profile.input_leaf,))
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Seconds of ``run`` on an idle device."""
+        self._synchronize()
+        start = time.perf_counter()
+        run()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def sample(self, tokens: int) -> _Sample:
+        """One forward, backward and rerun at ``tokens``."""
+        call = self.crop(tokens)
+        args, kwargs = call.arguments()
+        peak = _Peak(self.device)
+        outputs: list[object] = []
+        forward = self.seconds(lambda: outputs.append(self.forward(*args, **kwargs)))
+        forward_peak = peak.take()
+        backward = self.seconds(lambda: self._backward(call, outputs.pop()))
+        backward_peak = peak.take()
+        rerun = self._rerun(call)
+        return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak)
+
+    def _backward(self, call: BlockCall, output: object) -> None:
+        """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire."""
+        outputs = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        inputs = [t for _, t in call.tensors() if t.requires_grad]
+        inputs += [p for p in self.block.parameters() if p.requires_grad]
+        if outputs and inputs:
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
+
+    def _rerun(self, call: BlockCall) -> float:
+        args, kwargs = call.arguments()
+        wanted = {(pin.op, pin.call) for pin in self.profile.pins}
+        capture = CaptureMode(lambda key: None if key in wanted else ())
+        with torch.no_grad(), capture:
+            self.forward(*args, **kwargs)
+        last = len(self.profile.saved) - 1 if self.profile.saved and stops_early(self.block) else None
+
+        def again() -> None:
+            run_again(self.forward, call, lambda *_: None, mode=ReplayMode(capture.captured), last=last)
+
+        return self.seconds(again)
+
+
+class _Peak:
+    """Device memory above where it started; 0 on CPU, which has no such counter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._reset()
+
+    def _reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def take(self) -> int:
+        """Peak above the base since the last call."""
+        if self._device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self._device) - self._base
+        self._reset()
+        return max(0, peak)
+
+
+def _median(samples: list[_Sample]) -> _Sample:
+    return _Sample(
+        samples[0].tokens,
+        statistics.median(s.forward for s in samples),
+        statistics.median(s.backward for s in samples),
+        statistics.median(s.rerun for s in samples),
+        max(s.forward_peak for s in samples),
+        max(s.backward_peak for s in samples),
+    )
+
+
+def _skeletal(profile: BlockProfile, tokens: int) -> int:
+    stay = (Role.PARAMETER, Role.SHARED)
+    return sum(group.size.at(tokens) for group in profile.groups if group.saved and group.role not in stay)
+
+
+def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
+    """Two lengths, the longer at most what is affordable before the first step."""
+    longest = min(tokens, max(_LONGEST.get(device_type, 512), tokens // 8 if device_type == "cuda" else 0))
+    return tuple(sorted({max(1, longest // 2), longest}))
+
+
+def time_block(
+    block: nn.Module, forward: Forward, call: BlockCall, profile: BlockProfile, device: torch.device
+) -> BlockProfile:
+    """``profile`` with seconds and transient peaks filled in, measured on a crop of ``call``.
+
+    The random state and buffers are left as they were. A block that cannot be cropped is timed at full length.
+    """
+    if not profile.tokens:
+        return profile
+    timer = _Timer(block, forward, call, profile, device)
+    whole_only = not profile.sliceable and profile.reason.startswith("it does not run")
+    lengths = (profile.tokens,) if whole_only else lengths_to_time(profile.tokens, device.type)
+    with undisturbed(block, device), torch.enable_grad():
+        medians = []
+        for tokens in lengths:
+            timer.sample(tokens)  # warm-up: libraries choose their kernels
+            medians.append(_median([timer.sample(tokens) for _ in range(_REPEATS)]))
+    top = medians[-1]
+    held = _skeletal(profile, top.tokens)
+    return replace(
+        profile,
+        forward_seconds=fit_seconds([(s.tokens, s.forward) for s in medians], curved=True),
+        backward_seconds=fit_seconds([(s.tokens, s.backward) for s in medians], curved=True),
+        rerun_seconds=fit_seconds([(s.tokens, s.rerun) for s in medians], curved=False),
+        forward_peak=_linear(top.forward_peak - held, top.tokens),
+        backward_peak=_linear(top.backward_peak - held, top.tokens),
+        timed_tokens=top.tokens,
+    )
+
+
+def _linear(count: int, tokens: int) -> Growth:
+    return polynomial_bytes(max(0, count), tokens, 1)

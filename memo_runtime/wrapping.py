@@ -1,0 +1,254 @@
+"""A wrapped model: where the three stages meet.
+
+A hook before the model's forward notices a step, refuses what cannot work, profiles and plans for shapes that it has
+not seen, and hands the plan to the session, which executes it in the blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.stack import BlockRef
+from memo_runtime.config import Loss, Policy, Settings
+from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers
+from memo_runtime.execution.install import install_pre_hook, place, remove_pre_hook, take_back
+from memo_runtime.execution.session import Session
+from memo_runtime.integrations import huggingface
+from memo_runtime.planning.compare import check_fingerprint
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
+from memo_runtime.profiling.machine import device_memory
+from memo_runtime.profiling.model import NamedBlock, model_device, profile_model
+from memo_runtime.records import Plan, Profile
+from memo_runtime.units import format_bytes, format_seconds
+
+logger = logging.getLogger("memo_runtime")
+
+ATTRIBUTE = "_memo"
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Gate:
+    """Forward pre-hook of the wrapped model."""
+
+    def __init__(self, wrapped: Wrapped) -> None:
+        self._wrapped = wrapped
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._wrapped.before_forward(args, kwargs)
+
+
+@dataclass(slots=True)
+class _Known:
+    """A profile, and where in the batch its sequence length can be read; None: nowhere."""
+
+    profile: Profile
+    length_at: tuple[int, int] | None
+    shapes: tuple[tuple[int, ...], ...]
+
+    def tokens_of(self, shapes: tuple[tuple[int, ...], ...]) -> int | None:
+        """Sequence length of a batch that differs from the profiled one in that alone; None: it differs more."""
+        if self.length_at is None or len({block.tokens for block in self.profile.blocks}) != 1:
+            return None
+        leaf, dim = self.length_at
+        old, new = self.profile.blocks[0].tokens, shapes[leaf][dim]
+        scaled = tuple(tuple(new if size == old else size for size in shape) for shape in self.shapes)
+        return new if scaled == shapes else None
+
+
+@dataclass(slots=True)
+class Wrapped:
+    """One wrapped model: settings, session, and the plans made so far."""
+
+    model: nn.Module
+    refs: Sequence[BlockRef]
+    settings: Settings
+    loss: Loss
+    optimizer: torch.optim.Optimizer | None
+    given_plan: Plan | None
+    session: Session
+    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=dict)
+    _handle: Any = None
+    _integration: Any = None
+    _plan_checked: bool = False
+
+    # ---- in place
+
+    def install(self) -> None:
+        """Put everything in place; on an error nothing stays."""
+        self._integration = huggingface.install(self.model, loss=self.loss)
+        try:
+            self.session.install()
+            self._handle = install_pre_hook(self.model, _Gate(self))
+            place(self.model, ATTRIBUTE, self)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Restore the model."""
+        take_back(self.model, ATTRIBUTE)
+        if self._handle is not None:
+            remove_pre_hook(self.model, self._handle)
+        self.session.remove()
+        if self._integration is not None:
+            self._integration.remove()
+
+    def same_as(self, other: Wrapped) -> bool:
+        """Wrapped with the same settings, blocks and plan."""
+        return (
+            self.settings == other.settings
+            and self.loss == other.loss
+            and self.given_plan == other.given_plan
+            and [ref.name for ref in self.refs] == [ref.name for ref in other.refs]
+        )
+
+    # ---- step
+
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is about to run its forward."""
+        if not torch.is_grad_enabled() or self.session.idle or self.session.observer is not None:
+            return
+        refuse_other_optimisers(self.model, {id(ref.module) for ref in self.refs})
+        refuse_active_hooks()
+        device = model_device(self.model)
+        key, shapes = self._signature(args, kwargs, device)
+        plan = self._plans.get((key, shapes))
+        if plan is None:
+            plan = self._prepare(key, shapes, (args, kwargs), device)
+            self._plans[key, shapes] = plan
+        if plan is not self.session.plan:
+            self.session.adopt(plan, device)
+            self._announce(plan)
+        self.session.begin_if_new()
+
+    def _signature(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    ) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]]:
+        leaves = _pytree.tree_leaves((args, kwargs))
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        trainable = hash(tuple(p.requires_grad for p in self.model.parameters()))
+        key = (
+            batch_signature(args, kwargs),
+            self.model.training,
+            AutocastState.current(device.type).signature(),
+            trainable,
+            str(device),
+        )
+        return key, shapes
+
+    def _prepare(
+        self, key: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...], batch: Batch, device: torch.device
+    ) -> Plan:
+        if self.given_plan is not None:
+            self._check_given(batch, device)
+            return self.given_plan
+        for known in self._known.get(key, []):
+            tokens = known.tokens_of(shapes)
+            if tokens is not None:
+                stacks = {block.stack for block in known.profile.blocks}
+                return make_plan(known.profile, self.settings, tokens=dict.fromkeys(stacks, tokens))
+        profile = self.profile(batch)
+        self._known.setdefault(key, []).append(_Known(profile, _length_at(profile, shapes), shapes))
+        return make_plan(profile, self.settings)
+
+    def _check_given(self, batch: Batch, device: torch.device) -> None:
+        if self._plan_checked or self.given_plan is None:
+            return
+        names = [block.name for block in self.given_plan.profile.blocks]
+        name, _ = device_memory(device)
+        check_fingerprint(
+            self.given_plan, make_fingerprint(self.model, names, batch_signature(*batch), device.type, name)
+        )
+        self._plan_checked = True
+
+    def profile(self, batch: Batch) -> Profile:
+        """Measure the model on ``batch``."""
+        args, kwargs = batch
+
+        def run(observer: Callable[..., Any]) -> None:
+            self.session.observer = lambda block, forward, a, k: observer(block.name, forward, a, k)
+            try:
+                self.model.forward(*args, **kwargs)
+            finally:
+                self.session.observer = None
+
+        blocks = [NamedBlock(ref.name, ref.stack, ref.module) for ref in self.refs]
+        tiled = self._integration is not None and bool(getattr(self._integration, "tiles_loss", False))
+        return profile_model(
+            self.model, blocks, run, batch=batch, optimizer=self.optimizer, tiled_loss=tiled and "labels" in kwargs
+        )
+
+    def _announce(self, plan: Plan) -> None:
+        forecast = plan.forecast
+        counts = Counter(block.executor.value for block in plan.blocks)
+        logger.info(
+            "memo: %s; step %s, peak %s, host %s, to host %s, recomputed %.3g FLOP",
+            ", ".join(f"{count} x {name}" for name, count in counts.items()),
+            format_seconds(forecast.step_seconds),
+            format_bytes(forecast.peak_bytes),
+            format_bytes(forecast.host_bytes),
+            format_bytes(forecast.bytes_to_host),
+            forecast.recomputed_flops,
+        )
+        reasons: dict[str, list[str]] = {}
+        for block in plan.blocks:
+            if block.reason:
+                reasons.setdefault(block.reason, []).append(block.name)
+        for reason, names in reasons.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.session.note(f"'{names[0]}'{others} cannot take policy '{plan.policy}': {reason}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Any:
+        """The model runs unwrapped inside."""
+        self.session.idle = True
+        try:
+            yield
+        finally:
+            self.session.idle = False
+
+
+def _length_at(profile: Profile, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, int] | None:
+    tokens = profile.blocks[0].tokens
+    for leaf, shape in enumerate(shapes):
+        if shape.count(tokens) == 1:
+            return leaf, shape.index(tokens)
+    return None
+
+
+def find_wrapped(model: nn.Module) -> Wrapped | None:
+    """What ``wrap`` put into ``model`` or into a model inside it (DDP, FSDP, PEFT, torch.compile wrappers)."""
+    for module in model.modules():
+        wrapped = module.__dict__.get(ATTRIBUTE)
+        if isinstance(wrapped, Wrapped):
+            return wrapped
+    return None
+
+
+def make_wrapped(
+    model: nn.Module,
+    refs: Sequence[BlockRef],
+    settings: Settings,
+    *,
+    loss: Loss = Loss.AUTO,
+    optimizer: torch.optim.Optimizer | None = None,
+    plan: Plan | None = None,
+) -> Wrapped:
+    """A wrapped model, not installed yet."""
+    policy = plan.policy if plan is not None else settings.policy.value
+    session = Session([(ref.name, ref.module) for ref in refs], policy)
+    session.idle = settings.policy == Policy.NONE and plan is None
+    return Wrapped(model, refs, settings, loss, optimizer, plan, session)

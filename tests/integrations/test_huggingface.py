@@ -295,7 +295,7 @@ def one_process() -> Any:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}], ids=str)
 @pytest.mark.parametrize("inside", [True, False])
 def test_distributed_data_parallel(options: dict[str, bool], inside: bool, one_process: None) -> None:
     plain, tiled = pair()
@@ -303,7 +303,6 @@ def test_distributed_data_parallel(options: dict[str, bool], inside: bool, one_p
         model.unused = nn.Linear(2, 2).double()
     if inside:
         install(tiled, loss=Loss.AUTO)
-    options = options or {"find_unused_parameters": True}
     plain, tiled = (nn.parallel.DistributedDataParallel(model, **options) for model in (plain, tiled))
     if not inside:
         install(tiled, loss=Loss.AUTO)

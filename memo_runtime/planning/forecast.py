@@ -212,7 +212,8 @@ def to_host_cover(around: Surroundings, blocks: Sequence[Footprint]) -> list[flo
 
     For the last block that is the forward of the head and loss, a third of their time.
     """
-    return [block.forward for block in blocks[1:]] + [around.outside_seconds / 3]
+    following = [block.forward for block in blocks[1:]]
+    return [*following, around.outside_seconds / 3] if blocks else []
 
 
 def to_device_cover(blocks: Sequence[Footprint], index: int) -> range:

@@ -13,7 +13,10 @@ from memo_runtime.planning.treatment import at_fraction, kept_blocks
 
 #: Numbers of kept blocks that are tried first, evenly spaced, and in all; each costs a linear program.
 _FIRST_TRIES = 5
-_MOST_TRIES = 11
+_MOST_TRIES = 9
+
+#: Where the neighbours of the best try are this close, what lies between is not worth more programs.
+_FLAT = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,8 @@ def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
         below = max((at for at in tried if at < best), default=best)
         above = min((at for at in tried if at > best), default=best)
         middles = {(below + best) // 2, (best + above + 1) // 2} - set(tried)
-        if not middles or len(tried) + len(middles) > _MOST_TRIES:
+        flat = max(tried[below], tried[above]) <= tried[best] * (1 + _FLAT)
+        if flat or not middles or len(tried) + len(middles) > _MOST_TRIES:
             return counts[best]
         tried.update({at: value(counts[at]) for at in sorted(middles)})
 

@@ -31,7 +31,7 @@ def make_plan(profile: Profile, settings: Settings, *, tokens: Mapping[int, int]
     if decision is None:
         raise infeasible(sheet, settings)
     return Plan(
-        policy=settings.policy,
+        policy=settings.policy.value,
         alpha=settings.alpha,
         profile=profile,
         limits=Budgets.of(profile, settings).record(profile),

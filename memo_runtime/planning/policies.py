@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from memo_runtime.config import FIXED_ALPHA, Policy, Settings
-from memo_runtime.planning.single_alpha import ClosedForm, FixedFraction, KeepAll
 from memo_runtime.planning.freedom import Auto, FreeReplay
 from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.sheet import PlanRequestError, Sheet
+from memo_runtime.planning.single_alpha import ClosedForm, FixedFraction, KeepAll
 from memo_runtime.planning.strategy import Decision, Strategy
 from memo_runtime.planning.treatment import kept_blocks, refuse_fallbacks
 

@@ -16,6 +16,7 @@ an empty prefix. The result is rounded down to whole granules and verified by ex
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -153,8 +154,8 @@ class _Program:
         self._problem = pulp.LpProblem("swap", pulp.LpMinimize)
         for index in self.lines:
             most = 1 if self.device_rows else 0
-            self._device[index] = pulp.LpVariable(f"device_{index}", 0, most)
-            self._host[index] = pulp.LpVariable(f"host_{index}", 0, 1)
+            self._device[index] = self._variable(f"device_{index}", most)
+            self._host[index] = self._variable(f"host_{index}", 1)
             self._problem += self._prefix(index) <= 1
         feet = [
             _least(foot, self.lines.get(index)) for index, foot in enumerate(self.sheet.footprints(self.base))
@@ -165,11 +166,7 @@ class _Program:
         if not self._possible:
             return None
         self._minimise(feet)
-        try:
-            status = self._problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
-        except pulp.PulpSolverError as error:
-            _LOG.warning("the linear program was not solved, a simpler plan is used: %s", error)
-            return None
+        status = _run(self._problem)
         if status != pulp.LpStatusOptimal:
             return None
         return {
@@ -179,6 +176,14 @@ class _Program:
             )
             for index, line in self.lines.items()
         }
+
+    def _variable(self, name: str, most: float | None = None) -> Any:
+        """A variable of at least 0."""
+        import pulp
+
+        if hasattr(self._problem, "add_variable"):
+            return self._problem.add_variable(name, 0, most)
+        return pulp.LpVariable(name, 0, most)
 
     def _prefix(self, index: int) -> Any:
         return self._device[index] + self._host[index]
@@ -210,7 +215,6 @@ class _Program:
 
     def _hold_device(self, feet: Sequence[Footprint], limit: int) -> None:
         """A row for every point of the step; the bytes kept up to a block are a variable of their own."""
-        import pulp
 
         around = self.sheet.around
         transient = 1 if around.asynchronous else 0
@@ -226,7 +230,7 @@ class _Program:
             if index in self.lines:
                 line = self.lines[index]
                 rows = scale * line.copied_per_host_row * line.tokens
-                after = pulp.LpVariable(f"kept_{index}", 0)
+                after = self._variable(f"kept_{index}")
                 self._problem += after == kept + scale * foot.kept + rows * self._device[index]
             kept = after
             fetched = self._rebuilt_bytes(index) if index in self.lines else 0
@@ -272,12 +276,28 @@ class _Program:
             cover = pulp.lpSum(
                 [again.get(j, scale * feet[j].again) + scale * feet[j].backward for j in above]
             )
-            late_out = pulp.LpVariable(f"late_out_{index}", 0)
-            late_back = pulp.LpVariable(f"late_back_{index}", 0)
+            late_out = self._variable(f"late_out_{index}")
+            late_back = self._variable(f"late_back_{index}")
             self._problem += late_out >= out[index] - scale * covers[index]
             self._problem += late_back >= back[index] - cover
             costs += [late_out, late_back]
         self._problem += pulp.lpSum(costs + [_COPY_WEIGHT * copy for copy in copies])
+
+
+def _run(problem: Any) -> int:
+    """Solve with CBC, silently and on one thread; the status is that of ``pulp``."""
+    import pulp
+
+    with warnings.catch_warnings():
+        # PuLP 3 announces that version 4 will get CBC from elsewhere, under another name.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        bundled = hasattr(pulp, "PULP_CBC_CMD")
+        solver = pulp.PULP_CBC_CMD(msg=False, threads=1) if bundled else pulp.COIN_CMD(msg=False, threads=1)
+        try:
+            return int(problem.solve(solver))
+        except pulp.PulpSolverError as error:
+            _LOG.warning("the linear program was not solved, a simpler plan is used: %s", error)
+            return int(pulp.LpStatusNotSolved)
 
 
 def _rounded(

@@ -1,0 +1,112 @@
+"""The forecast of a plan written down once more, plainly, without the planner's code, as its check."""
+
+from memo_runtime.records import Action, Role
+
+RESIDENT = (Role.PARAMETER, Role.SHARED)
+
+
+def groups_of(profile, plan, index):
+    block, planned = profile.blocks[index], plan[index]
+    return [
+        (group, action, group.size.at(planned.tokens))
+        for group, action in zip(block.groups, planned.actions, strict=True)
+        if group.role not in RESIDENT
+    ]
+
+
+def copied(profile, plan, index):
+    planned = plan[index]
+    sizes = []
+    for group, action, size in groups_of(profile, plan, index):
+        if action is Action.HOST:
+            sizes.append(size)
+        elif action is Action.PREFIX:
+            sizes.append(round(group.size.linear * (planned.prefix - planned.device_rows)))
+        elif action is Action.TAIL:
+            sizes.append(round(group.size.linear * (planned.tokens - planned.prefix)))
+    return sizes
+
+
+def kept(profile, plan, index):
+    total = 0
+    for group, action, size in groups_of(profile, plan, index):
+        if action is Action.KEEP and group.saved:
+            total += size
+        elif action is Action.PREFIX:
+            total += round(group.size.linear * plan[index].device_rows)
+    return total
+
+
+def full(profile, plan, index):
+    total = 0
+    for group, action, size in groups_of(profile, plan, index):
+        if action in (Action.HOST, Action.PREFIX) or (action is Action.REBUILD and group.saved):
+            total += size
+        elif action is Action.TAIL:
+            total += round(group.size.linear * (plan[index].tokens - plan[index].prefix))
+    return total
+
+
+def landing(profile, plan, index):
+    total = 0
+    for group, action, size in groups_of(profile, plan, index):
+        if action in (Action.HOST, Action.PREFIX):
+            total += size
+        elif action is Action.TAIL:
+            total += round(group.size.linear * (plan[index].tokens - plan[index].prefix))
+    return total
+
+
+def outgoing(profile, plan, index):
+    moved = 0
+    for _, action, size in groups_of(profile, plan, index):
+        in_part = action is Action.PREFIX and plan[index].prefix > plan[index].device_rows
+        if in_part or action in (Action.HOST, Action.TAIL):
+            moved += size
+    return moved
+
+
+def has_copies(profile, plan, index):
+    return any(
+        action in (Action.HOST, Action.PREFIX, Action.TAIL)
+        for _, action, _ in groups_of(profile, plan, index)
+    )
+
+
+def host_bytes(profile, plan):
+    return sum(-(-size // 64) * 64 for index in range(len(plan)) for size in copied(profile, plan, index))
+
+
+def peaks(profile, plan):
+    """(stash peak, device peak) by the definition of every point of the step."""
+    cuda = profile.device_type != "cpu"
+    count = len(plan)
+    stash, device = [], []
+    for i in range(count):
+        skeletal = sum(size for group, _, size in groups_of(profile, plan, i) if group.saved)
+        held = sum(kept(profile, plan, j) for j in range(i)) + skeletal
+        if cuda and i:
+            held += outgoing(profile, plan, i - 1)
+        stash.append(held)
+        device.append(held + (profile.blocks[i].forward_peak.at(plan[i].tokens) if cuda else 0))
+    everything = sum(kept(profile, plan, j) for j in range(count))
+    if cuda and count:
+        everything += outgoing(profile, plan, count - 1)
+    tokens = plan[-1].tokens if count else 0
+    stash.append(everything)
+    device.append(everything + (profile.outside_peak.at(tokens) if cuda else 0))
+    for i in reversed(range(count)):
+        held = sum(kept(profile, plan, j) for j in range(i + 1)) + full(profile, plan, i)
+        lower = [j for j in range(i) if has_copies(profile, plan, j)]
+        if lower:
+            held += landing(profile, plan, lower[-1])
+        stash.append(held)
+        device.append(held + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
+    states = profile.states
+    if cuda:
+        base = profile.allocated_bytes + states.gradients - states.gradients_present
+        base += states.optimizer - states.optimizer_present
+        base += profile.shared.at(tokens) + profile.outside_forward.at(tokens)
+    else:
+        base = states.parameters + states.buffers + states.gradients + states.optimizer
+    return max(stash), base + max(device)

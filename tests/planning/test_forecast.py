@@ -1,0 +1,155 @@
+"""The walk through a step and the seconds, on numbers that can be checked by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from memo_runtime.config import make_settings
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.records import Executor, Growth, Link, ModelStates, Role
+from tests.planning import reference
+from tests.planning.builders import group, llama_block, llama_profile, on_cpu, profile_of
+
+TOKENS = 4096
+
+
+def small_block(number, **changes):
+    """100 bytes per token of tokens, 10 of input, 10 of mixer; 2 s forward, 4 s backward, 1 s rerun."""
+    groups = (
+        group(Role.PARAMETER, constant=9999),
+        group(Role.INPUT, 10),
+        group(Role.TOKEN, 100),
+        group(Role.MIXER, 10),
+    )
+    block = llama_block(number, tokens=TOKENS, groups=groups)
+    return replace(
+        block,
+        forward_seconds=Growth(constant=2.0),
+        backward_seconds=Growth(constant=4.0),
+        rerun_seconds=Growth(linear=1 / TOKENS),
+        forward_peak=Growth(constant=7),
+        backward_peak=Growth(constant=11),
+        **changes,
+    )
+
+
+def small_profile(count=3, **changes):
+    states = ModelStates(
+        parameters=1000,
+        buffers=10,
+        gradients=1000,
+        optimizer=2000,
+        gradients_present=300,
+        optimizer_present=500,
+    )
+    return profile_of(
+        [small_block(number) for number in range(count)],
+        **{
+            "states": states,
+            "allocated_bytes": 5000,
+            "shared": Growth(constant=50),
+            "outside_forward": Growth(constant=60),
+            "outside_peak": Growth(constant=70),
+            "outside_seconds": Growth(constant=3.0),
+            "link": Link(to_host=120 * TOKENS, to_device=120 * TOKENS),
+            **changes,
+        },
+    )
+
+
+def forecast_of(profile, **settings):
+    return make_plan(profile, make_settings(**settings)).forecast
+
+
+BASE = 5000 + 700 + 1500 + 50 + 60
+
+
+def test_everything_kept():
+    forecast = forecast_of(small_profile(), policy="none")
+    assert forecast.stash_peak_bytes == 3 * 120 * TOKENS
+    # Head and loss need more than a block's backward does: 70 beyond 11.
+    assert forecast.peak_bytes == BASE + 3 * 120 * TOKENS + 70
+    assert forecast.step_seconds == 3 * 6 + 3
+    assert forecast.bytes_to_host == forecast.host_bytes == forecast.recomputed_flops == 0
+
+
+def test_everything_swapped_holds_two_blocks():
+    forecast = forecast_of(small_profile(), policy="swap", keep_last=0)
+    # Forward: the block's own bytes beside the copies of the block before; backward: full beside landing.
+    assert forecast.stash_peak_bytes == 2 * 120 * TOKENS
+    assert forecast.peak_bytes == BASE + 2 * 120 * TOKENS + 11
+    assert forecast.bytes_to_host == forecast.bytes_to_device == 3 * 120 * TOKENS
+    # One second per copy: hidden by 2 s forward and 4 s backward, but nothing hides the last block's fetch.
+    assert forecast.step_seconds == 3 * 6 + 3 + 1
+
+
+def test_everything_rebuilt_holds_one_block_and_what_lands():
+    forecast = forecast_of(small_profile(), policy="recompute", keep_last=0)
+    assert forecast.stash_peak_bytes == (120 + 20) * TOKENS
+    assert forecast.recomputed_flops == 3 * small_block(0).rerun_flops.at(TOKENS)
+    assert forecast.step_seconds == pytest.approx(3 * 6 + 3 + 3 + 20 / 120)
+
+
+def test_a_kept_block_above_hides_the_fetch():
+    swapped = forecast_of(small_profile(2), policy="swap", keep_last=1)
+    assert swapped.step_seconds == 2 * 6 + 3
+    # Kept bytes of the last block, and the first block landing already.
+    assert swapped.stash_peak_bytes == 2 * 120 * TOKENS
+    assert swapped.peak_bytes == BASE + 2 * 120 * TOKENS + 11
+
+
+def test_a_slow_link_shows_in_each_direction():
+    slow = small_profile(2, link=Link(to_host=120 * TOKENS / 5, to_device=120 * TOKENS / 7))
+    # Out: 5 s behind 2 s of forward. Back: 7 s behind 4 s of backward.
+    assert forecast_of(slow, policy="swap", keep_last=1).step_seconds == pytest.approx(2 * 6 + 3 + 3 + 3)
+
+
+def test_several_kept_blocks_hide_a_fetch_together():
+    slow = small_profile(3, link=Link(to_host=120 * TOKENS, to_device=120 * TOKENS / 9))
+    assert forecast_of(slow, policy="swap", keep_last=2).step_seconds == pytest.approx(3 * 6 + 3 + 1)
+
+
+def test_on_cpu_copies_are_synchronous_and_only_the_stash_counts():
+    profile = on_cpu(small_profile(), link=Link(to_host=120 * TOKENS, to_device=120 * TOKENS))
+    forecast = forecast_of(profile, policy="swap", keep_last=0)
+    assert forecast.stash_peak_bytes == 2 * 120 * TOKENS
+    assert forecast.peak_bytes == 1000 + 10 + 1000 + 2000 + 2 * 120 * TOKENS
+    assert forecast.step_seconds == 3 * 6 + 3 + 6
+    # In forward nothing of the block before is left: with one block kept, its own bytes beside nothing.
+    assert forecast_of(on_cpu(small_profile(1)), policy="swap", keep_last=0).stash_peak_bytes == 120 * TOKENS
+
+
+def test_states_that_are_there_already_are_not_counted_twice():
+    there = small_profile(
+        states=ModelStates(
+            parameters=1000, buffers=10, gradients=1000, optimizer=2000, gradients_present=1000,
+            optimizer_present=2000,
+        )
+    )  # fmt: skip
+    assert forecast_of(there, policy="none").peak_bytes == 5000 + 110 + 3 * 120 * TOKENS + 70
+
+
+def test_a_recomputed_block_is_run_again_as_a_whole():
+    blocks = [small_block(0, sliceable=False, replayable=False, reason="it draws"), small_block(1)]
+    plan = make_plan(replace(small_profile(), blocks=tuple(blocks)), make_settings(policy="memo", alpha=0.5))
+    assert [block.executor for block in plan.blocks] == [Executor.RECOMPUTE, Executor.KEEP]
+    assert plan.forecast.step_seconds == pytest.approx(2 * 6 + 3 + 2)
+    assert plan.blocks[0].bytes_to_host == 10 * TOKENS
+
+
+@pytest.mark.parametrize("policy", ["none", "swap", "recompute", "memo", "replay", "auto"])
+@pytest.mark.parametrize("budget", ["45GiB", "900GiB"])
+def test_forecast_equals_the_plain_reference(policy, budget):
+    for profile in (llama_profile(6, tokens=65536), on_cpu(llama_profile(6, tokens=65536))):
+        plan = make_plan(profile, make_settings(policy=policy, budget=budget))
+        assert reference.peaks(profile, plan.blocks) == (
+            plan.forecast.stash_peak_bytes,
+            plan.forecast.peak_bytes,
+        )
+        assert reference.host_bytes(profile, plan.blocks) == plan.forecast.host_bytes
+        assert [sum(reference.copied(profile, plan.blocks, i)) for i in range(6)] == [
+            block.bytes_to_host for block in plan.blocks
+        ]
+        assert [reference.kept(profile, plan.blocks, i) for i in range(6)] == [
+            block.bytes_kept for block in plan.blocks
+        ]

@@ -1,0 +1,168 @@
+"""Refusals: by how much, why, and what would fit, which is then planned here once more."""
+
+import re
+
+import pytest
+
+from memo_runtime.config import make_settings
+from memo_runtime.errors import HostLimitError, PlanInfeasibleError
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.suggest import size_at_least
+from memo_runtime.units import GiB, parse_bytes
+from tests.planning.builders import llama_block, llama_profile, on_cpu, opaque, profile_of
+
+PROFILE = llama_profile(12)
+
+
+def refused(profile=PROFILE, error=PlanInfeasibleError, tokens=None, **settings):
+    with pytest.raises(error) as caught:
+        make_plan(profile, make_settings(**settings), tokens=tokens)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+def suggestions(text):
+    """(settings to change, tokens) of every suggestion in an error."""
+    block = text.split("would fit")[1]
+    for line in block.strip().splitlines():
+        words = re.sub(r"\(device .*", "", line)
+        tokens = re.search(r"([\d,]+) tokens instead", words)
+        knobs = dict(re.findall(r"(\w+)='([^']*)'", words))
+        numbers = {name: float(value) for name, value in re.findall(r"(alpha|keep_last)=([\d.]+)", words)}
+        if "keep_last" in numbers:
+            numbers["keep_last"] = int(numbers["keep_last"])
+        yield {**knobs, **numbers}, int(tokens[1].replace(",", "")) if tokens else None
+
+
+def assert_suggestions_fit(text, profile=PROFILE, **settings):
+    found = list(suggestions(text))
+    assert found
+    for change, tokens in found:
+        asked = {**settings, **change}
+        if "policy" in change and "alpha" not in change:
+            asked.pop("alpha", None)
+        make_plan(profile, make_settings(**asked), tokens={0: tokens} if tokens else None)
+
+
+REQUESTS = [
+    {"policy": "none"},
+    {"policy": "swap", "budget": "30GiB"},
+    {"policy": "memo", "alpha": 0.5, "budget": "30GiB"},
+    {"policy": "memo", "budget": "20GiB"},
+    {"policy": "replay", "budget": "25GiB"},
+    {"policy": "replay", "alpha": 1.0, "budget": "25GiB"},
+    {"policy": "recompute", "budget": "25GiB"},
+    {"budget": "20GiB"},
+    {"budget": "20GiB", "host_budget": "10GiB"},
+    {"budget": "25GiB", "keep_last": 4},
+    {"policy": "recompute", "budget": "20GiB", "strict": True},
+]
+
+
+@pytest.mark.parametrize("settings", REQUESTS, ids=str)
+def test_a_device_refusal_suggests_only_what_fits(settings):
+    text = refused(**settings)
+    assert re.match(
+        r"this step does not fit in [\d.]+ GiB on H100 .*: it needs .* short by [\d.]+ GiB\n", text
+    )
+    assert "floor" in text
+    assert_suggestions_fit(text, **settings)
+
+
+HOST_REQUESTS = [
+    {"policy": "swap", "host_budget": "40GiB"},
+    {"policy": "memo", "alpha": 0.9, "host_budget": "40GiB"},
+    {"policy": "memo", "host_budget": "5GiB"},
+    {"policy": "replay", "alpha": 0.9, "host_budget": "40GiB"},
+    {"policy": "replay", "host_budget": "5GiB"},
+    {"policy": "recompute", "host_budget": "5GiB"},
+    {"budget": "30GiB", "host_budget": "5GiB"},
+]
+
+
+@pytest.mark.parametrize("settings", HOST_REQUESTS, ids=str)
+def test_a_host_refusal_suggests_only_what_fits(settings):
+    text = refused(error=HostLimitError, **settings)
+    assert re.match(r"this step needs [\d.]+ GiB of host memory .* allowed \(host_budget\): short by", text)
+    assert_suggestions_fit(text, **settings)
+
+
+@pytest.mark.parametrize("settings", [*REQUESTS, *HOST_REQUESTS], ids=str)
+def test_the_longest_length_fits_and_a_granule_more_does_not(settings):
+    error = HostLimitError if settings in HOST_REQUESTS else PlanInfeasibleError
+    text = refused(error=error, **settings)
+    longest = next((tokens for _, tokens in suggestions(text) if tokens), 0)
+    if longest:
+        make_plan(PROFILE, make_settings(**settings), tokens={0: longest})
+    refused(tokens={0: longest + 128}, error=error, **settings)
+
+
+def test_the_largest_fraction_fits_and_the_next_does_not():
+    text = refused(error=HostLimitError, policy="swap", host_budget="40GiB")
+    alpha = next(change["alpha"] for change, _ in suggestions(text) if "alpha" in change)
+    make_plan(PROFILE, make_settings(policy="memo", alpha=alpha, host_budget="40GiB"))
+    refused(error=HostLimitError, policy="memo", alpha=alpha + 0.001, host_budget="40GiB")
+
+
+def test_a_slightly_smaller_budget_than_the_suggested_one_does_not_fit():
+    text = refused(policy="swap", budget="30GiB")
+    budget = next(change["budget"] for change, _ in suggestions(text) if "budget" in change)
+    refused(policy="swap", budget=parse_bytes(budget) - GiB // 50)
+
+
+def test_the_floor_names_its_parts_and_they_add_up():
+    text = refused(policy="swap", budget="30GiB")
+    line = next(line for line in text.splitlines() if line.startswith("  floor"))
+    total, parts = line.split(" with every activation sent away or rebuilt: ")
+    assert "optimizer (AdamW, assumed)" in parts
+    sizes = [parse_bytes(size) for size in re.findall(r"([\d.]+ [KMG]iB)", parts)]
+    assert sum(sizes) == pytest.approx(parse_bytes(total.split("floor")[1].strip()), rel=1e-2)
+
+
+def test_a_model_that_is_too_big_by_itself_is_told_so():
+    text = refused(policy="recompute", budget="1GiB", host_budget="1GiB")
+    assert "no length" in text
+
+
+def test_the_place_is_named():
+    assert "model.layers.11, backward" in refused(policy="swap", budget="30GiB")
+    assert "head and loss" in refused(policy="none")
+
+
+def test_detected_limits_are_named():
+    small = llama_profile(12, host_bytes=GiB)
+    assert "(cgroup v2)" in refused(small, error=HostLimitError, policy="swap")
+    assert "(memory of H100)" in refused(policy="none")
+
+
+def test_a_host_budget_above_the_detected_one_is_obeyed():
+    small = llama_profile(12, host_bytes=GiB)
+    planned = make_plan(small, make_settings(policy="swap", host_budget="900GiB"))
+    assert planned.forecast.host_bytes > GiB
+
+
+def test_on_cpu_without_a_budget_only_the_host_refuses():
+    profile = on_cpu(PROFILE, host_bytes=10 * GiB)
+    assert "cgroup v2" in refused(profile, error=HostLimitError, policy="swap")
+    make_plan(profile, make_settings(policy="none"))
+
+
+def test_suggestions_under_strict_do_not_fall_back():
+    blocks = [opaque(llama_block(i)) for i in range(6)]
+    text = refused(profile_of(blocks), policy="swap", budget="30GiB", strict=True)
+    assert "policy='recompute'" not in text
+
+
+def test_stacks_are_shortened_together():
+    blocks = [llama_block(i, stack=i // 4, tokens=131072 // (1 + i // 4)) for i in range(8)]
+    text = refused(profile_of(blocks), policy="swap", budget="25GiB")
+    longest = next(tokens for _, tokens in suggestions(text) if tokens)
+    tokens = {0: longest, 1: longest // 2}
+    make_plan(profile_of(blocks), make_settings(policy="swap", budget="25GiB"), tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "size", [1, 1023, 1024, 1025, 10**6, 2**30 - 1, 2**30, 2**30 + 1, 123456789012, 10**14]
+)
+def test_a_size_in_words_is_no_smaller(size):
+    assert size <= parse_bytes(size_at_least(size)) <= size * 1.01 + 11

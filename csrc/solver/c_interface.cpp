@@ -35,12 +35,12 @@ MEMO_EXPORT std::int32_t memo_interface_version() { return 1; }
 
 MEMO_EXPORT std::int32_t memo_squeaky_wheel(
     std::int32_t num_requests, std::int32_t num_slots, const std::int32_t* first, const std::int32_t* last,
-    const std::int64_t* size, const std::int64_t* alignment, std::int32_t* order, std::int64_t target,
-    std::int32_t max_passes, std::uint64_t seed, const std::int32_t* stop, double seconds,
+    const std::int64_t* size, const std::int64_t* alignment, std::int32_t* order, std::int32_t num_fixed,
+    std::int64_t target, std::int32_t max_passes, std::uint64_t seed, const std::int32_t* stop, double seconds,
     std::int64_t* offsets, std::int64_t* peak, std::int32_t* num_passes) try {
   const auto instance = make_instance(num_requests, num_slots, first, last, size, alignment);
   memo::Stopper stopper(stop, seconds);
-  const auto result = memo::squeaky_wheel(instance, order, target, max_passes, seed, offsets, stopper);
+  const auto result = memo::squeaky_wheel(instance, order, num_fixed, target, max_passes, seed, offsets, stopper);
   *peak = result.peak;
   *num_passes = result.num_passes;
   return result.peak >= 0 ? 1 : 3;

@@ -25,16 +25,19 @@ namespace {
 
 // Moves every squeaky request to a random earlier place, keeping the others' order.
 // Keys are doubled so that a mover lands before the one whose place it takes.
-void promote(const Instance& instance, std::int32_t* order, const Offset* offsets, Offset target,
-             Random& random) {
+void promote(const Instance& instance, std::int32_t* order, std::int32_t num_fixed, const Offset* offsets,
+             Offset target, Random& random) {
   const std::int32_t n = instance.num_requests;
   std::vector<std::int64_t> key(n);
   std::vector<std::int32_t> positions(n);
   std::iota(positions.begin(), positions.end(), 0);
   for (std::int32_t k = 0; k < n; ++k) {
     const std::int32_t i = order[k];
-    const bool squeaks = offsets[i] + instance.size[i] > target;
-    key[k] = squeaks ? 2 * static_cast<std::int64_t>(random.below(k + 1)) - 1 : 2 * static_cast<std::int64_t>(k);
+    key[k] = 2 * static_cast<std::int64_t>(k);
+    if (k >= num_fixed && offsets[i] + instance.size[i] > target) {
+      const std::uint64_t choices = static_cast<std::uint64_t>(k - num_fixed + 1);
+      key[k] = 2 * (num_fixed + static_cast<std::int64_t>(random.below(choices))) - 1;
+    }
   }
   std::stable_sort(positions.begin(), positions.end(),
                    [&](std::int32_t a, std::int32_t b) { return key[a] < key[b]; });
@@ -45,7 +48,7 @@ void promote(const Instance& instance, std::int32_t* order, const Offset* offset
 
 }  // namespace
 
-RepairResult squeaky_wheel(const Instance& instance, std::int32_t* order, Offset target,
+RepairResult squeaky_wheel(const Instance& instance, std::int32_t* order, std::int32_t num_fixed, Offset target,
                            std::int32_t max_passes, std::uint64_t seed, Offset* best_offsets,
                            Stopper& stopper) {
   const std::int32_t n = instance.num_requests;
@@ -73,7 +76,7 @@ RepairResult squeaky_wheel(const Instance& instance, std::int32_t* order, Offset
       std::copy(best_offsets, best_offsets + n, offsets.begin());
       stale = 0;
     }
-    promote(instance, order, offsets.data(), target, random);
+    promote(instance, order, num_fixed, offsets.data(), target, random);
   }
   std::copy(best_order.begin(), best_order.end(), order);
   return result;

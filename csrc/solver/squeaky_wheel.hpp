@@ -20,9 +20,9 @@ struct RepairResult {
 };
 
 // Repeats first fit; after each pass every request that ends above `target` moves
-// forward in the order by a random amount. Keeps the best offsets; ends when the
+// forward in the order by a random amount, but never before the first `num_fixed`. Keeps the best offsets; ends when the
 // peak reaches `target`, after `max_passes`, or when stopped. peak = -1: no pass ended.
-RepairResult squeaky_wheel(const Instance& instance, std::int32_t* order, Offset target,
+RepairResult squeaky_wheel(const Instance& instance, std::int32_t* order, std::int32_t num_fixed, Offset target,
                            std::int32_t max_passes, std::uint64_t seed, Offset* best_offsets,
                            Stopper& stopper);
 

@@ -9,6 +9,7 @@
 This package never imports torch; OR-Tools and PuLP are imported only when used.
 """
 
+from memo_solver.bilevel import solve_bilevel
 from memo_solver.engine import solve
 from memo_solver.native import native_status
 from memo_solver.params import SolveParams
@@ -28,6 +29,7 @@ __all__ = [
     "read_placement",
     "read_problem",
     "solve",
+    "solve_bilevel",
     "validate",
     "write_placement",
 ]

@@ -7,6 +7,7 @@ One worker with a deterministic limit gives the same answer on every machine.
 
 from __future__ import annotations
 
+import enum
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,14 @@ from typing import Any
 from memo_solver.errors import MissingSolverError
 from memo_solver.outcome import Outcome, SearchResult, StopFlag
 from memo_solver.sections import Section
+
+
+class Strategy(enum.Enum):
+    """Search strategies of CP-SAT that solve different instances (none covers the others)."""
+
+    DEFAULT = "default"
+    QUICK_RESTART = "quick restart, no linear relaxation"
+    FIXED = "fixed order"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +33,7 @@ class CpSatLimits:
     deterministic_time: float = float("inf")
     num_workers: int = 1
     seed: int = 0
-    interleaved: bool = True
-    """Whether several strategies take turns; the result then does not depend on `num_workers`."""
+    strategy: Strategy = Strategy.DEFAULT
 
 
 def available() -> bool:
@@ -48,7 +56,11 @@ def search(section: Section, *, capacity: int, limits: CpSatLimits, stop: StopFl
     parameters.max_time_in_seconds = max(limits.seconds, 0.001)
     if limits.deterministic_time != float("inf"):
         parameters.max_deterministic_time = limits.deterministic_time
-    parameters.interleave_search = limits.interleaved
+    if limits.strategy is Strategy.QUICK_RESTART:
+        parameters.linearization_level = 0
+        parameters.search_branching = cp_model.PORTFOLIO_WITH_QUICK_RESTART_SEARCH
+    elif limits.strategy is Strategy.FIXED:
+        parameters.search_branching = cp_model.FIXED_SEARCH
     watcher = _Watcher(solver, stop)
     status = watcher.run(model)
     effort = int(solver.num_branches)

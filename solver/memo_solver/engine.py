@@ -32,13 +32,16 @@ def solve(
     *,
     progress: ProgressListener | None = None,
     hint: Placement | None = None,
+    fixed: tuple[str, ...] = (),
 ) -> Solution:
     """Place every request; the answer says how good it is (see `Solution`).
 
     With a capacity, OPTIMAL means that it fits. Ctrl-C and the time limit return
     the best placement so far. `hint` is a placement to start from and to beat.
+    `fixed` names requests that are placed first, in this order, by every
+    heuristic; with them there is no exact search (see cyclic.py).
     """
-    return _Solve(problem, params or SolveParams(), progress, hint).run()
+    return _Solve(problem, params or SolveParams(), progress, hint, fixed).run()
 
 
 @dataclass(slots=True)
@@ -52,6 +55,10 @@ class _Clock:
         return seconds
 
 
+VALIDATION_SECONDS = 1e-5
+"""Time kept for the validator, per request."""
+
+
 class _Solve:
     """One solve, stage by stage."""
 
@@ -61,6 +68,7 @@ class _Solve:
         params: SolveParams,
         progress: ProgressListener | None,
         hint: Placement | None,
+        fixed: tuple[str, ...],
     ) -> None:
         if params.cpsat is Switch.ON and not cpsat.available():
             raise MissingSolverError("CP-SAT was asked for and OR-Tools is missing: pip install ortools")
@@ -71,8 +79,11 @@ class _Solve:
         self.params = params
         self.progress = progress
         self.hint = hint
+        self.fixed = {name: rank for rank, name in enumerate(fixed)}
         self.clock = _Clock(start=now, last=now)
-        self.deadline = now + params.time_limit_seconds
+        # Some time is kept for the validator and for threads that are slow to wake up.
+        kept = 0.03 * min(params.time_limit_seconds, 8.0) + VALIDATION_SECONDS * len(problem.requests)
+        self.deadline = now + max(params.time_limit_seconds - kept, 0.5 * params.time_limit_seconds)
         self.states: list[SectionState] = []
         self.stages: list[Stage] = []
         self.interrupted = False
@@ -86,7 +97,8 @@ class _Solve:
                 if self.hint is not None:
                     self._take_hint(self.hint)
                 self._run_heuristics()
-                self._run_exact()
+                if self.params.exact is not Switch.OFF:
+                    self._run_exact()
         except KeyboardInterrupt:
             self.interrupted = True
             self._close_stage("interrupted", "")
@@ -94,7 +106,10 @@ class _Solve:
 
     def _state(self, section: Section) -> SectionState:
         use_native = self.params.native is not Switch.OFF and native.usable_for(section)
-        return SectionState(section, use_native=use_native)
+        names = [self.problem.requests[i].id for i in section.index]
+        fixed = [k for k, name in enumerate(names) if name in self.fixed] if self.fixed else []
+        fixed.sort(key=lambda k: self.fixed[names[k]])
+        return SectionState(section, use_native=use_native, fixed=tuple(fixed))
 
     # What is known
 
@@ -140,6 +155,9 @@ class _Solve:
             placed = [offsets[self.problem.requests[i].id] for i in section.index]
             if all(offset % section.unit == 0 for offset in placed):
                 state.offer(tuple(offset // section.unit for offset in placed))
+                heuristics.push_down(
+                    state, target=self.target // section.unit, params=self.params, deadline=self.deadline
+                )
 
     def _run_heuristics(self) -> None:
         for state in self._above_target():
@@ -158,7 +176,7 @@ class _Solve:
             open_states = self._above_target()
             if not open_states or self._too_small() or time.monotonic() >= self.deadline:
                 break
-            exact = [s for s in open_states if s.section.num_requests <= MAX_EXACT_REQUESTS]
+            exact = [s for s in open_states if not s.fixed and s.section.num_requests <= MAX_EXACT_REQUESTS]
             if not exact:
                 break
             for state in exact:

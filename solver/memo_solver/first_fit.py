@@ -142,13 +142,17 @@ def squeaky_wheel(
     section: Section,
     order: Sequence[int],
     *,
+    num_fixed: int = 0,
     target: int,
     max_passes: int,
     seed: int,
     stop: StopFlag,
     seconds: float,
 ) -> SearchResult:
-    """Repeat first fit, moving requests that end above `target` forward at random."""
+    """Repeat first fit, moving requests that end above `target` forward at random.
+
+    The first `num_fixed` requests of the order stay where they are.
+    """
     deadline = time.monotonic() + seconds
     random = SplitMix(seed)
     current = list(order)
@@ -169,19 +173,21 @@ def squeaky_wheel(
         if stale >= STALE_PASSES:
             _, offsets, current = best[0], best[1], list(best[2])
             stale = 0
-        current = _promote(section, current, offsets, target, random)
+        current = _promote(section, current, num_fixed, offsets, target, random)
     if best is None:
         return SearchResult(outcome=Outcome.STOPPED, effort=num_passes)
     return SearchResult(outcome=Outcome.FOUND, offsets=tuple(best[1]), effort=num_passes)
 
 
 def _promote(
-    section: Section, order: list[int], offsets: Sequence[int], target: int, random: SplitMix
-) -> list[int]:
+    section: Section, order: list[int], num_fixed: int, offsets: Sequence[int], target: int,
+    random: SplitMix,
+) -> list[int]:  # fmt: skip
     keyed: list[tuple[int, int, int]] = []
     for position, i in enumerate(order):
-        squeaks = offsets[i] + section.size[i] > target
-        key = 2 * random.below(position + 1) - 1 if squeaks else 2 * position
+        key = 2 * position
+        if position >= num_fixed and offsets[i] + section.size[i] > target:
+            key = 2 * (num_fixed + random.below(position - num_fixed + 1)) - 1
         keyed.append((key, position, i))
     keyed.sort()
     return [i for _, _, i in keyed]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memo_solver import first_fit, native
-from memo_solver.orders import heuristic_orders
+from memo_solver.orders import heuristic_names
 from memo_solver.outcome import Outcome, SearchResult, StopFlag
 from memo_solver.params import SolveParams
 from memo_solver.race import Task, race
@@ -41,6 +41,7 @@ class _Repair:
     section: Section
     compiled: native.NativeSection | None
     order: list[int]
+    num_fixed: int
     target: int
     max_passes: int
     seed: int
@@ -51,13 +52,13 @@ class _Repair:
         seconds = max(self.deadline - time.monotonic(), 0.0)
         if self.compiled is not None:
             result = self.compiled.squeaky_wheel(
-                self.order, target=self.target, max_passes=self.max_passes, seed=self.seed,
-                stop=stop, seconds=seconds,
+                self.order, num_fixed=self.num_fixed, target=self.target,
+                max_passes=self.max_passes, seed=self.seed, stop=stop, seconds=seconds,
             )  # fmt: skip
         else:
             result = first_fit.squeaky_wheel(
-                self.section, self.order, target=self.target, max_passes=self.max_passes,
-                seed=self.seed, stop=stop, seconds=seconds,
+                self.section, self.order, num_fixed=self.num_fixed, target=self.target,
+                max_passes=self.max_passes, seed=self.seed, stop=stop, seconds=seconds,
             )  # fmt: skip
         self.results.append(result)
         if result.offsets is None or peak_of(self.section, result.offsets) > self.target:
@@ -83,9 +84,9 @@ def improve(
     section = state.section
     work = effort.value if state.compiled is not None else effort.value // PYTHON_SLOWDOWN
     passes = min(max(work // section.num_requests, MIN_PASSES), MAX_PASSES)
-    names = list(heuristic_orders(section).items())
+    names = heuristic_names()
     if effort is Effort.LONG:
-        names = names[: max(1, params.threads)]
+        names = [names[0], "incumbent", *names[1:]][: max(1, params.threads)]
     if state.peak_units is None:
         # A placement must exist even when the time is over at once: one pass, no deadline.
         _run(state, [names[:1]], target, 1, params.seed, float("inf"), on_gain)
@@ -97,9 +98,18 @@ def improve(
     _run(state, groups, target, passes, seed, deadline, on_gain)
 
 
+def push_down(state: SectionState, *, target: int, params: SolveParams, deadline: float) -> None:
+    """Let the incumbent sink, then repair its order briefly."""
+    _run(state, [["incumbent"]], target, MIN_PASSES, params.seed, deadline, _ignore)
+
+
+def _ignore() -> None:
+    pass
+
+
 def _run(
     state: SectionState,
-    groups: list[list[tuple[str, list[int]]]],
+    groups: list[list[str]],
     target: int,
     passes: int,
     seed: int,
@@ -110,9 +120,10 @@ def _run(
     lanes = []
     for lane, group in enumerate(groups):
         tasks = []
-        for number, (name, order) in enumerate(group):
+        for number, name in enumerate(group):
+            order = state.order(name)
             repair = _Repair(
-                state.section, state.compiled, order, target, passes,
+                state.section, state.compiled, order, len(state.fixed), target, passes,
                 seed + 101 * lane + number, deadline, results[lane],
             )  # fmt: skip
             tasks.append(Task(name=name, run=repair))

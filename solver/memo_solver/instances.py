@@ -2,8 +2,8 @@
 
 `planted_packing`  a perfect packing cut at random: the optimum is the capacity.
 `random_requests`  no structure.
-`training_trace`   a long training step: skeletal tensors up and down, transients between.
-`layered_step`     a step of equal blocks, for the bi-level form (see layered.py).
+`loose_packing`    a planted packing thinned out: full at one time only.
+Training traces and layered steps are in `memo_solver.training`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ VALLEY_NODES = 400_000
 CANONICAL_NODES = 12_000
 PYTHON_NODES = 3_000
 """Nodes a second, roughly, times the share of a lane that each search gets."""
-CPSAT_DETERMINISTIC = 1.0
+CPSAT_DETERMINISTIC = 0.1
 """CP-SAT's deterministic seconds per second."""
 
 
@@ -132,13 +132,20 @@ def _cpsat_lanes(question: Question, params: SolveParams, *, seconds: float) -> 
         return []
     if not question.section.fits_native:
         return []  # CP-SAT's own arithmetic is 64-bit too
+    strategies = list(cpsat.Strategy)
+    num_lanes = max(1, params.threads - 2)
     lanes = []
-    for number in range(max(1, params.threads - 2)):
-        limits = cpsat.CpSatLimits(
-            seconds=question.seconds_left,
-            deterministic_time=CPSAT_DETERMINISTIC * seconds,
-            seed=params.seed + number + 100 * question.round_index,
-            interleaved=number % 2 == 0,
-        )
-        lanes.append([Task(name=f"CP-SAT {number}", run=_CpSat(question, limits))])
+    for lane in range(num_lanes):
+        tasks = []
+        for strategy in strategies:
+            limits = cpsat.CpSatLimits(
+                seconds=question.seconds_left,
+                deterministic_time=CPSAT_DETERMINISTIC * seconds / len(strategies),
+                seed=params.seed + lane + 100 * question.round_index,
+                strategy=strategy,
+            )
+            tasks.append(Task(name=f"CP-SAT ({strategy.value})", run=_CpSat(question, limits)))
+        # Lanes begin with different strategies, so that each gets its turn early.
+        shift = lane % len(tasks)
+        lanes.append(tasks[shift:] + tasks[:shift])
     return lanes

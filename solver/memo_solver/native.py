@@ -87,6 +87,7 @@ class NativeSection:
         self,
         order: Sequence[int],
         *,
+        num_fixed: int,
         target: int,
         max_passes: int,
         seed: int,
@@ -100,6 +101,7 @@ class NativeSection:
         code = _library().handle.memo_squeaky_wheel(
             *self._arguments,
             (ctypes.c_int32 * n)(*order),
+            ctypes.c_int32(num_fixed),
             ctypes.c_int64(target),
             ctypes.c_int32(max_passes),
             ctypes.c_uint64(seed),

@@ -10,20 +10,33 @@ from memo_solver.bounds import contention
 from memo_solver.sections import Section
 
 
-def heuristic_orders(section: Section) -> dict[str, list[int]]:
+_Key = tuple[int, ...]
+
+
+def heuristic_names() -> list[str]:
     """Orders for first fit, the best on training traces first."""
-    peak = contention(section)
-    size = section.size
-    width = _widths(section)
-    keys: dict[str, list[tuple[int, ...]]] = {
-        "contention": [(-p, -s) for p, s in zip(peak, size, strict=True)],
-        "contention-area": [(-p, -s * w) for p, s, w in zip(peak, size, width, strict=True)],
-        "size": [(-s, -w) for s, w in zip(size, width, strict=True)],
-        "area": [(-s * w, -s) for s, w in zip(size, width, strict=True)],
-        "duration": [(-w, -s) for s, w in zip(size, width, strict=True)],
-        "start": [(f, -s) for f, s in zip(section.first, size, strict=True)],
-    }
-    return {name: _sorted(key) for name, key in keys.items()}
+    return ["contention", "contention-area", "size", "area", "duration", "start"]
+
+
+def heuristic_order(section: Section, name: str) -> list[int]:
+    """One of the orders of `heuristic_names`."""
+    size, width = section.size, _widths(section)
+    keys: list[_Key]
+    if name == "contention":
+        keys = [(-p, -s) for p, s in zip(contention(section), size, strict=True)]
+    elif name == "contention-area":
+        keys = [(-p, -s * w) for p, s, w in zip(contention(section), size, width, strict=True)]
+    elif name == "size":
+        keys = [(-s, -w) for s, w in zip(size, width, strict=True)]
+    elif name == "area":
+        keys = [(-s * w, -s) for s, w in zip(size, width, strict=True)]
+    elif name == "duration":
+        keys = [(-w, -s) for s, w in zip(size, width, strict=True)]
+    elif name == "start":
+        keys = [(f, -s) for f, s in zip(section.first, size, strict=True)]
+    else:
+        raise AssertionError(f"no order is called {name!r}")
+    return _sorted(keys)
 
 
 def exact_orders(section: Section) -> list[list[int]]:
@@ -45,5 +58,5 @@ def _widths(section: Section) -> list[int]:
     return [last - first + 1 for first, last in zip(section.first, section.last, strict=True)]
 
 
-def _sorted(keys: list[tuple[int, ...]]) -> list[int]:
+def _sorted(keys: list[_Key]) -> list[int]:
     return sorted(range(len(keys)), key=lambda i: (keys[i], i))

@@ -34,6 +34,8 @@ class SolveParams:
     """The compiled search."""
     cpsat: Switch = Switch.AUTO
     """OR-Tools CP-SAT in the race."""
+    exact: Switch = Switch.AUTO
+    """Exact search and longer repair after the heuristics; OFF = quick heuristics only."""
 
     def __post_init__(self) -> None:
         """Refuse limits that mean nothing."""

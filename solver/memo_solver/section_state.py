@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memo_solver import native
 from memo_solver.bounds import ReachableHeights, load_bound
+from memo_solver.orders import heuristic_order
 from memo_solver.records import Problem, Proof
 from memo_solver.sections import Section
 
@@ -11,8 +12,11 @@ from memo_solver.sections import Section
 class SectionState:
     """Bound and incumbent of a section; heights in units inside, bytes outside."""
 
-    def __init__(self, section: Section, *, use_native: bool) -> None:
+    def __init__(self, section: Section, *, use_native: bool, fixed: tuple[int, ...] = ()) -> None:
         self.section = section
+        self.fixed = fixed
+        """Requests that every order places first, in this order (see cyclic.py)."""
+        self._orders: dict[str, list[int]] = {}
         self.compiled = native.NativeSection(section) if use_native else None
         load = load_bound(section)
         self._load = load
@@ -30,6 +34,23 @@ class SectionState:
     def peak(self) -> int | None:
         """Peak of the incumbent in bytes, or None without one."""
         return None if self.peak_units is None else self.peak_units * self.section.unit
+
+    def order(self, name: str) -> list[int]:
+        """Order of placement by name, made once; the fixed requests come first.
+
+        "incumbent" is the order of the offsets of the best placement so far: first
+        fit in that order never ends higher (each request finds its old place free).
+        """
+        if name == "incumbent":
+            assert self.offsets is not None
+            offsets, rank = self.offsets, {i: k for k, i in enumerate(self.fixed)}
+            last = len(rank)
+            return sorted(range(len(offsets)), key=lambda i: (rank.get(i, last), offsets[i], i))
+        if name not in self._orders:
+            order = heuristic_order(self.section, name)
+            fixed = set(self.fixed)
+            self._orders[name] = [*self.fixed, *(i for i in order if i not in fixed)]
+        return self._orders[name]
 
     def offer(self, offsets: tuple[int, ...]) -> bool:
         """Keep a placement (in units) when it is lower than the incumbent."""

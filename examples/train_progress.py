@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -84,17 +84,20 @@ def step_line(step: Step, workload: Workload) -> str:
         return _COLUMNS.format(*cells, *["-"] * 7)
     totals = step.report.totals
     forecast = totals.forecast
-    again = totals.recomputed_flops * workload.passes / workload.flops
     return _COLUMNS.format(
         *cells,
-        format_seconds(totals.step_seconds * workload.passes),
-        format_seconds(forecast.step_seconds * workload.passes),
-        format_bytes(totals.peak_bytes),
-        format_bytes(forecast.peak_bytes),
-        format_bytes(totals.host_bytes),
-        format_bytes(totals.bytes_to_host * workload.passes),
-        f"{again:.1%}",
+        _shown(totals.step_seconds * workload.passes, format_seconds),
+        _shown(forecast.step_seconds * workload.passes, format_seconds),
+        _shown(totals.peak_bytes, format_bytes),
+        _shown(forecast.peak_bytes, format_bytes),
+        _shown(totals.host_bytes, format_bytes),
+        _shown(totals.bytes_to_host * workload.passes, format_bytes),
+        _shown(totals.recomputed_flops * workload.passes / workload.flops, "{:.1%}".format),
     )
+
+
+def _shown(value: float, form: Callable[[float], str]) -> str:
+    return form(value) if value else "-"
 
 
 def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> float | None:
@@ -122,14 +125,15 @@ def summarize(steps: Sequence[Step], workload: Workload | None) -> dict[str, Any
         rate = workload.tokens / seconds
         mfu = utilization(workload.flops, seconds, workload.device_name)
     forecast = None
-    if last is not None:
+    # Under policy 'none' there is a report, and no plan behind it.
+    if last is not None and last.forecast.peak_bytes:
         names = ("step_seconds", "peak_bytes", "host_bytes")
         forecast = {name: getattr(last.forecast, name) for name in names}
     return {
         "losses": [step.loss if math.isfinite(step.loss) else None for step in steps],
         "bytes_to_host": last.bytes_to_host if last else 0,
         "recomputed_flops": last.recomputed_flops if last else 0,
-        "peak_bytes": max((total.peak_bytes for total in totals), default=None),
+        "peak_bytes": max((total.peak_bytes for total in totals), default=0) or None,
         "host_bytes": max((total.host_bytes for total in totals), default=None),
         "step_seconds": seconds,
         "tokens_per_second": rate,

@@ -196,13 +196,26 @@ def _guarded(run: Run, talk: Talk, interrupt: Interrupt) -> int:
         talk.line(f"error: {error}")
         return ExitCode.USAGE
     except RuntimeError as error:
-        # What torch says where the kernels that are allowed cannot take these tensors.
-        if options.sdpa_backend == "auto" or "No available kernel" not in str(error):
+        failure = _runtime_failure(error, options)
+        if failure is None:
             raise
-        talk.line(f"error: --sdpa-backend {options.sdpa_backend} cannot take this dtype and shape here")
-        return ExitCode.USAGE
+        code, text = failure
+        talk.line(f"error: {text}")
+        return code
     finally:
         logger.removeHandler(handler)
+
+
+def _runtime_failure(error: RuntimeError, options: Options) -> tuple[ExitCode, str] | None:
+    """Code and message of the errors of torch that a user can do something about; None: any other."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        # A plan that was accepted should have fitted: this is a bug, or memory that somebody else took.
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        return ExitCode.BUG, f"out of memory; lower --seq-len, --batch-size or --budget\n{text}{notes}"
+    if options.sdpa_backend != "auto" and "No available kernel" in text:
+        return ExitCode.USAGE, f"--sdpa-backend {options.sdpa_backend} cannot take this dtype and shape here"
+    return None
 
 
 if __name__ == "__main__":

@@ -191,6 +191,39 @@ def test_what_cannot_be_done_says_why(capsys, arguments, code, message):
     assert "Traceback" not in err
 
 
+def test_policy_none_runs_without_a_plan(capsys):
+    result, _ = result_of(capsys, "--policy", "none", "--compare")
+    assert (result["policy"], result["bytes_to_host"], result["recomputed_flops"]) == ("none", 0, 0)
+    assert result["forecast"] is None
+    assert result["max_rel_loss_diff"] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), 1, "out of memory; lower --seq-len"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower --seq-len"),
+        (RuntimeError("No available kernel. Aborting"), 2, "--sdpa-backend flash cannot take this dtype"),
+    ],
+)
+def test_what_torch_says(capsys, monkeypatch, error, code, message):
+    def build_model(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train_text, "build_model", build_model)
+    _, err = result_of(capsys, "--sdpa-backend", "flash", code=code)
+    assert f"error: {message}" in err
+
+
+def test_other_errors_of_torch_are_raised(monkeypatch):
+    def build_model(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train_text, "build_model", build_model)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(SHORT)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_no_cuda(capsys):
     result, err = result_of(capsys, "--device", "cuda", code=2)

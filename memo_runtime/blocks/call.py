@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,14 @@ class BlockCall:
         return cls(tuple(leaves), spec)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` again."""
-        args, kwargs = _pytree.tree_unflatten(list(self.leaves), self.spec)
+        """``(args, kwargs)`` for one run of the block.
+
+        An empty key/value cache is replaced by a copy that is thrown away after the run. The block computes what it
+        would have (updating a cache copies keys and values, which changes their memory layout and with it the last
+        bits of later sums), but no keys and values outlive it, and a rerun does not append to them.
+        """
+        leaves = [copy.deepcopy(leaf) if is_cache(leaf) and cache_is_empty(leaf) else leaf for leaf in self.leaves]
+        args, kwargs = _pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
     def replaced(self, leaves: dict[int, Any]) -> BlockCall:
@@ -48,13 +55,10 @@ class BlockCall:
                 return index
         return None
 
-    def without_caches(self) -> tuple[BlockCall, bool, bool]:
-        """(the call with key/value caches replaced by None, one was found, one held tokens already)."""
-        caches = {i: leaf for i, leaf in enumerate(self.leaves) if is_cache(leaf)}
-        if not caches:
-            return self, False, False
-        filled = any(not cache_is_empty(cache) for cache in caches.values())
-        return self.replaced(dict.fromkeys(caches)), True, filled
+    def caches(self) -> tuple[bool, bool]:
+        """(the call has a key/value cache, one that holds tokens already)."""
+        found = [leaf for leaf in self.leaves if is_cache(leaf)]
+        return bool(found), any(not cache_is_empty(cache) for cache in found)
 
     def cut(self, axes: Iterable[ArgumentAxes], start: int, stop: int) -> BlockCall:
         """The call on tokens [start, stop).

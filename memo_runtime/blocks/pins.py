@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops
-from memo_runtime.records import Pin
+from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops, pin_kind
+from memo_runtime.records import Pin, PinKind
 
 PinKey = tuple[str, int]
 Value = torch.Tensor | int | float | bool | None
@@ -38,10 +38,18 @@ def outputs_of(func: Any, args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
 
 
 def packed_value(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A pin's value as it is stored: a Bernoulli draw of zeros and ones needs one byte an element."""
-    if base_name(name).startswith("bernoulli") and value.dtype != torch.bool:
+    """A pin's value as it is stored.
+
+    A Bernoulli draw of zeros and ones needs one byte an element. Random numbers and routing weights are copied, since
+    forwards scale them in place; the mask of a fused dropout is not, autograd saves that very tensor.
+    """
+    base = base_name(name)
+    if base.startswith("bernoulli") and value.dtype != torch.bool:
         return value.to(torch.bool)
-    return value.clone() if base_name(name).endswith("_") else value
+    if base == "native_dropout":
+        return value
+    copied = base.endswith("_") or pin_kind(name) in (PinKind.RANDOM, PinKind.ROUTING)
+    return value.clone() if copied else value
 
 
 def pin_values(name: str, outputs: tuple[Any, ...], wanted: tuple[int, ...] | None = None) -> dict[int, Value]:
@@ -140,6 +148,13 @@ def _substitute(func: Any, name: str, args: tuple[Any, ...], values: Values) -> 
         return torch.ops.aten.native_dropout_backward(args[0], mask, scale), mask
     schema = getattr(func, "_schema", None)
     count = len(schema.returns) if schema is not None else max(values) + 1
-    if count == 1 and schema is not None:
-        return values[0]
-    return tuple(values.get(index) for index in range(count))
+    fresh = pin_kind(name) in (PinKind.RANDOM, PinKind.ROUTING)
+    outputs = tuple(_as_result(values.get(index), copied=fresh) for index in range(count))
+    return outputs[0] if count == 1 and schema is not None else outputs
+
+
+def _as_result(value: Value, *, copied: bool) -> Value:
+    """A tensor that autograd may treat as an operator's own result: no view of another one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.clone() if copied else value.new_empty(0).set_(value)

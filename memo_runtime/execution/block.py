@@ -65,7 +65,8 @@ class BlockForward:
     def _managed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = self.session
         counters = session.enter(self)
-        call, found, filled = BlockCall.of(args, kwargs).without_caches()
+        call = BlockCall.of(args, kwargs)
+        found, filled = call.caches()
         if found and not filled:
             session.note_cache_off()
         profile, plan = session.decision(self.name)
@@ -114,7 +115,7 @@ class BlockForward:
         if stash.pending:
             captured = capture.captured if capture is not None else {}
             sorted_ = self._sort(stash, call, profile, plan, captured)
-            if plan.prefix < plan.tokens or profile.dynamic or plan.executor == Executor.RECOMPUTE:
+            if plan.prefix < plan.tokens or plan.executor == Executor.RECOMPUTE:
                 self._plan_rerun(stash, call, profile, plan, sorted_, autocast, random, forward)
             session.commit(stash, sorted_, self.position)
         return output

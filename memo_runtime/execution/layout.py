@@ -170,8 +170,10 @@ class StorageLayout:
             key = storage_key(tensor)
             if key in kept or not tensor.numel() or (not self.rebuild and _size(tensor) < MIN_SWAP_BYTES):
                 stash.keep(index, counted=key not in kept)
-            elif not self.rebuild or key in wanted:
+            elif not self.rebuild or (key in wanted and _size(tensor) >= MIN_SWAP_BYTES):
                 stored.append(Member(tensor, None, index))
+            elif key in wanted:
+                stash.keep(index, counted=True)
             else:
                 dropped.size_bytes += _size(tensor)
                 stash.assign(index, dropped, 0)

@@ -16,7 +16,6 @@ from torch import nn
 from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import pin_kind
-from memo_runtime.blocks.pins import pin_values
 from memo_runtime.blocks.rerun import Forward, parameter_storages, stops_early, storage_key
 from memo_runtime.profiling.candidates import MIN_TOKENS, argument_axes, token_dims
 from memo_runtime.profiling.compare import Lengths, close
@@ -264,7 +263,7 @@ def _dynamic_groups(subject: _Subject, trial: _Trial, pins: dict[tuple[str, int]
     records = trial.whole.by_key()
     saved_storages = {storage_key(tensor) for tensor in trial.whole.saved}
     for key, kind in pins.items():
-        for value in pin_values(key[0], records[key].outputs).values():
+        for value in records[key].pin_values().values():
             if not isinstance(value, torch.Tensor) or not value.numel() or storage_key(value) in seen | kept:
                 continue
             seen.add(storage_key(value))

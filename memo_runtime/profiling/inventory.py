@@ -10,7 +10,7 @@ from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.grouping import Member, by_storage, locate
-from memo_runtime.blocks.pins import PinKey, pin_values
+from memo_runtime.blocks.pins import PinKey
 from memo_runtime.blocks.rerun import parameter_storages, storage_key
 from memo_runtime.profiling.compare import Match
 from memo_runtime.profiling.growth import polynomial_bytes
@@ -46,7 +46,7 @@ class _Roles:
         records = whole.by_key()
         self.pinned: dict[int, PinKind] = {}
         for key, kind in slicing.pins.items():
-            for value in pin_values(key[0], records[key].outputs).values():
+            for value in records[key].pin_values().values():
                 if isinstance(value, torch.Tensor) and value.numel():
                     self.pinned[storage_key(value)] = kind
 
@@ -137,7 +137,7 @@ def _add_pins(inventory: Inventory, whole: Observation, slicing: Slicing, roles:
     records = whole.by_key()
     group_of = {saved.index: saved.group for saved in inventory.saved}
     for key, kind in slicing.pins.items():
-        for output, value in pin_values(key[0], records[key].outputs).items():
+        for output, value in records[key].pin_values().items():
             pin = _pin(key, output, kind, value, slicing)
             if isinstance(value, torch.Tensor) and value.numel():
                 saved = next((i for i, tensor in enumerate(whole.saved) if _same_view(tensor, value)), None)

@@ -62,7 +62,7 @@ class Observer:
     def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Profile block ``name`` on its first call and give a result of the right shape."""
         block = self.blocks[name]
-        call, _, _ = BlockCall.of(args, kwargs).without_caches()
+        call = BlockCall.of(args, kwargs)
         if self.allocated is None and self.device.type == "cuda":
             self.allocated = torch.cuda.memory_allocated(self.device)
         if name not in self.profiles:

@@ -14,8 +14,8 @@ import torch
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.operators import is_mutable
-from memo_runtime.blocks.pins import PinKey, ReplayMode, Values, outputs_of
+from memo_runtime.blocks.operators import is_mutable, pin_kind
+from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
 from memo_runtime.blocks.rerun import Forward, run_again, storage_key
 
 
@@ -31,6 +31,12 @@ class OperatorRecord:
     lists: bool  # yields lists of tensors, whose members cannot be pinned one by one
     #: Storages as they were then: a module may give a tensor's storage away later.
     input_storages: tuple[int, ...] = ()
+    #: What a pin of this call holds, taken at once: the forward may scale the result in place.
+    pinned: dict[int, Value] | None = None
+
+    def pin_values(self) -> dict[int, Value]:
+        """What a pin of this call holds."""
+        return self.pinned if self.pinned is not None else pin_values(self.key[0], self.outputs)
 
 
 @dataclass(slots=True)
@@ -80,6 +86,7 @@ class ObservingMode(ReplayMode):
                 replaced=key in self.replaced,
                 lists=isinstance(out, list),
                 input_storages=storages,
+                pinned=pin_values(key[0], values) if pin_kind(key[0]) is not None else None,
             )
         )
         return out

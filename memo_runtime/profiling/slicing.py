@@ -16,7 +16,7 @@ import torch
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import base_name, pin_kind
-from memo_runtime.blocks.pins import PinKey, Value, Values, pin_values
+from memo_runtime.blocks.pins import PinKey, Value, Values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
@@ -55,7 +55,7 @@ def named_pins(observation: Observation) -> dict[PinKey, PinKind]:
 def full_values(observation: Observation, pins: Mapping[PinKey, PinKind]) -> dict[PinKey, dict[int, Value]]:
     """The pins' values as the forward gave them, for a rerun at full length."""
     records = observation.by_key()
-    return {key: pin_values(key[0], records[key].outputs) for key in pins if key in records}
+    return {key: records[key].pin_values() for key in pins if key in records}
 
 
 def _axes_of(
@@ -87,7 +87,7 @@ def _find_axes(
     records = whole.by_key()
     for key in slicing.pins:
         known = shapes.get(key, ())
-        for index, value in pin_values(key[0], records[key].outputs).items():
+        for index, value in records[key].pin_values().items():
             shape = known[index] if index < len(known) else None
             slicing.axes[key, index], slicing.squares[key, index] = _axes_of(value, shape, lengths)
 
@@ -98,7 +98,7 @@ def tail_values(whole: Observation, slicing: Slicing, lengths: Lengths) -> dict[
     records = whole.by_key()
     for key in slicing.pins:
         parts: dict[int, Value] = {}
-        for index, value in pin_values(key[0], records[key].outputs).items():
+        for index, value in records[key].pin_values().items():
             if isinstance(value, torch.Tensor):
                 value = tail(
                     value, slicing.axes.get((key, index)), slicing.squares.get((key, index), ()),

@@ -41,14 +41,18 @@ FIELDS = {
 
 def start(*arguments):
     """The example as its users start it, with Ctrl-C switched on whatever started the tests."""
-    return subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "train_text.py"), "--device", "cpu", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    # A new process inherits that a signal is ignored, and nothing else of how signals are handled.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "train_text.py"), "--device", "cpu", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def result_of(capsys, *arguments, code=0):

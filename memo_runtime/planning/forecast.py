@@ -2,8 +2,8 @@
 
     forward  | block 0 | block 1 | ... | head, loss |     backward | ... | block 1 | block 0 |
     holds      skel 0    skel 1          all kept                          full 1    full 0
-                         + kept 0        + last                            + kept    + kept 0
-                         + copies of 0     copies                          + landing of 0
+                         + kept 0                                          + kept    + kept 0
+                         + copies of 0                                     + landing of 0
 
 A block's *skeletal* bytes live while its forward runs, its *copies out* while the next one runs (on CUDA: the
 source of a copy stays alive until the copy is done; on CPU copies are synchronous), its *kept* bytes until
@@ -27,7 +27,8 @@ class Footprint:
     Attributes:
         skeletal: saved while its forward runs. outgoing: sources of its copies to the host. kept: stashed on
             the device. full: all that its backward needs, fetched and rebuilt. landing: buffers of its fetch.
-        copies: its backward fetches something.
+        copies: its backward fetches something. stashed: its stash is sorted when its forward ends, when what
+            is kept has been copied and what it was copied from is still there.
         to_host, to_device: seconds of its copies alone. again: seconds of its rerun.
         forward_peak, backward_peak: transient bytes beyond all these.
     """
@@ -38,6 +39,7 @@ class Footprint:
     full: int
     landing: int
     copies: bool
+    stashed: bool
     forward: float
     backward: float
     again: float
@@ -52,7 +54,8 @@ class Course:
     """The highest points of a step.
 
     ``stash_peak`` counts what the runtime holds; ``device_peak`` adds what blocks, head and loss need while
-    they run, and was reached in ``phase`` ("forward", "backward" or "head and loss") of block ``index``.
+    they run, and was reached in ``phase`` ("forward", "end of forward", "backward", "head and loss") of block
+    ``index``.
     """
 
     stash_peak: int
@@ -92,6 +95,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         full=full,
         landing=landing,
         copies=copies,
+        stashed=plan.executor in (Executor.REPLAY, Executor.RECOMPUTE),
         forward=block.forward_seconds.exact(tokens),
         backward=block.backward_seconds.exact(tokens),
         again=_rerun_seconds(block, plan),
@@ -171,9 +175,12 @@ def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
     for index, block in enumerate(blocks):
         stash = kept + outgoing + block.skeletal
         points.append((stash, transient * block.forward_peak, index, "forward"))
+        if block.stashed:
+            points.append((stash + block.kept, 0, index, "end of forward"))
         outgoing = block.outgoing if around.asynchronous else 0
         kept += block.kept
-    points.append((kept + outgoing, around.outside_peak, max(0, len(blocks) - 1), "head and loss"))
+    # Compute waits for the last copies before it goes on to the head.
+    points.append((kept, around.outside_peak, max(0, len(blocks) - 1), "head and loss"))
     landing = 0
     backward: list[tuple[int, int, int, str]] = []
     kept = 0
@@ -199,7 +206,7 @@ def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
         copies = sum(block.to_host + block.to_device for block in blocks)
         return compute + copies + around.outside_seconds
     exposed = 0.0
-    for block, cover in zip(blocks, to_host_cover(around, blocks), strict=True):
+    for block, cover in zip(blocks, to_host_cover(blocks), strict=True):
         exposed += max(0.0, block.to_host - cover)
     for index, block in enumerate(blocks):
         cover = sum(blocks[above].backward + blocks[above].again for above in to_device_cover(blocks, index))
@@ -207,13 +214,12 @@ def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
     return compute + exposed + around.outside_seconds
 
 
-def to_host_cover(around: Surroundings, blocks: Sequence[Footprint]) -> list[float]:
+def to_host_cover(blocks: Sequence[Footprint]) -> list[float]:
     """Seconds of compute behind which each block's copies to the host hide: the forward of the next block.
 
-    For the last block that is the forward of the head and loss, a third of their time.
+    Nothing hides those of the last block: compute waits for them before it goes on to the head.
     """
-    following = [block.forward for block in blocks[1:]]
-    return [*following, around.outside_seconds / 3] if blocks else []
+    return [block.forward for block in blocks[1:]] + [0.0] * min(1, len(blocks))
 
 
 def to_device_cover(blocks: Sequence[Footprint], index: int) -> range:

@@ -30,14 +30,10 @@ def infeasible(sheet: Sheet, settings: Settings) -> PlanInfeasibleError:
     on_device = [choices for choices in tried if not budgets.over_device(sheet.peak_bytes(choices))]
     if not on_device:
         return _device_error(sheet, settings, budgets, tried)
-    return _host_error(
-        sheet, settings, budgets, tried, min(sheet.host_bytes(choices) for choices in on_device)
-    )
+    return _host_error(sheet, settings, budgets, tried, min(sheet.host_bytes(choices) for choices in on_device))
 
 
-def _device_error(
-    sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices]
-) -> PlanInfeasibleError:
+def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices]) -> PlanInfeasibleError:
     choices = min(tried, key=sheet.peak_bytes)
     needed = sheet.peak_bytes(choices)
     course = sheet.course(choices)

@@ -53,6 +53,4 @@ class Budgets:
 
 def fits(sheet: Sheet, budgets: Budgets, choices: Sequence[Choice]) -> bool:
     """``choices`` keep within both budgets, by exact bytes."""
-    return not (
-        budgets.over_host(sheet.host_bytes(choices)) or budgets.over_device(sheet.peak_bytes(choices))
-    )
+    return not (budgets.over_host(sheet.host_bytes(choices)) or budgets.over_device(sheet.peak_bytes(choices)))

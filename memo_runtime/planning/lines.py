@@ -49,16 +49,12 @@ def lines_of(sheet: Sheet, index: int) -> Lines:
     plan, foot = sheet.one(index, Choice(Executor.REPLAY, step))
     actions = plan.actions
     per_row = [
-        (group.size.linear, action)
-        for group, action in zip(block.groups, actions, strict=True)
-        if splits(group)
+        (group.size.linear, action) for group, action in zip(block.groups, actions, strict=True) if splits(group)
     ]
     host_row = sum(size for size, action in per_row if action is Action.PREFIX)
     tail_row = sum(size for size, action in per_row if action is Action.TAIL)
     copied = sum(
-        group.size.at(tokens)
-        for group, action in zip(block.groups, actions, strict=True)
-        if action is Action.HOST
+        group.size.at(tokens) for group, action in zip(block.groups, actions, strict=True) if action is Action.HOST
     )
     slots = sum(action in (Action.HOST, Action.PREFIX, Action.TAIL) for action in actions)
     tail_bytes = round(tail_row * (tokens - step))

@@ -55,10 +55,7 @@ def memo_alpha(blocks: Sequence[SwapDemand], *, to_host_rate: float, host_bytes:
     """
     unbounded = float("inf")
     by_link = min(
-        (
-            _bound(to_host_rate * block.forward_seconds, block.fixed_bytes, block.token_bytes)
-            for block in blocks
-        ),
+        (_bound(to_host_rate * block.forward_seconds, block.fixed_bytes, block.token_bytes) for block in blocks),
         default=unbounded,
     )
     fixed = sum(block.fixed_bytes for block in blocks)

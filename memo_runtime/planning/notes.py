@@ -24,9 +24,7 @@ def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
     if estimated:
         yield f"bytes of {_many(estimated)} depend on data and are estimates"
     unmanaged = [
-        block.name
-        for block, choice in zip(sheet.blocks, choices, strict=True)
-        if choice.executor is Executor.NATIVE
+        block.name for block, choice in zip(sheet.blocks, choices, strict=True) if choice.executor is Executor.NATIVE
     ]
     if unmanaged:
         yield f"bytes of {_many(unmanaged)} are not managed and not counted"

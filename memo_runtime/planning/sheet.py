@@ -56,8 +56,7 @@ def lengths_of(profile: Profile, tokens: Mapping[int, int] | None) -> tuple[int,
         if isinstance(length, bool) or length < 1:
             raise PlanRequestError(f"tokens={{{stack}: {length!r}}} is not a length: give at least 1 token")
     return tuple(
-        block.tokens if block.tokens == 0 else asked.get(block.stack, block.tokens)
-        for block in profile.blocks
+        block.tokens if block.tokens == 0 else asked.get(block.stack, block.tokens) for block in profile.blocks
     )
 
 
@@ -69,9 +68,7 @@ class Sheet:
     lengths: tuple[int, ...]
     kinds: tuple[int, ...] = ()
     around: Surroundings = field(init=False)
-    _known: dict[tuple[int, int, Choice], tuple[BlockPlan, Footprint]] = field(
-        init=False, default_factory=dict
-    )
+    _known: dict[tuple[int, int, Choice], tuple[BlockPlan, Footprint]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.around = Surroundings.of(self.profile, self.lengths[-1] if self.lengths else 0)
@@ -114,8 +111,7 @@ class Sheet:
     def plans(self, choices: Sequence[Choice]) -> tuple[BlockPlan, ...]:
         """Plan of every block, under its own name."""
         return tuple(
-            replace(self.one(index, choice)[0], name=self.blocks[index].name)
-            for index, choice in enumerate(choices)
+            replace(self.one(index, choice)[0], name=self.blocks[index].name) for index, choice in enumerate(choices)
         )
 
     def course(self, choices: Sequence[Choice]) -> Course:

@@ -90,6 +90,4 @@ def closed_form(sheet: Sheet, budgets: Budgets, keep_last: int | None) -> MemoAl
             )
         else:
             taken += sheet.one(index, at_prefix(block, 0, tokens))[0].host_bytes
-    return memo_alpha(
-        demands, to_host_rate=sheet.profile.link.to_host, host_bytes=max(0, budgets.host - taken)
-    )
+    return memo_alpha(demands, to_host_rate=sheet.profile.link.to_host, host_bytes=max(0, budgets.host - taken))

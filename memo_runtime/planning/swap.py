@@ -54,9 +54,7 @@ def solve_prefixes(
         device_rows: rows may also stay on the device.
     """
     free = {
-        index
-        for index, choice in enumerate(base)
-        if choice == Choice(Executor.REPLAY) and _sliceable(sheet, index)
+        index for index, choice in enumerate(base) if choice == Choice(Executor.REPLAY) and _sliceable(sheet, index)
     }
     by_kind: dict[tuple[int, int], Lines] = {}
     for index in sorted(free):
@@ -84,9 +82,7 @@ def _line_ups(lines: dict[int, Lines]) -> list[dict[int, Lines]]:
     return [lines] if len(calm) == len(lines) or not calm else [lines, calm]
 
 
-def _with_room(
-    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines]
-) -> dict[int, Lines]:
+def _with_room(sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines]) -> dict[int, Lines]:
     """Those of ``lines`` for whose landing buffers and copies under way the device has room at any prefix."""
     left = dict(lines)
     if budgets.device is None:
@@ -107,12 +103,11 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     crowded: set[int] = set()
     kept = outgoing = 0
     for index, foot in enumerate(feet):
-        if kept + outgoing + foot.skeletal + transient * foot.forward_peak > room:
+        at_end = foot.kept if foot.stashed else 0
+        if kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end) > room:
             crowded.add(index - 1)
         outgoing = foot.outgoing if sheet.around.asynchronous else 0
         kept += foot.kept
-    if kept + outgoing + sheet.around.outside_peak > room:
-        crowded.add(len(feet) - 1)
     kept = landing = 0
     lower = -1
     for index, foot in enumerate(feet):
@@ -128,9 +123,7 @@ def _least(foot: Footprint, line: Lines | None) -> Footprint:
     """``foot`` with the least that its block holds at any prefix that is not empty."""
     if line is None:
         return foot
-    return replace(
-        foot, outgoing=line.outgoing, full=line.full, landing=line.landing, kept=line.kept, copies=True
-    )
+    return replace(foot, outgoing=line.outgoing, full=line.full, landing=line.landing, kept=line.kept, copies=True)
 
 
 @dataclass(slots=True)
@@ -157,9 +150,7 @@ class _Program:
             self._device[index] = self._variable(f"device_{index}", most)
             self._host[index] = self._variable(f"host_{index}", 1)
             self._problem += self._prefix(index) <= 1
-        feet = [
-            _least(foot, self.lines.get(index)) for index, foot in enumerate(self.sheet.footprints(self.base))
-        ]
+        feet = [_least(foot, self.lines.get(index)) for index, foot in enumerate(self.sheet.footprints(self.base))]
         self._hold_host(feet)
         if self.budgets.device is not None:
             self._hold_device(feet, self.budgets.device)
@@ -232,6 +223,8 @@ class _Program:
                 rows = scale * line.copied_per_host_row * line.tokens
                 after = self._variable(f"kept_{index}")
                 self._problem += after == kept + scale * foot.kept + rows * self._device[index]
+            if foot.stashed:
+                self._hold(after + scale * (outgoing + foot.skeletal - room))
             kept = after
             fetched = self._rebuilt_bytes(index) if index in self.lines else 0
             backward = foot.full + fetched + landing + transient * foot.backward_peak
@@ -239,7 +232,7 @@ class _Program:
             if foot.copies:
                 landing = foot.landing + fetched
             outgoing = foot.outgoing if around.asynchronous else 0
-        self._hold(kept + scale * (outgoing + around.outside_peak - room))
+        self._hold(kept + scale * (around.outside_peak - room))
 
     def _hold(self, excess: Any) -> None:
         """``excess`` must not be positive."""
@@ -268,14 +261,12 @@ class _Program:
         if not around.asynchronous:
             self._problem += pulp.lpSum(costs + copies)
             return
-        covers = to_host_cover(around, feet)
+        covers = to_host_cover(feet)
         for index, foot in enumerate(feet):
             if not foot.copies:
                 continue
             above = to_device_cover(feet, index)
-            cover = pulp.lpSum(
-                [again.get(j, scale * feet[j].again) + scale * feet[j].backward for j in above]
-            )
+            cover = pulp.lpSum([again.get(j, scale * feet[j].again) + scale * feet[j].backward for j in above])
             late_out = self._variable(f"late_out_{index}")
             late_back = self._variable(f"late_back_{index}")
             self._problem += late_out >= out[index] - scale * covers[index]
@@ -321,9 +312,5 @@ def _rounded(
 
 def _choice(tokens: int, prefix_rows: float, device_rows: float) -> Choice:
     prefix = round_prefix(prefix_rows + _ROW_TOLERANCE, tokens)
-    device = (
-        tokens
-        if device_rows >= tokens - _ROW_TOLERANCE
-        else whole_granules(device_rows + _ROW_TOLERANCE, tokens)
-    )
+    device = tokens if device_rows >= tokens - _ROW_TOLERANCE else whole_granules(device_rows + _ROW_TOLERANCE, tokens)
     return Choice(Executor.REPLAY, prefix, min(device, prefix))

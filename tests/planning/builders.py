@@ -14,9 +14,7 @@ from memo_runtime.records import (
 )
 from memo_runtime.units import GiB
 
-FINGERPRINT = Fingerprint(
-    model="a1b2", blocks="c3d4", batch="input_ids:int64[1]", torch="2.13", device="cuda H100"
-)
+FINGERPRINT = Fingerprint(model="a1b2", blocks="c3d4", batch="input_ids:int64[1]", torch="2.13", device="cuda H100")
 
 
 def group(role, linear=0, *, constant=0, quadratic=0, saved=True, splits=None, estimated=False, multiple=1):
@@ -100,9 +98,7 @@ def profile_of(blocks, **changes):
         host_bytes=500 * GiB,
         host_source="cgroup v2",
         link=Link(to_host=50e9, to_device=50e9),
-        states=ModelStates(
-            parameters=parameters, buffers=1024, gradients=parameters, optimizer=2 * parameters
-        ),
+        states=ModelStates(parameters=parameters, buffers=1024, gradients=parameters, optimizer=2 * parameters),
         rows=1,
         blocks=tuple(blocks),
         allocated_bytes=parameters + 1024,

@@ -1,6 +1,6 @@
 """The forecast of a plan written down once more, plainly, without the planner's code, as its check."""
 
-from memo_runtime.records import Action, Role
+from memo_runtime.records import Action, Executor, Role
 
 RESIDENT = (Role.PARAMETER, Role.SHARED)
 
@@ -67,10 +67,7 @@ def outgoing(profile, plan, index):
 
 
 def has_copies(profile, plan, index):
-    return any(
-        action in (Action.HOST, Action.PREFIX, Action.TAIL)
-        for _, action, _ in groups_of(profile, plan, index)
-    )
+    return any(action in (Action.HOST, Action.PREFIX, Action.TAIL) for _, action, _ in groups_of(profile, plan, index))
 
 
 def host_bytes(profile, plan):
@@ -89,9 +86,11 @@ def peaks(profile, plan):
             held += outgoing(profile, plan, i - 1)
         stash.append(held)
         device.append(held + (profile.blocks[i].forward_peak.at(plan[i].tokens) if cuda else 0))
+        if plan[i].executor in (Executor.REPLAY, Executor.RECOMPUTE):
+            # Its stash is made while the tensors that it is made from are still there.
+            stash.append(held + kept(profile, plan, i))
+            device.append(held + kept(profile, plan, i))
     everything = sum(kept(profile, plan, j) for j in range(count))
-    if cuda and count:
-        everything += outgoing(profile, plan, count - 1)
     tokens = plan[-1].tokens if count else 0
     stash.append(everything)
     device.append(everything + (profile.outside_peak.at(tokens) if cuda else 0))

@@ -79,15 +79,15 @@ def test_everything_swapped_holds_two_blocks():
     assert forecast.stash_peak_bytes == 2 * 120 * TOKENS
     assert forecast.peak_bytes == BASE + 2 * 120 * TOKENS + 11
     assert forecast.bytes_to_host == forecast.bytes_to_device == 3 * 120 * TOKENS
-    # One second per copy: hidden by 2 s forward and 4 s backward, but nothing hides the last block's fetch.
-    assert forecast.step_seconds == 3 * 6 + 3 + 1
+    # One second per copy: hidden by 2 s forward and 4 s backward, but nothing hides those of the last block.
+    assert forecast.step_seconds == 3 * 6 + 3 + 2
 
 
 def test_everything_rebuilt_holds_one_block_and_what_lands():
     forecast = forecast_of(small_profile(), policy="recompute", keep_last=0)
     assert forecast.stash_peak_bytes == (120 + 20) * TOKENS
     assert forecast.recomputed_flops == 3 * small_block(0).rerun_flops.at(TOKENS)
-    assert forecast.step_seconds == pytest.approx(3 * 6 + 3 + 3 + 20 / 120)
+    assert forecast.step_seconds == pytest.approx(3 * 6 + 3 + 3 + 2 * 20 / 120)
 
 
 def test_a_kept_block_above_hides_the_fetch():

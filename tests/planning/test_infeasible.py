@@ -62,9 +62,7 @@ REQUESTS = [
 @pytest.mark.parametrize("settings", REQUESTS, ids=str)
 def test_a_device_refusal_suggests_only_what_fits(settings):
     text = refused(**settings)
-    assert re.match(
-        r"this step does not fit in [\d.]+ GiB on H100 .*: it needs .* short by [\d.]+ GiB\n", text
-    )
+    assert re.match(r"this step does not fit in [\d.]+ GiB on H100 .*: it needs .* short by [\d.]+ GiB\n", text)
     assert "floor" in text
     assert_suggestions_fit(text, **settings)
 
@@ -161,8 +159,6 @@ def test_stacks_are_shortened_together():
     make_plan(profile_of(blocks), make_settings(policy="swap", budget="25GiB"), tokens=tokens)
 
 
-@pytest.mark.parametrize(
-    "size", [1, 1023, 1024, 1025, 10**6, 2**30 - 1, 2**30, 2**30 + 1, 123456789012, 10**14]
-)
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 2**30 - 1, 2**30, 2**30 + 1, 123456789012, 10**14])
 def test_a_size_in_words_is_no_smaller(size):
     assert size <= parse_bytes(size_at_least(size)) <= size * 1.01 + 11

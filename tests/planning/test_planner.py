@@ -103,9 +103,7 @@ def test_every_stack_keeps_its_own_last_blocks():
 
 @pytest.mark.parametrize("policy", ["swap", "auto", "none"])
 def test_more_kept_blocks_than_there_are(policy):
-    with pytest.raises(
-        ValueError, match=r"keep_last=5.*layers\.0 to .*layers\.3.* has 4 blocks: give 0 to 4"
-    ):
+    with pytest.raises(ValueError, match=r"keep_last=5.*layers\.0 to .*layers\.3.* has 4 blocks: give 0 to 4"):
         plan(SHORT, policy=policy, keep_last=5)
 
 
@@ -235,9 +233,7 @@ def test_notes_say_whose_optimizer_state_is_reserved():
     assert any("assumed: AdamW" in note for note in plan(SHORT, policy="swap").notes)
     named = replace(
         SHORT,
-        states=ModelStates(
-            parameters=1, buffers=0, gradients=1, optimizer=2, optimizer_name="Lion", assumed=False
-        ),
+        states=ModelStates(parameters=1, buffers=0, gradients=1, optimizer=2, optimizer_name="Lion", assumed=False),
     )
     assert any("that of Lion" in note for note in plan(named, policy="swap").notes)
 

@@ -152,9 +152,7 @@ def test_planning_is_deterministic(profile, asked):
 @pytest.mark.parametrize("policy", ["none", "swap", "recompute", "memo", "replay", "auto"])
 def test_budgets_that_are_exactly_enough_are_enough(policy):
     profile = profile_of([llama_block(number, tokens=8192) for number in range(5)])
-    first = make_plan(
-        profile, make_settings(policy=policy, budget="20GiB" if policy == "none" else "12GiB")
-    ).forecast
+    first = make_plan(profile, make_settings(policy=policy, budget="20GiB" if policy == "none" else "12GiB")).forecast
     exact = make_settings(policy=policy, budget=first.peak_bytes, host_budget=first.host_bytes)
     if policy in ("none", "swap", "recompute"):
         assert make_plan(profile, exact).forecast == first

@@ -24,7 +24,7 @@ from memo_runtime.config import Loss, make_settings
 from memo_runtime.errors import ProfileError
 from memo_runtime.profiling.model import model_device
 from memo_runtime.records import Report
-from memo_runtime.wrapping import find_wrapped, make_wrapped
+from memo_runtime.wrapping import Batch, find_wrapped, make_wrapped
 
 #: Relative L2 error allowed for the gradients of a wrapped model against the unwrapped one, by dtype.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -72,7 +72,8 @@ def _scalar(output: Any) -> torch.Tensor:
     return torch.stack([leaf.float().square().mean().to(leaves[0].device) for leaf in leaves]).sum()
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], start: RandomState) -> tuple[float, Gradients]:
+def _run(model: nn.Module, batch: Batch, start: RandomState) -> tuple[float, Gradients]:
+    args, kwargs = batch
     model.zero_grad(set_to_none=True)
     with start.restored(), torch.enable_grad():
         loss = _scalar(model(*args, **kwargs))
@@ -131,7 +132,7 @@ def check(
     existing = find_wrapped(model)
     plain = copy.deepcopy(existing.model if existing is not None else model)
     managed = copy.deepcopy(plain)
-    args, kwargs = as_batch(batch)
+    call = as_batch(batch)
     settings = make_settings(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last
     )
@@ -140,8 +141,8 @@ def check(
     wrapped.install()
     try:
         start = RandomState.current(model_device(plain))
-        loss, plain_gradients = _run(plain, args, kwargs, start)
-        managed_loss, gradients = _run(managed, args, kwargs, start)
+        loss, plain_gradients = _run(plain, call, start)
+        managed_loss, gradients = _run(managed, call, start)
         report = wrapped.session.report()
         dtype = next((g.dtype for g in plain_gradients.values()), torch.float32)
         identical = loss == managed_loss and all(torch.equal(gradients[n], g) for n, g in plain_gradients.items())
@@ -151,7 +152,7 @@ def check(
         if bound is not None:
             ok = overall <= bound and gradients.keys() == plain_gradients.keys()
         else:
-            overall, ok = _half_precision(plain, managed, (args, kwargs), start)
+            overall, ok = _half_precision(plain, managed, call, start)
             bound = _OVERALL_RATIO
     finally:
         wrapped.remove()
@@ -167,20 +168,17 @@ def check(
     )
 
 
-def _half_precision(
-    plain: nn.Module, managed: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]], start: RandomState
-) -> tuple[float, bool]:
+def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: RandomState) -> tuple[float, bool]:
     """(ratio of the wrapped model's error to the unwrapped one's, within bounds), median of five perturbed weights."""
-    args, kwargs = batch
     longest = max((max(t.shape) for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)), default=0)
     wide = torch.float64 if longest <= _DOUBLE_TOKENS else torch.float32
     overall, singles = [], []
     for seed in range(_HALF_SEEDS):
         _perturb(plain, managed, seed)
         reference = copy.deepcopy(plain).to(wide)
-        _, exact = _run(reference, *_cast((args, kwargs), wide), start)
-        error, single = _errors(_run(plain, args, kwargs, start)[1], exact)
-        managed_error, managed_single = _errors(_run(managed, args, kwargs, start)[1], exact)
+        _, exact = _run(reference, _cast(batch, wide), start)
+        error, single = _errors(_run(plain, batch, start)[1], exact)
+        managed_error, managed_single = _errors(_run(managed, batch, start)[1], exact)
         overall.append(managed_error / max(error, 1e-300))
         singles.append({name: managed_single[name] / max(single[name], 1e-300) for name in single if single[name] > 0})
     ratio = statistics.median(overall)

@@ -87,5 +87,5 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     if name == "aten._scaled_dot_product_flash_attention_for_cpu":
         return _attention_flops(args[0], args[1], args[2])
     if name == "aten._grouped_mm":
-        return 2 * args[0].shape[0] * args[0].shape[-1] * args[1].shape[-1]
+        return int(2 * args[0].shape[0] * args[0].shape[-1] * args[1].shape[-1])
     return 0

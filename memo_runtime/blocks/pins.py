@@ -56,9 +56,10 @@ def pin_values(name: str, outputs: tuple[Any, ...], wanted: tuple[int, ...] | No
     """The outputs that a pin of operator ``name`` holds, packed; ``wanted`` None: all that are needed."""
     if wanted is None:
         wanted = (1,) if base_name(name) == "native_dropout" else tuple(range(len(outputs)))
+    chosen = {index: outputs[index] for index in wanted}
     return {
-        index: packed_value(name, outputs[index].detach()) if isinstance(outputs[index], torch.Tensor) else outputs[index]
-        for index in wanted
+        index: packed_value(name, value.detach()) if isinstance(value, torch.Tensor) else value
+        for index, value in chosen.items()
     }
 
 
@@ -73,7 +74,7 @@ class CountingMode(TorchDispatchMode):
         return True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: Counter[str] = Counter()
 
     def next_key(self, func: Any) -> PinKey:
@@ -157,4 +158,6 @@ def _as_result(value: Value, *, copied: bool) -> Value:
     """A tensor that autograd may treat as an operator's own result: no view of another one."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.clone() if copied else value.new_empty(0).set_(value)
+    if copied:
+        return value.clone()
+    return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())

@@ -75,8 +75,8 @@ def take(tensor: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: i
     """Tokens [start, stop) of ``tensor`` along ``axis``; a view wherever strides allow one."""
     if axis.outer == 1 and axis.inner == 1:
         return tensor.narrow(axis.dim, start, stop - start)
-    split = tensor.unflatten(axis.dim, (axis.outer, tokens, axis.inner)).narrow(axis.dim + 1, start, stop - start)
-    return split.flatten(axis.dim, axis.dim + 2)
+    split: torch.Tensor = tensor.unflatten(axis.dim, (axis.outer, tokens, axis.inner))
+    return split.narrow(axis.dim + 1, start, stop - start).flatten(axis.dim, axis.dim + 2)
 
 
 def packed(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,11 +117,13 @@ def shrink(tensor: torch.Tensor) -> torch.Tensor:
 
 def _span(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     """Half-open range of storage elements that ``tensors`` (of one storage) touch."""
-    start = min(t.storage_offset() for t in tensors)
-    stop = max(
-        t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors
-    )
-    return start, stop
+    start = min(int(t.storage_offset()) for t in tensors)
+    return start, max(_last_element(tensor) + 1 for tensor in tensors)
+
+
+def _last_element(tensor: torch.Tensor) -> int:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()) + sum((size - 1) * step for size, step in steps)
 
 
 def _layout(tensor: torch.Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -133,7 +135,7 @@ def _layout(tensor: torch.Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
             merged[-1] = (merged[-1][0], merged[-1][1] * size)
         else:
             merged.append((step, size))
-    return tensor.storage_offset(), tuple(merged)
+    return int(tensor.storage_offset()), tuple(merged)
 
 
 def _token_stride(tensor: torch.Tensor, axis: TokenAxis, tokens: int) -> int | None:
@@ -169,7 +171,8 @@ def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | Non
             return None
         outer, length, inner = (stop - start) // (tokens * step), tokens, step
     views = tuple(
-        View(tuple(t.shape), t.stride(), t.storage_offset() - start, axis) for t, axis in zip(tensors, axes, strict=True)
+        View(tuple(t.shape), t.stride(), int(t.storage_offset()) - start, axis)
+        for t, axis in zip(tensors, axes, strict=True)
     )
     return Region(outer, length, inner, views)
 

@@ -20,7 +20,7 @@ from memo_runtime.blocks.call import BlockCall
 Forward = Callable[..., Any]
 
 
-class _AllSaved(Exception):
+class _AllSavedError(Exception):
     """The last tensor that backward needs has been made."""
 
 
@@ -63,14 +63,14 @@ def run_again(
         index, count = count, count + 1
         on_saved(index, tensor.detach())
         if index == last:
-            raise _AllSaved
+            raise _AllSavedError
 
     args, kwargs = call.arguments()
     with (
         torch.enable_grad(),
         saved_tensors_hooks(pack, _never),
         mode,
-        contextlib.suppress(_AllSaved),
+        contextlib.suppress(_AllSavedError),
     ):
         forward(*args, **kwargs)
     return count
@@ -78,7 +78,7 @@ def run_again(
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind ``tensor`` while it is alive."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def parameter_storages(block: nn.Module) -> set[int]:

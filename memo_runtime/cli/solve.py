@@ -48,14 +48,13 @@ def solve(
       memo solve trace.csv -o placed.csv
       memo solve trace.csv --capacity 70GiB --time-limit 60s --json
     """
+    from memo_runtime.cli.solve_output import ProgressLine, summary_json, summary_text
     from memo_solver.engine import solve as run
     from memo_solver.errors import MemoSolverError
     from memo_solver.native import native_status
     from memo_solver.params import SolveParams
     from memo_solver.reading import read_file
     from memo_solver.writing import check_writable, write_placement
-
-    from memo_runtime.cli.solve_output import ProgressLine, summary_json, summary_text
 
     try:
         if output is not None:

@@ -106,7 +106,8 @@ class BlockForward:
         autocast = AutocastState.current(session.tools.device.type)
         random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None
         args, kwargs = call.arguments()
-        with torch.profiler.record_function(f"memo::forward {self.name}"), saved_tensors_hooks(stash.pack, stash.unpack):
+        hooks = saved_tensors_hooks(stash.pack, stash.unpack)
+        with torch.profiler.record_function(f"memo::forward {self.name}"), hooks:
             if capture is None:
                 output = forward(*args, **kwargs)
             else:

@@ -60,7 +60,7 @@ class Clock:
         """From the start to the last touch."""
         if isinstance(self._start, torch.cuda.Event) and isinstance(self._stop, torch.cuda.Event):
             self._stop.synchronize()
-            return self._start.elapsed_time(self._stop) / 1e3
+            return float(self._start.elapsed_time(self._stop)) / 1e3
         assert isinstance(self._start, float) and isinstance(self._stop, float), "both marks are of one kind"
         return self._stop - self._start
 

@@ -28,9 +28,9 @@ def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False) is True and not isinstance(module, type):
             raise OffloaderActiveError(
-                f"gradient checkpointing is on in '{name or type(model).__name__}' ({type(module).__name__}): {_ADVICE}. "
-                "Call model.gradient_checkpointing_disable(), and leave gradient_checkpointing=True out of the "
-                "trainer's arguments, or do not wrap"
+                f"gradient checkpointing is on in '{name or type(model).__name__}' ({type(module).__name__}): "
+                f"{_ADVICE}. Call model.gradient_checkpointing_disable(), and leave gradient_checkpointing=True out of "
+                "the trainer's arguments, or do not wrap"
             )
         kind = type(module).__name__
         if kind in _WRAPPERS and _touches(module, blocks):
@@ -38,8 +38,8 @@ def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and getattr(hook, "offload", False):
             raise OffloaderActiveError(
-                f"accelerate offloads the weights of '{name}' ({type(hook).__name__}): {_ADVICE}, and needs them on the "
-                "device. Load the model without device_map offloading"
+                f"accelerate offloads the weights of '{name}' ({type(hook).__name__}): {_ADVICE}, and needs them on "
+                "the device. Load the model without device_map offloading"
             )
 
 
@@ -66,6 +66,6 @@ def refuse_active_hooks() -> None:
     name = type(owner).__name__ if owner is not None else getattr(pack, "__qualname__", repr(pack))
     module = getattr(pack, "__module__", "") or type(owner).__module__
     raise OffloaderActiveError(
-        f"saved-tensor hooks of {module}.{name} are active around this step (torch.utils.checkpoint, save_on_cpu, or an "
-        f"activation offloader such as TRL's): {_ADVICE}. Leave that context, or do not wrap"
+        f"saved-tensor hooks of {module}.{name} are active around this step (torch.utils.checkpoint, save_on_cpu, or "
+        f"an activation offloader such as TRL's): {_ADVICE}. Leave that context, or do not wrap"
     )

@@ -106,10 +106,11 @@ def remove_forward(module: nn.Module) -> None:
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that runs without us: one set on the instance before, else the class's, bound."""
     state = module.__dict__.get("__getstate__")
-    before = state.entries.get("forward", _ABSENT) if isinstance(state, _CleanState) else _ABSENT
-    if before is not _ABSENT:
-        return before  # type: ignore[no-any-return]
-    return type(module).forward.__get__(module)  # type: ignore[no-any-return]
+    before: Any = state.entries.get("forward", _ABSENT) if isinstance(state, _CleanState) else _ABSENT
+    if before is _ABSENT:
+        before = type(module).forward.__get__(module)
+    forward: Callable[..., Any] = before
+    return forward
 
 
 def install_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:

@@ -95,9 +95,9 @@ class Rerun:
             )
         if saved != self.count:
             raise ReplayMismatchError(
-                f"'{self.name}' saved {self.count} tensors in its forward and {saved} when it was run again: its forward "
-                "depends on something that changed in between (a module attribute, random numbers that PyTorch does "
-                "not draw, data). No gradient was computed; use policy='swap', or leave it out with blocks="
+                f"'{self.name}' saved {self.count} tensors in its forward and {saved} when it was run again: its "
+                "forward depends on something that changed in between (a module attribute, random numbers that PyTorch "
+                "does not draw, data). No gradient was computed; use policy='swap', or leave it out with blocks="
             )
         return mode.flops
 

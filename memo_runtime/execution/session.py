@@ -127,8 +127,9 @@ class Session:
 
     def begin_if_new(self) -> None:
         """Begin a step unless this forward follows another whose backward is still to come."""
+        step = self._step
         alive = self.last_stash is not None and self.last_stash() is not None
-        if self._step is None or self._step.backward_seen or not alive:
+        if step is None or step.backward_seen or (step.blocks and not alive):
             self.begin()
 
     def enter(self, block: BlockForward) -> BlockCounters:
@@ -199,7 +200,7 @@ class Session:
     def note_deviation(self, name: str, planned: int, saved: int) -> None:
         """A block saved something else than when it was profiled."""
         self.note(
-            f"'{name}' saved {saved} tensors where its profile has {planned}: in this step all of them are swapped whole"
+            f"'{name}' saved {saved} tensors where its profile has {planned}: in this step they are all swapped whole"
         )
 
     def report(self) -> Report:

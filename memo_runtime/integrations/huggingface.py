@@ -159,9 +159,7 @@ def install(model: nn.Module, *, loss: Loss = Loss.AUTO) -> Installation:
     reason = "no Hugging Face model with an output head in it" if path is None else _obstacle(path[-1])
     if reason is not None:
         if loss is Loss.TILED:
-            raise ValueError(
-                f"loss='tiled' is not possible for this model: {reason}; loss='auto' leaves it as it is"
-            )
+            raise ValueError(f"loss='tiled' is not possible for this model: {reason}; loss='auto' leaves it as it is")
         if path is not None:
             logger.info("head and loss stay as they are, with full logits: %s", reason)
         return Installation(active=False, note=f"head and loss as they were: {reason}")

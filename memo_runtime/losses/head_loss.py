@@ -85,7 +85,7 @@ def linear_cross_entropy(
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: ``c`` in ``c * tanh(logits / c)``, after the factor (Gemma).
         label_smoothing: in [0, 1].
-        tile: tokens per tile; None: as many as have logits of 1 GiB (CPU: 256 MiB).
+        tile: tokens per tile; None: as many as have logits of 512 MiB (CPU: 256 MiB).
         backend: ``auto``, ``liger`` (an error where it cannot), ``tiled`` or ``native`` (all logits at once).
 
     Returns:
@@ -139,9 +139,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
         raise ValueError(f"bias {tuple(bias.shape)} does not go with weight {tuple(weight.shape)}")
 
 
-def _check_options(
-    criterion: Criterion, reduction: str, num_items: Tensor | float | None, tile: int | None
-) -> None:
+def _check_options(criterion: Criterion, reduction: str, num_items: Tensor | float | None, tile: int | None) -> None:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is unknown; there are: {', '.join(_REDUCTIONS)}")
     if num_items is not None and reduction == "none":
@@ -227,9 +225,7 @@ class _HeadLoss(torch.autograd.Function):
     """hidden [T, D], weight [V, D], bias [V] or None, target [T] -> loss [] or [T]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: _Call
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: _Call) -> Tensor:
         head = Head(hidden=hidden, weight=weight, bias=bias, target=target, compute=call.compute)
         needs = ctx.needs_input_grad
         wanted = Wanted(hidden=needs[0], weight=needs[1], bias=bias is not None and needs[2])
@@ -241,9 +237,7 @@ class _HeadLoss(torch.autograd.Function):
         else:
             with torch.autocast(hidden.device.type, enabled=False):
                 if call.reduction == "none":
-                    losses, _ = tiles.evaluate(
-                        head, call.criterion, tile=call.tile, wanted=Wanted(), row_scale=None
-                    )
+                    losses, _ = tiles.evaluate(head, call.criterion, tile=call.tile, wanted=Wanted(), row_scale=None)
                     ctx.save_for_backward(hidden, weight, bias, target)
                     return losses
                 loss, gradients, later = _tiled_loss(head, call, wanted)
@@ -263,13 +257,10 @@ class _HeadLoss(torch.autograd.Function):
                 hidden, weight, bias, target = ctx.saved_tensors
                 head = Head(hidden=hidden, weight=weight, bias=bias, target=target, compute=call.compute)
                 losses = grad_output.to(head.accumulate)
-                _, made = tiles.evaluate(
-                    head, call.criterion, tile=call.tile, wanted=wanted, row_scale=losses
-                )
+                _, made = tiles.evaluate(head, call.criterion, tile=call.tile, wanted=wanted, row_scale=losses)
                 parts = (made.hidden, made.weight, made.bias)
                 grads = [
-                    None if part is None else part.to(dtype)
-                    for part, dtype in zip(parts, ctx.dtypes, strict=True)
+                    None if part is None else part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)
                 ]
             else:
                 *saved, later = ctx.saved_tensors
@@ -304,11 +295,17 @@ def _tiled_loss(head: Head, call: _Call, wanted: Wanted) -> tuple[Tensor, Gradie
 
 
 def _liger_loss(head: Head, call: _Call, wanted: Wanted) -> tuple[Tensor, Gradients, Tensor | None]:
-    if call.num_items is None:
-        loss, gradients = liger.evaluate(head, call.criterion, reduction=call.reduction, wanted=wanted)
+    if call.reduction == "sum" and call.num_items is None:
+        loss, gradients = liger.evaluate(head, call.criterion, reduction="sum", wanted=wanted)
         return loss, gradients, None
-    loss, gradients = liger.evaluate(head, call.criterion, reduction="sum", wanted=wanted)
-    return loss / _as_divisor(call.num_items, loss), gradients, _factor(head, call)
+    loss, gradients = liger.evaluate(head, call.criterion, reduction="mean", wanted=wanted)
+    count = (head.target != call.criterion.ignore_index).sum()
+    if call.num_items is None:
+        # Liger's mean of nothing is 0, PyTorch's is nan: add 0 or nan, without reading the count.
+        return loss + (count / count - 1.0), gradients, None
+    # From the mean, not from the sum: without accumulation the ratio is 1 and nothing is rounded again.
+    ratio = count / _as_divisor(call.num_items, loss)
+    return loss * ratio, gradients, ratio
 
 
 def _factor(head: Head, call: _Call) -> Tensor:

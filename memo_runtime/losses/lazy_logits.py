@@ -111,9 +111,7 @@ class HeadCall:
     compute: torch.dtype
     notice: Notice
     versions: tuple[int, ...] = field(init=False)
-    touched: bool = (
-        False  # real logits were changed, or a view of them given away, where versions do not count
-    )
+    touched: bool = False  # real logits were changed, or a view of them given away, where versions do not count
 
     def __post_init__(self) -> None:
         self.versions = self._versions()
@@ -271,7 +269,7 @@ class LazyLogits(Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.values().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self.values().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._real is not None:
@@ -279,9 +277,7 @@ class LazyLogits(Tensor):
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, not computed)"
 
 
-def lazy_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, notice: Notice | None = None
-) -> LazyLogits:
+def lazy_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, notice: Notice | None = None) -> LazyLogits:
     """``torch.nn.functional.linear(hidden, weight, bias)``, computed when read.
 
     Args:
@@ -350,9 +346,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 _Recorder = Callable[[Any, LazyLogits, tuple[Any, ...], dict[str, Any]], LazyLogits | None]
 
 
-def _record_multiply(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_multiply(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     if kwargs or len(args) != 1 or isinstance(args[0], bool) or not isinstance(args[0], (int, float)):
         return None
     factor = float(args[0])
@@ -361,16 +355,12 @@ def _record_multiply(
     return logits._like(chain=logits._chain.times(1.0 / factor if func in _DIVISIONS else factor))
 
 
-def _record_tanh(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_tanh(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     chain = logits._chain.cap()
     return None if chain is None else logits._like(chain=chain)
 
 
-def _record_cast(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_cast(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     dtype = kwargs.get("dtype") or logits.dtype
     device = kwargs.get("device")
     if args or not dtype.is_floating_point or (device is not None and torch.device(device) != logits.device):
@@ -380,30 +370,22 @@ def _record_cast(
     return logits._like(dtype=dtype)
 
 
-def _record_same(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_same(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     return logits._like()
 
 
-def _record_alias(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_alias(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     return logits._choose(aten.alias.default, ())
 
 
-def _record_tokens(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_tokens(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     dim = args[0] if args else 0
     if kwargs or dim % logits.dim() == logits.dim() - 1:
         return None  # a choice among the vocabulary
     return logits._choose(func, args)
 
 
-def _record_reshape(
-    func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LazyLogits | None:
+def _record_reshape(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
     shape = args[0]
     if kwargs or len(shape) < 2 or shape[-1] != logits.shape[-1]:
         return None

@@ -60,7 +60,7 @@ def obstacle(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted
 
 
 def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted) -> tuple[Tensor, Gradients]:
-    """Loss (a scalar, float32) for ``mean`` or ``sum``, and its gradients. Call only without an obstacle."""
+    """Loss (a scalar, float32; 0 for a mean of nothing) and its gradients. Call only without an obstacle."""
     forward, reason = _load()
     assert forward is not None, f"liger was chosen although {reason}"
     result = forward(
@@ -75,10 +75,6 @@ def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted
         accum_dtype=torch.float32,
     )
     loss: Tensor = result[0]
-    if reduction == "mean":
-        # Liger's mean of nothing is 0, PyTorch's is nan: add 0 or nan, without reading the count.
-        count = (head.target != criterion.ignore_index).sum()
-        loss = loss + (count / count - 1.0)
     # The gradients end the tuple in every version; what stands between them and the loss has grown.
     by_hidden, by_weight, by_bias = result[-3:]
     return loss, Gradients(

@@ -6,10 +6,11 @@ The logits of T tokens are never one tensor. Two nested runs of tokens keep the 
     rows  [rows, V]   float32         the softmax of a few rows at a time              bounded by ROWS_BYTES
 
 A tile wants to be large, because every tile reads and writes all of dW [V, D] in float32: with t tokens that
-traffic is about 8*V*D bytes for 2*t*V*D FLOPs, so on an H100 (3.35 TB/s, 700 TFLOP/s) it takes 80 % of the
-matmul's own time at 1,024 tokens and 20 % at 4,096. The softmax wants to be small, because it is float32
-and needs temporaries. So the rows of a tile are upcast in pieces, and what they leave in the tile, in place
-of the logits, is the gradient of the loss by the logits, which is what the two matmuls read next.
+traffic is about 8*V*D bytes for 2*t*V*D FLOPs, so on an H100 (3.35 TB/s, 700 TFLOP/s) it takes 80 % of that
+matmul's time at 1,024 tokens and 20 % at 4,096. The softmax wants to be small, because it is float32 and needs
+temporaries. So the rows of a tile are upcast in pieces, and what they leave in the tile, in place of the
+logits, is the gradient of the loss by the logits, which is what the two matmuls read next. docs/losses.md has
+the measurements behind the two sizes.
 
 Shapes: T tokens, D hidden size, V vocabulary.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 #: Bytes of one tile's logits, in the compute dtype. On a CPU memory is cheap but caches are small.
-TILE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+TILE_BYTES = {"cuda": 1 << 29, "cpu": 1 << 28}
 
 #: Bytes of one float32 temporary of the softmax; up to four are alive (with a cap; two without).
 ROWS_BYTES = {"cuda": 1 << 27, "cpu": 1 << 23}
@@ -94,9 +95,11 @@ def tile_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.
     most = max(1, limit // (vocabulary * dtype.itemsize))
     if tokens <= most:
         return max(1, tokens)
+    if most < TILE_MULTIPLE:
+        return most
+    most -= most % TILE_MULTIPLE
     even = -(-tokens // -(-tokens // most))
-    rounded = -(-even // TILE_MULTIPLE) * TILE_MULTIPLE
-    return rounded if rounded <= most else even
+    return -(-even // TILE_MULTIPLE) * TILE_MULTIPLE
 
 
 def evaluate(
@@ -208,7 +211,10 @@ def _scores(logits: Tensor, criterion: Criterion, dtype: torch.dtype) -> tuple[T
 
 def _add_tile(gradients: Gradients, rows: slice, hidden: Tensor, by_logits: Tensor, weight: Tensor) -> None:
     if gradients.hidden is not None:
-        if gradients.hidden.dtype == by_logits.dtype:
+        if by_logits.itemsize == 2 and _has_wide_matmul(by_logits):
+            # A sum over the vocabulary: cuBLAS may split it and add the parts in half precision.
+            gradients.hidden[rows] = torch.mm(by_logits, weight, out_dtype=torch.float32)
+        elif gradients.hidden.dtype == by_logits.dtype:
             torch.mm(by_logits, weight, out=gradients.hidden[rows])
         else:
             gradients.hidden[rows] = by_logits @ weight
@@ -225,8 +231,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda and torch.version.hip is None:
-        # Half-precision factors with a float32 accumulator in the matmul itself: CUDA only (torch 2.11+).
+    elif _has_wide_matmul(left):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _has_wide_matmul(factor: Tensor) -> bool:
+    """Whether a matmul of half-precision factors can have a float32 result: CUDA only, from torch 2.11 on."""
+    return factor.is_cuda and torch.version.hip is None

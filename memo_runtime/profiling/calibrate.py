@@ -275,7 +275,8 @@ def _dynamic_groups(subject: _Subject, trial: _Trial, pins: dict[tuple[str, int]
                     splits=False,
                 )
             )
-    rest = {storage_key(t): t.untyped_storage().nbytes() for t in trial.whole.saved if storage_key(t) not in seen | kept}
+    others = [tensor for tensor in trial.whole.saved if storage_key(tensor) not in seen | kept]
+    rest = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in others}
     if rest:
         groups.append(
             TensorGroup(

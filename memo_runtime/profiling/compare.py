@@ -57,7 +57,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not a.is_complex():
         x, y = x.clamp(-1e100, 1e100), y.clamp(-1e100, 1e100)
     scale = torch.linalg.vector_norm(y).item()
-    return torch.linalg.vector_norm(x - y).item() <= _TOLERANCE.get(a.dtype, _COARSE) * max(scale, 1e-30)
+    return bool(torch.linalg.vector_norm(x - y).item() <= _TOLERANCE.get(a.dtype, _COARSE) * max(scale, 1e-30))
 
 
 def growing_dims(whole: torch.Size, part: torch.Size) -> tuple[int, ...] | None:

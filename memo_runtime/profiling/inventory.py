@@ -39,7 +39,9 @@ def _size(size_bytes: int, tokens: int, found: Match | None, axis: TokenAxis | N
 class _Roles:
     """Why a storage is needed."""
 
-    def __init__(self, block: nn.Module, call: BlockCall, whole: Observation, slicing: Slicing, input_leaf: int) -> None:
+    def __init__(
+        self, block: nn.Module, call: BlockCall, whole: Observation, slicing: Slicing, input_leaf: int
+    ) -> None:
         self.parameters = whole.derived_storages(parameter_storages(block))
         self.input = storage_key(call.leaves[input_leaf])
         self.shared = {storage_key(t) for leaf, t in call.tensors() if leaf != input_leaf} - {self.input}
@@ -112,12 +114,10 @@ def _add_group(
     first = next((found[m.index] for m in members if m.index is not None), None)
     role = roles.of(members[0].tensor, members[0].axis, first)
     if role in (Role.PARAMETER, Role.SHARED):
-        pieces = [(0, None, list(members))]
+        pieces = [(0, list(members))]
     else:
-        pieces = [
-            (region.numel * flat.element_size(), region, inside) for region, flat, inside in locate(members, tokens)
-        ]
-    for size, _, inside in pieces:
+        pieces = [(region.numel * flat.element_size(), inside) for region, flat, inside in locate(members, tokens)]
+    for size, inside in pieces:
         axis = inside[0].axis
         inventory.groups.append(
             TensorGroup(

@@ -7,6 +7,7 @@ ever saved. The pass ends when the last block was seen. Random state and buffers
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from memo_runtime.records import BlockProfile, Growth, Profile
 logger = logging.getLogger("memo_runtime")
 
 
-class _AllSeen(Exception):
+class _AllSeenError(Exception):
     """Every block was profiled."""
 
 
@@ -69,7 +70,7 @@ class Observer:
             self.profiles[name] = self._profile(block, forward, call)
         last = len(self.profiles) == len(self.blocks) and self.may_stop
         if last:
-            raise _AllSeen
+            raise _AllSeenError
         return self._result(block, forward, call, self.profiles[name])
 
     def _profile(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -122,7 +123,8 @@ class Observer:
             and output.shape == hidden.shape
             and output.dtype == hidden.dtype
         )
-        trains = any(p.requires_grad for p in block.module.parameters()) or (hidden is not None and hidden.requires_grad)
+        trains = any(p.requires_grad for p in block.module.parameters())
+        trains = trains or (hidden is not None and hidden.requires_grad)
         return _pytree.tree_map(lambda leaf: _like_output(leaf, trains), output)
 
 
@@ -165,15 +167,12 @@ def profile_model(
     observer = Observer({block.name: block for block in blocks}, device)
     # A root under FSDP reshards in a post-forward hook: it must run to its end.
     observer.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
-    with undisturbed(model, device), torch.enable_grad():
-        try:
-            run(observer)
-        except _AllSeen:
-            pass
+    with undisturbed(model, device), torch.enable_grad(), contextlib.suppress(_AllSeenError):
+        run(observer)
     if not observer.profiles:
         raise ProfileError(
-            f"{type(model).__name__} was called and none of its blocks was ({', '.join(b.name for b in blocks[:3])}, ...): "
-            "name the blocks that its forward uses with blocks="
+            f"{type(model).__name__} was called and none of its blocks was "
+            f"({', '.join(block.name for block in blocks[:3])}, ...): name those that its forward uses with blocks="
         )
     measured = tuple(observer.profiles[b.name] for b in blocks if b.name in observer.profiles)
     tokens = max(profile.tokens for profile in measured)

@@ -58,9 +58,7 @@ class _Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not isinstance(leaf, LazyLogits):
-                self.elements = max(
-                    self.elements, leaf.numel(), leaf.untyped_storage().nbytes() // leaf.itemsize
-                )
+                self.elements = max(self.elements, leaf.numel(), leaf.untyped_storage().nbytes() // leaf.itemsize)
         return result
 
 
@@ -218,8 +216,7 @@ def test_generate_and_forwards_without_labels_are_unaffected(caplog: Any) -> Non
     prompt = batch()["input_ids"]
     with caplog.at_level(logging.WARNING, logger="memo_runtime"):
         want, got = (
-            model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
-            for model in (plain, tiled)
+            model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (plain, tiled)
         )
         assert torch.equal(got, want)
         assert type(tiled(prompt).logits) is Tensor
@@ -267,8 +264,7 @@ def test_peft_model_with_adapters_in_the_blocks() -> None:
     from peft import LoraConfig, get_peft_model
 
     plain, tiled = (
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-        for model in pair()
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)) for model in pair()
     )
     tiled.load_state_dict(plain.state_dict())
     assert install(tiled, loss=Loss.AUTO).active

@@ -164,9 +164,7 @@ class Watching(Trainer):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_no_logits_are_computed_in_training_and_evaluation(bf16: bool, tmp_path: Path) -> None:
     model = by_install(make("gemma2", dtype=torch.float32))
-    made = Watching(
-        model=model, args=arguments(tmp_path, bf16=bf16), train_dataset=Texts(32), eval_dataset=Texts(7)
-    )
+    made = Watching(model=model, args=arguments(tmp_path, bf16=bf16), train_dataset=Texts(32), eval_dataset=Texts(7))
     made.outputs = []
     made.train()
     made.evaluate()

@@ -185,9 +185,7 @@ def test_reading_after_the_weight_changed_is_an_error(operands: Any) -> None:
     lazy = lazy_linear(*operands)
     with torch.no_grad():
         operands[1].add_(1.0)
-    with pytest.raises(
-        LogitsUnavailableError, match=r"before the optimizer step, or wrap with loss='native'"
-    ):
+    with pytest.raises(LogitsUnavailableError, match=r"before the optimizer step, or wrap with loss='native'"):
         lazy.argmax(-1)
 
 

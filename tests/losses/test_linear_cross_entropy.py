@@ -26,15 +26,11 @@ def operands(*, shape: tuple[int, ...] = (3, 11), dtype: torch.dtype = torch.flo
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), target
 
 
-def reference(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **how: Any
-) -> Tensor:
+def reference(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **how: Any) -> Tensor:
     """The same loss by PyTorch's own operators."""
     scale, cap = how.pop("logit_scale", 1.0), how.pop("softcap", None)
     num_items = how.pop("num_items", None)
-    logits = (
-        functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32)) * scale
-    )
+    logits = functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32)) * scale
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     if num_items is not None:
@@ -140,9 +136,7 @@ def test_no_tokens_is_what_pytorch_says() -> None:
     assert linear_cross_entropy(hidden, weight, target, reduction="none").shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 1 / 3])
 def test_low_precision_and_any_scale(dtype: torch.dtype, tolerance: float, scale: float) -> None:
     *inputs, target = operands(dtype=dtype, shape=(64,))
@@ -162,9 +156,7 @@ def test_bf16_weight_gradient_over_many_tiles_is_as_good_as_one_matmul() -> None
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:2]]
     want = torch.autograd.grad(reference(exact[0], exact[1], target), exact[1])[0]
     tiled = torch.autograd.grad(linear_cross_entropy(inputs[0], inputs[1], target, tile=8), inputs[1])[0]
-    native = torch.autograd.grad(
-        linear_cross_entropy(inputs[0], inputs[1], target, backend="native"), inputs[1]
-    )[0]
+    native = torch.autograd.grad(linear_cross_entropy(inputs[0], inputs[1], target, backend="native"), inputs[1])[0]
     error = [float((gradient.double() - want).norm() / want.norm()) for gradient in (tiled, native)]
     assert error[0] <= 1.1 * error[1]
 
@@ -191,9 +183,7 @@ def test_tied_weight_and_two_uses_in_one_graph() -> None:
         hidden = functional.embedding(ids, weight)
         return loss(hidden, weight, target) + 0.5 * loss(hidden * 2, weight, target, reduction="sum")
 
-    assert_close(
-        gradients(total(linear_cross_entropy), [weight]), gradients(total(reference), [weight]), 1e-12
-    )
+    assert_close(gradients(total(linear_cross_entropy), [weight]), gradients(total(reference), [weight]), 1e-12)
 
 
 def test_backward_twice_gives_the_same_twice() -> None:

@@ -82,3 +82,10 @@ def test_links_between_documents_lead_somewhere():
                 if "://" not in target and not (path.parent / target).exists():
                     dead.append(f"{shown(path)}: {target}")
     assert dead == []
+
+
+def test_every_document_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    documents = [path for path in project_files() if path.is_relative_to(ROOT / "docs") and path.suffix == ".md"]
+    unlisted = [path.relative_to(ROOT / "docs").as_posix() for path in documents]
+    assert [name for name in unlisted if f"]({name})" not in index and name != "index.md"] == []

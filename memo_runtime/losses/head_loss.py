@@ -295,17 +295,16 @@ def _tiled_loss(head: Head, call: _Call, wanted: Wanted) -> tuple[Tensor, Gradie
 
 
 def _liger_loss(head: Head, call: _Call, wanted: Wanted) -> tuple[Tensor, Gradients, Tensor | None]:
-    if call.reduction == "sum" and call.num_items is None:
+    if call.num_items is not None:
+        # From the sum, and divided in backward: p - 1 near -1 is exact in bf16, (p - 1) / count is not.
         loss, gradients = liger.evaluate(head, call.criterion, reduction="sum", wanted=wanted)
-        return loss, gradients, None
-    loss, gradients = liger.evaluate(head, call.criterion, reduction="mean", wanted=wanted)
-    count = (head.target != call.criterion.ignore_index).sum()
-    if call.num_items is None:
+        return loss / _as_divisor(call.num_items, loss), gradients, _factor(head, call)
+    loss, gradients = liger.evaluate(head, call.criterion, reduction=call.reduction, wanted=wanted)
+    if call.reduction == "mean":
         # Liger's mean of nothing is 0, PyTorch's is nan: add 0 or nan, without reading the count.
-        return loss + (count / count - 1.0), gradients, None
-    # From the mean, not from the sum: without accumulation the ratio is 1 and nothing is rounded again.
-    ratio = count / _as_divisor(call.num_items, loss)
-    return loss * ratio, gradients, ratio
+        count = (head.target != call.criterion.ignore_index).sum()
+        loss = loss + (count / count - 1.0)
+    return loss, gradients, None
 
 
 def _factor(head: Head, call: _Call) -> Tensor:

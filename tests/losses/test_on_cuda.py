@@ -96,7 +96,7 @@ def test_liger_is_as_exact_as_full_logits(dtype: torch.dtype, options: dict[str,
     fused = errors(step(*inputs, backend="liger", **options), want)
     native = errors(step(*inputs, backend="native", **options), want)
     assert fused[0] <= max(2 * native[0], 1e-6)
-    # Its chunks of dX are summed in half precision, and a ratio of counts rounds its gradients once more.
+    # Parts of its dX are added in half precision at this size, and num_items rounds its gradients once more.
     assert all(one <= 1.8 * other + 1e-6 for one, other in zip(fused[1:], native[1:], strict=True))
 
 

@@ -118,3 +118,15 @@ def test_place_moves_numbers_and_keeps_whole_ones():
     assert model.weight.dtype == moved["mask"].dtype == torch.float64
     assert moved["ids"].dtype == torch.int64
     assert moved["name"] == "x"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_tiny_models_are_small_and_give_a_loss(name):
+    pytest.importorskip("transformers")
+    from memo_runtime.cli.models import TINY, make_model
+
+    model, batch = make_model(name, sequences=3, tokens=8)
+    assert name in TINY
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    assert batch["input_ids"].shape == (3, 8)
+    assert torch.isfinite(model(**batch).loss)

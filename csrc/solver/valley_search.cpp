@@ -63,6 +63,7 @@ class Search {
   Outcome run(std::int64_t node_limit, bool shuffled) {
     node_limit_ = num_nodes_ + node_limit;
     shuffled_ = shuffled;
+    mode_ = shuffled ? static_cast<std::int32_t>(random_.below(6)) : 2;
     for (auto& value : noise_) value = shuffled ? random_.below(1000) : 0;
     const Outcome outcome = solve_range(0, in_.num_slots - 1, 0);
     if (outcome != Outcome::kFound) undo_to(0);
@@ -220,11 +221,14 @@ class Search {
     return (~blame << 20) + (shuffled_ ? random_.below(1 << 20) : 0);
   }
 
-  // Larger areas first; restarts shake that order by up to a fifth.
+  // Wide requests first: measured over planted packings, that beats large areas by two orders of
+  // magnitude. Restarts shake it thoroughly, and every third one prefers any or low requests.
   void order_choices(std::vector<std::int32_t>& choices) const {
     auto weight = [&](std::int32_t i) {
-      const double area = static_cast<double>(in_.size[i]) * (in_.last[i] - in_.first[i] + 1);
-      return area * (1.0 + 0.4 * static_cast<double>(noise_[i]) / 1000.0);
+      const double noise = shuffled_ ? 0.1 + 1.9 * static_cast<double>(noise_[i]) / 1000.0 : 1.0;
+      if (mode_ == 0) return noise;
+      if (mode_ == 1) return -noise * static_cast<double>(in_.size[i]);
+      return noise * (in_.last[i] - in_.first[i] + 1);
     };
     std::sort(choices.begin(), choices.end(), [&](std::int32_t a, std::int32_t b) {
       const double wa = weight(a), wb = weight(b);
@@ -282,6 +286,7 @@ class Search {
   std::vector<std::int32_t> choices_;
   std::vector<std::uint32_t> blame_;  // dead ends met at each slot
   bool shuffled_ = false;
+  std::int32_t mode_ = 2;  // of order_choices
   std::int64_t num_nodes_ = 0;
   std::int64_t node_limit_ = 0;
 };
@@ -293,13 +298,13 @@ Outcome valley_search(const Instance& instance, Offset capacity, std::uint64_t s
   Search search(instance, capacity, seed, stopper);
   *nodes = 0;
   if (search.overloaded()) return Outcome::kInfeasible;
-  std::int64_t limit = 20 * static_cast<std::int64_t>(instance.num_requests) + 500;
+  std::int64_t limit = 3 * static_cast<std::int64_t>(instance.num_requests) + 100;
   Outcome outcome = Outcome::kLimit;
   bool shuffled = seed != 0;
   while (outcome == Outcome::kLimit && search.num_nodes() < max_nodes) {
     outcome = search.run(std::min(limit, max_nodes - search.num_nodes()), shuffled);
     shuffled = true;
-    limit += limit / 4;
+    limit += limit / 40;
   }
   *nodes = search.num_nodes();
   if (outcome == Outcome::kFound) {

@@ -8,7 +8,7 @@ that at most half as much again is lost to restarting.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memo_solver import cpsat, native, orders, python_search
 from memo_solver.outcome import SearchResult, StopFlag
@@ -85,8 +85,9 @@ class _CpSat:
     limits: cpsat.CpSatLimits
 
     def __call__(self, stop: StopFlag) -> SearchResult:
+        limits = replace(self.limits, seconds=self.question.seconds_left)
         return cpsat.search(
-            self.question.section, capacity=self.question.capacity, limits=self.limits, stop=stop
+            self.question.section, capacity=self.question.capacity, limits=limits, stop=stop
         )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of memo_solver: one script per claim, rows under benchmarks/results."""

@@ -26,7 +26,7 @@ from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan, Profile, Report
 from memo_runtime.units import parse_tokens
-from memo_runtime.wrapping import Batch, find_wrapped, make_wrapped
+from memo_runtime.wrapping import Batch, find_wrapped, make_wrapped, policy_from_outside
 
 __all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "unwrap", "wrap"]
 
@@ -112,6 +112,12 @@ def wrap(
         raise AlreadyWrappedError(
             f"{type(model).__name__} is wrapped already with policy '{existing.settings.policy}' and other settings "
             f"({existing.settings}); call memo.unwrap(model) first"
+        )
+    outer = policy_from_outside(model)
+    if outer is not None:
+        raise AlreadyWrappedError(
+            f"{type(model).__name__} is part of a model that is wrapped already with policy '{outer}'; "
+            "call memo.unwrap on that model first"
         )
     refuse_other_optimisers(model, {id(ref.module) for ref in refs})
     wrapped.install()

@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Loss, Policy, Settings
+from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers
 from memo_runtime.execution.install import install_pre_hook, place, remove_pre_hook, take_back
 from memo_runtime.execution.session import Session
@@ -139,12 +140,12 @@ class Wrapped:
     ) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]]:
         leaves = _pytree.tree_leaves((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        trainable = hash(tuple(p.requires_grad for p in self.model.parameters()))
+        parameters = hash(tuple((p.dtype, p.requires_grad) for p in self.model.parameters()))
         key = (
             batch_signature(args, kwargs),
             self.model.training,
             AutocastState.current(device.type).signature(),
-            trainable,
+            parameters,
             str(device),
         )
         return key, shapes
@@ -235,6 +236,15 @@ def find_wrapped(model: nn.Module) -> Wrapped | None:
         wrapped = module.__dict__.get(ATTRIBUTE)
         if isinstance(wrapped, Wrapped):
             return wrapped
+    return None
+
+
+def policy_from_outside(model: nn.Module) -> str | None:
+    """Policy of a wrapped model that ``model`` is a part of; None if no block in ``model`` is managed."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, BlockForward):
+            return forward.session.policy
     return None
 
 

@@ -80,12 +80,13 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     packet = getattr(func, "_overloadpacket", None)
     if packet is None:
         return 0
+    name = str(packet)
+    # PyTorch's own formula refuses grouped-query attention in some releases and lacks the CPU's operator.
+    if "scaled_dot_product" in name and "backward" not in name and len(args) >= 3:
+        return _attention_flops(args[0], args[1], args[2])
     formula = flop_registry.get(packet)
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
-    name = str(packet)
-    if name == "aten._scaled_dot_product_flash_attention_for_cpu":
-        return _attention_flops(args[0], args[1], args[2])
     if name == "aten._grouped_mm":
         return int(2 * args[0].shape[0] * args[0].shape[-1] * args[1].shape[-1])
     return 0

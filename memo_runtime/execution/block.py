@@ -79,9 +79,12 @@ class BlockForward:
             counters.reason = plan.reason if plan is not None else session.no_plan_reason
         counters.executor = executor
         if executor in (Executor.KEEP, Executor.NATIVE) or plan is None or profile is None:
-            return self._untouched(forward, args, kwargs, plan)
-        counters.alpha = plan.alpha
-        return self._stashed(forward, call, profile, plan)
+            output = self._untouched(forward, args, kwargs, plan)
+        else:
+            counters.alpha = plan.alpha
+            output = self._stashed(forward, call, profile, plan)
+        session.leave(self)
+        return output
 
     def _untouched(
         self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], plan: BlockPlan | None

@@ -8,6 +8,7 @@ goes back to the pool when it is dropped.
 from __future__ import annotations
 
 import bisect
+import mmap
 import threading
 
 import torch
@@ -28,14 +29,14 @@ class _Slab:
     """One piece of host memory with its free intervals, sorted and coalesced."""
 
     def __init__(self, size_bytes: int, pinned: bool) -> None:
-        self.memory = torch.empty(size_bytes + HOST_ALIGNMENT, dtype=torch.uint8)
-        offset = -self.memory.data_ptr() % HOST_ALIGNMENT
-        self.memory = self.memory[offset : offset + size_bytes]
+        # Pages of its own: CUDA registers whole pages, and no page twice.
+        self.memory = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
         self.size = size_bytes
-        self.pinned = pinned
+        self.free: list[tuple[int, int]] = [(0, size_bytes)]
+        self.pinned = False
         if pinned:
             _check(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size_bytes, _PORTABLE))
-        self.free: list[tuple[int, int]] = [(0, size_bytes)]
+            self.pinned = True
 
     def take(self, size: int) -> int | None:
         """Offset of ``size`` free bytes, the lowest that fits; None if there are none."""
@@ -63,6 +64,11 @@ class _Slab:
         if self.pinned:
             self.pinned = False
             _check(torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr()))
+
+    def __del__(self) -> None:
+        # Memory that is freed while registered could not be registered again by its next owner.
+        if getattr(self, "pinned", False):
+            self.close()
 
 
 def _check(status: object) -> None:

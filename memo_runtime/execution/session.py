@@ -72,7 +72,7 @@ class Session:
         """Restore the blocks' forwards and give host memory back. Graphs that are alive can still go backward."""
         for block in self.blocks:
             remove_forward(block.block)
-        self._release_copies(all_of_them=True)
+        self._release_copies()
         if self._tools is not None:
             self._tools.pool.trim()
 
@@ -122,7 +122,7 @@ class Session:
         self._step = StepCounters(Clock(self.tools.device))
         self.steps += 1
         self.last_stash = None
-        self._release_copies(all_of_them=True)
+        self._release_copies()
         self.tools.ledger.reset_peak()
 
     def begin_if_new(self) -> None:
@@ -138,8 +138,13 @@ class Session:
             self.begin_if_new()
         if block.position == 0:
             refuse_active_hooks()
-        self._release_copies(all_of_them=False)
+        self._release_copies(before=block.position - 1)
         return self.step.block(block.name)
+
+    def leave(self, block: BlockForward) -> None:
+        """Block ``block`` has finished its forward; behind the last one nothing hides the copies any more."""
+        if block.position == len(self.blocks) - 1:
+            self._release_copies()
 
     def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
         """Block number ``position`` has finished its forward: start its copies."""
@@ -155,19 +160,17 @@ class Session:
         stash.before_backward = self._before_backward
         self.last_stash = weakref.ref(stash)
         self._in_flight.append((position, tickets))
-        if position == len(self.blocks) - 1:
-            self._release_copies(all_of_them=True)
         self.step.clock.touch()
 
-    def _release_copies(self, *, all_of_them: bool) -> None:
-        keep = 0 if all_of_them else 1
-        while len(self._in_flight) > keep:
+    def _release_copies(self, before: int | None = None) -> None:
+        """Let compute wait for the copies of blocks below position ``before`` (None: of all) and free their sources."""
+        while self._in_flight and (before is None or self._in_flight[0][0] < before):
             for ticket in self._in_flight.popleft()[1]:
                 ticket.release()
 
     def _before_backward(self, stash: Stash) -> None:
         self.backward_started()
-        self._release_copies(all_of_them=True)
+        self._release_copies()
         # The two most recent stay: autograd may go back and forth between neighbours.
         self._ready.append(weakref.ref(stash))
         while len(self._ready) > 2:

@@ -34,6 +34,9 @@ from memo_runtime.losses.lazy_logits import Notice, lazy_linear
 
 logger = logging.getLogger("memo_runtime")
 
+#: Logits with fewer elements than this (4 MiB in float32) are made whole, as the unwrapped model does.
+SMALL_LOGITS = 1 << 20
+
 
 @dataclass(slots=True)
 class _Switch:
@@ -81,13 +84,36 @@ class _Head:
         module = self._module()
         assert isinstance(module, nn.Linear), "a head outlives its forward"
         labelled, self._switch.labelled = self._switch.labelled, False
-        # Dynamo cannot trace the lazy type; a compiled forward has the logits that its graph has.
-        if labelled and not torch.compiler.is_compiling():
-            reason = _obstacle_now(module, input)
+        if torch.compiler.is_compiling():
+            # Dynamo cannot trace the lazy type; a compiled forward has the logits that its graph has.
+            _say_compiled()
+        elif labelled:
+            reason = _obstacle_now(module, input) or full_logits_reason(input, module.out_features)
             if reason is None:
                 return lazy_linear(input, module.weight, module.bias, notice=self._switch.notice)
             self._switch.stay_native(reason)
         return functional.linear(input, module.weight, module.bias)
+
+
+def full_logits_reason(hidden: Tensor, vocabulary: int) -> str | None:
+    """Why full logits are the better choice for ``hidden`` [..., D]; None: they are not.
+
+    Tiles sum in another order than one product. Where that order is all there is to gain, the unwrapped model's bits
+    are worth more: for logits of a few megabytes, and in float64, which transformers' loss takes down to float32 in
+    a way that no tiling repeats to the last bit.
+    """
+    if hidden.dtype == torch.float64:
+        return "float64: equal to the unwrapped model, whose loss is float32"
+    if hidden[..., 0].numel() * vocabulary <= SMALL_LOGITS:
+        return f"they have at most {SMALL_LOGITS:,} elements"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say_compiled() -> bool:
+    """Runs while Dynamo traces, once per graph, and leaves nothing in the graph."""
+    logger.info("full logits in this forward: it is compiled, and torch.compile cannot trace logits made when read")
+    return True
 
 
 def _obstacle_now(head: nn.Linear, hidden: Tensor) -> str | None:

@@ -332,15 +332,20 @@ def test_fully_sharded(own_group: bool, one_process: None, caplog: Any) -> None:
 
 
 @pytest.mark.parametrize("first", ["wrap", "compile"])
-def test_torch_compile_is_right_with_the_logits_of_its_graph(first: str) -> None:
-    plain, tiled = pair("gemma2", dtype=torch.float32)
+def test_torch_compile_is_right_with_the_logits_of_its_graph(first: str, caplog: Any) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, tiled = pair("gemma2", dtype=torch.float32, num_hidden_layers=1)
     if first == "wrap":
         install(tiled, loss=Loss.AUTO)
     compiled: Any = torch.compile(tiled, backend="eager")
     if first == "compile":
         install(compiled, loss=Loss.AUTO)
-    want, got = plain(**batch()).loss, compiled(**batch()).loss
+    with caplog.at_level(logging.INFO, logger="memo_runtime"):
+        want, got = plain(**batch()).loss, compiled(**batch()).loss
     torch.testing.assert_close(got, want)
+    assert caplog.text.count("it is compiled") == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert isinstance(tiled(**batch()).logits, LazyLogits)
 
 

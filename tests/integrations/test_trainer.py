@@ -112,8 +112,12 @@ def test_accumulation_and_evaluation(how: str, unwrapped: tuple[list[float], Any
 
 @pytest.mark.parametrize(
     ("how", "changes", "tolerance"),
-    [("memo", {"label_smoothing_factor": 0.1}, 1e-6), ("loss alone", {"bf16": True}, 2e-2)],
-    ids=["label smoothing", "bf16"],
+    [
+        ("memo", {"label_smoothing_factor": 0.1}, 1e-6),
+        ("loss alone", {"bf16": True}, 2e-2),
+        ("swap", {"bf16": True}, 2e-2),
+    ],
+    ids=["label smoothing", "bf16", "bf16 swapped"],
 )
 def test_options_of_the_trainer(how: str, changes: dict[str, Any], tolerance: float, tmp_path: Path) -> None:
     want, _ = run(lambda model: model, tmp_path / "unwrapped", **changes)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
@@ -115,7 +116,8 @@ class Observer:
         if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
             return hidden
         args, kwargs = call.arguments()
-        with torch.no_grad():
+        # With grad, so that each result tells whether it has one, and with nothing saved.
+        with torch.enable_grad(), saved_tensors_hooks(lambda _: None, _never):
             output = forward(*args, **kwargs)
         self._outputs[key] = (
             isinstance(output, torch.Tensor)
@@ -123,15 +125,17 @@ class Observer:
             and output.shape == hidden.shape
             and output.dtype == hidden.dtype
         )
-        trains = any(p.requires_grad for p in block.module.parameters())
-        trains = trains or (hidden is not None and hidden.requires_grad)
-        return _pytree.tree_map(lambda leaf: _like_output(leaf, trains), output)
+        return _pytree.tree_map(_without_graph, output)
 
 
-def _like_output(leaf: Any, trains: bool) -> Any:
-    """A result made without grad that looks as if it had one."""
-    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and trains:
-        return leaf.detach().requires_grad_(True)
+def _never(_: Any) -> torch.Tensor:
+    raise AssertionError("the graph of a profiled forward is never walked backward")
+
+
+def _without_graph(leaf: Any) -> Any:
+    """A result that requires grad as it did and holds no graph."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().requires_grad_(leaf.requires_grad)
     return leaf
 
 

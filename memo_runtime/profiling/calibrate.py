@@ -149,6 +149,8 @@ def calibrate(
             whole = observe(forward, call_once)
             lengths = Lengths(whole=tokens, start=0)
             trial = _Trial(default, arguments, lengths, call_once, whole, Slicing(reason=reason))
+        if not trial.whole.saved:
+            return _without_saves(subject, trial)
         if reason:
             return _unsliced(subject, trial, reason)
         return _sliced(subject, trial)
@@ -192,6 +194,12 @@ def _whole_flops(subject: _Subject, trial: _Trial) -> tuple[Growth, Growth]:
         forward.append((length, observation.flops))
         rerun.append((length, rerun_observation.flops))
     return fit_counts(forward), fit_counts(rerun)
+
+
+def _without_saves(subject: _Subject, trial: _Trial) -> BlockProfile:
+    """A block without a backward, such as a frozen one below all that trains: there is nothing to stash for it."""
+    forward_flops, _ = _whole_flops(subject, trial)
+    return replace(_base(subject, trial), sliceable=True, replayable=True, forward_flops=forward_flops)
 
 
 def _sliced(subject: _Subject, trial: _Trial) -> BlockProfile:

@@ -31,11 +31,12 @@ class CausalLoss:
         labels: Tensor | None,
         vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
+        *,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Loss of logits [..., V] and labels [...]; the signature and the results are ``ForCausalLMLoss``'s.
+        """Loss of logits [..., V] and labels [...]; arguments and results are ``ForCausalLMLoss``'s.
 
         One difference: float64 logits have a float64 loss, where transformers goes down to float32.
 
@@ -89,6 +90,7 @@ def exact_causal_loss(
     labels: Tensor | None,
     vocab_size: int,
     num_items_in_batch: Tensor | int | None = None,
+    *,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     **kwargs: Any,

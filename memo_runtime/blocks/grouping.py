@@ -56,13 +56,6 @@ def locate(members: Sequence[Member], tokens: int) -> list[tuple[Region, torch.T
     return pieces
 
 
-def region_of(members: Sequence[Member], tokens: int) -> tuple[Region, torch.Tensor]:
-    """(region, flat elements) of members that ``locate`` found to be one piece."""
-    (region, flat, _), *more = locate(members, tokens)
-    assert not more, "members of one group lie in one piece"
-    return region, flat
-
-
 def whole(region: Region) -> Region:
     """The same bytes as one run without a token axis."""
     return Region(1, 1, region.numel, region.views)

@@ -119,7 +119,7 @@ class BlockForward:
         if stash.pending:
             captured = capture.captured if capture is not None else {}
             sorted_ = self._sort(stash, call, profile, plan, captured)
-            if plan.prefix < plan.tokens or plan.executor == Executor.RECOMPUTE:
+            if not sorted_.complete:
                 self._plan_rerun(stash, call, profile, plan, sorted_, autocast, random, forward)
             session.commit(stash, sorted_, self.position)
         return output
@@ -143,10 +143,11 @@ class BlockForward:
     ) -> Sorted:
         if not profile.dynamic and plan.executor == Executor.REPLAY:
             layout = self._planned(profile, plan)
-            if layout.fits(stash):
+            found = layout.find(stash, call, captured)
+            if found is not None:
                 stash.hold_skeletal(layout.skeletal_bytes())
-                return layout.sort(stash, call, captured)
-            self.session.note_deviation(self.name, len(profile.saved), len(stash.pending))
+                return layout.sort(stash, call, captured, found)
+            self.session.note_deviation(self.name)
         swap = plan.executor == Executor.REPLAY and (plan.prefix >= plan.tokens or not profile.dynamic)
         storage = StorageLayout(
             rebuild=not swap,

@@ -14,6 +14,7 @@ import torch
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.grouping import Member, by_storage, locate
 from memo_runtime.blocks.pins import PinKey, Values
+from memo_runtime.blocks.region import Region
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.replay import Source
@@ -30,12 +31,15 @@ from memo_runtime.records import (
 )
 
 Captured = Mapping[PinKey, Values]
+#: By group: its region, the region's elements, and its members in the order of the region's views.
+Found = dict[int, tuple[Region, torch.Tensor, list[Member]]]
 
 
 @dataclass(slots=True)
 class Sorted:
-    """Pieces of one call and where its rerun finds the input and the pinned values."""
+    """Pieces of one call and where its rerun finds the input and the pinned values; ``complete``: it needs none."""
 
+    complete: bool = False
     input_source: Source = field(default_factory=Source)
     pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
     outgoing: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
@@ -43,6 +47,13 @@ class Sorted:
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _has_tokens(tensor: torch.Tensor, axis: TokenAxis | None, tokens: int) -> bool:
+    """``tensor`` grows along ``axis`` as its profile says."""
+    if axis is None:
+        return True
+    return axis.dim < tensor.dim() and tensor.shape[axis.dim] == axis.outer * tokens * axis.inner
 
 
 class PlannedLayout:
@@ -58,14 +69,29 @@ class PlannedLayout:
         self._input_group = next(
             (i for i, group in enumerate(profile.groups) if group.role == Role.INPUT and group.splits), None
         )
+        #: Outputs of operator calls that are remembered while the forward runs.
         self.captures: dict[PinKey, tuple[int, ...]] = {}
         for pin in profile.pins:
             if pin.group is not None and pin.saved is None:
                 self.captures[pin.op, pin.call] = (*self.captures.get((pin.op, pin.call), ()), pin.output)
+        self._expected = self.captures.keys() if plan.prefix < plan.tokens else set()
 
-    def fits(self, stash: Stash) -> bool:
-        """The call saved as many tensors as the profile says, of which the growing ones have the planned length."""
-        return len(stash.pending) == len(self.profile.saved)
+    def find(self, stash: Stash, call: BlockCall, captured: Captured) -> Found | None:
+        """Where the bytes of every stored group lie; None where the call saved something else than its profile."""
+        tokens = self.plan.tokens
+        if len(stash.pending) != len(self.profile.saved) or not captured.keys() >= self._expected:
+            return None
+        if not all(_has_tokens(stash.pending[entry.index], entry.axis, tokens) for entry in self.profile.saved):
+            return None
+        found: Found = {}
+        for number, action in enumerate(self.plan.actions):
+            if action in (Action.KEEP, Action.REBUILD):
+                continue
+            pieces = locate(self._members(number, stash, call, captured), tokens)
+            if len(pieces) != 1:
+                return None
+            found[number] = pieces[0]
+        return found
 
     def skeletal_bytes(self) -> int:
         """Bytes that the call holds for backward while it runs."""
@@ -73,9 +99,9 @@ class PlannedLayout:
         kept = (Role.PARAMETER, Role.SHARED)
         return sum(group.size.at(tokens) for group in self.profile.groups if group.saved and group.role not in kept)
 
-    def sort(self, stash: Stash, call: BlockCall, captured: Captured) -> Sorted:
+    def sort(self, stash: Stash, call: BlockCall, captured: Captured, found: Found) -> Sorted:
         """Make the pieces of ``stash`` and take their host memory; the copies are listed in ``outgoing``."""
-        result = Sorted()
+        result = Sorted(complete=self.plan.prefix >= self.plan.tokens)
         sources: dict[int, Source] = {}
         for number, group in enumerate(self.profile.groups):
             action = self.plan.actions[number]
@@ -90,10 +116,10 @@ class PlannedLayout:
             piece = Piece(action, stash.tools.ledger, group.size.at(self.plan.tokens))
             stash.pieces.append(piece)
             if action != Action.REBUILD:
-                members = self._members(number, stash, call, captured)
-                flat = piece.store(members, self.plan.tokens, self.plan.prefix, self.plan.device_rows, stash.tools.pool)
+                region, flat, members = found[number]
+                piece.store(region, flat, self.plan.prefix, self.plan.device_rows, stash.tools.pool)
                 stash.counters.bytes_kept += piece.bytes_kept
-                result.outgoing.append((piece, flat.tensor))
+                result.outgoing.append((piece, flat))
                 sources[number] = Source(piece, len(members) - 1)
             for position, entry in enumerate(saved):
                 stash.assign(entry.index, piece, position)
@@ -160,7 +186,7 @@ class StorageLayout:
 
     def sort(self, stash: Stash, call: BlockCall, captured: Captured, kept: set[int]) -> Sorted:
         """Like ``PlannedLayout.sort``; ``kept`` are the storages of the block's parameters."""
-        result = Sorted()
+        result = Sorted(complete=not self.rebuild)
         kept = kept | {storage_key(t) for leaf, t in call.tensors() if leaf != self.input_leaf}
         needed = self._needed(call, captured) if self.rebuild else {}
         wanted = {storage_key(tensor) for tensor in needed.values()} - kept
@@ -205,10 +231,10 @@ class StorageLayout:
         """Make one piece per storage; returns where members that are no saved tensors are, by identity."""
         found: dict[int, Source] = {}
         for same in by_storage(members):
-            for _, flat, inside in locate(same, 1):
+            for region, flat, inside in locate(same, 1):
                 piece = Piece(Action.HOST, stash.tools.ledger, _size(flat))
                 stash.pieces.append(piece)
-                piece.store(inside, 1, 0, 0, stash.tools.pool)
+                piece.store(region, flat, 0, 0, stash.tools.pool)
                 result.outgoing.append((piece, flat))
                 for position, member in enumerate(inside):
                     if member.index is not None:

@@ -7,11 +7,9 @@ is concatenated), and freed on the device when the last node that needs it has r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from memo_runtime.blocks.grouping import Member, region_of, whole
+from memo_runtime.blocks.grouping import whole
 from memo_runtime.blocks.region import Region, View
 from memo_runtime.execution.host_pool import HostPool, Slot
 from memo_runtime.execution.ledger import Ledger
@@ -71,13 +69,12 @@ class Piece:
 
     # ---- forward
 
-    def store(self, members: Sequence[Member], tokens: int, prefix: int, device_rows: int, pool: HostPool) -> Member:
-        """Decide which rows are stashed and take host memory for them; returns the member to copy from.
+    def store(self, region: Region, flat: torch.Tensor, prefix: int, device_rows: int, pool: HostPool) -> None:
+        """Decide which rows of ``region`` are stashed and take host memory for them; ``flat`` holds its elements.
 
         Raises:
             HostLimitError: the pool has no room.
         """
-        region, flat = region_of(members, tokens)
         self.dtype = flat.dtype
         self.prefix = prefix
         if self.action == Action.HOST:
@@ -91,13 +88,12 @@ class Piece:
                 self._ledger.hold(self.bytes_kept)
         else:
             assert self.action == Action.TAIL, f"{self.action} stores nothing"
-            self.rows = (prefix, tokens)
+            self.rows = (prefix, region.tokens)
         self.region = region
         start, stop = self.rows
         self.bytes_out = region.outer * (stop - start) * region.inner * flat.element_size()
         if self.bytes_out:
             self._slot = pool.take(self.bytes_out)
-        return Member(flat, None)
 
     def send(self, flat: torch.Tensor, transfer: Transfer) -> None:
         """Start the copy to the host."""

@@ -200,11 +200,12 @@ class Session:
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
                   level=logging.INFO)  # fmt: skip
 
-    def note_deviation(self, name: str, planned: int, saved: int) -> None:
+    def note_deviation(self, name: str) -> None:
         """A block saved something else than when it was profiled."""
-        self.note(
-            f"'{name}' saved {saved} tensors where its profile has {planned}: in this step they are all swapped whole"
-        )
+        counters = self.step.block(name)
+        counters.alpha = 1.0
+        counters.reason = "it saved other tensors than when it was profiled, and all of them are swapped whole"
+        self.note(f"'{name}': {counters.reason}")
 
     def report(self) -> Report:
         """What the last step did; see ``records.Report``."""

@@ -54,12 +54,17 @@ class _Omnimalloc:
 
     def __call__(self, problem: Problem, seconds: float) -> Answer:
         import omnimalloc as om
+        from omnimalloc.allocators.supermalloc import SupermallocAllocator
 
         names = {k: r for k, r in enumerate(problem.requests)}
         allocations = [
             om.Allocation(id=k, size=r.size, start=r.lower, end=r.upper) for k, r in names.items()
         ]
-        placed = om.allocate(allocations, self.allocator)
+        if self.allocator == "supermalloc":
+            # Its own default limit is 3 s; it gets as long as everybody else.
+            placed = om.allocate(allocations, SupermallocAllocator(timeout=seconds))
+        else:
+            placed = om.allocate(allocations, self.allocator)
         by_id = {a.id: a.offset for a in placed}
         offsets = [by_id[k] for k in names]
         if any(offset is None for offset in offsets):

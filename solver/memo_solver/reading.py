@@ -18,10 +18,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from memo_solver.errors import FileFormatError, InputError, InvalidPlacementError
+from memo_solver.errors import FileFormatError, InputError
 from memo_solver.json_lines import JsonRow, read_json_rows
 from memo_solver.records import MAX_VALUE, Placement, Problem, Request
-from memo_solver.validator import validate
+from memo_solver.validator import find_violation
 
 REQUIRED = ("id", "lower", "upper", "size")
 OPTIONAL = ("alignment", "offset")
@@ -224,10 +224,10 @@ def _assemble(rows: list[_Row], path: str, capacity: int | None) -> Loaded:
     if missing or not rows:
         return Loaded(problem=problem, placement=None)
     offsets = tuple(row.offset for row in rows if row.offset is not None)
-    try:
-        # The placement is judged on its own; whether it fits a capacity is the solver's question.
-        validate(Problem(requests=problem.requests), offsets)
-    except InvalidPlacementError as error:
-        bad = next((row for row in rows if f"'{row.request.id}'" in str(error)), rows[0])
-        raise FileFormatError(str(error), path=path, line=bad.line, field="offset") from error
+    # The placement is judged on its own; whether it fits a capacity is the solver's question.
+    violation = find_violation(Problem(requests=problem.requests), offsets)
+    if violation is not None:
+        line = lines[violation.request_ids[0]] if violation.request_ids else None
+        message = f"broken rule: {violation.rule.value}; {violation.detail}"
+        raise FileFormatError(message, path=path, line=line, field="offset")
     return Loaded(problem=problem, placement=Placement(problem=problem, offsets=offsets))

@@ -69,17 +69,21 @@ def test_one_unit_below_the_load_is_refused_with_the_requests_that_prove_it():
     assert sum(r.size for r in alive) == proof.bound == problem.capacity
 
 
-def test_an_optimum_above_the_load_is_proved_by_search():
-    # Two large requests that meet, and small ones that cannot be split: load 4, optimum 5.
-    for seed in range(200):
-        problem = random_requests(7, seed=seed, horizon=12, max_size=4)
-        best = optimum(problem)
-        if best > peak_load(problem):
-            solution = solve(problem, PARAMS)
-            assert (solution.status, solution.peak) == (Status.OPTIMAL, best)
-            assert "exhaustive search" in solution.proof.reason
-            return
-    pytest.fail("no instance with a gap among the seeds")
+# Load 7 at every moment, and yet no packing of height 7: found by random search over small steps.
+GAP = (
+    (0, 1, 3), (0, 2, 4), (1, 3, 1), (2, 3, 3), (1, 4, 1), (2, 4, 1), (3, 4, 2), (1, 5, 1), (3, 5, 2), (4, 5, 4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("params", [PARAMS, PYTHON], ids=["default", "python"])
+def test_an_optimum_above_the_load_is_proved_by_search(params):
+    problem = Problem(requests=tuple(Request(f"r{k}", *row) for k, row in enumerate(GAP)))
+    assert peak_load(problem) == 7
+    solution = solve(problem, params)
+    assert (solution.status, solution.peak, solution.lower_bound) == (Status.OPTIMAL, 8, 8)
+    assert "exhaustive search" in solution.proof.reason
+    refused = solve(Problem(requests=problem.requests, capacity=7), params)
+    assert refused.status is Status.INFEASIBLE
 
 
 def test_an_empty_problem_is_answered():

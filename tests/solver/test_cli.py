@@ -1,0 +1,104 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from memo_solver import read_placement
+from memo_solver.instances import random_requests
+from memo_solver.writing import write_problem
+
+CSV = "id,lower,upper,size\na,0,4,3\nb,2,6,3\nc,4,8,3\n"
+
+
+def memo(*arguments, **options):
+    command = [sys.executable, "-m", "memo_runtime", "solve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(CSV)
+    return path
+
+
+def test_a_placement_is_written_and_the_summary_is_printed(trace, tmp_path):
+    done = memo(trace, "-o", tmp_path / "out.csv")
+    assert done.returncode == 0, done.stderr
+    assert "optimal: peak 6" in done.stdout
+    assert read_placement(tmp_path / "out.csv").peak == 6
+
+
+def test_json_holds_the_offsets_by_id(trace):
+    answer = json.loads(memo(trace, "--json", "--capacity", "6B").stdout)
+    assert (answer["status"], answer["peak"], answer["lower_bound"], answer["gap"]) == ("optimal", 6, 6, 0.0)
+    assert set(answer["offsets"]) == {"a", "b", "c"}
+
+
+def test_what_cannot_fit_exits_with_3_names_the_proof_and_leaves_the_old_file(trace, tmp_path):
+    old = tmp_path / "out.csv"
+    old.write_text("old")
+    done = memo(trace, "--capacity", 5, "-o", old)
+    assert done.returncode == 3
+    assert "at time 2 these need 6: a, b" in done.stdout
+    assert old.read_text() == "old"
+
+
+def test_what_is_not_found_in_the_time_exits_with_4(tmp_path):
+    problem = random_requests(4000, seed=1, max_size=10**6)
+    write_problem(problem, tmp_path / "hard.csv")
+    peak_load = max(
+        sum(r.size for r in problem.requests if r.lower <= t < r.upper) for t in range(100)
+    )
+    done = memo(tmp_path / "hard.csv", "--capacity", peak_load, "--time-limit", "1s", "--json")
+    assert done.returncode == 4, done.stderr
+    assert json.loads(done.stdout)["status"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--capacity", "2"], "at least 3"),
+        (["--capacity", "lots"], "is not a size"),
+        (["--time-limit", "soon"], "is not a time"),
+        (["--time-limit", "0s"], "above 0"),
+        (["-o", "/nonexistent/out.csv"], "no folder"),
+        (["--colour"], "No such option"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_say_what_would_work(trace, arguments, word):
+    done = memo(trace, *arguments)
+    assert done.returncode == 2
+    assert word in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("id,lower,upper,size\na,0,4,-3\n")
+    done = memo(path)
+    assert done.returncode == 2
+    assert "bad.csv, line 2, field 'size'" in done.stderr
+
+
+def test_an_empty_file_is_answered(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    done = memo(tmp_path / "empty.csv", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["peak"] == 0
+
+
+def test_ctrl_c_returns_the_best_placement_so_far(tmp_path):
+    write_problem(random_requests(4000, seed=1, max_size=10**6), tmp_path / "hard.csv")
+    command = [sys.executable, "-m", "memo_runtime", "solve", str(tmp_path / "hard.csv")]
+    command += ["--time-limit", "60s", "-o", str(tmp_path / "out.csv")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(4)
+        os.kill(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "interrupted" in output
+    assert read_placement(tmp_path / "out.csv").peak > 0

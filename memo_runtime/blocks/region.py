@@ -178,18 +178,25 @@ def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | Non
 
 
 def compact_region(tensor: torch.Tensor, axis: TokenAxis | None, tokens: int) -> tuple[Region, torch.Tensor]:
-    """(region, packed copy) of one tensor whose memory has gaps; expanded dimensions stay expanded."""
+    """(region, packed copy) of one tensor whose memory has gaps; expanded dimensions stay expanded.
+
+    The copy has its dimensions in the same memory order wherever tokens can be cut in it: kernels of backward choose
+    by strides.
+    """
     small = shrink(tensor)
-    packed = small.contiguous()
-    stride = tuple(
-        0 if n != m else s for n, m, s in zip(tensor.shape, small.shape, packed.stride(), strict=True)
-    )
-    flat = packed.view(-1)
-    if axis is None or small.shape[axis.dim] != tensor.shape[axis.dim]:
-        return Region(1, 1, flat.numel(), (View(tuple(tensor.shape), stride, 0, None),)), flat
-    outer = math.prod(small.shape[: axis.dim]) * axis.outer
-    inner = math.prod(small.shape[axis.dim + 1 :]) * axis.inner
-    return Region(outer, tokens, inner, (View(tuple(tensor.shape), stride, 0, axis),)), flat
+    if axis is not None and small.shape[axis.dim] != tensor.shape[axis.dim]:
+        axis = None
+    dense = packed(small)
+    region = dense_region([dense], [axis], tokens)
+    if region is None:
+        dense = small.contiguous()
+        region = dense_region([dense], [axis], tokens)
+    assert region is not None, "a contiguous tensor can be cut along any dimension"
+    (view,) = region.views
+    expanded = (n != m for n, m in zip(tensor.shape, small.shape, strict=True))
+    stride = tuple(0 if wide else step for wide, step in zip(expanded, view.stride, strict=True))
+    view = View(tuple(tensor.shape), stride, view.offset, axis)
+    return Region(region.outer, region.tokens, region.inner, (view,)), flat_of(dense, region)
 
 
 def flat_of(tensor: torch.Tensor, region: Region) -> torch.Tensor:

@@ -35,6 +35,7 @@ class _Slab:
         self.free: list[tuple[int, int]] = [(0, size_bytes)]
         self.pinned = False
         if pinned:
+            self.memory.zero_()  # touched by all threads first: registering would touch page after page
             _check(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size_bytes, _PORTABLE))
             self.pinned = True
 

@@ -25,8 +25,11 @@ from memo_runtime.profiling.observe import Observation, observe
 from memo_runtime.profiling.slicing import Slicing, find_slicing, full_values, named_pins, tail_values
 from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, Pin, PinKind, Role, TensorGroup
 
-#: Tokens of the crop: enough to tell token dimensions from others, few enough to hold every operator's result.
-CROP_TOKENS = {"cuda": 512, "cpu": 256}
+#: Tokens of the crop: enough to tell token dimensions from others, few enough to hold every operator's result, and no
+#: multiple of what kernels pad to, so that a padded dimension does not look like one that grows with tokens.
+CROP_TOKENS = {"cuda": 509, "cpu": 251}
+#: What a block raises that does not run on fewer tokens than it was called with.
+CROP_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
 
 
 @contextlib.contextmanager
@@ -83,10 +86,16 @@ def _batch_before(hidden: torch.Tensor, token_dim: int) -> int:
     return int(torch.tensor(hidden.shape[:token_dim]).prod().item()) if token_dim else 1
 
 
+def _slice_start(tokens: int) -> int:
+    """First token of the slice: about two fifths in, such that the slice's length is odd."""
+    start = max(1, tokens * 2 // 5)
+    return start if (tokens - start) % 2 else max(1, start - 1)
+
+
 def _try(subject: _Subject, token_dim: int, arguments: tuple[ArgumentAxes, ...], limit: int) -> _Trial:
     hidden = subject.hidden
     tokens = min(hidden.shape[token_dim], limit)
-    lengths = Lengths(whole=tokens, start=tokens // 2, batch=_batch_before(hidden, token_dim))
+    lengths = Lengths(whole=tokens, start=_slice_start(tokens), batch=_batch_before(hidden, token_dim))
     call = subject.crop(arguments, tokens)
     whole = observe(subject.forward, call)
     slicing = find_slicing(subject.forward, call, whole, arguments, lengths)
@@ -102,7 +111,7 @@ def _search(subject: _Subject, limit: int) -> tuple[_Trial | None, str]:
         for arguments in argument_axes(subject.call, subject.input_leaf, token_dim):
             try:
                 trial = _try(subject, token_dim, arguments, limit)
-            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            except CROP_ERRORS as error:
                 reason = reason or f"it does not run on fewer tokens: {type(error).__name__}: {error}"[:200]
                 continue
             first = first or trial
@@ -118,9 +127,7 @@ def _search(subject: _Subject, limit: int) -> tuple[_Trial | None, str]:
     return first, reason or f"its input {tuple(subject.hidden.shape)} has no dimension of {MIN_TOKENS} tokens to slice"
 
 
-def calibrate(
-    block: nn.Module, forward: Forward, call: BlockCall, *, name: str, stack: int
-) -> BlockProfile:
+def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str, stack: int) -> BlockProfile:
     """What ``block`` saves when called with ``call``, without times.
 
     Args:
@@ -189,7 +196,7 @@ def _whole_flops(subject: _Subject, trial: _Trial) -> tuple[Growth, Growth]:
         try:
             observation = observe(subject.forward, call)
             rerun_observation = observe(subject.forward, call, last=_last(subject, observation))
-        except (RuntimeError, IndexError, ValueError, TypeError):
+        except CROP_ERRORS:
             continue
         forward.append((length, observation.flops))
         rerun.append((length, rerun_observation.flops))
@@ -292,4 +299,3 @@ def _dynamic_groups(subject: _Subject, trial: _Trial, pins: dict[tuple[str, int]
             )
         )
     return groups
-

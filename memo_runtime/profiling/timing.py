@@ -17,13 +17,15 @@ from torch.utils import _pytree
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import CaptureMode, ReplayMode
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
-from memo_runtime.profiling.calibrate import undisturbed
+from memo_runtime.profiling.calibrate import CROP_ERRORS, undisturbed
 from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
 from memo_runtime.records import BlockProfile, Growth, Role
 
 #: Longest length timed where the block will run at more.
 _LONGEST = {"cuda": 8192, "cpu": 512}
 _REPEATS = 3
+#: Runs longer than this are not repeated: they are steady by themselves.
+_LONG_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -76,6 +78,12 @@ class _Timer:
         backward_peak = peak.take()
         rerun = self._rerun(call)
         return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak)
+
+    def median(self, tokens: int) -> _Sample:
+        """Several samples at ``tokens``, after one that lets libraries choose their kernels."""
+        warm_up = self.sample(tokens)
+        repeats = _REPEATS if warm_up.forward + warm_up.backward < _LONG_SECONDS else 1
+        return _median([self.sample(tokens) for _ in range(repeats)])
 
     def _backward(self, call: BlockCall, output: object) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire."""
@@ -138,7 +146,7 @@ def _skeletal(profile: BlockProfile, tokens: int) -> int:
 
 def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
     """Two lengths, the longer at most what is affordable before the first step."""
-    longest = min(tokens, max(_LONGEST.get(device_type, 512), tokens // 8 if device_type == "cuda" else 0))
+    longest = min(tokens, max(_LONGEST.get(device_type, 512), tokens // 4 if device_type == "cuda" else 0))
     return tuple(sorted({max(1, longest // 2), longest}))
 
 
@@ -155,10 +163,13 @@ def time_block(
     whole_only = not profile.sliceable and profile.reason.startswith("it does not run")
     lengths = (profile.tokens,) if whole_only else lengths_to_time(profile.tokens, device.type)
     with undisturbed(block, device), torch.enable_grad():
-        medians = []
-        for tokens in lengths:
-            timer.sample(tokens)  # warm-up: libraries choose their kernels
-            medians.append(_median([timer.sample(tokens) for _ in range(_REPEATS)]))
+        try:
+            medians = [timer.median(tokens) for tokens in lengths]
+        except CROP_ERRORS:
+            if profile.sliceable or lengths == (profile.tokens,):
+                raise
+            # Weights of the size of the sequence, for one: it runs at its own length and at no other.
+            medians = [timer.median(profile.tokens)]
     top = medians[-1]
     held = _skeletal(profile, top.tokens)
     return replace(

@@ -133,12 +133,11 @@ def check(
     plain = copy.deepcopy(existing.model if existing is not None else model)
     managed = copy.deepcopy(plain)
     call = as_batch(batch)
-    settings = make_settings(
-        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last
-    )
+    settings = make_settings(policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last)
     refs = find_blocks(managed) if blocks is None else given_blocks(managed, blocks)
     wrapped = make_wrapped(managed, refs, settings, loss=Loss.AUTO)
     wrapped.install()
+    wrapped.make_comparable(plain)
     try:
         start = RandomState.current(model_device(plain))
         loss, plain_gradients = _run(plain, call, start)

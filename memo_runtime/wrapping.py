@@ -107,6 +107,15 @@ class Wrapped:
         if self._integration is not None:
             self._integration.remove()
 
+    def make_comparable(self, plain: nn.Module) -> None:
+        """Give ``plain``, an unwrapped copy of the model, the loss that this one computes."""
+        if self._tiles_loss:
+            huggingface.use_exact_loss(plain)
+
+    @property
+    def _tiles_loss(self) -> bool:
+        return self._integration is not None and bool(getattr(self._integration, "tiles_loss", False))
+
     def same_as(self, other: Wrapped) -> bool:
         """Wrapped with the same settings, blocks and plan."""
         return (
@@ -187,9 +196,13 @@ class Wrapped:
                 self.session.observer = None
 
         blocks = [NamedBlock(ref.name, ref.stack, ref.module) for ref in self.refs]
-        tiled = self._integration is not None and bool(getattr(self._integration, "tiles_loss", False))
         return profile_model(
-            self.model, blocks, run, batch=batch, optimizer=self.optimizer, tiled_loss=tiled and "labels" in kwargs
+            self.model,
+            blocks,
+            run,
+            batch=batch,
+            optimizer=self.optimizer,
+            tiled_loss=self._tiles_loss and "labels" in kwargs,
         )
 
     def _announce(self, plan: Plan) -> None:

@@ -237,9 +237,7 @@ def test_forward_hooks_see_and_change_what_blocks_yield(policy: str) -> None:
         m.layers[0].register_forward_pre_hook(lambda module, args: (args[0] * 1.25,))
         m.layers[1].register_forward_hook(lambda module, args, output: output * 0.5)
         m.layers[1].mlp.register_forward_hook(lambda module, args, output: output.tanh())
-        m.layers[2].register_forward_hook(
-            lambda module, args, output, which=which: seen[which].append(output.detach())
-        )
+        m.layers[2].register_forward_hook(lambda module, args, output, which=which: seen[which].append(output.detach()))
     for _ in range(2):
         assert_trains_as(model, plain, signal())
         torch.testing.assert_close(seen[0][-1], seen[1][-1], rtol=0, atol=0)
@@ -253,9 +251,7 @@ def test_backward_hooks_inside_blocks_fire_once(policy: str) -> None:
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
     for which, m in enumerate((model, plain)):
         for module in (m.layers[0], m.layers[1].mlp):
-            module.register_full_backward_hook(
-                lambda module, given, got, which=which: seen[which].append(got[0])
-            )
+            module.register_full_backward_hook(lambda module, given, got, which=which: seen[which].append(got[0]))
     assert_trains_as(model, plain, signal())
     assert len(seen[0]) == len(seen[1]) == 2
     for got, want in zip(seen[0], seen[1], strict=True):

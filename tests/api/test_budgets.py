@@ -1,0 +1,268 @@
+"""Budgets that cannot be kept are refused before anything is allocated, with what would fit; then training goes on."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memo_runtime as memo
+from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
+from memo_runtime.execution import host_pool
+from memo_runtime.planning.sheet import PlanRequestError
+from memo_runtime.units import parse_bytes
+from tests.api.subjects import (
+    HIDDEN,
+    POLICIES,
+    acted,
+    assert_nothing_held,
+    assert_trains_as,
+    refused,
+    signal,
+    step,
+    totals,
+    tower,
+)
+
+
+@pytest.fixture
+def slabs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the host memory that was allocated, as it comes."""
+    made: list[int] = []
+    original = host_pool._Slab.__init__
+
+    def counting(self: Any, size_bytes: int, pinned: bool) -> None:
+        made.append(size_bytes)
+        original(self, size_bytes, pinned)
+
+    monkeypatch.setattr(host_pool._Slab, "__init__", counting)
+    return made
+
+
+def longest_in(message: str) -> int:
+    found = re.search(r"([\d,]+) tokens instead of ([\d,]+)", message)
+    assert found, message
+    assert found[2] == "40"
+    return int(found[1].replace(",", ""))
+
+
+def budget_between(policy: dict[str, Any], field: str) -> int:
+    """A budget that 40 tokens exceed and 24 keep."""
+    profile = memo.profile(tower(), signal(tokens=40))
+    sizes = [getattr(memo.plan(profile, seq_len=n, **policy).forecast, field) for n in (24, 40)]
+    assert sizes[0] < sizes[1]
+    return (sizes[0] + sizes[1]) // 2
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "auto"])
+def test_a_budget_below_the_floor_names_the_longest_length_and_that_fits(policy: str, slabs: list[int]) -> None:
+    settings = POLICIES.get(policy, {})
+    budget = budget_between(settings | {"policy": "recompute", "keep_last": 0, "alpha": None}, "peak_bytes")
+    if policy != "auto":
+        budget = budget_between(settings, "peak_bytes")
+    model, plain = memo.wrap(tower(), budget=budget, **settings), tower()
+    message = refused(PlanInfeasibleError, step, model, signal(tokens=40))
+    assert message.startswith("this step does not fit in ")
+    assert "(budget)" in message
+    assert "short by" in message
+    assert "layers." in message
+    longest = longest_in(message)
+    assert 24 <= longest < 40
+    assert slabs == []
+    assert_trains_as(model, plain, signal(tokens=longest))
+    assert acted(model).totals.peak_bytes <= budget
+    refused(PlanInfeasibleError, step, model, signal(tokens=40))
+    assert_trains_as(model, plain, signal(tokens=longest))
+    assert_nothing_held(model)
+    assert_trains_as(memo.unwrap(model), plain, signal(tokens=40), bound=0)
+
+
+def test_a_budget_below_the_model_itself_has_no_length_and_says_what_there_is() -> None:
+    model, plain = memo.wrap(tower(), budget="1KiB"), tower()
+    message = refused(PlanInfeasibleError, step, model, signal())
+    assert "tokens instead" not in message
+    assert "optimizer (AdamW, assumed) " in message
+    assert "parameters " in message
+    suggested = re.search(r"budget='([^']+)'", message)
+    assert suggested
+    assert_trains_as(memo.wrap(memo.unwrap(model), budget=suggested[1]), plain, signal())
+    acted(model)
+
+
+def test_the_budget_that_a_refusal_suggests_is_enough() -> None:
+    budget = budget_between(POLICIES["swap"], "peak_bytes")
+    message = refused(
+        PlanInfeasibleError, step, memo.wrap(tower(), budget=budget, **POLICIES["swap"]), signal(tokens=40)
+    )
+    suggested = re.search(r"budget='([^']+)'", message)
+    assert suggested
+    model = memo.wrap(tower(), budget=suggested[1], **POLICIES["swap"])
+    assert_trains_as(model, tower(), signal(tokens=40))
+    assert acted(model).totals.peak_bytes <= parse_bytes(suggested[1])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_host_budget_is_refused_before_anything_is_allocated(policy: str, slabs: list[int]) -> None:
+    budget = budget_between(POLICIES[policy], "host_bytes")
+    model, plain = memo.wrap(tower(), host_budget=budget, **POLICIES[policy]), tower()
+    message = refused(HostLimitError, step, model, signal(tokens=40))
+    assert slabs == []
+    assert "of host memory" in message
+    assert "(host_budget)" in message
+    longest = longest_in(message)
+    assert_trains_as(model, plain, signal(tokens=longest))
+    assert slabs == [totals(model).forecast.host_bytes]
+    assert totals(model).host_bytes <= budget
+    refused(HostLimitError, step, model, signal(tokens=40))
+    assert len(slabs) == 1
+    assert_trains_as(model, plain, signal(tokens=longest))
+    assert_nothing_held(model)
+    assert_trains_as(memo.unwrap(model), plain, signal(tokens=40), bound=0)
+
+
+def test_a_host_budget_of_nothing() -> None:
+    model, plain = memo.wrap(tower(), host_budget=0, **POLICIES["swap"]), tower()
+    assert "host_budget='" in refused(HostLimitError, step, model, signal())
+    assert_trains_as(memo.unwrap(model), plain, signal())
+
+
+def test_a_length_at_which_the_host_is_exactly_full() -> None:
+    needed = memo.plan(memo.profile(tower(), signal()), **POLICIES["memo"]).forecast.host_bytes
+    model, plain = memo.wrap(tower(), host_budget=needed, **POLICIES["memo"]), tower()
+    for _ in range(3):
+        assert_trains_as(model, plain, signal())
+        assert totals(model).host_bytes == needed
+    refused(HostLimitError, step, memo.wrap(tower(), host_budget=needed - 1, **POLICIES["memo"]), signal())
+
+
+def test_auto_lowers_its_fraction_rather_than_exceed_the_host() -> None:
+    profile = memo.profile(tower(), signal())
+    low, high = (memo.plan(profile, **POLICIES[p]).forecast.host_bytes for p in ("recompute", "swap"))
+    model, plain = memo.wrap(tower(), policy="memo", keep_last=0, host_budget=(low + high) // 2), tower()
+    assert_trains_as(model, plain, signal())
+    assert totals(model).host_bytes <= (low + high) // 2
+    acted(model)
+
+
+def test_a_step_that_does_not_fit_beside_another_is_refused_and_the_next_one_is_right() -> None:
+    """Two forwards before a backward, where the host holds one: the plan counted one."""
+    needed = memo.plan(memo.profile(tower(), signal()), **POLICIES["memo"]).forecast.host_bytes
+    model, plain = memo.wrap(tower(), host_budget=needed * 3 // 2, **POLICIES["memo"]), tower()
+    step(model, signal())
+    first = model(signal()).square().mean()
+    message = refused(HostLimitError, step, model, signal(seed=2))
+    assert "host_budget" in message
+    assert totals(model).host_bytes <= needed * 3 // 2
+    first.backward()  # the one that was there is whole
+    want = plain(signal()).square().mean()
+    want.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-14)
+    del first
+    for seed in (2, 3):
+        assert_trains_as(model, plain, signal(seed=seed))
+        acted(model)
+    assert_nothing_held(model)
+
+
+# Settings that do not go with the model.
+
+
+class OverTokens(nn.Module):
+    """A block with weights of the size of the sequence, as in an MLP mixer: it runs at no other length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.Linear(24, 24)
+        self.across = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.along(x.transpose(1, 2)).tanh().transpose(1, 2)
+        return x + self.across(x).tanh()
+
+
+def test_strict_refuses_blocks_that_fall_back() -> None:
+    def made() -> nn.Module:
+        model = tower()
+        torch.manual_seed(1)
+        model.layers = nn.ModuleList([*model.layers[:2], OverTokens().double(), OverTokens().double()])
+        return model
+
+    model, plain = memo.wrap(made(), strict=True, **POLICIES["memo"]), made()
+    message = refused(BlockFallbackError, step, model, signal())
+    assert message.startswith("strict=True and 2 of 4 blocks cannot take policy 'memo'")
+    assert "layers.2, layers.3" in message
+    assert "strict=False" in message
+    refused(BlockFallbackError, step, model, signal(rows=1))
+    memo.unwrap(model)
+    assert_trains_as(model, plain, signal())
+    memo.wrap(model, **POLICIES["memo"])
+    for _ in range(2):
+        assert_trains_as(model, plain, signal())
+    report = memo.report(model)
+    assert [bool(block.reason) for block in report.blocks] == [False, False, True, True]
+    assert any("layers.2" in note and "cannot take policy 'memo'" in note for note in report.notes)
+
+
+def test_strict_lets_a_model_through_that_takes_the_policy() -> None:
+    model = memo.wrap(tower(), strict=True, **POLICIES["memo"])
+    assert_trains_as(model, tower(), signal())
+    acted(model)
+
+
+def test_keep_last_larger_than_the_stack() -> None:
+    model, plain = memo.wrap(tower(), policy="swap", keep_last=4), tower()
+    message = refused(PlanRequestError, step, model, signal())
+    assert "keep_last=4" in message
+    assert "layers.0 to layers.2" in message
+    assert "give 0 to 3" in message
+    assert_trains_as(memo.unwrap(model), plain, signal())
+    assert_trains_as(memo.wrap(model, policy="swap", keep_last=3), plain, signal(), bound=0)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown policy": ({"policy": "offload"}, "'offload' is unknown; there are: auto, none, memo"),
+    "alpha above one": ({"policy": "memo", "alpha": 1.5}, "alpha=1.5 is not a fraction"),
+    "alpha below zero": ({"policy": "memo", "alpha": -0.1}, "alpha=-0.1 is not a fraction"),
+    "alpha not a number": ({"policy": "memo", "alpha": float("nan")}, "alpha=nan is not a fraction"),
+    "alpha with swap": ({"policy": "swap", "alpha": 0.5}, "alpha=0.5 goes with policy memo"),
+    "alpha with auto": ({"alpha": 0.5}, "policy is 'auto'"),
+    "negative keep_last": ({"keep_last": -1}, "keep_last=-1 is not a number of blocks"),
+    "a size that is none": ({"budget": "plenty"}, "'plenty' is not a size"),
+    "a unit that is none": ({"host_budget": "70 Gb/s"}, "is not a size"),
+    "a negative size": ({"budget": -5}, "-5 is not a number of bytes"),
+    "unknown loss": ({"loss": "fused"}, "fused"),
+    "unknown layout": ({"layout": "packed"}, "packed"),
+    "tiled loss without a head": ({"loss": "tiled"}, "loss='tiled' is not possible for this model"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_that_are_wrong(case: str) -> None:
+    arguments, message = WRONG[case]
+    model, plain = tower(), tower()
+    keys = [list(vars(module)) for module in model.modules()]
+    assert message in refused(ValueError, memo.wrap, model, **arguments)
+    assert [list(vars(module)) for module in model.modules()] == keys
+    assert_trains_as(model, plain, signal(), bound=0)
+    assert_trains_as(memo.wrap(model), plain, signal())
+
+
+NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
+    "disk": ({"disk": "/scratch"}, "disk='/scratch' is not built yet"),
+    "tile": ({"tile": 8192}, "tile=8192 is not built yet"),
+    "layout": ({"layout": "planned"}, "use layout='auto'"),
+    "tiled": ({"policy": "tiled"}, "policy='tiled' is not built yet"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_BUILT)
+def test_what_is_not_built_yet_says_so(case: str) -> None:
+    arguments, message = NOT_BUILT[case]
+    model, plain = tower(), tower()
+    with pytest.raises(memo.MemoError, match=re.escape(message)):
+        step(memo.wrap(model, **arguments), signal())
+    assert_trains_as(memo.unwrap(model), plain, signal())

@@ -38,9 +38,7 @@ def build(checkout, mode, *, path=None):
     if path is not None:
         environment["PATH"] = path
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "out"]
-    result = subprocess.run(
-        command, cwd=checkout, env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     wheels = list((checkout / "out").glob("*.whl"))
     return result, wheels[0] if wheels else None
 

@@ -30,8 +30,7 @@ ALLOWED = {
     "wrapping": NOUNS | STAGES | {"blocks", "integrations"},
     "checking": NOUNS | {"blocks", "profiling", "wrapping", "api"},
     "api": NOUNS | STAGES | {"blocks", "checking", "persist", "wrapping"},
-    "cli": NOUNS
-    | {"api", "blocks", "losses", "persist", "planning", "profiling", "reporting", "__version__"},
+    "cli": NOUNS | {"api", "blocks", "losses", "persist", "planning", "profiling", "reporting", "__version__"},
     "__init__": NOUNS | {"api", "losses", "persist"},
     "__main__": {"cli"},
 }
@@ -75,17 +74,13 @@ def test_imports_point_one_way():
 
 def test_nouns_files_and_tables_do_without_torch():
     assert [
-        str(found)
-        for part, found in runtime_imports()
-        if part in WITHOUT_TORCH and top(found.module) == "torch"
+        str(found) for part, found in runtime_imports() if part in WITHOUT_TORCH and top(found.module) == "torch"
     ] == []
 
 
 def test_only_planning_solves():
     assert [
-        str(found)
-        for part, found in runtime_imports()
-        if part not in MAY_SOLVE and top(found.module) in SOLVERS
+        str(found) for part, found in runtime_imports() if part not in MAY_SOLVE and top(found.module) in SOLVERS
     ] == []
 
 
@@ -102,10 +97,7 @@ def test_the_solver_knows_neither_torch_nor_the_runtime(banned):
 
 def test_one_module_of_the_solver_imports_ortools():
     modules = {
-        module_name(path)
-        for path in python_files("solver")
-        for one in imports(path)
-        if top(one.module) == "ortools"
+        module_name(path) for path in python_files("solver") for one in imports(path) if top(one.module) == "ortools"
     }
     assert len(modules) <= 1, modules
 

@@ -19,9 +19,7 @@ def modules_after(statement):
         "print(json.dumps([sorted(sys.modules), bool(torch and torch.cuda.is_initialized())]))"
     )
     path = "import sys; sys.path[:0] = ['.', 'solver']\n"
-    result = subprocess.run(
-        [sys.executable, "-c", path + code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    result = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, check=True, cwd=ROOT)
     modules, cuda = json.loads(result.stdout.splitlines()[-1])
     return {name.split(".")[0] for name in modules}, cuda
 

@@ -16,9 +16,7 @@ def test_the_examples_run(capsys):
     import memo_runtime as memo
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64}
-    config = LlamaConfig(
-        **shape, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1 << 18
-    )
+    config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1 << 18)
     ids = torch.randint(64, (1, 128))
     model = LlamaForCausalLM(config)
     names = {"model": model, "ids": ids, "batch": {"input_ids": ids, "labels": ids}}

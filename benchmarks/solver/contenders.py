@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from memo_solver import Placement, Problem, SolveParams, solve
@@ -56,9 +58,9 @@ class _Omnimalloc:
         import omnimalloc as om
         from omnimalloc.allocators.supermalloc import SupermallocAllocator
 
-        names = {k: r for k, r in enumerate(problem.requests)}
         allocations = [
-            om.Allocation(id=k, size=r.size, start=r.lower, end=r.upper) for k, r in names.items()
+            om.Allocation(id=k, size=r.size, start=r.lower, end=r.upper)
+            for k, r in enumerate(problem.requests)
         ]
         if self.allocator == "supermalloc":
             # Its own default limit is 3 s; it gets as long as everybody else.
@@ -66,7 +68,7 @@ class _Omnimalloc:
         else:
             placed = om.allocate(allocations, self.allocator)
         by_id = {a.id: a.offset for a in placed}
-        offsets = [by_id[k] for k in names]
+        offsets = [by_id[k] for k in range(len(problem.requests))]
         if any(offset is None for offset in offsets):
             return None, "no offsets"
         return _judged(problem, offsets), "found"
@@ -80,12 +82,13 @@ def _judged(problem: Problem, offsets: list[int]) -> int | None:
 
 
 def _child(
-    contender: Callable[[Problem, float], Answer], problem: Problem, seconds: float, pipe: Any
+    contender: Callable[[Problem, float], Answer], problem: Problem, seconds: float, pipe: Connection
 ) -> None:
     try:
-        pipe.send(contender(problem, seconds))
+        peak, said = contender(problem, seconds)
     except Exception as error:
-        pipe.send((None, f"{type(error).__name__}: {error}"))
+        peak, said = None, f"{type(error).__name__}: {error}"
+    pipe.send((peak, said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
 
 
 def timed(
@@ -97,8 +100,9 @@ def timed(
     process = context.Process(target=_child, args=(contender, problem, seconds, theirs))
     start = time.monotonic()
     process.start()
-    peak, said = (mine.recv() if mine.poll(seconds * 1.1 + 1.0) else (None, "ended at the limit"))
+    finished = mine.poll(seconds * 1.1 + 1.0)
+    peak, said, rss = mine.recv() if finished else (None, "ended at the limit", None)
     elapsed = time.monotonic() - start
     process.kill()
     process.join()
-    return {"peak": peak, "said": said, "seconds": round(elapsed, 3)}
+    return {"peak": peak, "said": said, "seconds": round(elapsed, 3), "peak_rss_mib": rss}

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import time
 
+from benchmarks.solver.provenance import append_row
 from memo_solver import Problem, SolveParams, solve, solve_bilevel
 from memo_solver.errors import InputError
 from memo_solver.mip import solve_mip
 from memo_solver.training import layered_step
-
-from benchmarks.solver.provenance import append_row
 
 
 def bilevel(num_requests: int, seed: int, num_wrapping: int, limit: float) -> None:
@@ -38,7 +37,8 @@ def bilevel(num_requests: int, seed: int, num_wrapping: int, limit: float) -> No
         "stages": [[s.name, round(s.seconds, 3), s.peak, s.note] for s in solution.stages],
     }
     append_row("layered", row)
-    print(row["instance"], row["num_requests"], row["ratio"], row["flat_heuristic_ratio"], row["rectangle_ratio"], row["seconds"], flush=True)  # noqa: E501
+    shown = ("instance", "num_requests", "ratio", "flat_heuristic_ratio", "rectangle_ratio", "seconds")
+    print(*(row[name] for name in shown), flush=True)
 
 
 def level1(num_requests: int, seed: int, limit: float) -> None:
@@ -73,7 +73,7 @@ def level1(num_requests: int, seed: int, limit: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=float, default=5.0)
+    parser.add_argument("--limit", type=float, default=4.5)
     parser.add_argument("--mip-limit", type=float, default=60.0)
     parser.add_argument("--requests", type=int, default=52_000)
     arguments = parser.parse_args()

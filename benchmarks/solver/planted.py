@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import random
 
-from memo_solver import Problem
-from memo_solver.instances import planted_packing
-
 from benchmarks.solver.contenders import bare_cpsat, memo, omnimalloc, timed
 from benchmarks.solver.provenance import append_row
+from memo_solver import Problem
+from memo_solver.instances import planted_packing
 
 SHAPES = ((1000, 4096), (100_000, 1_000_000), (200, 64), (60, 100))
 """Width and height of the box that is cut: from all distinct to a coarse grid."""

@@ -129,7 +129,7 @@ class _Bilevel:
     def limited(self, share: float) -> SolveParams:
         """Parameters with a share of the time that is left."""
         # The last validation costs about as much as building the flat problem did.
-        kept = 2 * self.build_seconds
+        kept = 3 * self.build_seconds
         left = self.params.time_limit_seconds - (time.monotonic() - self.start) - kept
         return replace(self.params, time_limit_seconds=max(left * share, 0.05))
 
@@ -169,7 +169,7 @@ class _Bilevel:
     def place_blocks(self) -> dict[str, Level1]:
         """Level 1: each distinct request sequence once."""
         since = time.monotonic()
-        distinct = {key: block for key, block in zip(self.keys, self.blocks, strict=True)}
+        distinct = dict(zip(self.keys, self.blocks, strict=True))
         placed: dict[str, Level1] = {}
         for number, (key, block) in enumerate(distinct.items()):
             problem = Problem(requests=block.requests)

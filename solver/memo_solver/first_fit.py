@@ -173,16 +173,23 @@ def squeaky_wheel(
         if stale >= STALE_PASSES:
             _, offsets, current = best[0], best[1], list(best[2])
             stale = 0
-        current = _promote(section, current, num_fixed, offsets, target, random)
+        current = _promote(
+            section, current, num_fixed=num_fixed, offsets=offsets, target=target, random=random
+        )
     if best is None:
         return SearchResult(outcome=Outcome.STOPPED, effort=num_passes)
     return SearchResult(outcome=Outcome.FOUND, offsets=tuple(best[1]), effort=num_passes)
 
 
 def _promote(
-    section: Section, order: list[int], num_fixed: int, offsets: Sequence[int], target: int,
+    section: Section,
+    order: list[int],
+    *,
+    num_fixed: int,
+    offsets: Sequence[int],
+    target: int,
     random: SplitMix,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     keyed: list[tuple[int, int, int]] = []
     for position, i in enumerate(order):
         key = 2 * position

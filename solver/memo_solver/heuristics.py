@@ -34,6 +34,16 @@ PYTHON_SLOWDOWN = 50
 """The Python twin gets this much less work."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Budget:
+    """What every order of one run gets: target in units, passes, first seed, deadline."""
+
+    target: int
+    passes: int
+    seed: int
+    deadline: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Repair:
     """One order with its repair, as a search of the race: undecided unless it reaches the target."""
@@ -89,18 +99,21 @@ def improve(
         names = [names[0], "incumbent", *names[1:]][: max(1, params.threads)]
     if state.peak_units is None:
         # A placement must exist even when the time is over at once: one pass, no deadline.
-        _run(state, [names[:1]], target, 1, params.seed, float("inf"), on_gain)
+        budget = _Budget(target=target, passes=1, seed=params.seed, deadline=float("inf"))
+        _run(state, [names[:1]], budget, on_gain)
     if state.peak_units is not None and state.peak_units <= target:
         return
     threads = max(1, params.threads) if state.compiled is not None else 1
     groups = [names[k::threads] for k in range(threads)]
     seed = params.seed * 7919 + effort.value
-    _run(state, groups, target, passes, seed, deadline, on_gain)
+    budget = _Budget(target=target, passes=passes, seed=seed, deadline=deadline)
+    _run(state, groups, budget, on_gain)
 
 
 def push_down(state: SectionState, *, target: int, params: SolveParams, deadline: float) -> None:
     """Let the incumbent sink, then repair its order briefly."""
-    _run(state, [["incumbent"]], target, MIN_PASSES, params.seed, deadline, _ignore)
+    budget = _Budget(target=target, passes=MIN_PASSES, seed=params.seed, deadline=deadline)
+    _run(state, [["incumbent"]], budget, _ignore)
 
 
 def _ignore() -> None:
@@ -110,10 +123,7 @@ def _ignore() -> None:
 def _run(
     state: SectionState,
     groups: list[list[str]],
-    target: int,
-    passes: int,
-    seed: int,
-    deadline: float,
+    budget: _Budget,
     on_gain: Callable[[], None],
 ) -> None:
     results: list[list[SearchResult]] = [[] for _ in groups]
@@ -123,8 +133,8 @@ def _run(
         for number, name in enumerate(group):
             order = state.order(name)
             repair = _Repair(
-                state.section, state.compiled, order, len(state.fixed), target, passes,
-                seed + 101 * lane + number, deadline, results[lane],
+                state.section, state.compiled, order, len(state.fixed), budget.target, budget.passes,
+                budget.seed + 101 * lane + number, budget.deadline, results[lane],
             )  # fmt: skip
             tasks.append(Task(name=name, run=repair))
         lanes.append(tasks)

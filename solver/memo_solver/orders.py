@@ -9,7 +9,6 @@ from __future__ import annotations
 from memo_solver.bounds import contention
 from memo_solver.sections import Section
 
-
 _Key = tuple[int, ...]
 
 

@@ -24,9 +24,15 @@ class _Stop(Exception):  # noqa: N818 - carries an outcome out of the recursion,
 
 class _Search:
     def __init__(
-        self, section: Section, capacity: int, order: Sequence[int], max_nodes: int, stop: StopFlag,
+        self,
+        section: Section,
+        order: Sequence[int],
+        *,
+        capacity: int,
+        max_nodes: int,
+        stop: StopFlag,
         deadline: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.section = section
         self.capacity = capacity
         self.order = order
@@ -102,7 +108,10 @@ def canonical_search(
     """Look for a placement below `capacity` (in units); INFEASIBLE is a proof."""
     if section.num_requests > MAX_REQUESTS:
         return SearchResult(outcome=Outcome.LIMIT)
-    search = _Search(section, capacity, order, max_nodes, stop, time.monotonic() + seconds)
+    deadline = time.monotonic() + seconds
+    search = _Search(
+        section, order, capacity=capacity, max_nodes=max_nodes, stop=stop, deadline=deadline
+    )
     if search.overflows(0):
         return SearchResult(outcome=Outcome.INFEASIBLE)
     try:

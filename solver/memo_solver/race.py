@@ -64,7 +64,7 @@ class _Lane:
                 self.verdict = Verdict(name=task.name, result=result)
                 if decides(result):
                     return
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+        except BaseException as error:
             self.error = error
 
 

@@ -1,6 +1,7 @@
 """Strategies for small problems."""
 
 from hypothesis import strategies as st
+
 from memo_solver import Problem, Request
 
 

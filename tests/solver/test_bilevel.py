@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+
 from memo_solver import Problem, Request, SolveParams, Status, solve_bilevel, validate
 from memo_solver.bilevel import Block, Iteration, flatten
 from memo_solver.cyclic import unroll

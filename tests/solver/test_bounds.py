@@ -1,7 +1,7 @@
 from hypothesis import given, settings
+
 from memo_solver.bounds import ReachableHeights, contention, load_bound
 from memo_solver.sections import split
-
 from tests.solver.brute_force import optimum, peak_load
 from tests.solver.problems import problems
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+
 from memo_solver import read_placement
 from memo_solver.instances import random_requests
 from memo_solver.writing import write_problem

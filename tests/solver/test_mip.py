@@ -1,9 +1,9 @@
 import pytest
+
 from memo_solver import Problem, Request, Status, solve
 from memo_solver.errors import InputError
 from memo_solver.instances import random_requests
 from memo_solver.mip import solve_mip
-
 from tests.solver.brute_force import optimum
 
 pytest.importorskip("pulp")

@@ -3,13 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memo_solver import Problem, cpsat, first_fit, native, python_search
 from memo_solver.instances import planted_packing, random_requests
 from memo_solver.orders import exact_orders, heuristic_names, heuristic_order
 from memo_solver.outcome import Outcome, StopFlag
 from memo_solver.sections import split
 from memo_solver.validator import find_violation
-
 from tests.solver.problems import problems
 
 pytestmark = pytest.mark.skipif(not native.native_status().available, reason="needs the compiled search")

@@ -1,4 +1,5 @@
 import pytest
+
 from memo_solver import read_placement, read_problem, write_placement
 from memo_solver.errors import FileFormatError, InputError
 from memo_solver.reading import parse, read_file
@@ -41,7 +42,8 @@ def test_csv_mistakes_name_line_and_field(text, line, field):
     ("text", "line", "field"),
     [
         ('[{"id": "a", "lower": 0, "upper": 4}]', 1, "size"),
-        ('[\n{"id": "a", "lower": 0, "upper": 4, "size": 1},\n{"id": "a", "lower": 0, "upper": 4, "size": 1}]', 3, "id"),
+        ('[\n{"id": "a", "lower": 0, "upper": 4, "size": 1},\n{"id": "a", "lower": 0, "upper": 4, "size": 1}]',
+         3, "id"),
         ('{"requests": [\n{"id": "a", "lower": 0, "upper": 4, "size": 1.5}]}', 2, "size"),
         ('{"requests": [\n{"id": "a", "lower": 0, "upper": 4, "size": true}]}', 2, "size"),
         ('[{"id": "a", "lower": 0, "upper": 4, "size": 1, "x": 2}]', 1, "x"),

@@ -1,4 +1,5 @@
 import pytest
+
 from memo_solver import Placement, Problem, Request, Solution, Status
 from memo_solver.errors import InputError
 

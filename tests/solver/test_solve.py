@@ -3,11 +3,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memo_solver import Problem, Request, SolveParams, Status, solve, validate
 from memo_solver.instances import loose_packing, planted_packing, random_requests
 from memo_solver.native import native_status
 from memo_solver.params import Switch
-
 from tests.solver.brute_force import optimum, peak_load
 from tests.solver.problems import problems
 

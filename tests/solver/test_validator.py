@@ -1,10 +1,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memo_solver import Problem, Request, validate
 from memo_solver.errors import InvalidPlacementError
 from memo_solver.validator import Rule, find_violation
-
 from tests.solver.brute_force import overlaps
 from tests.solver.problems import problems
 

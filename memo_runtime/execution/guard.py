@@ -69,3 +69,16 @@ def refuse_active_hooks() -> None:
         f"saved-tensor hooks of {module}.{name} are active around this step (torch.utils.checkpoint, save_on_cpu, or "
         f"an activation offloader such as TRL's): {_ADVICE}. Leave that context, or do not wrap"
     )
+
+
+def refuse_backward(block: str) -> None:
+    """Raise if ``block`` starts a forward inside a backward pass: somebody else runs it again.
+
+    Raises:
+        OffloaderActiveError: names the block.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise OffloaderActiveError(
+            f"'{block}' is run again inside a backward pass (torch.utils.checkpoint with use_reentrant=True is around it): "
+            f"{_ADVICE}. Call the block without checkpoint, or do not wrap"
+        )

@@ -20,7 +20,7 @@ from torch import nn
 
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
-from memo_runtime.execution.guard import refuse_active_hooks
+from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
@@ -134,10 +134,10 @@ class Session:
 
     def enter(self, block: BlockForward) -> BlockCounters:
         """Block ``block`` starts its forward."""
+        refuse_backward(block.name)
         if block.position == 0:
             self.begin_if_new()
-        if block.position == 0:
-            refuse_active_hooks()
+        refuse_active_hooks()
         self._release_copies(before=block.position - 1)
         return self.step.block(block.name)
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import CaptureMode, ReplayMode
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
+from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.calibrate import CROP_ERRORS, undisturbed
 from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
 from memo_runtime.records import BlockProfile, Growth, Role
@@ -90,8 +91,17 @@ class _Timer:
         outputs = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
         inputs = [t for _, t in call.tensors() if t.requires_grad]
         inputs += [p for p in self.block.parameters() if p.requires_grad]
-        if outputs and inputs:
+        if not outputs or not inputs:
+            return
+        try:
             torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise OffloaderActiveError(
+                f"'{self.profile.name}' calls torch.utils.checkpoint with use_reentrant=True inside: memo plans swap and "
+                "recompute itself. Leave checkpoint out, or give it use_reentrant=False"
+            ) from error
 
     def _rerun(self, call: BlockCall) -> float:
         args, kwargs = call.arguments()

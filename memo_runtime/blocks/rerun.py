@@ -57,11 +57,13 @@ def run_again(
         How many tensors were saved.
     """
     count = 0
+    # The graph keeps its hooks, and what the receiver keeps may hold the graph: the tie is cut when the run is over.
+    receiver = [on_saved]
 
     def pack(tensor: torch.Tensor) -> None:
         nonlocal count
         index, count = count, count + 1
-        on_saved(index, tensor.detach())
+        receiver[0](index, tensor.detach())
         if index == last:
             raise _AllSavedError
 
@@ -72,7 +74,10 @@ def run_again(
         mode,
         contextlib.suppress(_AllSavedError),
     ):
-        forward(*args, **kwargs)
+        try:
+            forward(*args, **kwargs)
+        finally:
+            receiver.clear()
     return count
 
 

@@ -88,9 +88,7 @@ def find_blocks(model: nn.Module) -> tuple[BlockRef, ...]:
             "blocks='encoder.layers'"
         )
     return tuple(
-        BlockRef(name=name, stack=index, module=block)
-        for index, run in enumerate(large)
-        for name, block in run
+        BlockRef(name=name, stack=index, module=block) for index, run in enumerate(large) for name, block in run
     )
 
 
@@ -112,7 +110,7 @@ def _resolve(model: nn.Module, entry: object) -> list[nn.Module]:
 
 
 def given_blocks(model: nn.Module, blocks: object) -> tuple[BlockRef, ...]:
-    """The blocks that the user named: a ModuleList, a module name, or a sequence of modules and names.
+    """The blocks that the user named: a ModuleList or Sequential, a module name, or modules and names in a sequence.
 
     Raises:
         BlockListError: not modules of this model, one inside another, one twice, or none.
@@ -126,6 +124,9 @@ def given_blocks(model: nn.Module, blocks: object) -> tuple[BlockRef, ...]:
         raise BlockListError(f"blocks={blocks!r} is not a list of modules, a ModuleList, or a module name")
     names = {id(module): name for name, module in model.named_modules()}
     chosen = [module for entry in entries for module in _resolve(model, entry)]
+    if isinstance(blocks, (str, nn.Module)) and len(chosen) == 1 and isinstance(chosen[0], nn.Sequential):
+        # Named alone, a Sequential of blocks is the stack, as it is when stacks are searched.
+        chosen = [block for _, block in _repeated(chosen[0].named_children())] or chosen
     if not chosen:
         raise BlockListError("blocks is empty: name at least one block, or leave it out to let memo find the stack")
     for module in chosen:

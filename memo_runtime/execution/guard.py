@@ -79,6 +79,6 @@ def refuse_backward(block: str) -> None:
     """
     if torch._C._current_graph_task_id() != -1:
         raise OffloaderActiveError(
-            f"'{block}' is run again inside a backward pass (torch.utils.checkpoint with use_reentrant=True is around it): "
-            f"{_ADVICE}. Call the block without checkpoint, or do not wrap"
+            f"'{block}' is run again inside a backward pass (torch.utils.checkpoint with use_reentrant=True is around "
+            f"it): {_ADVICE}. Call the block without checkpoint, or do not wrap"
         )

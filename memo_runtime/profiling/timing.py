@@ -99,8 +99,8 @@ class _Timer:
             if "use_reentrant=True" not in str(error):
                 raise
             raise OffloaderActiveError(
-                f"'{self.profile.name}' calls torch.utils.checkpoint with use_reentrant=True inside: memo plans swap and "
-                "recompute itself. Leave checkpoint out, or give it use_reentrant=False"
+                f"'{self.profile.name}' calls torch.utils.checkpoint with use_reentrant=True inside: memo plans swap "
+                "and recompute itself. Leave checkpoint out, or give it use_reentrant=False"
             ) from error
 
     def _rerun(self, call: BlockCall) -> float:

@@ -19,13 +19,17 @@ def main() -> None:
     problems["training trace 60000, seed 3"] = training_trace(60_000, seed=3)
     rows = []
     for name, problem in problems.items():
+        # Where one request is as tall as the load, the capacity is refused as an input already.
         load = solve(Problem(requests=problem.requests), SolveParams(time_limit_seconds=0.1)).lower_bound
+        if max(r.size for r in problem.requests) >= load:
+            continue
         start = time.monotonic()
         solution = solve(Problem(requests=problem.requests, capacity=load - 1))
         seconds = time.monotonic() - start
         proof = solution.proof
         assert proof is not None
-        alive = [r for r in problem.requests if r.id in set(proof.request_ids)]
+        names = set(proof.request_ids)
+        alive = [r for r in problem.requests if r.id in names]
         proved = all(r.lower <= (proof.time or 0) < r.upper for r in alive)
         proved = proved and sum(r.size for r in alive) == proof.bound == load
         rows.append((name, seconds, solution.status is Status.INFEASIBLE and proved))

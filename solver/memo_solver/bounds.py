@@ -15,10 +15,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memo_solver.records import Problem, Proof
 from memo_solver.sections import Section
+
+ALIVE_TOGETHER = "these requests are alive together"
 
 MAX_SUM_BITS = 2_000_000_000
 """Work allowed for the table of sums, in bit operations (about a tenth of a second)."""
+
+
+def peak_load(problem: Problem) -> Proof:
+    """Largest sum of sizes alive at one time, with the time and the requests (one quick sweep)."""
+    # Ends come before starts at equal times, as a negative change sorts first.
+    changes = [(r.lower, r.size) for r in problem.requests if not r.is_empty]
+    changes += [(r.upper, -r.size) for r in problem.requests if not r.is_empty]
+    changes.sort()
+    best, best_time, load = 0, 0, 0
+    for time, change in changes:
+        load += change
+        if load > best:
+            best, best_time = load, time
+    alive = tuple(r.id for r in problem.requests if r.lower <= best_time < r.upper and r.size > 0)
+    return Proof(bound=best, reason=ALIVE_TOGETHER, time=best_time, request_ids=alive)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from memo_solver import cpsat, heuristics, native
+from memo_solver.bounds import peak_load
 from memo_solver.errors import MissingSolverError
 from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes
 from memo_solver.outcome import Outcome
@@ -90,6 +91,9 @@ class _Solve:
 
     def run(self) -> Solution:
         """All stages; each may end the solve early."""
+        refused = self._refuse_by_load()
+        if refused is not None:
+            return refused
         try:
             self.states = [self._state(section) for section in split(self.problem)]
             self._close_stage("reductions and bounds", f"{len(self.states)} sections")
@@ -103,6 +107,22 @@ class _Solve:
             self.interrupted = True
             self._close_stage("interrupted", "")
         return self._solution()
+
+    def _refuse_by_load(self) -> Solution | None:
+        """Answer at once when the requests alive at one time exceed the capacity."""
+        if self.problem.capacity is None:
+            return None
+        proof = peak_load(self.problem)
+        if proof.bound <= self.problem.capacity:
+            return None
+        self._close_stage("peak load", "above the capacity")
+        return Solution(
+            status=Status.INFEASIBLE,
+            placement=None,
+            lower_bound=proof.bound,
+            proof=proof,
+            stages=tuple(self.stages),
+        )
 
     def _state(self, section: Section) -> SectionState:
         use_native = self.params.native is not Switch.OFF and native.usable_for(section)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memo_solver import native
-from memo_solver.bounds import ReachableHeights, load_bound
+from memo_solver.bounds import ALIVE_TOGETHER, ReachableHeights, load_bound
 from memo_solver.orders import heuristic_order
 from memo_solver.records import Problem, Proof
 from memo_solver.sections import Section
@@ -82,7 +82,7 @@ class SectionState:
         members = [self.section.index[i] for i in self.section.members(self._load.slot)]
         return Proof(
             bound=self.lower_bound,
-            reason="these requests are alive together",
+            reason=ALIVE_TOGETHER,
             time=max(problem.requests[i].lower for i in members),
             request_ids=tuple(problem.requests[i].id for i in members),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,10 @@ class AutocastState:
                         torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache_enabled)
                     )
             yield
+
+    def uncached(self) -> AutocastState:
+        """The same with every cast made anew, so that two runs have the same operators in the same order."""
+        return replace(self, cache_enabled=False)
 
     def signature(self) -> str:
         """Distinguishes calls that compute in other precisions."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import is_mutable, pin_kind
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
@@ -95,10 +96,15 @@ class ObservingMode(ReplayMode):
 def observe(
     forward: Forward, call: BlockCall, values: Mapping[PinKey, Values] | None = None, *, last: int | None = None
 ) -> Observation:
-    """Run ``forward`` on ``call`` (detached), replacing the calls in ``values``, and record everything."""
+    """Run ``forward`` on ``call`` (detached), replacing the calls in ``values``, and record everything.
+
+    Under autocast the cast of a parameter is seen in every run: what is made from parameters is told by it.
+    """
     mode = ObservingMode(values or {})
     observation = Observation()
-    run_again(forward, call, lambda _, tensor: observation.saved.append(tensor), mode=mode, last=last)
+    device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
+    with AutocastState.current(device).uncached().restored():
+        run_again(forward, call, lambda _, tensor: observation.saved.append(tensor), mode=mode, last=last)
     observation.operators = mode.operators
     observation.flops = mode.flops
     return observation

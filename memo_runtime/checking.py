@@ -137,7 +137,6 @@ def check(
     refs = find_blocks(managed) if blocks is None else given_blocks(managed, blocks)
     wrapped = make_wrapped(managed, refs, settings, loss=Loss.AUTO)
     wrapped.install()
-    wrapped.make_comparable(plain)
     try:
         start = RandomState.current(model_device(plain))
         loss, plain_gradients = _run(plain, call, start)

@@ -107,11 +107,6 @@ class Wrapped:
         if self._integration is not None:
             self._integration.remove()
 
-    def make_comparable(self, plain: nn.Module) -> None:
-        """Give ``plain``, an unwrapped copy of the model, the loss that this one computes."""
-        if self._tiles_loss:
-            huggingface.use_exact_loss(plain)
-
     @property
     def _tiles_loss(self) -> bool:
         return self._integration is not None and bool(getattr(self._integration, "tiles_loss", False))

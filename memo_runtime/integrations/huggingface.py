@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from memo_runtime.config import Loss
 from memo_runtime.execution import install as instance
-from memo_runtime.integrations.causal_loss import CausalLoss, exact_causal_loss
+from memo_runtime.integrations.causal_loss import CausalLoss
 from memo_runtime.losses.lazy_logits import Notice, lazy_linear
 
 logger = logging.getLogger("memo_runtime")
@@ -191,17 +191,6 @@ def install(model: nn.Module, *, loss: Loss = Loss.AUTO) -> Installation:
         return Installation(active=False, note=f"head and loss as they were: {reason}")
     assert path is not None, "without a model there is a reason"
     return _install(path, "tiled" if loss is Loss.TILED else "auto")
-
-
-def use_exact_loss(model: nn.Module) -> None:
-    """Give a causal language model its own loss in the dtype of its logits: float64 stays float64.
-
-    That is what the loss by tiles computes, and so the unwrapped model to compare a wrapped one with.
-    """
-    path = _find_language_model(model)
-    if path is not None and _obstacle(path[-1]) is None:
-        language_model: Any = path[-1]
-        language_model.loss_function = exact_causal_loss
 
 
 def _install(path: list[nn.Module], backend: str) -> Installation:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from memo_runtime.integrations import huggingface
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -16,9 +14,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def lazy_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models and float64 have full logits otherwise, and these tests are about those that are not full."""
-    monkeypatch.setattr(huggingface, "full_logits_reason", lambda hidden, vocabulary: None)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import memo_runtime as memo
-from memo_runtime.integrations.causal_loss import exact_causal_loss
 from memo_runtime.records import Report, Totals
 from tests.integrations.models import batch, make
 
@@ -76,10 +75,8 @@ def signal(tokens: int = 24, rows: int = 2, *, dtype: torch.dtype = torch.float6
 
 
 def llama(**how: Any) -> Any:
-    """A Llama with the loss of float64 logits in float64."""
-    model = make("llama", **how)
-    model.loss_function = exact_causal_loss
-    return model
+    """A Llama as it comes."""
+    return make("llama", **how)
 
 
 def wrapped_llama(**settings: Any) -> Any:

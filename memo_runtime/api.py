@@ -103,15 +103,15 @@ def wrap(
     given = _load(plan)
     if given is not None and settings != make_settings():
         raise ValueError("a plan fixes policy, alpha, budgets, keep_last and strict: give the plan or those, not both")
-    refs = _planned_refs(model, given) if given is not None and blocks is None else _refs(model, blocks)
+    refs = _refs(model, blocks) if given is None else _planned_refs(model, given, blocks)
     wrapped = make_wrapped(model, refs, settings, loss=Loss(loss), optimizer=optimizer, plan=given)
     existing = find_wrapped(model)
     if existing is not None:
         if existing.model is model and existing.same_as(wrapped):
             return model
         raise AlreadyWrappedError(
-            f"{type(model).__name__} is wrapped already with policy '{existing.settings.policy}' and other settings "
-            f"({existing.settings}); call memo.unwrap(model) first"
+            f"{type(existing.model).__name__} is wrapped already with {existing}; asked for {type(model).__name__}: "
+            f"{wrapped}; call memo.unwrap(model) first"
         )
     outer = policy_from_outside(model)
     if outer is not None:
@@ -124,13 +124,20 @@ def wrap(
     return model
 
 
-def _planned_refs(model: nn.Module, plan: Plan) -> tuple[BlockRef, ...]:
+def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, ...]:
     modules = dict(model.named_modules())
     missing = [block.name for block in plan.profile.blocks if block.name not in modules]
     if missing:
         raise PlanMismatchError(
             f"the plan is for another model: it plans block '{missing[0]}' (and {len(missing) - 1} more) that "
             f"{type(model).__name__} does not have"
+        )
+    planned = [block.name for block in plan.profile.blocks]
+    named = planned if blocks is None else [ref.name for ref in given_blocks(model, blocks)]
+    if named != planned:
+        raise PlanMismatchError(
+            f"the plan is for {len(planned)} blocks ({planned[0]} to {planned[-1]}) and blocks= names {len(named)} "
+            f"({', '.join(named[:3])}{', ...' if named[3:] else ''}): leave blocks= out, or plan for those"
         )
     return tuple(
         BlockRef(name=block.name, stack=block.stack, module=modules[block.name]) for block in plan.profile.blocks

@@ -83,7 +83,15 @@ class Wrapped:
     _known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=dict)
     _handle: Any = None
     _integration: Any = None
-    _plan_checked: bool = False
+
+    def __str__(self) -> str:
+        asked, given = self.settings, self.given_plan
+        named = [f"policy '{asked.policy}'" if given is None else f"a plan of policy '{given.policy}'"]
+        knobs = {name: getattr(asked, name) for name in ("alpha", "budget", "host_budget", "keep_last")}
+        named += [f"{name}={value}" for name, value in knobs.items() if value is not None]
+        named += ["strict=True"] if asked.strict else []
+        named += [f"loss='{self.loss}'"] if self.loss != Loss.AUTO else []
+        return ", ".join([*named, f"{len(self.refs)} blocks"])
 
     # ---- in place
 
@@ -170,14 +178,12 @@ class Wrapped:
         return make_plan(profile, self.settings)
 
     def _check_given(self, batch: Batch, device: torch.device) -> None:
-        if self._plan_checked or self.given_plan is None:
-            return
+        assert self.given_plan is not None, "there is a plan to check"
         names = [block.name for block in self.given_plan.profile.blocks]
         name, _ = device_memory(device)
         check_fingerprint(
             self.given_plan, make_fingerprint(self.model, names, batch_signature(*batch), device.type, name)
         )
-        self._plan_checked = True
 
     def profile(self, batch: Batch) -> Profile:
         """Measure the model on ``batch``."""

@@ -25,7 +25,7 @@ from tests.api.subjects import (
 Given = Callable[[Tower], Any]
 
 WRONG: dict[str, tuple[Given, list[str]]] = {
-    "a name of nothing": (lambda m: "encoder.layers", ["'encoder.layers'", "names no module of Tower", "layers: ModuleList"]),
+    "a name of nothing": (lambda m: "encoder.h", ["'encoder.h'", "names no module of Tower", "layers: ModuleList"]),
     "a name of nothing in a list": (lambda m: ["layers.0", "layers.9"], ["'layers.9'", "names no module"]),
     "a block of another model": (lambda m: [tower().layers[0]], ["Block that is not part of Tower"]),
     "blocks of another model": (lambda m: tower().layers, ["Block that is not part of Tower"]),

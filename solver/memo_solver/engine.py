@@ -207,21 +207,31 @@ class _Solve:
             self._polish()
 
     def _search_down(self, state: SectionState, round_index: int, used: set[str]) -> None:
-        """Ask for the target, then (when it is not decided) for heights half-way to the incumbent."""
+        """Ask for the target; when it is not decided, every other round asks half-way down as well."""
         while state.peak is None or state.peak > self.target:
             height = self.target // state.section.unit
             if self._ask(state, height, round_index, used) is not None:
                 if self._too_small():
                     return
                 continue
-            if self.problem.capacity is not None:
+            if self.problem.capacity is not None or round_index % 2 == 1:
                 return
-            while state.peak_units is not None and state.peak_units - 1 > height:
-                height = (height + state.peak_units) // 2
-                answer = self._ask(state, height, round_index, used)
-                if answer is None or answer is Outcome.INFEASIBLE:
-                    break
+            self._bisect(state, height, round_index, used)
             return
+
+    def _bisect(self, state: SectionState, low: int, round_index: int, used: set[str]) -> None:
+        """Lower the incumbent towards a height that was not decided.
+
+        Round 0 is cheap and goes on past heights that it cannot decide, to within
+        a half per cent; later rounds stop at the first of those.
+        """
+        while state.peak_units is not None and state.peak_units - low > max(1, state.bound // 200):
+            middle = (low + state.peak_units) // 2
+            answer = self._ask(state, middle, round_index, used)
+            if answer is None and round_index > 0:
+                return
+            if answer is not Outcome.FOUND:
+                low = middle
 
     def _ask(
         self, state: SectionState, height: int, round_index: int, used: set[str]

@@ -1,8 +1,8 @@
 """The lanes of the race for one question: does this section fit in this height?
 
 Round 0 is short and native only. Later rounds give every lane about the same
-share of time (measured in nodes and deterministic time) and grow threefold, so
-that at most half as much again is lost to restarting.
+share of time (measured in nodes and deterministic time) and grow by 2.5, so that
+at most two thirds as much again is lost to restarting.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from memo_solver.sections import Section
 
 MAX_EXACT_REQUESTS = 2500
 """Sections above this are left to the heuristics: no exact search comes near them."""
-ROUND_SECONDS = 1.5
+ROUND_SECONDS = 1.2
 """Aim for one lane in round 1, on a core of 2024; only the ratio between lanes matters."""
-ROUND_GROWTH = 3.0
-VALLEY_NODES = 400_000
-CANONICAL_NODES = 12_000
+ROUND_GROWTH = 2.5
+VALLEY_NODES = 250_000
+CANONICAL_NODES = 8_000
+SHAKEN_NODES = 80_000
 PYTHON_NODES = 3_000
 """Nodes a second, roughly, times the share of a lane that each search gets."""
-CPSAT_DETERMINISTIC = 0.1
+CPSAT_DETERMINISTIC = 0.06
 """CP-SAT's deterministic seconds per second."""
 
 
@@ -50,16 +51,21 @@ class _Canonical:
     order: list[int]
     max_nodes: int
     compiled: native.NativeSection | None
+    shake: tuple[float, str] | None = None
+    """Noise and seed of a shaken order."""
 
     def __call__(self, stop: StopFlag) -> SearchResult:
         question = self.question
+        order = self.order
+        if self.shake is not None:
+            order = orders.shaken(order, noise=self.shake[0], seed=self.shake[1])
         if self.compiled is not None:
             return self.compiled.canonical_search(
-                self.order, capacity=question.capacity, max_nodes=self.max_nodes, stop=stop,
+                order, capacity=question.capacity, max_nodes=self.max_nodes, stop=stop,
                 seconds=question.seconds_left,
             )  # fmt: skip
         return python_search.canonical_search(
-            question.section, self.order, capacity=question.capacity, max_nodes=self.max_nodes,
+            question.section, order, capacity=question.capacity, max_nodes=self.max_nodes,
             stop=stop, seconds=question.seconds_left,
         )  # fmt: skip
 
@@ -125,6 +131,24 @@ def _own_searches(
     for number, order in enumerate(orders.exact_orders(section)):
         canonical = _Canonical(question, order, int(nodes * seconds), compiled)
         tasks.append(Task(name=f"canonical search {number}", run=canonical))
+    if compiled is not None and question.round_index > 0:
+        tasks += _shaken_searches(question, params, compiled, seconds=seconds)
+    return tasks
+
+
+def _shaken_searches(
+    question: Question, params: SolveParams, compiled: native.NativeSection, *, seconds: float
+) -> list[Task]:
+    """Many short canonical searches, each with a slightly different order."""
+    base = orders.exact_orders(question.section)
+    max_nodes = 4 * question.section.num_requests
+    tasks = []
+    for number in range(int(SHAKEN_NODES * seconds) // max_nodes + 1):
+        noise = (0.03, 0.03, 0.1)[number % 3]
+        seed = f"{params.seed} {question.round_index} {number}"
+        order = base[number % len(base)]
+        canonical = _Canonical(question, order, max_nodes, compiled, (noise, seed))
+        tasks.append(Task(name="canonical search, shaken", run=canonical))
     return tasks
 
 

@@ -6,6 +6,8 @@ position, which the section has made independent of names and row order.
 
 from __future__ import annotations
 
+import random
+
 from memo_solver.bounds import contention
 from memo_solver.sections import Section
 
@@ -51,6 +53,17 @@ def exact_orders(section: Section) -> list[list[int]]:
         _sorted([(-a, -p, -w) for p, w, a, _ in rows]),
         _sorted([(-s, -w, -p) for p, w, _, s in rows]),
     ]
+
+
+def shaken(order: list[int], *, noise: float, seed: str) -> list[int]:
+    """The order with every request moved by a normal random share `noise` of its length.
+
+    Where an order meets a long dead end, a slightly different one often does not:
+    many short tries solve what one long try never does.
+    """
+    rng = random.Random(seed)
+    place = {i: rank + rng.gauss(0.0, noise * len(order)) for rank, i in enumerate(order)}
+    return sorted(order, key=lambda i: (place[i], i))
 
 
 def _widths(section: Section) -> list[int]:

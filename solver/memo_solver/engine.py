@@ -83,7 +83,7 @@ class _Solve:
         self.fixed = {name: rank for rank, name in enumerate(fixed)}
         self.clock = _Clock(start=now, last=now)
         # Some time is kept for the validator and for threads that are slow to wake up.
-        kept = 0.03 * min(params.time_limit_seconds, 8.0) + VALIDATION_SECONDS * len(problem.requests)
+        kept = 0.05 * min(params.time_limit_seconds, 8.0) + VALIDATION_SECONDS * len(problem.requests)
         self.deadline = now + max(params.time_limit_seconds - kept, 0.5 * params.time_limit_seconds)
         self.states: list[SectionState] = []
         self.stages: list[Stage] = []
@@ -223,11 +223,11 @@ class _Solve:
         """Lower the incumbent towards a height that was not decided.
 
         Round 0 is cheap and goes on past heights that it cannot decide, to within
-        a half per cent; later rounds stop at the first of those.
+        a half per cent; later rounds spend as much as round 1 and stop at the first of those.
         """
         while state.peak_units is not None and state.peak_units - low > max(1, state.bound // 200):
             middle = (low + state.peak_units) // 2
-            answer = self._ask(state, middle, round_index, used)
+            answer = self._ask(state, middle, min(round_index, 1), used)
             if answer is None and round_index > 0:
                 return
             if answer is not Outcome.FOUND:

@@ -26,6 +26,8 @@ CANONICAL_NODES = 8_000
 SHAKEN_NODES = 80_000
 PYTHON_NODES = 3_000
 """Nodes a second, roughly, times the share of a lane that each search gets."""
+TIGHT_SLACK = 0.02
+"""Mean slack below which the valley search gets most of the time: it is made for that."""
 CPSAT_DETERMINISTIC = 0.06
 """CP-SAT's deterministic seconds per second."""
 
@@ -38,6 +40,11 @@ class Question:
     capacity: int
     round_index: int
     deadline: float
+
+    @property
+    def mean_slack(self) -> float:
+        """Share of the capacity that is free, over all slots: 0 in a perfect packing."""
+        return 1.0 - sum(self.section.loads()) / (max(self.capacity, 1) * self.section.num_slots)
 
     @property
     def seconds_left(self) -> float:
@@ -123,16 +130,21 @@ def _own_searches(
 ) -> list[Task]:
     tasks = []
     section = question.section
+    tight = question.mean_slack < TIGHT_SLACK
     if compiled is not None and all(alignment == 1 for alignment in section.alignment):
         seed = params.seed * 1000 + question.round_index
-        valley = _Valley(question, seed, int(VALLEY_NODES * seconds), compiled)
+        nodes = VALLEY_NODES * (3 if tight else 1)
+        valley = _Valley(question, seed, int(nodes * seconds), compiled)
         tasks.append(Task(name="valley search", run=valley))
     nodes = CANONICAL_NODES if compiled is not None else PYTHON_NODES // 5
+    if tight and compiled is not None:
+        nodes //= 4
     for number, order in enumerate(orders.exact_orders(section)):
         canonical = _Canonical(question, order, int(nodes * seconds), compiled)
         tasks.append(Task(name=f"canonical search {number}", run=canonical))
     if compiled is not None and question.round_index > 0:
-        tasks += _shaken_searches(question, params, compiled, seconds=seconds)
+        share = seconds / 8 if tight else seconds
+        tasks += _shaken_searches(question, params, compiled, seconds=share)
     return tasks
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
@@ -192,7 +193,9 @@ class Wrapped:
         def run(observer: Callable[..., Any]) -> None:
             self.session.observer = lambda block, forward, a, k: observer(block.name, forward, a, k)
             try:
-                self.model.forward(*args, **kwargs)
+                with _apart_from_other_ranks(self.model):
+                    # With its hooks: FSDP gathers parameters in one, users change arguments in others.
+                    self.model._call_impl(*args, **kwargs)
             finally:
                 self.session.observer = None
 
@@ -234,6 +237,18 @@ class Wrapped:
             yield
         finally:
             self.session.idle = False
+
+
+@contextlib.contextmanager
+def _apart_from_other_ranks(model: nn.Module) -> Iterator[None]:
+    """A forward of a DistributedDataParallel inside does not wait for other ranks, whose batches may be known."""
+    switches = ("require_forward_param_sync", "require_backward_grad_sync")
+    before = {name: model.__dict__[name] for name in switches if isinstance(model, DistributedDataParallel)}
+    model.__dict__.update(dict.fromkeys(before, False))
+    try:
+        yield
+    finally:
+        model.__dict__.update(before)
 
 
 def _length_at(profile: Profile, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, int] | None:

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from tests.api.subjects import (
-    POLICIES,
     acted,
     assert_close,
     assert_nothing_held,
     assert_trains_as,
     llama,
     refused,
-    signal,
     step,
     totals,
-    tower,
     wrapped_llama,
 )
+from tests.api.towers import POLICIES, signal, tower
 from tests.integrations.models import batch, make
 
 # Casts.

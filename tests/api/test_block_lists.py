@@ -11,16 +11,8 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockListError, NoBlocksError, ProfileError
-from tests.api.subjects import (
-    POLICIES,
-    Tower,
-    acted,
-    assert_trains_as,
-    refused,
-    signal,
-    step,
-    tower,
-)
+from tests.api.subjects import acted, assert_trains_as, refused, step
+from tests.api.towers import POLICIES, Tower, signal, tower
 
 Given = Callable[[Tower], Any]
 

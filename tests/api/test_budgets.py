@@ -14,18 +14,8 @@ from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasib
 from memo_runtime.execution import host_pool
 from memo_runtime.planning.sheet import PlanRequestError
 from memo_runtime.units import parse_bytes
-from tests.api.subjects import (
-    HIDDEN,
-    POLICIES,
-    acted,
-    assert_nothing_held,
-    assert_trains_as,
-    refused,
-    signal,
-    step,
-    totals,
-    tower,
-)
+from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, refused, step, totals
+from tests.api.towers import HIDDEN, POLICIES, signal, tower
 
 
 @pytest.fixture

@@ -19,18 +19,16 @@ import memo_runtime as memo
 from memo_runtime.errors import NotWrappedError
 from memo_runtime.execution.block import BlockForward
 from tests.api.subjects import (
-    POLICIES,
     acted,
     assert_close,
     assert_nothing_held,
     assert_trains_as,
     llama,
     refused,
-    signal,
     step,
-    tower,
     wrapped_llama,
 )
+from tests.api.towers import POLICIES, signal, tower
 from tests.integrations.models import batch, make
 
 

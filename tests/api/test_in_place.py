@@ -10,17 +10,8 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.errors import AlreadyWrappedError, NotWrappedError
-from tests.api.subjects import (
-    POLICIES,
-    acted,
-    assert_nothing_held,
-    assert_trains_as,
-    llama,
-    refused,
-    signal,
-    step,
-    tower,
-)
+from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, refused, step
+from tests.api.towers import POLICIES, signal, tower
 from tests.integrations.models import batch, make
 
 SUBJECTS = {"tower": (tower, signal()), "llama": (llama, batch(tokens=24))}

@@ -19,19 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import memo_runtime as memo
 from memo_runtime.errors import OffloaderActiveError
-from tests.api.subjects import (
-    POLICIES,
-    Block,
-    Tower,
-    acted,
-    assert_nothing_held,
-    assert_trains_as,
-    llama,
-    refused,
-    signal,
-    step,
-    tower,
-)
+from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, refused, step
+from tests.api.towers import POLICIES, Block, Tower, signal, tower
 
 
 class OffloadActivations(saved_tensors_hooks):

@@ -16,17 +16,8 @@ import memo_runtime as memo
 from memo_runtime.errors import OutputError, PlanFileError, PlanMismatchError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Plan
-from tests.api.subjects import (
-    POLICIES,
-    Tower,
-    acted,
-    assert_trains_as,
-    llama,
-    refused,
-    signal,
-    step,
-    tower,
-)
+from tests.api.subjects import acted, assert_trains_as, llama, refused, step
+from tests.api.towers import POLICIES, Tower, signal, tower
 
 
 def planned(model: nn.Module | None = None, tokens: int = 24) -> Plan:

@@ -13,18 +13,8 @@ from torch import nn
 import memo_runtime as memo
 from memo_runtime.persist import load_plan, load_profile, save
 from memo_runtime.profiling import model as profiling_model
-from tests.api.subjects import (
-    BOUND,
-    POLICIES,
-    acted,
-    assert_nothing_held,
-    assert_trains_as,
-    llama,
-    signal,
-    step,
-    totals,
-    tower,
-)
+from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, step, totals
+from tests.api.towers import BOUND, POLICIES, signal, tower
 from tests.integrations.models import batch, make
 
 SUBJECTS: dict[str, Any] = {"tower": (tower, signal()), "llama": (llama, batch(tokens=24))}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from memo_solver import cpsat, heuristics, native
 from memo_solver.bounds import peak_load
-from memo_solver.errors import MissingSolverError
+from memo_solver.errors import InputError, MissingSolverError
 from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes
 from memo_solver.outcome import Outcome
 from memo_solver.params import Progress, ProgressListener, SolveParams, Switch
@@ -169,21 +169,26 @@ class _Solve:
 
     def _take_hint(self, hint: Placement) -> None:
         offsets = hint.by_id()
+        if any(r.id not in offsets for r in self.problem.requests):
+            raise InputError("the hint is a placement of another problem: a request of this one has no offset in it")
         validate(self.problem, [offsets[r.id] for r in self.problem.requests], capacity=2**64)
+        target = self.target
         for state in self.states:
             section = state.section
             placed = [offsets[self.problem.requests[i].id] for i in section.index]
             if all(offset % section.unit == 0 for offset in placed):
                 state.offer(tuple(offset // section.unit for offset in placed))
                 heuristics.push_down(
-                    state, target=self.target // section.unit, params=self.params, deadline=self.deadline
+                    state, target=target // section.unit, params=self.params, deadline=self.deadline
                 )
 
     def _run_heuristics(self) -> None:
+        # The target is asked for once: there may be thousands of sections, and it costs a pass over all.
+        target = self.target
         for state in self._above_target():
             heuristics.improve(
                 state,
-                target=self.target // state.section.unit,
+                target=target // state.section.unit,
                 params=self.params,
                 deadline=self.deadline,
                 on_gain=lambda: self._tell("heuristics"),

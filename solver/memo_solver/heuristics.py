@@ -56,7 +56,7 @@ class _Repair:
     max_passes: int
     seed: int
     deadline: float
-    results: list[SearchResult]
+    results: list[SearchResult] = []
 
     def __call__(self, stop: StopFlag) -> SearchResult:
         seconds = max(self.deadline - time.monotonic(), 0.0)
@@ -95,12 +95,19 @@ def improve(
     work = effort.value if state.compiled is not None else effort.value // PYTHON_SLOWDOWN
     passes = min(max(work // section.num_requests, MIN_PASSES), MAX_PASSES)
     names = heuristic_names()
+    results: list[SearchResult] = []
     if effort is Effort.LONG:
         names = [names[0], "incumbent", *names[1:]][: max(1, params.threads)]
     if state.peak_units is None:
         # A placement must exist even when the time is over at once: one pass, no deadline.
-        budget = _Budget(target=target, passes=1, seed=params.seed, deadline=float("inf"))
-        _run(state, [names[:1]], budget, on_gain)
+        # In this thread, as there may be thousands of sections.
+        first = _Repair(
+            section, state.compiled, state.order(names[0]), len(state.fixed), target, 1,
+            params.seed, float("inf"), results,
+        )  # fmt: skip
+        first(StopFlag())
+        if results[0].offsets is not None and state.offer(results[0].offsets):
+            on_gain()
     if state.peak_units is not None and state.peak_units <= target:
         return
     threads = max(1, params.threads) if state.compiled is not None else 1

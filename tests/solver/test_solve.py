@@ -141,3 +141,10 @@ def test_progress_is_told():
     solve(planted_packing(80, seed=2), PARAMS, progress=told.append)
     assert told
     assert told[-1].peak == told[-1].lower_bound
+
+
+def test_thousands_of_sections_stay_within_the_time():
+    requests = tuple(Request(f"r{k}", 2 * k, 2 * k + 1, 5 + k % 3) for k in range(20_000))
+    solution = solve(Problem(requests=requests), SolveParams(time_limit_seconds=30, num_threads=2))
+    assert (solution.status, solution.peak) == (Status.OPTIMAL, 7)
+    assert solution.seconds < 20

@@ -56,7 +56,7 @@ class _Repair:
     max_passes: int
     seed: int
     deadline: float
-    results: list[SearchResult] = []
+    results: list[SearchResult]
 
     def __call__(self, stop: StopFlag) -> SearchResult:
         seconds = max(self.deadline - time.monotonic(), 0.0)

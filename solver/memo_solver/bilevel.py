@@ -145,10 +145,7 @@ class _Bilevel:
         solution = flat
         if flat_peak > flat.lower_bound:
             since = time.monotonic()
-            hint = start if start.peak < flat_peak else flat.placement
-            solution = solve_unrolled(self.unrolled, self.limited(1.0), progress=self.progress, hint=hint)
-            if solution.placement is None or solution.placement.peak > flat_peak:
-                solution = flat
+            solution = self.repair(flat, start)
             self.stage("flatten, push down, repair", since, solution.peak, "")
         return BilevelSolution(
             solution=self.finish(solution),
@@ -165,6 +162,26 @@ class _Bilevel:
         solution = solve_unrolled(self.unrolled, params, progress=self.progress)
         self.stage("flat heuristic", since, solution.peak, f"{len(self.requests)} requests")
         return solution
+
+    def repair(self, flat: Solution, start: Placement) -> Solution:
+        """Push the lower of both placements down and repair it, if there is time for a pass."""
+        assert flat.placement is not None
+        best = flat
+        if start.peak < flat.placement.peak:
+            validate(start.problem, start.offsets)
+            best = replace(flat, placement=start, proof=flat.proof)
+        assert best.placement is not None
+        overhead = sum(stage.seconds for stage in flat.stages if stage.name != "heuristics")
+        params = self.limited(1.0)
+        if params.time_limit_seconds < 2 * overhead:
+            return best
+        # The repair's own reductions and validation are part of the time that is left.
+        params = replace(params, time_limit_seconds=params.time_limit_seconds - overhead / 2)
+        hint = best.placement
+        repaired = solve_unrolled(self.unrolled, params, progress=self.progress, hint=hint)
+        if repaired.placement is None or repaired.placement.peak >= hint.peak:
+            return best
+        return repaired
 
     def place_blocks(self) -> dict[str, Level1]:
         """Level 1: each distinct request sequence once."""
@@ -221,7 +238,6 @@ class _Bilevel:
     def finish(self, solution: Solution) -> Solution:
         """The same solution over the original requests, with the stages of both levels."""
         assert solution.placement is not None
-        validate(self.unrolled.problem, solution.placement.offsets, capacity=solution.placement.peak)
         offsets = self.unrolled.offsets(solution.placement, self.requests)
         problem = Problem(requests=self.requests, capacity=self.iteration.capacity)
         placement: Placement | None = Placement(problem=problem, offsets=offsets)

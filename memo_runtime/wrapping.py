@@ -21,6 +21,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Loss, Policy, Settings
+from memo_runtime.errors import MemoError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers
 from memo_runtime.execution.install import install_pre_hook, place, remove_pre_hook, take_back
@@ -48,6 +49,12 @@ class _Gate:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(model, "_is_replica", False):
+            raise MemoError(
+                f"nn.DataParallel runs copies of {type(model).__name__} on several devices, and its blocks are managed "
+                "on one: use DistributedDataParallel (torchrun), or set CUDA_VISIBLE_DEVICES to one device, or call "
+                "memo.unwrap(model)"
+            )
         self._wrapped.before_forward(args, kwargs)
 
 

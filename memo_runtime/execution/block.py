@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("memo_runtime")
 
 
+_NOT_COMPILED = (
+    "memo_runtime manages this block, and saved-tensor hooks are not traced: compile without fullgraph=True (graphs "
+    "break around managed blocks), or compile the modules inside the blocks, or call memo.unwrap(model)"
+)
+
+
 def for_length(plan: BlockPlan, tokens: int) -> BlockPlan:
     """``plan`` for a call of another length: the same share of tokens is stashed."""
     if plan.tokens == tokens or not plan.tokens:
@@ -52,7 +58,7 @@ class BlockForward:
         self.position = position
         self._layouts: dict[tuple[int, int], PlannedLayout] = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
         forward = original_forward(self.block)
@@ -138,9 +144,7 @@ class BlockForward:
             self._layouts = {key: PlannedLayout(profile, plan)}
         return self._layouts[key]
 
-    def _sort(
-        self, stash: Stash, call: BlockCall, profile: BlockProfile, plan: BlockPlan, captured: Any
-    ) -> Sorted:
+    def _sort(self, stash: Stash, call: BlockCall, profile: BlockProfile, plan: BlockPlan, captured: Any) -> Sorted:
         if not profile.dynamic and plan.executor == Executor.REPLAY:
             layout = self._planned(profile, plan)
             found = layout.find(stash, call, captured)

@@ -156,9 +156,10 @@ def fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("order", ["wrap first", "compile first"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "backend"), [("memo", "eager"), ("memo", "aot_eager"), ("swap", "aot_eager"), ("recompute", "aot_eager")]
+)
 def test_a_compiled_model_works(policy: str, order: str, backend: str, fresh_dynamo: None) -> None:
     model, plain = tower(2), tower(2)
     if order == "wrap first":
@@ -222,6 +223,33 @@ def test_compiled_blocks(order: str, fresh_dynamo: None) -> None:
         assert_trains_as(model, plain, signal())
     assert all(block.bytes_to_host > 0 for block in memo.report(model).blocks)
     assert_nothing_held(model)
+
+
+@pytest.mark.parametrize("order", ["wrap first", "compile first"])
+def test_one_graph_for_all_is_refused_by_name(order: str, fresh_dynamo: None) -> None:
+    model, plain = tower(2), tower(2)
+    if order == "wrap first":
+        memo.wrap(model, **POLICIES["memo"])
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    if order == "compile first":
+        memo.wrap(compiled, **POLICIES["memo"])
+    message = refused(torch._dynamo.exc.Unsupported, step, compiled, signal())
+    assert "memo_runtime manages this block" in message
+    assert "compile without fullgraph=True" in message
+    assert_trains_as(memo.unwrap(compiled), plain, signal())
+
+
+def test_data_parallel_is_refused_by_name() -> None:
+    """On several devices it calls copies that share the blocks' forwards."""
+    model, plain = memo.wrap(tower(), **POLICIES["memo"]), tower()
+    step(model, signal())
+    copied = model._replicate_for_data_parallel()
+    message = refused(memo.MemoError, copied, signal())
+    assert "nn.DataParallel" in message
+    assert "DistributedDataParallel" in message
+    assert_trains_as(model, plain, signal())
+    one_device = nn.DataParallel(model)
+    assert_trains_as(one_device, plain, signal())
 
 
 # Hooks, evaluation, generate.

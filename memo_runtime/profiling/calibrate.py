@@ -21,15 +21,13 @@ from memo_runtime.profiling.candidates import MIN_TOKENS, argument_axes, token_d
 from memo_runtime.profiling.compare import Lengths, close
 from memo_runtime.profiling.growth import fit_counts, polynomial_bytes
 from memo_runtime.profiling.inventory import take_inventory
-from memo_runtime.profiling.observe import Observation, observe
+from memo_runtime.profiling.observe import CROP_ERRORS, Observation, observe
 from memo_runtime.profiling.slicing import Slicing, find_slicing, full_values, named_pins, tail_values
 from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, Pin, PinKind, Role, TensorGroup
 
 #: Tokens of the crop: enough to tell token dimensions from others, few enough to hold every operator's result, and no
 #: multiple of what kernels pad to, so that a padded dimension does not look like one that grows with tokens.
 CROP_TOKENS = {"cuda": 509, "cpu": 251}
-#: What a block raises that does not run on fewer tokens than it was called with.
-CROP_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class Match:
     padded: int | None = None
 
 
+@torch.no_grad()
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal up to the rounding of their dtype; exactly for integers and booleans."""
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -19,6 +19,9 @@ from memo_runtime.blocks.operators import is_mutable, pin_kind
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
 from memo_runtime.blocks.rerun import Forward, run_again, storage_key
 
+#: What a block raises when it does not take fewer tokens; some check their input by assertion.
+CROP_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError)
+
 
 @dataclass(slots=True)
 class OperatorRecord:

@@ -20,7 +20,7 @@ from memo_runtime.blocks.pins import PinKey, Value, Values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
-from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
+from memo_runtime.profiling.observe import CROP_ERRORS, Observation, OperatorRecord, observe
 from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
 
 _MAX_ROUNDS = 8
@@ -132,9 +132,13 @@ def _token_dims(whole: OperatorRecord, part: OperatorRecord) -> tuple[int, int]:
 
 
 def _pinnable(record: OperatorRecord) -> bool:
-    """Integers found by value are an order of tokens or a count: cutting them would point past the slice."""
+    """Integers found by value are an order of tokens or a count: cutting them would point past the slice.
+
+    Booleans are not: a block that cuts its causal mask out of a buffer takes the wrong part of it on a slice.
+    """
     tensors = [value for value in record.outputs if isinstance(value, torch.Tensor)]
-    return not record.lists and (not record.inputs or all(t.is_floating_point() for t in tensors))
+    values = all(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in tensors)
+    return not record.lists and (not record.inputs or values)
 
 
 def _find_faults(whole: Observation, part: Observation, lengths: Lengths) -> tuple[dict[PinKey, PinKind], str]:
@@ -186,7 +190,7 @@ def find_slicing(
         try:
             # The shapes of the pinned outputs on a slice, before anything is replaced.
             shapes = _shapes(observe(forward, tail_call, last=len(whole.saved) - 1))
-        except (RuntimeError, IndexError, ValueError) as error:
+        except CROP_ERRORS as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
     for _ in range(_MAX_ROUNDS):
@@ -194,7 +198,7 @@ def find_slicing(
         values = tail_values(whole, slicing, lengths)
         try:
             part = observe(forward, tail_call, values, last=len(whole.saved) - 1)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except CROP_ERRORS as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
         faults, slicing.reason = _find_faults(whole, part, lengths)

@@ -18,8 +18,9 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import CaptureMode, ReplayMode
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
-from memo_runtime.profiling.calibrate import CROP_ERRORS, undisturbed
+from memo_runtime.profiling.calibrate import undisturbed
 from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
+from memo_runtime.profiling.observe import CROP_ERRORS
 from memo_runtime.records import BlockProfile, Growth, Role
 
 #: Longest length timed where the block will run at more.

@@ -98,6 +98,50 @@ class EagerAttention(Part):
         return self.finish(x, merge_heads(weights @ v))
 
 
+class BufferedMask(Part):
+    """Cuts its causal mask out of a buffer, as nanoGPT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("past", torch.ones(48, 48, dtype=torch.bool).tril().view(1, 1, 48, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(~self.past[:, :, : x.shape[1], : x.shape[1]], float("-inf"))
+        return self.finish(x, merge_heads(scores.softmax(-1) @ v))
+
+
+class Spectrum(Part):
+    """A Fourier transform over tokens: complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.project(self.norm(x)).chunk(3, dim=-1)
+        return self.finish(x, torch.fft.fft(a.to(torch.complex128), dim=1).real * 0.1 * b + c)
+
+
+class OnlyMultiples(Attention):
+    """Asserts that the length is a multiple of 8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] % 8 == 0, "a multiple of 8"
+        return super().forward(x)
+
+
+class CutConvolution(Part):
+    """Saves the convolution's result without its last tokens: a tensor with gaps in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.conv = nn.Conv1d(2 * WIDTH, 2 * WIDTH, 4, groups=2 * WIDTH, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.project(self.norm(x)).chunk(2, dim=-1)
+        mixed = functional.silu(self.conv(a.transpose(1, 2))[..., : x.shape[1]])
+        left, right = mixed.transpose(1, 2).chunk(2, dim=-1)
+        return self.finish(x, left * right + b[..., :WIDTH])
+
+
 class Convolution(Part):
     """A depthwise causal convolution over time."""
 

@@ -21,6 +21,8 @@ MAIN = [
     blocks.OwnPositions,
 ]
 OTHERS = [
+    blocks.BufferedMask,
+    blocks.Spectrum,
     blocks.Squeeze,
     blocks.TupleOutput,
     blocks.DictOutput,
@@ -57,6 +59,20 @@ def test_size_that_depends_on_data(way: Way) -> None:
     model = blocks.stack_of(blocks.Routed)
     reason = "a slice of its tokens does not run"
     assert_exact(model, {"x": blocks.sequence()}, way, loss_of=output_loss, fallback=reason)
+
+
+@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+def test_length_that_is_asserted(way: Way) -> None:
+    """What a block raises on fewer tokens is the reason why it is not sliced."""
+    x = blocks.sequence(tokens=24)
+    model = blocks.stack_of(blocks.OnlyMultiples)
+    assert_exact(model, {"x": x[:, :24]}, way, loss_of=output_loss, fallback="a multiple of 8")
+
+
+@pytest.mark.parametrize("tokens", [13, 21, 29])
+def test_gaps_in_memory(tokens: int) -> None:
+    x = blocks.sequence(tokens=tokens)
+    assert_exact(blocks.stack_of(blocks.CutConvolution), {"x": x}, SWAP, loss_of=output_loss)
 
 
 @pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)

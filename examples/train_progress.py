@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -169,6 +170,9 @@ def result_line(outcome: Outcome) -> str:
         "policy": report.policy if report is not None else options.policy,
         "seq_len": outcome.seq_len or options.seq_len,
         "steps": len(steps),
+        "seconds": [step.seconds for step in steps],
+        "peak_reserved": torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else None,
+        "host_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "budget": options.budget,
         "host_budget": options.host_budget,
         "device": workload.device_name if workload is not None else options.device,

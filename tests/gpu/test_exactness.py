@@ -36,14 +36,14 @@ def test_swap_is_bit_identical_in_bfloat16(backend, rows, tokens):
     model, data = llama(torch.bfloat16, grouped=takes_groups(backend)), batch(rows, tokens)
     with sdpa_kernel(backend):
         loss, plain = step(model, data)
-        _, again = step(model, data)
-        if not all(torch.equal(again[n], plain[n]) for n in plain):
+        repeats = [step(model, data)[1] for _ in range(6)]
+        if not all(torch.equal(again[n], plain[n]) for again in repeats for n in plain):
             pytest.skip(f"{backend.name} does not give the same bits twice by itself")
         memo.wrap(model, policy="swap", keep_last=0, loss="native")
         for _ in range(3):
             swapped_loss, gradients = step(model, data)
             assert torch.equal(swapped_loss, loss)
-            assert all(torch.equal(gradients[n], plain[n]) for n in plain)
+            assert [n for n in plain if not torch.equal(gradients[n], plain[n])] == []
     assert memo.report(model).totals.bytes_to_host > 0
 
 

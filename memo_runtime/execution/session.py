@@ -32,6 +32,7 @@ logger = logging.getLogger("memo_runtime")
 
 Observer = Callable[[BlockForward, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _NO_PLAN = "the wrapped model itself was not called, so there is no plan yet"
+_NOT_SEEN = "it was not called when the model was profiled (layer drop, a branch not taken)"
 
 
 class Session:
@@ -51,7 +52,6 @@ class Session:
         self.observer: Observer | None = None
         self.idle = False
         self.plan: Plan | None = None
-        self.no_plan_reason = _NO_PLAN
         self.steps = 0
         self._notes: dict[str, None] = {}
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
@@ -98,6 +98,11 @@ class Session:
     def decision(self, name: str) -> tuple[BlockProfile | None, BlockPlan | None]:
         """Profile and plan of block ``name``; None before there is a plan."""
         return self._decisions.get(name, (None, None))
+
+    @property
+    def no_plan_reason(self) -> str:
+        """Why a block has no decision."""
+        return _NO_PLAN if self.plan is None else _NOT_SEEN
 
     @property
     def tools(self) -> Tools:

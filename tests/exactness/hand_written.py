@@ -138,8 +138,8 @@ class CutConvolution(Part):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.project(self.norm(x)).chunk(2, dim=-1)
         mixed = functional.silu(self.conv(a.transpose(1, 2))[..., : x.shape[1]])
-        left, right = mixed.transpose(1, 2).chunk(2, dim=-1)
-        return self.finish(x, left * right + b[..., :WIDTH])
+        pairs = mixed.unflatten(1, (2, WIDTH)).prod(1)
+        return self.finish(x, pairs.transpose(1, 2) + b[..., :WIDTH])
 
 
 class Convolution(Part):

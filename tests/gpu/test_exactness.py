@@ -25,7 +25,7 @@ def takes_groups(backend: SDPBackend) -> bool:
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 

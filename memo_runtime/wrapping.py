@@ -29,6 +29,7 @@ from memo_runtime.execution.session import Session
 from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.planner import make_plan
+from memo_runtime.profiling.candidates import MIN_TOKENS
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.machine import device_memory
 from memo_runtime.profiling.model import NamedBlock, model_device, profile_model
@@ -72,6 +73,8 @@ class _Known:
             return None
         leaf, dim = self.length_at
         old, new = self.profile.blocks[0].tokens, shapes[leaf][dim]
+        if old < MIN_TOKENS:
+            return None  # too short to be sliced: it does not tell what longer ones can do
         scaled = tuple(tuple(new if size == old else size for size in shape) for shape in self.shapes)
         return new if scaled == shapes else None
 

@@ -127,6 +127,18 @@ def test_a_new_batch_size_is_profiled_once(calibrated: list[str]) -> None:
     assert_nothing_held(model)
 
 
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_first_batch_too_short_to_slice_does_not_decide_for_longer_ones(first: int) -> None:
+    model, plain = memo.wrap(tower(), **POLICIES["memo"]), tower()
+    assert_trains_as(model, plain, signal(tokens=first))
+    assert_trains_as(model, plain, signal(tokens=24))
+    report = acted(model)
+    assert [block.reason for block in report.blocks] == ["", "", ""]
+    assert report.totals.peak_bytes == report.totals.forecast.peak_bytes
+    assert_trains_as(model, plain, signal(tokens=first))
+    assert_nothing_held(model)
+
+
 def test_other_arguments_of_the_model_are_profiled_anew(calibrated: list[str]) -> None:
     model, plain = memo.wrap(llama(), **POLICIES["memo"]), llama()
     inputs = batch(tokens=24)

@@ -24,16 +24,29 @@ from memo_runtime.records import TokenAxis
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A strided view relative to the start of a region; ``axis`` is where its tokens are."""
+    """A strided view relative to the start of a region; ``axis`` is where its tokens are.
+
+    ``spread``: the strides of the original, where it had gaps in memory and the region holds it packed.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     axis: TokenAxis | None
+    spread: tuple[int, ...] | None = None
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The view over ``flat``, a 1-D tensor that holds the region."""
         return flat.as_strided(self.size, self.stride, flat.storage_offset() + self.offset)
+
+    def as_it_was(self, flat: torch.Tensor) -> torch.Tensor:
+        """The view with the strides of the original; a copy where those had gaps."""
+        packed_view = self.of(flat)
+        if self.spread is None:
+            return packed_view
+        wide = torch.empty_strided(self.size, self.spread, dtype=flat.dtype, device=flat.device)
+        shrink(wide).copy_(shrink(packed_view))
+        return wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +208,7 @@ def compact_region(tensor: torch.Tensor, axis: TokenAxis | None, tokens: int) ->
     (view,) = region.views
     expanded = (n != m for n, m in zip(tensor.shape, small.shape, strict=True))
     stride = tuple(0 if wide else step for wide, step in zip(expanded, view.stride, strict=True))
-    view = View(tuple(tensor.shape), stride, view.offset, axis)
+    view = View(tuple(tensor.shape), stride, view.offset, axis, spread=tensor.stride())
     return Region(region.outer, region.tokens, region.inner, (view,)), flat_of(dense, region)
 
 

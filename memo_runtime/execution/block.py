@@ -126,7 +126,9 @@ class BlockForward:
             captured = capture.captured if capture is not None else {}
             sorted_ = self._sort(stash, call, profile, plan, captured)
             if not sorted_.complete:
-                self._plan_rerun(stash, call, profile, plan, sorted_, autocast, random, forward)
+                rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
+                rerun.random = random
+                stash.rebuild = rerun
             session.commit(stash, sorted_, self.position)
         return output
 
@@ -161,30 +163,36 @@ class BlockForward:
         stash.hold_skeletal(sum(t.numel() * t.element_size() for t in stash.pending))
         return storage.sort(stash, call, captured, parameter_storages(self.block))
 
-    def _plan_rerun(
-        self, stash: Stash, call: BlockCall, profile: BlockProfile, plan: BlockPlan, sorted_: Sorted,
-        autocast: AutocastState, random: RandomState | None, forward: Forward,
-    ) -> None:  # fmt: skip
+    def _rerun(
+        self,
+        call: BlockCall,
+        profile: BlockProfile,
+        plan: BlockPlan,
+        sorted_: Sorted,
+        *,
+        count: int,
+        autocast: AutocastState,
+    ) -> Rerun:
+        """How to run this call again; ``count`` is how many tensors it saved."""
         needs_grad = False
         if profile.tokens:
             needs_grad = call.leaves[profile.input_leaf].requires_grad
             # The input comes from its piece; the call must not keep the live one.
             call = call.replaced({profile.input_leaf: torch.empty(0)})
-        stash.rebuild = Rerun(
+        return Rerun(
             block=self.block,
-            forward=forward,
+            forward=original_forward(self.block),
             name=self.name,
             call=call.detached(),
             input_leaf=profile.input_leaf,
             input_source=sorted_.input_source,
             input_needs_grad=needs_grad,
-            count=len(stash.pending),
+            count=count,
             autocast=autocast,
             arguments=profile.arguments,
             tokens=plan.tokens,
             prefix=0 if profile.dynamic or plan.executor == Executor.RECOMPUTE else plan.prefix,
             pins=sorted_.pins,
-            random=random,
         )
 
 

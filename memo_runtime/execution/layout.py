@@ -117,6 +117,7 @@ class PlannedLayout:
             stash.pieces.append(piece)
             if action != Action.REBUILD:
                 region, flat, members = found[number]
+                piece.exact = self.plan.prefix >= self.plan.tokens
                 piece.store(region, flat, self.plan.prefix, self.plan.device_rows, stash.tools.pool)
                 stash.counters.bytes_kept += piece.bytes_kept
                 result.outgoing.append((piece, flat))
@@ -206,7 +207,7 @@ class StorageLayout:
         if dropped.users:
             stash.pieces.append(dropped)
         stored += [Member(t, None) for t in needed.values() if storage_key(t) in wanted and _size(t) >= MIN_SWAP_BYTES]
-        found = self._store(result, stash, stored)
+        found = self._store(result, stash, stored, exact=not self.rebuild)
         sources = {name: found.get(id(t)) or Source(kept=t) for name, t in needed.items()}
         result.input_source = sources.get(_INPUT, Source())
         for pin, values in captured.items() if self.rebuild and self.pinned else ():
@@ -227,13 +228,14 @@ class StorageLayout:
         return needed
 
     @staticmethod
-    def _store(result: Sorted, stash: Stash, members: list[Member]) -> dict[int, Source]:
+    def _store(result: Sorted, stash: Stash, members: list[Member], *, exact: bool) -> dict[int, Source]:
         """Make one piece per storage; returns where members that are no saved tensors are, by identity."""
         found: dict[int, Source] = {}
         for same in by_storage(members):
             for region, flat, inside in locate(same, 1):
                 piece = Piece(Action.HOST, stash.tools.ledger, _size(flat))
                 stash.pieces.append(piece)
+                piece.exact = exact
                 piece.store(region, flat, 0, 0, stash.tools.pool)
                 result.outgoing.append((piece, flat))
                 for position, member in enumerate(inside):

@@ -32,6 +32,7 @@ class Piece:
         "bytes_kept",
         "bytes_out",
         "dtype",
+        "exact",
         "indices",
         "modified",
         "out",
@@ -57,6 +58,8 @@ class Piece:
         self.dtype = torch.uint8
         self.out: Ticket | None = None
         self.modified = False
+        #: Nothing is rebuilt: every tensor comes back with the strides that it had, so that kernels give the same bits.
+        self.exact = False
         self.bytes_out = 0
         self.bytes_in = 0
         self.bytes_kept = 0
@@ -147,7 +150,8 @@ class Piece:
     def view(self, position: int) -> torch.Tensor:
         """View number ``position`` of the region over the buffer."""
         assert self._buffer is not None and self.region is not None, "the piece was fetched"
-        return self.region.views[position].of(self._buffer)
+        view = self.region.views[position]
+        return view.as_it_was(self._buffer) if self.exact else view.of(self._buffer)
 
     def write_tail(self, position: int, tail: torch.Tensor, tokens: int) -> None:
         """Write rebuilt rows [prefix, tokens) of view ``position`` behind the fetched ones; equal views once."""

@@ -32,17 +32,34 @@ CROP_TOKENS = {"cuda": 509, "cpu": 251}
 
 @contextlib.contextmanager
 def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block for measurement: its buffers and the random state are as before afterwards."""
+    """Run a block for measurement: its buffers, the random state and recurrent states are as before afterwards.
+
+    A recurrent state is a tensor that a module keeps as an attribute.
+    """
     random = RandomState.current(device)
     buffers = [(buffer, buffer.detach().clone()) for buffer in block.buffers()]
+    attributes = [(module, dict(module.__dict__)) for module in block.modules()]
     try:
         yield
     finally:
         random.set()
+        for module, values in attributes:
+            _restore_tensors(module, values)
         with torch.no_grad():
             for buffer, before in buffers:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
+
+
+def _restore_tensors(module: nn.Module, before: dict[str, object]) -> None:
+    """Give attributes that hold a tensor now, or did before, the value that they had."""
+    for name, value in list(module.__dict__.items()):
+        if isinstance(value, torch.Tensor) and name not in before:
+            del module.__dict__[name]
+    for name, value in before.items():
+        now = module.__dict__.get(name)
+        if now is not value and (isinstance(now, torch.Tensor) or isinstance(value, torch.Tensor)):
+            module.__dict__[name] = value
 
 
 @dataclass(slots=True)

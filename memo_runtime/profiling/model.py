@@ -75,6 +75,19 @@ class Observer:
         return self._result(block, forward, call, self.profiles[name])
 
     def _profile(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        try:
+            return self._measured(block, forward, call)
+        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # The forward itself may run; what does not is running it again and again.
+            reason = f"it could not be profiled: {type(error).__name__}: {str(error).strip()}"[:200].splitlines()[0]
+            return BlockProfile(
+                name=block.name, kind=type(block.module).__name__, stack=block.stack,
+                tokens=0, token_dim=0, input_leaf=0, reason=reason,
+            )  # fmt: skip
+
+    def _measured(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
         profile = calibrate(block.module, forward, call, name=block.name, stack=block.stack)
         self._note_shared(call, profile)
         if profile.tokens and not self.profiles:

@@ -80,33 +80,10 @@ def test_length_that_is_asserted(way: Way) -> None:
     assert_exact(model, {"x": x[:, :24]}, way, loss_of=output_loss, fallback="a multiple of 8")
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(
-            SWAP,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="tensors with gaps in memory come back packed: other strides, other kernels, other last bits",
-            ),
-        ),
-        RECOMPUTE,
-        MEMO,
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
 def test_gaps_in_memory(way: Way) -> None:
     x = blocks.sequence(tokens=29)
     assert_exact(blocks.stack_of(blocks.CutConvolution), {"x": x}, way, loss_of=output_loss)
-
-
-def test_gaps_in_memory_change_only_the_last_bits() -> None:
-    model, inputs = blocks.stack_of(blocks.CutConvolution), {"x": blocks.sequence(tokens=29)}
-    want = run_step(model, inputs, output_loss)
-    got = run_step(SWAP.wrap(model), inputs, output_loss)
-    assert torch.equal(got.loss, want.loss)
-    assert relative_error(got.gradients, want.gradients) <= TOLERANCE
 
 
 @pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.rerun import Forward, storage_key
-from memo_runtime.errors import ProfileError
+from memo_runtime.errors import OffloaderActiveError, ProfileError
 from memo_runtime.profiling.calibrate import calibrate, undisturbed
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.link import measure_link
@@ -78,7 +78,7 @@ class Observer:
         try:
             return self._measured(block, forward, call)
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, OffloaderActiveError)):
                 raise
             # The forward itself may run; what does not is running it again and again.
             reason = f"it could not be profiled: {type(error).__name__}: {str(error).strip()}"[:200].splitlines()[0]

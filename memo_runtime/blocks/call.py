@@ -78,12 +78,12 @@ class BlockCall:
     def detached(self, fresh: Sequence[int] = ()) -> BlockCall:
         """The call with every tensor detached, requiring grad where it did.
 
-        A leaf listed in ``fresh`` is also copied, so that writing to it does not touch the caller's tensor.
+        A leaf listed in ``fresh`` is also copied, and no leaf of the graph, so that a block may write into it.
         """
         leaves: dict[int, Any] = {}
         for index, tensor in self.tensors():
-            copy = tensor.detach().clone() if index in fresh else tensor.detach()
-            leaves[index] = copy.requires_grad_(tensor.requires_grad)
+            cut_off = tensor.detach().requires_grad_(tensor.requires_grad)
+            leaves[index] = cut_off.clone() if index in fresh else cut_off
         return self.replaced(leaves)
 
     def signature(self) -> str:

@@ -115,6 +115,7 @@ class BlockForward:
         autocast = AutocastState.current(session.tools.device.type)
         random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None
         args, kwargs = call.arguments()
+        versions = [tensor._version for _, tensor in call.tensors()]
         hooks = saved_tensors_hooks(stash.pack, stash.unpack)
         with torch.profiler.record_function(f"memo::forward {self.name}"), hooks:
             if capture is None:
@@ -124,7 +125,9 @@ class BlockForward:
                     output = forward(*args, **kwargs)
         if stash.pending:
             captured = capture.captured if capture is not None else {}
-            sorted_ = self._sort(stash, call, profile, plan, captured)
+            # A rerun from arguments that the block itself changed in place would compute something else.
+            same = versions == [tensor._version for _, tensor in call.tensors()]
+            sorted_ = self._sort(stash, call, profile, plan, captured, rerunnable=same)
             if not sorted_.complete:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
                 rerun.random = random
@@ -146,15 +149,27 @@ class BlockForward:
             self._layouts = {key: PlannedLayout(profile, plan)}
         return self._layouts[key]
 
-    def _sort(self, stash: Stash, call: BlockCall, profile: BlockProfile, plan: BlockPlan, captured: Any) -> Sorted:
-        if not profile.dynamic and plan.executor == Executor.REPLAY:
+    def _sort(
+        self,
+        stash: Stash,
+        call: BlockCall,
+        profile: BlockProfile,
+        plan: BlockPlan,
+        captured: Any,
+        *,
+        rerunnable: bool,
+    ) -> Sorted:
+        whole = plan.executor == Executor.REPLAY and plan.prefix >= plan.tokens
+        if not rerunnable and not whole:
+            self.session.note_in_place(self.name)
+        elif not profile.dynamic and plan.executor == Executor.REPLAY:
             layout = self._planned(profile, plan)
             found = layout.find(stash, call, captured)
             if found is not None:
                 stash.hold_skeletal(layout.skeletal_bytes())
                 return layout.sort(stash, call, captured, found)
             self.session.note_deviation(self.name)
-        swap = plan.executor == Executor.REPLAY and (plan.prefix >= plan.tokens or not profile.dynamic)
+        swap = whole or not rerunnable or (plan.executor == Executor.REPLAY and not profile.dynamic)
         storage = StorageLayout(
             rebuild=not swap,
             pinned=plan.executor == Executor.REPLAY,

@@ -103,6 +103,12 @@ class Piece:
         if self._slot is not None and self.region is not None:
             self.out = transfer.to_host(self.region.rows(flat, *self.rows), self._host_rows())
 
+    def sent(self) -> None:
+        """Make compute wait for the copy to the host and let go of its source."""
+        if self.out is not None:
+            self.modified = not self.out.release()
+            self.out = None
+
     def _host_rows(self) -> torch.Tensor:
         assert self._slot is not None and self.region is not None, "the piece was stored"
         start, stop = self.rows
@@ -198,6 +204,7 @@ class Piece:
     def close(self) -> None:
         """Give everything back."""
         self.drop_buffer()
+        self.sent()
         self._slot = None
         self._device_rows = None
         self._ledger.drop(self.bytes_kept)

@@ -24,9 +24,10 @@ from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
+from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash, Tools
-from memo_runtime.execution.transfer import Ticket, make_transfer
-from memo_runtime.records import BlockPlan, BlockProfile, Forecast, Plan, Report, Totals
+from memo_runtime.execution.transfer import make_transfer
+from memo_runtime.records import BlockPlan, BlockProfile, Executor, Forecast, Plan, Report, Totals
 
 logger = logging.getLogger("memo_runtime")
 
@@ -58,7 +59,7 @@ class Session:
         self._tools: Tools | None = None
         self._step: StepCounters | None = None
         self.last_stash: weakref.ref[Stash] | None = None
-        self._in_flight: deque[tuple[int, list[Ticket]]] = deque()
+        self._in_flight: deque[tuple[int, list[Piece]]] = deque()
         self._ready: deque[weakref.ref[Stash]] = deque()
 
     # ---- in place
@@ -153,25 +154,24 @@ class Session:
 
     def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
         """Block number ``position`` has finished its forward: start its copies."""
-        tickets = []
+        copied = []
         with torch.profiler.record_function(f"memo::offload {stash.name}"):
             for piece, flat in sorted_.outgoing:
                 piece.send(flat, self.tools.transfer)
                 stash.counters.bytes_to_host += piece.bytes_out
-                if piece.out is not None:
-                    tickets.append(piece.out)
+                copied.append(piece)
         stash.settle()
         stash.lower = self.last_stash
         stash.before_backward = self._before_backward
         self.last_stash = weakref.ref(stash)
-        self._in_flight.append((position, tickets))
+        self._in_flight.append((position, copied))
         self.step.clock.touch()
 
     def _release_copies(self, before: int | None = None) -> None:
         """Let compute wait for the copies of blocks below position ``before`` (None: of all) and free their sources."""
         while self._in_flight and (before is None or self._in_flight[0][0] < before):
-            for ticket in self._in_flight.popleft()[1]:
-                ticket.release()
+            for piece in self._in_flight.popleft()[1]:
+                piece.sent()
 
     def _before_backward(self, stash: Stash) -> None:
         self.backward_started()
@@ -204,6 +204,13 @@ class Session:
         """The key/value cache was switched off."""
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
                   level=logging.INFO)  # fmt: skip
+
+    def note_in_place(self, name: str) -> None:
+        """A block changed its own arguments in place, so it cannot be run again from them."""
+        counters = self.step.block(name)
+        counters.executor, counters.alpha = Executor.REPLAY, 1.0
+        counters.reason = "it modifies an argument in place, so it is not run again: what it saves is swapped whole"
+        self.note(f"'{name}': {counters.reason}")
 
     def note_deviation(self, name: str) -> None:
         """A block saved something else than when it was profiled."""

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 
-from memo_runtime.blocks.call import BlockCall
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.ledger import Ledger
@@ -82,7 +81,6 @@ class Stash:
         self.holders: list[weakref.ref[Holder]] = []
         self.pieces: list[Piece] = []
         self.rebuild: Rebuild | None = None
-        self.call: BlockCall | None = None
         self.lower: weakref.ref[Stash] | None = None
         self.before_backward: Callable[[Stash], None] | None = None
         self._ready = False
@@ -163,6 +161,12 @@ class Stash:
         if piece is None:
             raise ReplayMismatchError(
                 f"saved tensor {holder.index} of '{self.name}' is asked for, but its forward did not finish"
+            )
+        if piece.modified:
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation cannot be given back: '{self.name}' was still "
+                "being copied to the host when an in-place operation outside it modified its input or a saved tensor; "
+                "make that operation out of place"
             )
         rebuilt = piece.rebuilt.get(holder.index)
         if rebuilt is not None:

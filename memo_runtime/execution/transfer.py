@@ -31,8 +31,8 @@ class Ticket(ABC):
         """Make the compute stream wait for the copy (on CPU: it is done)."""
 
     @abstractmethod
-    def release(self) -> None:
-        """Wait, then let go of the source."""
+    def release(self) -> bool:
+        """Wait, then let go of the source; False if the source was modified in place before the copy was over."""
 
 
 class Transfer(ABC):
@@ -56,8 +56,9 @@ class _Done(Ticket):
     def wait(self) -> None:
         """Nothing is under way."""
 
-    def release(self) -> None:
-        """Nothing is held."""
+    def release(self) -> bool:
+        """Nothing is held, and nothing was modified before the copy was over."""
+        return True
 
 
 class CpuTransfer(Transfer):
@@ -82,16 +83,19 @@ class _CudaTicket(Ticket):
         self._transfer = transfer
         self._event = event
         self._held = held
+        self._version = held._version if held is not None else 0
         self._open = True
 
     def wait(self) -> None:
         torch.cuda.current_stream(self._transfer.device).wait_event(self._event)
         self._close()
 
-    def release(self) -> None:
+    def release(self) -> bool:
         if self._open:
             self.wait()
+        untouched = self._held is None or self._held._version == self._version
         self._held = None
+        return untouched
 
     def _close(self) -> None:
         if self._open:

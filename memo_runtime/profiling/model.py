@@ -146,10 +146,13 @@ def _never(_: Any) -> torch.Tensor:
 
 
 def _without_graph(leaf: Any) -> Any:
-    """A result that requires grad as it did and holds no graph."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.detach().requires_grad_(leaf.requires_grad)
-    return leaf
+    """A result that requires grad as it did and holds no graph of its block.
+
+    No leaf either where it requires grad: the next module may write into it.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().requires_grad_().clone() if leaf.requires_grad else leaf.detach()
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -41,6 +41,33 @@ def test_delayed_copies_change_nothing(monkeypatch, policy, alpha, slow):
         assert error(gradients, plain) <= 1e-5
 
 
+class Careless(torch.nn.Module):
+    """Adds to a block's input in place while that is still on its way to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 1024))
+            for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            h = x * 1.0
+            x = x + layer(h)
+            with torch.no_grad():
+                h.add_(1.0)
+        return x
+
+
+def test_an_input_that_is_modified_under_its_copy_is_an_error():
+    model = Careless().cuda()
+    memo.wrap(model, policy="swap", keep_last=0)
+    x = torch.randn(1, 4096, 1024, device="cuda")
+    with pytest.raises(RuntimeError, match=r"in-place|inplace"):
+        model(x).sum().backward()
+
+
 def test_nothing_leaks():
     model, data = llama(torch.bfloat16, blocks=3, hidden=256), batch(1, 1024)
     memo.wrap(model, policy="memo", alpha=0.5, keep_last=0)

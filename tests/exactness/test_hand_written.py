@@ -14,13 +14,10 @@ from tests.exactness.compare import (
     MEMO,
     RECOMPUTE,
     SWAP,
-    TOLERANCE,
     WAYS,
     Way,
     assert_exact,
     output_loss,
-    relative_error,
-    run_step,
 )
 
 MAIN = [

@@ -36,6 +36,9 @@ FIELDS = {
     "policy",
     "device",
     "torch",
+    "seconds",
+    "peak_reserved",
+    "host_rss",
 }
 
 

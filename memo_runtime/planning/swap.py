@@ -19,6 +19,8 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from memo_runtime.planning.forecast import Footprint, copy_seconds, to_device_cover, to_host_cover
@@ -56,6 +58,8 @@ def solve_prefixes(
     free = {
         index for index, choice in enumerate(base) if choice == Choice(Executor.REPLAY) and _sliceable(sheet, index)
     }
+    if free and not _pulp_is_installed():
+        return None
     by_kind: dict[tuple[int, int], Lines] = {}
     for index in sorted(free):
         if sheet.kind(index) not in by_kind:
@@ -69,6 +73,15 @@ def solve_prefixes(
         if choices is not None:
             found.append((sheet.forecast(choices).step_seconds, len(found), choices))
     return min(found)[2] if found else None
+
+
+@cache
+def _pulp_is_installed() -> bool:
+    """Whether there is a solver at all; says once what follows if not."""
+    installed = find_spec("pulp") is not None
+    if not installed:
+        _LOG.warning("PuLP is not installed (pip install pulp): a simpler plan is used than the linear program's")
+    return installed
 
 
 def _sliceable(sheet: Sheet, index: int) -> bool:

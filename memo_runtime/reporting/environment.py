@@ -20,7 +20,7 @@ _EXTRAS = {"hf": "memo-runtime[hf]", "kernels": "memo-runtime[kernels]", "cuda":
 class Package:
     """One package: its version, whether it loads, and what there is to say about it.
 
-    ``needed`` packages are part of every installation; the others add to what the runtime can do.
+    Nothing trains without the ``needed`` packages; the others add to what the runtime can do.
     """
 
     name: str
@@ -44,6 +44,8 @@ class _Wanted:
     distribution: str
     module: str
     extra: str = ""
+    #: What there is without it, where it is installed by default and nevertheless not needed to train.
+    without: str = ""
     detail: Callable[[], str] = str
 
 
@@ -62,8 +64,17 @@ def _pulp_detail() -> str:
 _WANTED = (
     _Wanted(distribution="torch", module="torch", detail=_torch_detail),
     _Wanted(distribution="numpy", module="numpy"),
-    _Wanted(distribution="pulp", module="pulp", detail=_pulp_detail),
-    _Wanted(distribution="ortools", module="ortools.sat.python.cp_model"),
+    _Wanted(
+        distribution="pulp",
+        module="pulp",
+        detail=_pulp_detail,
+        without="policies 'auto' and 'replay' choose among simpler plans",
+    ),
+    _Wanted(
+        distribution="ortools",
+        module="ortools.sat.python.cp_model",
+        without="'memo solve' searches without CP-SAT",
+    ),
     _Wanted(distribution="psutil", module="psutil"),
     _Wanted(distribution="transformers", module="transformers", extra="hf"),
     _Wanted(distribution="peft", module="peft", extra="hf"),
@@ -89,7 +100,7 @@ def packages() -> tuple[Package, ...]:
 
 
 def _examine(wanted: _Wanted) -> Package:
-    needed = not wanted.extra
+    needed = not wanted.extra and not wanted.without
     try:
         found: str | None = version(wanted.distribution)
     except PackageNotFoundError:
@@ -106,6 +117,8 @@ def _examine(wanted: _Wanted) -> Package:
 def _missing(wanted: _Wanted) -> str:
     if wanted.extra in _EXTRAS:
         return f"not installed; pip install '{_EXTRAS[wanted.extra]}'"
+    if wanted.without:
+        return f"not installed: {wanted.without}; pip install {wanted.distribution}"
     return "not installed; pip install memo-runtime" if not wanted.extra else "not installed; optional"
 
 

@@ -24,10 +24,11 @@ def cells(row: dict[str, Any]) -> str:
 def test_the_table_of_the_readme_is_made_of_rows():
     path = ROOT / "benchmarks" / "results" / "main_job_h100.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    latest = {row["seq_len"]: row for row in rows}
+    latest = {(row["seq_len"], row["budget"]): row for row in rows}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in latest.values():
         assert cells(row) in readme
         assert row["peak_allocated"] <= row["budget"]
         assert row["pinned_bytes"] <= row["host_budget"]
-    assert f"{latest[16384]['max_rel_loss_diff']:.1e}" in readme
+    compared = [row["max_rel_loss_diff"] for row in latest.values() if row["max_rel_loss_diff"] is not None]
+    assert all(f"{difference:.1e}" in readme for difference in compared)

@@ -196,3 +196,16 @@ class TestLowest:
 
     def test_of_equals_the_first_wins(self):
         assert lowest(range(4), lambda count: 1.0) == 0
+
+
+def test_without_pulp_a_simpler_plan_is_used_and_that_is_said(monkeypatch, caplog):
+    from memo_runtime.planning import swap
+
+    monkeypatch.setattr(swap, "find_spec", lambda name: None)
+    swap._pulp_is_installed.cache_clear()
+    with caplog.at_level("WARNING", logger="memo_runtime"):
+        plan = make_plan(llama_profile(), make_settings(policy="auto", budget=60 * GiB, host_budget=60 * GiB))
+    swap._pulp_is_installed.cache_clear()
+    assert plan.forecast.peak_bytes <= 60 * GiB
+    assert "PuLP is not installed" in caplog.text
+    assert plan.forecast.host_bytes <= plan.limits.host_bytes

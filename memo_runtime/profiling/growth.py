@@ -47,12 +47,28 @@ def fit_seconds(points: Sequence[tuple[int, float]], *, curved: bool) -> Growth:
     x1, y1 = unique[-1]
     if len(unique) == 1:
         return Growth(linear=y1 / x1)
-    x0, y0 = unique[0]
+    if curved and len(unique) >= 3:
+        fitted = _through_three(unique[-3:])
+        if fitted is not None:
+            return fitted
+    x0, y0 = unique[-2] if curved else unique[0]
     if curved:
         quadratic = max(0.0, (y1 / x1 - y0 / x0) / (x1 - x0))
         return Growth(linear=max(0.0, y1 / x1 - quadratic * x1), quadratic=quadratic)
     slope = min(max(0.0, (y1 - y0) / (x1 - x0)), y1 / x1)
     return Growth(constant=max(0.0, y1 - slope * x1), linear=slope)
+
+
+def _through_three(points: Sequence[tuple[int, float]]) -> Growth | None:
+    """Constant (launches), linear (matrix products) and quadratic (attention) seconds; None if one is negative."""
+    (x0, y0), (x1, y1), (x2, y2) = points
+    slope = (y1 - y0) / (x1 - x0)
+    quadratic = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x0)
+    linear = slope - quadratic * (x0 + x1)
+    constant = y0 - linear * x0 - quadratic * x0 * x0
+    if min(quadratic, linear, constant) < 0:
+        return None
+    return Growth(constant=constant, linear=linear, quadratic=quadratic)
 
 
 def polynomial_bytes(size_bytes: int, tokens: int, dims: int, multiple: int = 1) -> Growth:

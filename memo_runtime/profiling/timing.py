@@ -1,4 +1,4 @@
-"""Timing one block: forward, backward, and a rerun with its mixers replaced, at two lengths.
+"""Timing one block: forward, backward, and a rerun with its mixers replaced, at three lengths.
 
 On CUDA the transient memory of the block is measured in the same runs.
 """
@@ -156,9 +156,9 @@ def _skeletal(profile: BlockProfile, tokens: int) -> int:
 
 
 def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
-    """Two lengths, the longer at most what is affordable before the first step."""
+    """Three lengths, the longest at most what is affordable before the first step."""
     longest = min(tokens, max(_LONGEST.get(device_type, 512), tokens // 4 if device_type == "cuda" else 0))
-    return tuple(sorted({max(1, longest // 2), longest}))
+    return tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
 
 
 def time_block(

@@ -169,7 +169,7 @@ class BlockProfile:
         replayable: a rerun at full length with pins rebuilds them (checked numerically).
         reason: why not, where one of the two is False.
         dynamic: how many tensors it saves, or their sizes, depends on data; it is never sliced.
-        random: the block draws random numbers.
+        random: the block draws random numbers. stateful: its forward writes to its buffers (running statistics).
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
         forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
         recompute_flops: of a rerun of the whole block without pins.
@@ -192,6 +192,7 @@ class BlockProfile:
     reason: str = ""
     dynamic: bool = False
     random: bool = False
+    stateful: bool = False
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)
     rerun_seconds: Growth = field(default_factory=Growth)

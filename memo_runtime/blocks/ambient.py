@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,39 @@ class AutocastState:
     def signature(self) -> str:
         """Distinguishes calls that compute in other precisions."""
         return ",".join(f"{kind}:{dtype}" for kind, enabled, dtype in self.settings if enabled)
+
+
+@dataclass(frozen=True, slots=True)
+class BufferState:
+    """Values of a block's buffers, for forwards that write to them (running statistics, power iterations)."""
+
+    values: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @classmethod
+    def current(cls, block: torch.nn.Module) -> BufferState:
+        """The values at this point."""
+        return cls(tuple((buffer, buffer.detach().clone()) for buffer in block.buffers()))
+
+    def set(self) -> None:
+        """Make them the current values; no dispatch mode sees that."""
+        with torch.no_grad(), _disable_current_modes():
+            for buffer, value in self.values:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+    def changed(self) -> bool:
+        """The buffers have other values now."""
+        return any(not torch.equal(buffer, value) for buffer, value in self.values)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run from these values, then put back those from before, so that a rerun does not count twice."""
+        before = BufferState(tuple((buffer, buffer.detach().clone()) for buffer, _ in self.values))
+        self.set()
+        try:
+            yield
+        finally:
+            before.set()
 
 
 @dataclass(frozen=True, slots=True)

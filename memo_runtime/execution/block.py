@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memo_runtime.blocks.ambient import AutocastState, RandomState
+from memo_runtime.blocks.ambient import AutocastState, BufferState, RandomState
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
@@ -114,6 +114,7 @@ class BlockForward:
         capture = self._capture(profile, plan)
         autocast = AutocastState.current(session.tools.device.type)
         random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None
+        buffers = BufferState.current(self.block) if profile.stateful and _reruns(plan) else None
         args, kwargs = call.arguments()
         versions = [tensor._version for _, tensor in call.tensors()]
         hooks = saved_tensors_hooks(stash.pack, stash.unpack)
@@ -130,7 +131,7 @@ class BlockForward:
             sorted_ = self._sort(stash, call, profile, plan, captured, rerunnable=same)
             if not sorted_.complete:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
-                rerun.random = random
+                rerun.random, rerun.buffers = random, buffers
                 stash.rebuild = rerun
             session.commit(stash, sorted_, self.position)
         return output
@@ -213,6 +214,10 @@ class BlockForward:
 
 def _wanted_by_name(key: PinKey) -> tuple[int, ...] | None:
     return None if pin_kind(key[0]) is not None else ()
+
+
+def _reruns(plan: BlockPlan) -> bool:
+    return plan.executor == Executor.RECOMPUTE or plan.prefix < plan.tokens
 
 
 def _needs_random(profile: BlockProfile, plan: BlockPlan) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memo_runtime.blocks.ambient import AutocastState, RandomState
+from memo_runtime.blocks.ambient import AutocastState, BufferState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value
 from memo_runtime.blocks.region import packed, tail
@@ -53,7 +53,7 @@ class Rerun:
     Attributes:
         call: its arguments, detached, without the input. input_source: where that comes from, None: it was kept.
         count: how many tensors the forward saved. prefix, tokens: rows to rebuild; 0 for all.
-        pins: what is replaced. random: state to start from, None where nothing is drawn.
+        pins: what is replaced. random, buffers: state to start from, None where nothing is drawn or written.
     """
 
     block: nn.Module
@@ -70,6 +70,7 @@ class Rerun:
     prefix: int = 0
     pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
     random: RandomState | None = None
+    buffers: BufferState | None = None
 
     def run(self, stash: Stash) -> int:
         """Rebuild into the pieces of ``stash``; returns the FLOPs spent.
@@ -85,7 +86,8 @@ class Rerun:
         }
         mode = ReplayMode(values)
         random = self.random.restored() if self.random is not None else contextlib.nullcontext()
-        with self.autocast.restored(), random:
+        buffers = self.buffers.restored() if self.buffers is not None else contextlib.nullcontext()
+        with self.autocast.restored(), random, buffers:
             saved = run_again(
                 self.forward,
                 call,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from memo_runtime.blocks.ambient import RandomState
+from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.rerun import Forward, parameter_storages, stops_early, storage_key
@@ -60,6 +61,18 @@ def _restore_tensors(module: nn.Module, before: dict[str, object]) -> None:
         now = module.__dict__.get(name)
         if now is not value and (isinstance(now, torch.Tensor) or isinstance(value, torch.Tensor)):
             module.__dict__[name] = value
+
+
+@dataclass(frozen=True, slots=True)
+class _FromSameBuffers:
+    """A forward of which every run starts from the same buffers, as a rerun in training does."""
+
+    forward: Forward
+    start: BufferState
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.start.set()
+        return self.forward(*args, **kwargs)
 
 
 @dataclass(slots=True)
@@ -157,7 +170,8 @@ def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str,
             name=name, kind=type(block).__name__, stack=stack, tokens=0, token_dim=0, input_leaf=0,
             reason="it has no floating-point tensor argument with a token dimension",
         )  # fmt: skip
-    subject = _Subject(block, forward, call, leaf, name, stack)
+    start = BufferState.current(block)
+    subject = _Subject(block, _FromSameBuffers(forward, start), call, leaf, name, stack)
     hidden = subject.hidden
     limit = CROP_TOKENS.get(hidden.device.type, CROP_TOKENS["cpu"])
     with undisturbed(block, hidden.device), torch.enable_grad():
@@ -168,14 +182,13 @@ def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str,
             arguments = (ArgumentAxes(leaf=leaf, dims=(default,)),)
             tokens = hidden.shape[default]
             call_once = call.detached(fresh=(leaf,))
-            whole = observe(forward, call_once)
+            whole = observe(subject.forward, call_once)
             lengths = Lengths(whole=tokens, start=0)
             trial = _Trial(default, arguments, lengths, call_once, whole, Slicing(reason=reason))
         if not trial.whole.saved:
             return _without_saves(subject, trial)
-        if reason:
-            return _unsliced(subject, trial, reason)
-        return _sliced(subject, trial)
+        profile = _unsliced(subject, trial, reason) if reason else _sliced(subject, trial)
+        return replace(profile, stateful=start.changed())
 
 
 def _base(subject: _Subject, trial: _Trial) -> BlockProfile:

@@ -76,7 +76,7 @@ class _Known:
         if old < MIN_TOKENS:
             return None  # too short to be sliced: it does not tell what longer ones can do
         scaled = tuple(tuple(new if size == old else size for size in shape) for shape in self.shapes)
-        return new if scaled == shapes else None
+        return new if scaled == shapes and new else None
 
 
 @dataclass(slots=True)

@@ -55,6 +55,12 @@ class BlockCall:
                 return index
         return None
 
+    @property
+    def is_empty(self) -> bool:
+        """The input hidden state has no elements."""
+        leaf = self.input_leaf
+        return leaf is not None and self.leaves[leaf].numel() == 0
+
     def caches(self) -> tuple[bool, bool]:
         """(the call has a key/value cache, one that holds tokens already)."""
         found = [leaf for leaf in self.leaves if is_cache(leaf)]

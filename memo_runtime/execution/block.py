@@ -80,6 +80,9 @@ class BlockForward:
         if filled:
             executor = Executor.NATIVE
             counters.reason = "it was called with a key/value cache that holds tokens already"
+        elif call.is_empty:
+            executor = Executor.NATIVE
+            counters.reason = "its input is empty"
         else:
             args, kwargs = call.arguments()
             counters.reason = plan.reason if plan is not None else session.no_plan_reason

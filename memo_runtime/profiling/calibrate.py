@@ -165,10 +165,10 @@ def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str,
         name: qualified name for the record. stack: index of its stack.
     """
     leaf = call.input_leaf
-    if leaf is None:
+    if leaf is None or call.is_empty:
         return BlockProfile(
             name=name, kind=type(block).__name__, stack=stack, tokens=0, token_dim=0, input_leaf=0,
-            reason="it has no floating-point tensor argument with a token dimension",
+            reason="its input is empty" if call.is_empty else "it has no floating-point argument with tokens",
         )  # fmt: skip
     start = BufferState.current(block)
     subject = _Subject(block, _FromSameBuffers(forward, start), call, leaf, name, stack)

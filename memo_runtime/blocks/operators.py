@@ -29,6 +29,16 @@ _RANDOM_NAMES = ("bernoulli", "native_dropout", "_fused_dropout", "rand", "randn
 _RANDOM_NAMES_IN_PLACE = ("uniform_", "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
 _ROUTING_NAMES = ("topk",)
 
+#: Operators that mix along some dimension whatever their values. Whether that is the token dimension, and whether they
+#: happen to be the identity today, cannot be told from results, so they are always pinned.
+_ALONG_A_DIMENSION = (
+    "convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "_slow_conv2d_forward",
+    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "flip", "roll", "constant_pad_nd",
+    "native_group_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update",
+    "_fft_c2c", "_fft_r2c", "_fft_c2r", "avg_pool1d", "avg_pool2d", "max_pool2d_with_indices", "im2col", "col2im",
+    "upsample_nearest1d", "upsample_linear1d", "reflection_pad1d", "replication_pad1d",
+)  # fmt: skip
+
 #: Mixers registered by the user with memo.register_mixer: qualified operator names without overload.
 _registered_mixers: set[str] = set()
 
@@ -55,6 +65,8 @@ def pin_kind(name: str) -> PinKind | None:
     if any(mark in name for mark in _MIXER_MARKS) and "backward" not in base:
         return PinKind.MIXER
     if name in _registered_mixers or name.rsplit(".", 1)[0] in _registered_mixers:
+        return PinKind.MIXER
+    if base in _ALONG_A_DIMENSION:
         return PinKind.MIXER
     if base.rstrip("_") in _RANDOM_NAMES or base in _RANDOM_NAMES_IN_PLACE:
         return PinKind.RANDOM

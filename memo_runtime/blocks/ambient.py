@@ -63,7 +63,9 @@ class BufferState:
         with torch.no_grad(), _disable_current_modes():
             for buffer, value in self.values:
                 if buffer.shape == value.shape:
-                    buffer.copy_(value)
+                    # Every value set here is undone after the rerun: to autograd the buffer was not written to.
+                    with torch.autograd._unsafe_preserve_version_counter(buffer):
+                        buffer.copy_(value)
 
     def changed(self) -> bool:
         """The buffers have other values now."""

@@ -23,7 +23,8 @@ from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
-from memo_runtime.records import BlockPlan, BlockProfile, Executor
+from memo_runtime.execution.witness import Witness
+from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor
 
 if TYPE_CHECKING:
     from memo_runtime.execution.session import Session
@@ -135,6 +136,8 @@ class BlockForward:
             if not sorted_.complete:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
                 rerun.random, rerun.buffers = random, buffers
+                if session.asks_for_witness(self.name, plan):
+                    rerun.witness = self._witness(stash, profile, rerun)
                 stash.rebuild = rerun
             session.commit(stash, sorted_, self.position)
         return output
@@ -213,6 +216,20 @@ class BlockForward:
             prefix=0 if profile.dynamic or plan.executor == Executor.RECOMPUTE else plan.prefix,
             pins=sorted_.pins,
         )
+
+
+    def _witness(self, stash: Stash, profile: BlockProfile, rerun: Rerun) -> Witness:
+        """A few values of everything that this call drops."""
+        axes = {saved.index: saved.axis for saved in profile.saved}
+        witness = Witness(self.name, rerun.prefix, rerun.tokens)
+        for index, tensor in enumerate(stash.pending):
+            holder = stash.holder(index)
+            piece = holder.piece if holder is not None else None
+            # Without an axis only a rerun at full length makes the same tensor again.
+            comparable = axes.get(index) is not None or not rerun.prefix
+            if piece is not None and piece.action in (Action.PREFIX, Action.REBUILD) and comparable:
+                witness.see(index, tensor, axes.get(index))
+        return witness
 
 
 def _wanted_by_name(key: PinKey) -> tuple[int, ...] | None:

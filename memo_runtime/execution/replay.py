@@ -21,6 +21,7 @@ from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash
+from memo_runtime.execution.witness import Witness
 from memo_runtime.records import Action, ArgumentAxes, TokenAxis
 
 
@@ -71,6 +72,7 @@ class Rerun:
     pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
     random: RandomState | None = None
     buffers: BufferState | None = None
+    witness: Witness | None = None
 
     def run(self, stash: Stash) -> int:
         """Rebuild into the pieces of ``stash``; returns the FLOPs spent.
@@ -122,6 +124,8 @@ class Rerun:
             return
         # Writing a piece is no operator of the block: the mode that counts and replaces them must not see it.
         with _disable_current_modes():
+            if self.witness is not None:
+                self.witness.compare(index, tensor)
             if holder.piece.action == Action.PREFIX:
                 holder.piece.write_tail(holder.position, tensor, self.tokens)
             elif holder.piece.action == Action.REBUILD:

@@ -60,6 +60,7 @@ class Session:
         self._step: StepCounters | None = None
         self.last_stash: weakref.ref[Stash] | None = None
         self._in_flight: deque[tuple[int, list[Piece]]] = deque()
+        self._witnessed: set[tuple[str, int, int]] = set()
         self._ready: deque[weakref.ref[Stash]] = deque()
 
     # ---- in place
@@ -191,6 +192,19 @@ class Session:
         if torch._C._current_graph_task_id() != -1:
             # Called by the engine when this backward pass is over; the last touch is the end of the step.
             torch.autograd.Variable._execution_engine.queue_callback(step.clock.touch)
+
+    def asks_for_witness(self, name: str, plan: BlockPlan) -> bool:
+        """Whether a rerun of this call is compared with its forward.
+
+        Always on CPU. On CUDA a comparison waits for the device, so it is made the first time that a block runs under a
+        plan.
+        """
+        if self.tools.device.type == "cpu":
+            return True
+        key = (name, plan.tokens, plan.prefix)
+        first = key not in self._witnessed
+        self._witnessed.add(key)
+        return first
 
     # ---- notes and report
 

@@ -54,7 +54,7 @@ class Tools:
 class Holder:
     """What autograd keeps in place of one saved tensor."""
 
-    __slots__ = ("__weakref__", "index", "kept", "piece", "position", "problem", "stash")
+    __slots__ = ("__weakref__", "index", "kept", "piece", "position", "problem", "stash", "version")
 
     def __init__(self, stash: Stash, index: int) -> None:
         self.stash = stash
@@ -62,6 +62,7 @@ class Holder:
         self.kept: torch.Tensor | None = None
         self.piece: Piece | None = None
         self.position = 0
+        self.version = 0
         self.problem = ""
 
     def __del__(self) -> None:
@@ -116,6 +117,7 @@ class Stash:
         holder = self.holder(index)
         if holder is not None:
             holder.kept = self.pending[index]
+            holder.version = self.versions[index]
         if counted:
             self.hold_kept(self.pending[index].numel() * self.pending[index].element_size())
 
@@ -154,6 +156,12 @@ class Stash:
                 f"one of the variables needed for gradient computation cannot be given back: {holder.problem}"
             )
         if holder.kept is not None:
+            if holder.kept._version != holder.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                    f"parameter or argument that '{self.name}' used (saved tensor {holder.index}) is at version "
+                    f"{holder.kept._version}; expected version {holder.version} instead"
+                )
             return holder.kept
         if not self._ready:
             self._make_ready()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -64,7 +65,7 @@ class BufferState:
             for buffer, value in self.values:
                 if buffer.shape == value.shape:
                     # Every value set here is undone after the rerun: to autograd the buffer was not written to.
-                    with torch.autograd._unsafe_preserve_version_counter(buffer):
+                    with _unsafe_preserve_version_counter(buffer):
                         buffer.copy_(value)
 
     def changed(self) -> bool:

@@ -17,16 +17,20 @@ from memo_runtime.records import ArgumentAxes
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """The flattened ``(args, kwargs)`` of one block call."""
+    """The flattened ``(args, kwargs)`` of one block call.
+
+    ``original``: the caller's own, as long as no leaf was exchanged. A block may append to a list that it is given.
+    """
 
     leaves: tuple[Any, ...]
     spec: Any
+    original: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call ``block(*args, **kwargs)``."""
         leaves, spec = _pytree.tree_flatten((args, kwargs))
-        return cls(tuple(leaves), spec)
+        return cls(tuple(leaves), spec, (args, kwargs))
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` for one run of the block.
@@ -35,6 +39,8 @@ class BlockCall:
         would have (updating a cache copies keys and values, which changes their memory layout and with it the last
         bits of later sums), but no keys and values outlive it, and a rerun does not append to them.
         """
+        if self.original is not None and not self.caches()[0]:
+            return self.original
         leaves = [copy.deepcopy(leaf) if is_cache(leaf) and cache_is_empty(leaf) else leaf for leaf in self.leaves]
         args, kwargs = _pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs

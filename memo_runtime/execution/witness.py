@@ -70,8 +70,8 @@ class Witness:
             raise ReplayMismatchError(
                 f"'{self.name}' was run again and made something else of saved tensor {index} {tuple(rebuilt.shape)} "
                 "than its forward. Either it mixes tokens in a way that a short crop does not show (name the operator "
-                "with memo.register_mixer), or something that it reads changed since: weights, an attribute, random numbers "
-                "that PyTorch does not draw. No gradient of it was computed; policy='swap' runs nothing again"
+                "with memo.register_mixer), or something that it reads changed since: weights, an attribute, random "
+                "numbers that PyTorch does not draw. No gradient of it was computed; policy='swap' runs nothing again"
             )
 
 

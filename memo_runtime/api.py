@@ -228,6 +228,9 @@ def register_mixer(operator: str) -> None:
     Operators that mix tokens are found by comparing runs; this is for those whose effect may be too small to see,
     such as a custom scan that starts as the identity.
     """
-    if "::" not in operator and "." not in operator:
+    namespace, found, name = operator.replace("::", ".").partition(".")
+    if not found or not name:
         raise ValueError(f"{operator!r} is not a qualified operator name such as 'mylib::scan'")
+    if not hasattr(getattr(torch.ops, namespace), name.partition(".")[0]):
+        raise ValueError(f"there is no operator {operator!r} in torch.ops: import the library that defines it first")
     register_mixer_operator(operator)

@@ -109,7 +109,7 @@ def check(
     model: nn.Module,
     batch: Any,
     *,
-    policy: str = "auto",
+    policy: str | None = None,
     alpha: float | None = None,
     budget: int | str | None = None,
     host_budget: int | str | None = None,
@@ -121,14 +121,17 @@ def check(
     Args:
         model: the model, wrapped or not. batch: keywords as a mapping, or positional arguments; an output without a
             ``loss`` is turned into one.
-        policy, alpha, budget, host_budget, keep_last, blocks: as in ``wrap``; ``keep_last`` is 0 so that every block
-            is tested.
+        policy: as in ``wrap``; by default ``memo`` with half of the tokens swapped, so that both a swap and a rerun
+            are tested.
+        alpha, budget, host_budget, keep_last, blocks: as in ``wrap``; ``keep_last`` is 0 so that every block is tested.
 
     Raises:
         MemoError: as ``wrap`` and the first step do.
     """
     from memo_runtime.api import as_batch
 
+    if policy is None:
+        policy, alpha = "memo", 0.5 if alpha is None else alpha
     existing = find_wrapped(model)
     plain = copy.deepcopy(existing.model if existing is not None else model)
     managed = copy.deepcopy(plain)

@@ -239,15 +239,6 @@ class Wrapped:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.session.note(f"'{names[0]}'{others} cannot take policy '{plan.policy}': {reason}")
 
-    @contextlib.contextmanager
-    def paused(self) -> Any:
-        """The model runs unwrapped inside."""
-        self.session.idle = True
-        try:
-            yield
-        finally:
-            self.session.idle = False
-
 
 @contextlib.contextmanager
 def _apart_from_other_ranks(model: nn.Module) -> Iterator[None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -42,25 +41,6 @@ def cache_is_empty(value: object) -> bool:
     if parts:
         return all(cache_is_empty(part) for part in parts)
     return not any(_is_state(item) for layer in getattr(value, "layers", ()) for item in _attributes(layer))
-
-
-def find_caches(value: object) -> list[Any]:
-    """The caches in nested tuples, lists and mappings, in order, each once."""
-    found: list[Any] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: object, found: list[Any]) -> None:
-    if is_cache(value):
-        if not any(value is other for other in found):
-            found.append(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            _collect(item, found)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _collect(item, found)
 
 
 def _attributes(layer: object) -> Iterator[object]:

@@ -54,11 +54,6 @@ def register_mixer_operator(name: str) -> None:
     _registered_mixers.add(name.replace("::", "."))
 
 
-def registered_mixers() -> tuple[str, ...]:
-    """Operators registered so far, sorted."""
-    return tuple(sorted(_registered_mixers))
-
-
 def pin_kind(name: str) -> PinKind | None:
     """Why the result of operator ``name`` must be saved rather than recomputed; None: it need not by its name."""
     base = base_name(name)

@@ -13,15 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memo_runtime.records import BlockPlan, Executor, Plan
-from memo_runtime.reporting.text_table import (
-    amount,
-    notes_text,
-    reasons_text,
-    run_name,
-    runs,
-    table,
-    tokens_text,
-)
+from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table, tokens_text
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
 _HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "host memory", "recomputed")
@@ -58,12 +50,7 @@ def _key(block: BlockPlan) -> tuple[object, ...]:
 
 
 def _blocks(plan: Plan) -> list[str]:
-    rows = []
-    reasons = []
-    for run in runs(plan.blocks, _key):
-        name = run_name([block.name for block in run])
-        rows.append((name, *_cells(run[0])))
-        reasons.append((name, run[0].reason))
+    rows, reasons = run_rows(plan.blocks, _key, _cells)
     if len(plan.blocks) > 1:
         rows.append(_total(plan.blocks))
     return [table(_HEADER, rows, text_columns=(0, 1)), *reasons_text(reasons)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memo_runtime.records import BlockReport, Executor, Report
-from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_name, runs, table
+from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
 _HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "recomputed")
@@ -35,12 +35,7 @@ def _key(block: BlockReport) -> tuple[object, ...]:
 
 
 def _blocks(report: Report) -> list[str]:
-    rows = []
-    reasons = []
-    for run in runs(report.blocks, _key):
-        name = run_name([block.name for block in run])
-        rows.append((name, *_cells(run[0])))
-        reasons.append((name, run[0].reason))
+    rows, reasons = run_rows(report.blocks, _key, _cells)
     return [table(_HEADER, rows, text_columns=(0, 1)), *reasons_text(reasons)]
 
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import groupby
 from typing import TypeVar
 
+from memo_runtime.records import BlockPlan, BlockReport
+
 WIDTH = 110
 _GAP = "  "
 _LEAST_NAME = 16
 
 _Item = TypeVar("_Item")
+_Block = TypeVar("_Block", bound=BlockPlan | BlockReport)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -72,6 +75,19 @@ def notes_text(notes: Sequence[str]) -> list[str]:
 def runs(items: Sequence[_Item], key: Callable[[_Item], Hashable]) -> list[list[_Item]]:
     """Neighbours of the same ``key`` together."""
     return [list(group) for _, group in groupby(items, key)]
+
+
+def run_rows(
+    blocks: Sequence[_Block], key: Callable[[_Block], Hashable], cells: Callable[[_Block], tuple[str, ...]]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+    """(table rows, reasons) of named blocks, equal neighbours as one."""
+    rows: list[tuple[str, ...]] = []
+    reasons: list[tuple[str, str]] = []
+    for run in runs(blocks, key):
+        name = run_name([block.name for block in run])
+        rows.append((name, *cells(run[0])))
+        reasons.append((name, run[0].reason))
+    return rows, reasons
 
 
 def run_name(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
-from memo_runtime.blocks.cache import cache_is_empty, find_caches, is_cache
+from memo_runtime.blocks.cache import cache_is_empty, is_cache
 
 
 def fill(cache: DynamicCache) -> None:
@@ -40,12 +40,6 @@ def test_either_half_of_an_encoder_decoder_cache_counts() -> None:
 def test_a_static_cache_is_a_cache() -> None:
     config = AutoConfig.for_model("llama", num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
     assert is_cache(StaticCache(config=config, max_cache_len=4))
-
-
-def test_caches_are_found_in_nested_arguments_once() -> None:
-    cache = DynamicCache()
-    assert find_caches(((torch.zeros(1), [cache]), {"past_key_values": cache, "mask": None})) == [cache]
-    assert find_caches(((torch.zeros(1), torch.zeros(1)),)) == []
 
 
 def test_other_values_are_no_caches() -> None:

@@ -82,7 +82,8 @@ def wrap(
         keep_last: blocks at the end of each stack that stay on the device.
         tile: not built yet. layout: ``auto`` or ``native``.
         loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
-        strict: a block that cannot take the policy is an error before the first step.
+        strict: a block that cannot take the policy is an error before the first step, and one whose rerun is found
+            wrong in a step stays one (otherwise the next step runs it in a safer way).
 
     Raises:
         ValueError: arguments that do not go together.

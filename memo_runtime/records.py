@@ -167,7 +167,8 @@ class BlockProfile:
         arguments: leaves that are cut along tokens for a rerun on a slice.
         sliceable: a rerun on a token slice rebuilds every token-wise tensor (checked numerically).
         replayable: a rerun at full length with pins rebuilds them (checked numerically).
-        reason: why not, where one of the two is False.
+        rerunnable: run again as a whole, as it was, it makes the same tensors; False: nothing of it is run again.
+        reason: why not, where one of the three is False.
         dynamic: how many tensors it saves, or their sizes, depends on data; it is never sliced.
         random: the block draws random numbers. stateful: its forward writes to its buffers (running statistics).
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
@@ -189,6 +190,7 @@ class BlockProfile:
     pins: tuple[Pin, ...] = ()
     sliceable: bool = False
     replayable: bool = False
+    rerunnable: bool = True
     reason: str = ""
     dynamic: bool = False
     random: bool = False
@@ -202,6 +204,17 @@ class BlockProfile:
     forward_peak: Growth = field(default_factory=Growth)
     backward_peak: Growth = field(default_factory=Growth)
     timed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demotion:
+    """What training found out about a block that its profile does not say: a rerun made something else.
+
+    ``rerunnable``: a rerun of the whole block, as it was, is still trusted.
+    """
+
+    reason: str
+    rerunnable: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from memo_runtime.execution.install import install_pre_hook, place, remove_pre_h
 from memo_runtime.execution.session import Session
 from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
-from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.demotion import amended, plan_with
 from memo_runtime.profiling.candidates import MIN_TOKENS
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.machine import device_memory
@@ -149,10 +149,12 @@ class Wrapped:
         refuse_active_hooks()
         device = model_device(self.model)
         key, shapes = self._signature(args, kwargs, device)
-        plan = self._plans.get((key, shapes))
+        # A plan made before a rerun was found wrong is not used again.
+        found = tuple(self.session.demotions.items())
+        plan = self._plans.get((key, shapes, found))
         if plan is None:
             plan = self._prepare(key, shapes, (args, kwargs), device)
-            self._plans[key, shapes] = plan
+            self._plans[key, shapes, found] = plan
         if plan is not self.session.plan:
             self.session.adopt(plan, device)
             self._announce(plan)
@@ -178,15 +180,16 @@ class Wrapped:
     ) -> Plan:
         if self.given_plan is not None:
             self._check_given(batch, device)
-            return self.given_plan
+            return amended(self.given_plan, self.session.demotions)
         for known in self._known.get(key, []):
             tokens = known.tokens_of(shapes)
             if tokens is not None:
                 stacks = {block.stack for block in known.profile.blocks}
-                return make_plan(known.profile, self.settings, tokens=dict.fromkeys(stacks, tokens))
+                lengths = dict.fromkeys(stacks, tokens)
+                return plan_with(known.profile, self.settings, self.session.demotions, tokens=lengths)
         profile = self.profile(batch)
         self._known.setdefault(key, []).append(_Known(profile, _length_at(profile, shapes), shapes))
-        return make_plan(profile, self.settings)
+        return plan_with(profile, self.settings, self.session.demotions)
 
     def _check_given(self, batch: Batch, device: torch.device) -> None:
         assert self.given_plan is not None, "there is a plan to check"
@@ -289,6 +292,6 @@ def make_wrapped(
 ) -> Wrapped:
     """A wrapped model, not installed yet."""
     policy = plan.policy if plan is not None else settings.policy.value
-    session = Session([(ref.name, ref.module) for ref in refs], policy)
+    session = Session([(ref.name, ref.module) for ref in refs], policy, strict=settings.strict)
     session.idle = settings.policy == Policy.NONE and plan is None
     return Wrapped(model, refs, settings, loss, optimizer, plan, session)

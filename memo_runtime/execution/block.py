@@ -115,6 +115,7 @@ class BlockForward:
         tokens = call.leaves[profile.input_leaf].shape[profile.token_dim] if profile.tokens else 0
         plan = for_length(plan, tokens)
         stash = Stash(self.name, session.tools, session.step.block(self.name))
+        stash.whole_rerun = plan.executor == Executor.RECOMPUTE
         capture = self._capture(profile, plan)
         autocast = AutocastState.current(session.tools.device.type)
         random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None

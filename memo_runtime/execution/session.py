@@ -13,11 +13,13 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
@@ -27,7 +29,7 @@ from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash, Tools
 from memo_runtime.execution.transfer import make_transfer
-from memo_runtime.records import BlockPlan, BlockProfile, Executor, Forecast, Plan, Report, Totals
+from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Forecast, Plan, Report, Totals
 
 logger = logging.getLogger("memo_runtime")
 
@@ -44,11 +46,14 @@ class Session:
 
     Args:
         blocks: (qualified name, module) in call order.
-        policy: what the user asked for, for the report.
+        policy: what the user asked for, for the report. strict: a rerun that is found wrong stays an error.
     """
 
-    def __init__(self, blocks: list[tuple[str, nn.Module]], policy: str) -> None:
+    def __init__(self, blocks: list[tuple[str, nn.Module]], policy: str, *, strict: bool = False) -> None:
         self.policy = policy
+        self.strict = strict
+        #: What reruns have shown, by block; plans made from now on take it into account.
+        self.demotions: dict[str, Demotion] = {}
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
         self.observer: Observer | None = None
         self.idle = False
@@ -164,6 +169,7 @@ class Session:
         stash.settle()
         stash.lower = self.last_stash
         stash.before_backward = self._before_backward
+        stash.on_mismatch = self._demote
         self.last_stash = weakref.ref(stash)
         self._in_flight.append((position, copied))
         self.step.clock.touch()
@@ -196,15 +202,38 @@ class Session:
     def asks_for_witness(self, name: str, plan: BlockPlan) -> bool:
         """Whether a rerun of this call is compared with its forward.
 
-        Always on CPU. On CUDA a comparison waits for the device, so it is made the first time that a block runs under a
-        plan.
+        Always on CPU, and for a block that was found wrong before. On CUDA a comparison waits for the device, so it is
+        made the first time that a block runs under a plan.
         """
-        if self.tools.device.type == "cpu":
+        if self.tools.device.type == "cpu" or name in self.demotions:
             return True
         key = (name, plan.tokens, plan.prefix)
         first = key not in self._witnessed
         self._witnessed.add(key)
         return first
+
+    def _demote(self, stash: Stash, error: ReplayMismatchError) -> ReplayMismatchError:
+        """A rerun made something else: from the next plan on the block and its equals are run in a safer way.
+
+        Returns the error to raise, which says so. With ``strict`` nothing changes.
+        """
+        profile, _ = self.decision(stash.name)
+        if self.strict or profile is None:
+            return error
+        kind = replace(profile, name="")
+        equals = [name for name, (other, _) in self._decisions.items() if replace(other, name="") == kind]
+        if stash.whole_rerun:
+            reason = "run again as a whole it made something else than its forward, so nothing of it is run again"
+            then = "what it saves is swapped whole"
+        else:
+            reason = "run again on its tokens it made something else than its forward, which a short crop did not show"
+            then = "it is run again as a whole, with its input swapped"
+        for name in equals:
+            self.demotions[name] = Demotion(reason=reason, rerunnable=not stash.whole_rerun)
+        others = f" (and in {len(equals) - 1} blocks like it)" if len(equals) > 1 else ""
+        return ReplayMismatchError(
+            f"{error}. This step is lost. From the next step on {then}{others}; strict=True leaves it at the error"
+        )
 
     # ---- notes and report
 

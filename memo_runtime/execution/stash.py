@@ -23,6 +23,10 @@ from memo_runtime.execution.ledger import Ledger
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.transfer import Transfer
 
+#: What a block raises when it does not take a slice of its tokens. Classes of their own say something else: no memory
+#: left, a broken device, an error of the user's.
+_FAILURES = (RuntimeError, IndexError, KeyError, ValueError, TypeError, AssertionError)
+
 
 class Counters(Protocol):
     """Where a stash counts what it does; see ``execution.counters``."""
@@ -84,6 +88,9 @@ class Stash:
         self.rebuild: Rebuild | None = None
         self.lower: weakref.ref[Stash] | None = None
         self.before_backward: Callable[[Stash], None] | None = None
+        self.on_mismatch: Callable[[Stash, ReplayMismatchError], ReplayMismatchError] | None = None
+        #: A rerun makes all of the block as it was: nothing is replaced and nothing is cut.
+        self.whole_rerun = False
         self._ready = False
         self._kept_bytes = 0
         self._skeletal_bytes = 0
@@ -180,9 +187,11 @@ class Stash:
         if rebuilt is not None:
             return rebuilt
         if not piece.present:
-            raise ReplayMismatchError(
-                f"'{self.name}' was run again and did not save tensor {holder.index}; its forward depends on something "
-                "that changed since (a module attribute, random numbers, data)"
+            raise self._mismatch(
+                ReplayMismatchError(
+                    f"'{self.name}' was run again and did not save tensor {holder.index}; its forward depends on "
+                    "something that changed since (a module attribute, random numbers, data)"
+                )
             )
         return piece.view(holder.position)
 
@@ -206,8 +215,27 @@ class Stash:
                 lower.fetch()
         if self.rebuild is not None:
             with torch.profiler.record_function(f"memo::rebuild {self.name}"):
-                self.counters.recomputed_flops += self.rebuild.run(self)
+                self.counters.recomputed_flops += self._rebuilt(self.rebuild)
         self._ready = True
+
+    def _rebuilt(self, rebuild: Rebuild) -> int:
+        try:
+            return rebuild.run(self)
+        except ReplayMismatchError as error:
+            raise self._mismatch(error) from error
+        except Exception as error:
+            if type(error) not in _FAILURES:
+                raise
+            text = str(error).strip().splitlines()
+            raise self._mismatch(
+                ReplayMismatchError(
+                    f"'{self.name}' was run again and failed, which its forward did not: {type(error).__name__}: "
+                    f"{text[0] if text else ''}. No gradient of it was computed; policy='swap' runs nothing again"
+                )
+            ) from error
+
+    def _mismatch(self, error: ReplayMismatchError) -> ReplayMismatchError:
+        return error if self.on_mismatch is None else self.on_mismatch(self, error)
 
     def drop(self) -> None:
         """Free what was fetched and rebuilt; a later backward through the same graph makes it again."""

@@ -9,6 +9,8 @@ from memo_runtime.config import Settings
 from memo_runtime.planning.sheet import Choice, Sheet
 from memo_runtime.records import Limits, Profile
 
+_UNLIMITED = "not limited: device and host are the same memory"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
@@ -27,11 +29,20 @@ class Budgets:
         if settings.budget is not None:
             device, device_source = settings.budget, "budget"
         elif profile.device_type == "cpu":
-            device, device_source = None, "not limited: device and host are the same memory"
+            device, device_source = None, _UNLIMITED
         host, host_source = profile.host_bytes, profile.host_source
         if settings.host_budget is not None:
             host, host_source = settings.host_budget, "host_budget"
         return cls(device=device, device_source=device_source, host=host, host_source=host_source)
+
+    @classmethod
+    def recorded(cls, limits: Limits) -> Budgets:
+        """Those that a plan states."""
+        unlimited = limits.device_source == _UNLIMITED
+        device = None if unlimited else limits.device_bytes
+        return cls(
+            device=device, device_source=limits.device_source, host=limits.host_bytes, host_source=limits.host_source
+        )
 
     def record(self, profile: Profile) -> Limits:
         """As the plan states them."""

@@ -53,6 +53,8 @@ def at_prefix(block: BlockProfile, prefix: int, tokens: int) -> Choice:
     if block.sliceable or (prefix == 0 and block.replayable):
         return Choice(Executor.REPLAY, prefix)
     reason = block.reason or "it cannot be run on a slice of its tokens"
+    if not block.rerunnable:
+        return Choice(Executor.REPLAY, tokens, reason=reason)
     return Choice(Executor.REPLAY if block.replayable else Executor.RECOMPUTE, reason=reason)
 
 

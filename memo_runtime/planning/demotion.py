@@ -1,0 +1,101 @@
+"""Planning again after a step has shown that a block cannot be run again as its profile says.
+
+The profile is corrected and the same request is planned anew within the same budgets. A plan that was given keeps
+everything but the blocks concerned: what it was made from is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from memo_runtime.config import Settings
+from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.planning.limits import Budgets, fits
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.sheet import Choice, Sheet
+from memo_runtime.planning.treatment import at_prefix
+from memo_runtime.records import BlockPlan, Demotion, Executor, Plan, Profile
+from memo_runtime.units import format_bytes
+
+
+def corrected(profile: Profile, demotions: Mapping[str, Demotion]) -> Profile:
+    """``profile`` with what was found out about its blocks, by name."""
+    if not demotions.keys() & {block.name for block in profile.blocks}:
+        return profile
+    blocks = (
+        replace(block, sliceable=False, replayable=False, rerunnable=found.rerunnable, reason=found.reason)
+        if (found := demotions.get(block.name)) is not None
+        else block
+        for block in profile.blocks
+    )
+    return replace(profile, blocks=tuple(blocks))
+
+
+def plan_with(
+    profile: Profile,
+    settings: Settings,
+    demotions: Mapping[str, Demotion],
+    *,
+    tokens: Mapping[int, int] | None = None,
+) -> Plan:
+    """``make_plan`` from the corrected profile.
+
+    Raises:
+        PlanRequestError, BlockFallbackError, PlanInfeasibleError, HostLimitError: as ``make_plan``; where it no
+            longer fits, the error names the blocks that it no longer fits with.
+    """
+    right = corrected(profile, demotions)
+    if right is profile:
+        return make_plan(profile, settings, tokens=tokens)
+    try:
+        return make_plan(right, settings, tokens=tokens)
+    except PlanInfeasibleError as error:
+        raise type(error)(f"{error}\n{_since(demotions)}") from error
+
+
+def amended(plan: Plan, demotions: Mapping[str, Demotion]) -> Plan:
+    """A given plan in which only the blocks of ``demotions`` run in another way, within the plan's own limits.
+
+    Raises:
+        PlanInfeasibleError: that does not fit.
+    """
+    profile = corrected(plan.profile, demotions)
+    if profile is plan.profile:
+        return plan
+    sheet = Sheet(profile, tuple(block.tokens for block in plan.blocks))
+    choices = tuple(
+        at_prefix(block, planned.prefix, planned.tokens) if _concerned(planned, demotions) else _choice(planned)
+        for block, planned in zip(profile.blocks, plan.blocks, strict=True)
+    )
+    budgets = Budgets.recorded(plan.limits)
+    if not fits(sheet, budgets, choices):
+        device, host = sheet.peak_bytes(choices), sheet.host_bytes(choices)
+        raise PlanInfeasibleError(
+            f"the given plan no longer fits its own limits: it needs {format_bytes(device)} on the device "
+            f"({format_bytes(plan.limits.device_bytes)}, {plan.limits.device_source}) and {format_bytes(host)} of "
+            f"host memory ({format_bytes(budgets.host)}, {budgets.host_source})\n{_since(demotions)}\n"
+            "  would work: leave plan= out and give budgets, or plan again with a larger budget"
+        )
+    return replace(plan, profile=profile, blocks=sheet.plans(choices), forecast=sheet.forecast(choices))
+
+
+def _concerned(planned: BlockPlan, demotions: Mapping[str, Demotion]) -> bool:
+    return planned.name in demotions and planned.executor in (Executor.REPLAY, Executor.RECOMPUTE)
+
+
+def _choice(planned: BlockPlan) -> Choice:
+    if planned.executor is Executor.REPLAY:
+        return Choice(planned.executor, planned.prefix, planned.device_rows, planned.reason)
+    return Choice(planned.executor, reason=planned.reason)
+
+
+def _since(demotions: Mapping[str, Demotion]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, demotion in demotions.items():
+        reasons.setdefault(demotion.reason, []).append(name)
+    lines = [
+        f"  since      '{names[0]}'{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in reasons.items()
+    ]
+    return "\n".join(lines)

@@ -171,6 +171,7 @@ class BlockProfile:
         reason: why not, where one of the three is False.
         dynamic: how many tensors it saves, or their sizes, depends on data; it is never sliced.
         random: the block draws random numbers. stateful: its forward writes to its buffers (running statistics).
+        inner_autograd: its forward goes backward itself (torch.autograd.grad, backward).
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
         forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
         recompute_flops: of a rerun of the whole block without pins.
@@ -195,6 +196,7 @@ class BlockProfile:
     dynamic: bool = False
     random: bool = False
     stateful: bool = False
+    inner_autograd: bool = False
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)
     rerun_seconds: Growth = field(default_factory=Growth)

@@ -32,10 +32,6 @@ def stops_early(block: nn.Module) -> bool:
     return not any(type(inner).__name__.startswith("FSDP") for inner in block.modules() if inner is not block)
 
 
-def _never(_: Any) -> torch.Tensor:
-    raise AssertionError("a rerun's own graph is never walked backward")
-
-
 def run_again(
     forward: Forward,
     call: BlockCall,
@@ -43,6 +39,7 @@ def run_again(
     *,
     mode: contextlib.AbstractContextManager[Any],
     last: int | None,
+    on_walk: Callable[[], None] | None = None,
 ) -> int:
     """Run ``forward`` with grad and hand over every tensor that it saves, detached, with its index.
 
@@ -52,6 +49,8 @@ def run_again(
         on_saved: called with (index, tensor) in order of saving.
         mode: dispatch mode that replaces what must not be computed.
         last: index of the last tensor; the run ends there. None: run to the end.
+        on_walk: called when the forward itself goes backward, which takes that all that it saves is kept meanwhile;
+            None: it does not.
 
     Returns:
         How many tensors were saved.
@@ -60,17 +59,23 @@ def run_again(
     # The graph keeps its hooks, and what the receiver keeps may hold the graph: the tie is cut when the run is over.
     receiver = [on_saved]
 
-    def pack(tensor: torch.Tensor) -> None:
+    def pack(tensor: torch.Tensor) -> torch.Tensor | None:
         nonlocal count
         index, count = count, count + 1
         receiver[0](index, tensor.detach())
         if index == last:
             raise _AllSavedError
+        return tensor.detach() if on_walk is not None else None
+
+    def unpack(kept: torch.Tensor | None) -> torch.Tensor:
+        assert kept is not None and on_walk is not None, "a rerun's own graph is never walked backward"
+        on_walk()
+        return kept
 
     args, kwargs = call.arguments()
     with (
         torch.enable_grad(),
-        saved_tensors_hooks(pack, _never),
+        saved_tensors_hooks(pack, unpack),
         mode,
         contextlib.suppress(_AllSavedError),
     ):

@@ -136,7 +136,7 @@ class BlockForward:
             sorted_ = self._sort(stash, call, profile, plan, captured, rerunnable=same)
             if not sorted_.complete:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
-                rerun.random, rerun.buffers = random, buffers
+                rerun.random, rerun.buffers, rerun.inner_autograd = random, buffers, stash.walked
                 if session.asks_for_witness(self.name, plan):
                     rerun.witness = self._witness(stash, profile, rerun)
                 stash.rebuild = rerun
@@ -168,7 +168,11 @@ class BlockForward:
         rerunnable: bool,
     ) -> Sorted:
         whole = plan.executor == Executor.REPLAY and plan.prefix >= plan.tokens
-        if not rerunnable and not whole:
+        surprise = stash.walked and not profile.inner_autograd and not whole
+        if surprise:
+            self.session.note_inner_autograd(self.name)
+            rerunnable = False
+        elif not rerunnable and not whole:
             self.session.note_in_place(self.name)
         elif not profile.dynamic and plan.executor == Executor.REPLAY:
             layout = self._planned(profile, plan)

@@ -194,6 +194,8 @@ class StorageLayout:
         stored: list[Member] = []
         dropped = Piece(Action.REBUILD, stash.tools.ledger, 0)
         for index, tensor in enumerate(stash.pending):
+            if stash.holder(index) is None:
+                continue  # its node is gone: the forward went backward itself, or dropped that branch
             key = storage_key(tensor)
             if key in kept or not tensor.numel() or (not self.rebuild and _size(tensor) < MIN_SWAP_BYTES):
                 stash.keep(index, counted=key not in kept)

@@ -47,6 +47,10 @@ class Source:
         return value
 
 
+def _nothing() -> None:
+    """The rerun goes backward itself, as its forward did."""
+
+
 @dataclass(slots=True)
 class Rerun:
     """One block call to be run again.
@@ -55,6 +59,7 @@ class Rerun:
         call: its arguments, detached, without the input. input_source: where that comes from, None: it was kept.
         count: how many tensors the forward saved. prefix, tokens: rows to rebuild; 0 for all.
         pins: what is replaced. random, buffers: state to start from, None where nothing is drawn or written.
+        inner_autograd: the forward went backward itself, and so will the rerun.
     """
 
     block: nn.Module
@@ -73,6 +78,7 @@ class Rerun:
     random: RandomState | None = None
     buffers: BufferState | None = None
     witness: Witness | None = None
+    inner_autograd: bool = False
 
     def run(self, stash: Stash) -> int:
         """Rebuild into the pieces of ``stash``; returns the FLOPs spent.
@@ -95,7 +101,8 @@ class Rerun:
                 call,
                 lambda index, tensor: self._put(stash, index, tensor),
                 mode=mode,
-                last=self.count - 1 if stops_early(self.block) else None,
+                last=self.count - 1 if stops_early(self.block) and not self.inner_autograd else None,
+                on_walk=_nothing if self.inner_autograd else None,
             )
         if saved != self.count:
             raise ReplayMismatchError(

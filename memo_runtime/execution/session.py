@@ -255,6 +255,15 @@ class Session:
         counters.reason = "it modifies an argument in place, so it is not run again: what it saves is swapped whole"
         self.note(f"'{name}': {counters.reason}")
 
+    def note_inner_autograd(self, name: str) -> None:
+        """A block went backward in its own forward, which it did not when it was profiled."""
+        counters = self.step.block(name)
+        counters.executor, counters.alpha = Executor.REPLAY, 1.0
+        counters.reason = (
+            "its forward calls autograd itself, which it did not when it was profiled: what it saves is swapped whole"
+        )
+        self.note(f"'{name}': {counters.reason}")
+
     def note_deviation(self, name: str) -> None:
         """A block saved something else than when it was profiled."""
         counters = self.step.block(name)

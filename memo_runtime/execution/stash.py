@@ -91,6 +91,8 @@ class Stash:
         self.on_mismatch: Callable[[Stash, ReplayMismatchError], ReplayMismatchError] | None = None
         #: A rerun makes all of the block as it was: nothing is replaced and nothing is cut.
         self.whole_rerun = False
+        #: The forward itself went backward through what it saved (torch.autograd.grad inside).
+        self.walked = False
         self._ready = False
         self._kept_bytes = 0
         self._skeletal_bytes = 0
@@ -158,6 +160,8 @@ class Stash:
 
     def unpack(self, holder: Holder) -> torch.Tensor:
         """Hand a saved tensor back to autograd."""
+        if not self._settled and self.pending:
+            return self._live(holder)
         if holder.problem:
             raise RuntimeError(
                 f"one of the variables needed for gradient computation cannot be given back: {holder.problem}"
@@ -194,6 +198,18 @@ class Stash:
                 )
             )
         return piece.view(holder.position)
+
+    def _live(self, holder: Holder) -> torch.Tensor:
+        """The forward is still running and goes backward itself: nothing was moved yet."""
+        self.walked = True
+        tensor = self.pending[holder.index]
+        if tensor._version != self.versions[holder.index]:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: saved "
+                f"tensor {holder.index} of '{self.name}' is at version {tensor._version}; expected version "
+                f"{self.versions[holder.index]} instead"
+            )
+        return tensor
 
     def fetch(self) -> None:
         """Start the copies back."""

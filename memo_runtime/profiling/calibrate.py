@@ -30,20 +30,28 @@ from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, Pin, PinKin
 #: multiple of what kernels pad to, so that a padded dimension does not look like one that grows with tokens.
 CROP_TOKENS = {"cuda": 509, "cpu": 251}
 
+_INNER_AUTOGRAD = "its forward calls autograd itself (torch.autograd.grad or backward)"
+
 
 @contextlib.contextmanager
 def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block for measurement: its buffers, the random state and recurrent states are as before afterwards.
+    """Run a block for measurement: buffers, gradients, random and recurrent states are as before afterwards.
 
-    A recurrent state is a tensor that a module keeps as an attribute.
+    A recurrent state is a tensor that a module keeps as an attribute. Gradients change where a forward calls backward;
+    they are put aside, so that what it leaves can be seen.
     """
     random = RandomState.current(device)
     buffers = [(buffer, buffer.detach().clone()) for buffer in block.buffers()]
     attributes = [(module, dict(module.__dict__)) for module in block.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in block.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
     try:
         yield
     finally:
         random.set()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for module, values in attributes:
             _restore_tensors(module, values)
         with torch.no_grad():
@@ -126,6 +134,8 @@ def _try(subject: _Subject, token_dim: int, arguments: tuple[ArgumentAxes, ...],
     lengths = Lengths(whole=tokens, start=_slice_start(tokens), batch=_batch_before(hidden, token_dim))
     call = subject.crop(arguments, tokens)
     whole = observe(subject.forward, call)
+    if whole.walked:
+        return _Trial(token_dim, arguments, lengths, call, whole, Slicing(reason=_INNER_AUTOGRAD))
     slicing = find_slicing(subject.forward, call, whole, arguments, lengths)
     return _Trial(token_dim, arguments, lengths, call, whole, slicing)
 
@@ -205,7 +215,7 @@ def _base(subject: _Subject, trial: _Trial) -> BlockProfile:
 
 
 def _last(subject: _Subject, observation: Observation) -> int | None:
-    return len(observation.saved) - 1 if stops_early(subject.block) else None
+    return len(observation.saved) - 1 if stops_early(subject.block) and not observation.walked else None
 
 
 def _shorter(trial: _Trial) -> tuple[int, ...]:
@@ -274,17 +284,20 @@ def _unsliced(subject: _Subject, trial: _Trial, reason: str) -> BlockProfile:
     pins = named_pins(trial.whole)
     values = full_values(trial.whole, pins)
     again = observe(subject.forward, trial.call, values, last=_last(subject, trial.whole))
-    replayable = len(again.saved) == len(trial.whole.saved) and all(
-        close(a, b) for a, b in zip(again.saved, trial.whole.saved, strict=True)
-    )
-    if not replayable:
+    replayable = not trial.whole.walked and _same_saves(again, trial.whole)
+    rerunnable = replayable or _rerunnable(subject, trial)
+    if not replayable and not trial.whole.walked:
         reason += "; run again at full length with its mixers replaced, it saves something else"
+    if not rerunnable:
+        reason += "; nothing of it is run again, since a second run as a whole is not the first"
     forward_flops, recompute_flops = _whole_flops(subject, trial)
     return replace(
         _base(subject, trial),
         groups=tuple(_dynamic_groups(subject, trial, pins)),
         pins=tuple(Pin(op=key[0], call=key[1], output=0, kind=kind) for key, kind in pins.items()),
         replayable=replayable,
+        rerunnable=rerunnable,
+        inner_autograd=trial.whole.walked,
         dynamic=True,
         reason=reason,
         forward_flops=forward_flops,
@@ -292,6 +305,19 @@ def _unsliced(subject: _Subject, trial: _Trial, reason: str) -> BlockProfile:
         rerun_flops=fit_counts([(trial.lengths.whole, again.flops)]),
         recompute_flops=recompute_flops,
     )
+
+
+def _same_saves(a: Observation, b: Observation) -> bool:
+    return len(a.saved) == len(b.saved) and all(close(x, y) for x, y in zip(a.saved, b.saved, strict=True))
+
+
+def _rerunnable(subject: _Subject, trial: _Trial) -> bool:
+    """Two runs as a whole from the same random state save the same, and leave no gradients behind."""
+    start = RandomState.current(subject.hidden.device)
+    first = observe(subject.forward, trial.call)
+    start.set()
+    second = observe(subject.forward, trial.call)
+    return _same_saves(first, second) and all(parameter.grad is None for parameter in subject.block.parameters())
 
 
 def _dynamic_groups(subject: _Subject, trial: _Trial, pins: dict[tuple[str, int], PinKind]) -> list[TensorGroup]:

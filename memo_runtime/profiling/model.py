@@ -129,8 +129,11 @@ class Observer:
         if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
             return hidden
         args, kwargs = call.arguments()
-        # With grad, so that each result tells whether it has one, and with nothing saved.
-        with torch.enable_grad(), saved_tensors_hooks(lambda _: None, _never):
+        # With grad, so that each result tells whether it has one, and with nothing saved if the forward does not walk
+        # its graph (of a block that could not be profiled that is not known).
+        walks = profile.inner_autograd or not profile.tokens
+        hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
+        with torch.enable_grad(), hooks:
             output = forward(*args, **kwargs)
         self._outputs[key] = (
             isinstance(output, torch.Tensor)

@@ -50,6 +50,11 @@ class Observation:
     saved: list[torch.Tensor] = field(default_factory=list)
     operators: list[OperatorRecord] = field(default_factory=list)
     flops: int = 0
+    walked: bool = False  # the forward went backward itself
+
+    def walk(self) -> None:
+        """Note that the forward went backward itself."""
+        self.walked = True
 
     def counts(self) -> Counter[str]:
         """How often each operator was called."""
@@ -107,7 +112,10 @@ def observe(
     observation = Observation()
     device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
     with AutocastState.current(device).uncached().restored():
-        run_again(forward, call, lambda _, tensor: observation.saved.append(tensor), mode=mode, last=last)
+        run_again(
+            forward, call, lambda _, tensor: observation.saved.append(tensor), mode=mode, last=last,
+            on_walk=observation.walk,
+        )  # fmt: skip
     observation.operators = mode.operators
     observation.flops = mode.flops
     return observation

@@ -30,6 +30,10 @@ _REPEATS = 3
 _LONG_SECONDS = 0.5
 
 
+def _nothing() -> None:
+    """The forward went backward itself, as expected."""
+
+
 @dataclass(slots=True)
 class _Sample:
     tokens: int
@@ -108,12 +112,15 @@ class _Timer:
         args, kwargs = call.arguments()
         wanted = {(pin.op, pin.call) for pin in self.profile.pins}
         capture = CaptureMode(lambda key: None if key in wanted else ())
-        with torch.no_grad(), capture:
+        # With grad: forwards may ask tensors for hooks, or autograd for gradients.
+        with torch.enable_grad(), capture:
             self.forward(*args, **kwargs)
         last = len(self.profile.saved) - 1 if self.profile.saved and stops_early(self.block) else None
+        on_walk = _nothing if self.profile.inner_autograd else None
+        values = {} if self.profile.inner_autograd else capture.captured
 
         def again() -> None:
-            run_again(self.forward, call, lambda *_: None, mode=ReplayMode(capture.captured), last=last)
+            run_again(self.forward, call, lambda *_: None, mode=ReplayMode(values), last=last, on_walk=on_walk)
 
         return self.seconds(again)
 

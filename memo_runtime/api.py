@@ -16,17 +16,36 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from memo_runtime.arguments import (
+    check_model,
+    check_optimizer,
+    check_plan,
+    check_profile,
+    check_shapes,
+    check_weights,
+    describe_batch,
+)
+from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.operators import register_mixer_operator
-from memo_runtime.blocks.stack import BlockRef, find_blocks, given_blocks
+from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.checking import CheckResult, check
-from memo_runtime.config import Layout, Loss, make_settings
-from memo_runtime.errors import AlreadyWrappedError, MemoError, NotWrappedError, PlanMismatchError
+from memo_runtime.config import Layout, Loss, choose, make_settings
+from memo_runtime.errors import (
+    AlreadyWrappedError,
+    ArgumentError,
+    ArgumentTypeError,
+    MemoError,
+    NotBuiltError,
+    NotWrappedError,
+    PlanMismatchError,
+    ProfileError,
+)
 from memo_runtime.execution.guard import refuse_other_optimisers
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan, Profile, Report
-from memo_runtime.units import parse_tokens
-from memo_runtime.wrapping import Batch, find_wrapped, make_wrapped, policy_from_outside
+from memo_runtime.units import parse_tokens, show_value
+from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped, policy_from_outside
 
 __all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "unwrap", "wrap"]
 
@@ -35,15 +54,17 @@ PlanLike = Plan | str | os.PathLike[str]
 
 
 def _refs(model: nn.Module, blocks: Any) -> tuple[BlockRef, ...]:
+    check_shapes(model)
     return find_blocks(model) if blocks is None else given_blocks(model, blocks)
 
 
 def _load(plan: PlanLike | None) -> Plan | None:
+    check_plan(plan)
     return plan if plan is None or isinstance(plan, Plan) else load_plan(Path(plan))
 
 
-def _not_built(name: str, value: object, instead: str) -> MemoError:
-    return MemoError(f"{name}={value!r} is not built yet: {instead}")
+def _not_built(name: str, value: object, instead: str) -> NotBuiltError:
+    return NotBuiltError(f"{name}={show_value(value)} is not built yet: {instead}, so leave {name}= out")
 
 
 def wrap(
@@ -86,33 +107,49 @@ def wrap(
             wrong in a step stays one (otherwise the next step runs it in a safer way).
 
     Raises:
-        ValueError: arguments that do not go together.
+        ArgumentError, ArgumentTypeError: an argument that is not taken, or arguments that do not go together.
+        NotBuiltError: what is announced and not built, and models on the meta device.
         NoBlocksError, BlockListError: no blocks, or none that can be used.
         AlreadyWrappedError: wrapped already, with something else.
         OffloaderActiveError: gradient checkpointing or another offloader is on.
-        PlanFileError: the plan file cannot be read.
+        PlanFileError: the plan file cannot be read. PlanMismatchError: it plans blocks that the model does not have.
     """
+    check_model(model, "wrap")
+    check_optimizer(optimizer)
     if disk is not None:
         raise _not_built("disk", disk, "activations go to the device, the host, or are recomputed")
     if tile is not None:
         raise _not_built("tile", tile, "tiled execution comes later; policy 'replay' splits along tokens")
-    if Layout(layout) == Layout.PLANNED:
-        raise _not_built("layout", layout, "use layout='auto', PyTorch's own allocator")
+    choose(Layout, "layout", layout, "use layout='auto', PyTorch's own allocator")
+    loss_kind = choose(Loss, "loss", loss, "use loss='auto'")
     settings = make_settings(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict
     )
     given = _load(plan)
     if given is not None and settings != make_settings():
-        raise ValueError("a plan fixes policy, alpha, budgets, keep_last and strict: give the plan or those, not both")
+        raise ArgumentError(
+            "a plan fixes policy, alpha, budgets, keep_last and strict: give the plan or those, not both"
+        )
     refs = _refs(model, blocks) if given is None else _planned_refs(model, given, blocks)
-    wrapped = make_wrapped(model, refs, settings, loss=Loss(loss), optimizer=optimizer, plan=given)
+    check_keep_last(refs, settings.keep_last)
+    wrapped = make_wrapped(model, refs, settings, loss=loss_kind, optimizer=optimizer, plan=given)
+    if _is_wrapped_so(model, wrapped):
+        return model
+    refuse_other_optimisers(model, {id(ref.module) for ref in refs})
+    check_weights(model)
+    wrapped.install()
+    return model
+
+
+def _is_wrapped_so(model: nn.Module, wanted: Wrapped) -> bool:
+    """Whether ``model`` is wrapped already, exactly as ``wanted``."""
     existing = find_wrapped(model)
     if existing is not None:
-        if existing.model is model and existing.same_as(wrapped):
-            return model
+        if existing.model is model and existing.same_as(wanted):
+            return True
         raise AlreadyWrappedError(
             f"{type(existing.model).__name__} is wrapped already with {existing}; asked for {type(model).__name__}: "
-            f"{wrapped}; call memo.unwrap(model) first"
+            f"{wanted}; call memo.unwrap(model) first"
         )
     outer = policy_from_outside(model)
     if outer is not None:
@@ -120,9 +157,7 @@ def wrap(
             f"{type(model).__name__} is part of a model that is wrapped already with policy '{outer}'; "
             "call memo.unwrap on that model first"
         )
-    refuse_other_optimisers(model, {id(ref.module) for ref in refs})
-    wrapped.install()
-    return model
+    return False
 
 
 def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, ...]:
@@ -147,6 +182,7 @@ def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, 
 
 def unwrap(model: Model) -> Model:
     """Undo ``wrap`` and return ``model``. An unwrapped model is returned as it is."""
+    check_model(model, "unwrap")
     wrapped = find_wrapped(model)
     if wrapped is not None:
         wrapped.remove()
@@ -168,17 +204,45 @@ def profile(
     """Measure ``model`` on ``batch`` (keywords as a mapping, or positional arguments) without training.
 
     Raises:
-        NoBlocksError, BlockListError, ProfileError: see ``wrap``; the model is as before.
+        ArgumentTypeError, NotBuiltError, NoBlocksError, BlockListError: see ``wrap``.
+        AlreadyWrappedError: the model is wrapped with other blocks.
+        ProfileError: the model does not run on this batch, or calls none of its blocks; the model is as before.
     """
+    check_model(model, "profile")
+    check_optimizer(optimizer)
     existing = find_wrapped(model)
     if existing is not None:
-        return existing.profile(as_batch(batch))
-    wrapped = make_wrapped(model, _refs(model, blocks), make_settings(), optimizer=optimizer)
+        if blocks is not None and (given := given_blocks(existing.model, blocks)) != tuple(existing.refs):
+            raise AlreadyWrappedError(
+                f"{type(existing.model).__name__} is wrapped with {existing}, and blocks= names {len(given)} "
+                f"({given[0].name}, ...): leave blocks= out, or call memo.unwrap(model) first"
+            )
+        return _measure(existing, as_batch(batch), optimizer)
+    wrapped = make_wrapped(model, _refs(model, blocks), make_settings())
+    refuse_other_optimisers(model, {id(ref.module) for ref in wrapped.refs})
+    check_weights(model)
     wrapped.install()
     try:
-        return wrapped.profile(as_batch(batch))
+        return _measure(wrapped, as_batch(batch), optimizer)
     finally:
         wrapped.remove()
+
+
+def _measure(wrapped: Wrapped, batch: Batch, optimizer: torch.optim.Optimizer | None) -> Profile:
+    before = wrapped.optimizer
+    wrapped.optimizer = before if optimizer is None else optimizer
+    try:
+        return wrapped.profile(batch)
+    except (MemoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ProfileError(
+            f"{type(wrapped.model).__name__} does not run on this batch ({describe_batch(*batch)}): "
+            f"{type(error).__name__}: {error}. Give the batch as the model takes it: keyword arguments as a dict, "
+            "positional ones as a tuple"
+        ) from error
+    finally:
+        wrapped.optimizer = before
 
 
 def plan(
@@ -201,13 +265,19 @@ def plan(
     Raises:
         PlanInfeasibleError, HostLimitError: no plan fits; says what would.
         BlockFallbackError: ``strict`` and a block cannot take the policy.
+        ArgumentError, ArgumentTypeError, NotBuiltError: see ``wrap``.
     """
+    check_profile(profile)
     settings = make_settings(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict
     )
     tokens = None
     if seq_len is not None:
-        tokens = dict.fromkeys({block.stack for block in profile.blocks}, parse_tokens(seq_len))
+        try:
+            length = parse_tokens(seq_len)
+        except ValueError as error:
+            raise ArgumentError(f"seq_len={error}") from None
+        tokens = dict.fromkeys({block.stack for block in profile.blocks}, length)
     return make_plan(profile, settings, tokens=tokens)
 
 
@@ -217,6 +287,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         NotWrappedError: the model is not wrapped.
     """
+    check_model(model, "report")
     wrapped = find_wrapped(model)
     if wrapped is None:
         raise NotWrappedError(f"{type(model).__name__} is not wrapped: call memo.wrap(model) before the first step")
@@ -228,10 +299,17 @@ def register_mixer(operator: str) -> None:
 
     Operators that mix tokens are found by comparing runs; this is for those whose effect may be too small to see,
     such as a custom scan that starts as the identity.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no name of an operator that is loaded.
     """
+    if not isinstance(operator, str):
+        raise ArgumentTypeError(
+            f"memo.register_mixer takes the name of an operator, such as 'mylib::scan', and got {show_value(operator)}"
+        )
     namespace, found, name = operator.replace("::", ".").partition(".")
     if not found or not name:
-        raise ValueError(f"{operator!r} is not a qualified operator name such as 'mylib::scan'")
+        raise ArgumentError(f"{operator!r} is not a qualified operator name such as 'mylib::scan'")
     if not hasattr(getattr(torch.ops, namespace), name.partition(".")[0]):
-        raise ValueError(f"there is no operator {operator!r} in torch.ops: import the library that defines it first")
+        raise ArgumentError(f"there is no operator {operator!r} in torch.ops: import the library that defines it first")
     register_mixer_operator(operator)

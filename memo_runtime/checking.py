@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree
 
+from memo_runtime.arguments import check_model, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.ambient import RandomState
-from memo_runtime.blocks.stack import find_blocks, given_blocks
+from memo_runtime.blocks.given import given_blocks
+from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.config import Loss, make_settings
-from memo_runtime.errors import ProfileError
+from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.profiling.model import model_device
 from memo_runtime.records import Report
-from memo_runtime.wrapping import Batch, find_wrapped, make_wrapped
+from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped
 
 #: Relative L2 error allowed for the gradients of a wrapped model against the unwrapped one, by dtype.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -83,6 +85,42 @@ def _run(model: nn.Module, batch: Batch, start: RandomState) -> tuple[float, Gra
     }
 
 
+def _run_plain(model: nn.Module, batch: Batch, start: RandomState) -> tuple[float, Gradients]:
+    """The unwrapped model's step; what fails here is the model, the batch or both."""
+    try:
+        return _run(model, batch, start)
+    except (MemoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ProfileError(
+            f"{type(model).__name__} does not train on this batch, without memo too ({describe_batch(*batch)}): "
+            f"{type(error).__name__}: {error}. Give the batch as the model takes it: keyword arguments as a dict, "
+            "positional ones as a tuple"
+        ) from error
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` to train.
+
+    Tensors that were computed from parameters and are kept in a module (``weight`` under the old ``weight_norm`` and
+    ``spectral_norm``, until their hook computes it again) cannot be copied with their graph and come without it.
+    """
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, dict[int, Any](computed))
+    except Exception as error:
+        raise ProfileError(
+            f"memo.check compares copies of the model, and {type(model).__name__} cannot be copied "
+            f"({type(error).__name__}: {error}): take out what holds it (a lock, a file, a tensor with a graph), or "
+            "wrap a second model made the same way and compare the two"
+        ) from error
+
+
 def _norm(gradients: Mapping[str, torch.Tensor]) -> float:
     return float(sum(torch.linalg.vector_norm(g.double()).item() ** 2 for g in gradients.values()) ** 0.5)
 
@@ -90,7 +128,11 @@ def _norm(gradients: Mapping[str, torch.Tensor]) -> float:
 def _errors(found: Gradients, reference: Gradients) -> tuple[float, dict[str, float]]:
     """(relative L2 error over all parameters, the same for each)."""
     tiny = 1e-300
-    gaps = {name: found[name].double() - reference[name].double() for name in reference}
+    # A gradient that was not found is off by all of it.
+    gaps = {
+        name: found[name].double() - want.double() if name in found else want.double()
+        for name, want in reference.items()
+    }
     single = {
         name: torch.linalg.vector_norm(gap).item()
         / max(torch.linalg.vector_norm(reference[name].double()).item(), tiny)
@@ -126,27 +168,35 @@ def check(
         alpha, budget, host_budget, keep_last, blocks: as in ``wrap``; ``keep_last`` is 0 so that every block is tested.
 
     Raises:
+        ProfileError: the unwrapped model does not run on this batch, gives no loss, or cannot be copied.
         MemoError: as ``wrap`` and the first step do.
     """
     from memo_runtime.api import as_batch
 
+    check_model(model, "check")
     if policy is None:
         policy, alpha = "memo", 0.5 if alpha is None else alpha
-    existing = find_wrapped(model)
-    plain = copy.deepcopy(existing.model if existing is not None else model)
-    managed = copy.deepcopy(plain)
-    call = as_batch(batch)
     settings = make_settings(policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last)
-    refs = find_blocks(managed) if blocks is None else given_blocks(managed, blocks)
-    wrapped = make_wrapped(managed, refs, settings, loss=Loss.AUTO)
+    existing = find_wrapped(model)
+    own = existing.model if existing is not None else model
+    check_shapes(own)
+    refs = _refs(own, blocks, existing)
+    check_keep_last(refs, keep_last)
+    check_weights(own)
+    plain, managed = _copy(own), _copy(own)
+    call = as_batch(batch)
+    start = RandomState.current(model_device(plain))
+    loss, plain_gradients = _run_plain(plain, call, start)
+    copied = [replace(ref, module=managed.get_submodule(ref.name)) for ref in refs]
+    wrapped = make_wrapped(managed, copied, settings, loss=Loss.AUTO)
     wrapped.install()
     try:
-        start = RandomState.current(model_device(plain))
-        loss, plain_gradients = _run(plain, call, start)
         managed_loss, gradients = _run(managed, call, start)
         report = wrapped.session.report()
         dtype = next((g.dtype for g in plain_gradients.values()), torch.float32)
-        identical = loss == managed_loss and all(torch.equal(gradients[n], g) for n, g in plain_gradients.items())
+        identical = loss == managed_loss and all(
+            n in gradients and torch.equal(gradients[n], g) for n, g in plain_gradients.items()
+        )
         overall, single = _errors(gradients, plain_gradients)
         worst = max(single, key=lambda name: single[name]) if single else ""
         bound = BOUNDS.get(dtype)
@@ -167,6 +217,13 @@ def check(
         worst_error=single.get(worst, 0.0),
         report=report,
     )
+
+
+def _refs(model: nn.Module, blocks: Any, existing: Wrapped | None) -> Sequence[BlockRef]:
+    """The blocks to check: those given, those that are managed already, or those that are found."""
+    if blocks is not None:
+        return given_blocks(model, blocks)
+    return find_blocks(model) if existing is None else existing.refs
 
 
 def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: RandomState) -> tuple[float, bool]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Integral, Real
+from typing import TypeVar
 
-from memo_runtime.units import parse_bytes
+from memo_runtime.errors import ArgumentError, ArgumentTypeError, NotBuiltError
+from memo_runtime.units import parse_bytes, show_value
 
 
 class Policy(StrEnum):
@@ -39,6 +43,10 @@ class Loss(StrEnum):
 #: Policies that fix the swap fraction; ``memo``, ``replay`` and ``tiled`` also take one from the user.
 FIXED_ALPHA = {Policy.SWAP: 1.0, Policy.RECOMPUTE: 0.0}
 _TAKES_ALPHA = (Policy.MEMO, Policy.REPLAY, Policy.TILED)
+#: By kind: members of different kinds with the same text are equal, and 'tiled' is built as a loss.
+_NOT_BUILT: dict[type[StrEnum], StrEnum] = {Policy: Policy.TILED, Layout: Layout.PLANNED}
+#: A bare number below this is a size whose unit was forgotten: no budget is so small.
+_BARE_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +71,74 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
+            if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real):
+                raise ArgumentTypeError(
+                    f"alpha={show_value(self.alpha)} ({type(self.alpha).__name__}) is not a number: give a fraction "
+                    "from 0 (recompute) to 1 (swap), such as 0.5"
+                )
             if self.policy not in _TAKES_ALPHA:
-                takers = ", ".join(_TAKES_ALPHA)
-                raise ValueError(f"alpha={self.alpha} goes with policy {takers}; policy is '{self.policy}'")
+                takers = ", ".join(policy for policy in _TAKES_ALPHA if policy is not _NOT_BUILT[Policy])
+                raise ArgumentError(
+                    f"alpha={self.alpha} goes with policy {takers}; policy is '{self.policy}': give one of those, or "
+                    "leave alpha out"
+                )
             if not 0.0 <= self.alpha <= 1.0:
-                raise ValueError(f"alpha={self.alpha} is not a fraction: give 0 (recompute) to 1 (swap)")
-        if self.keep_last is not None and (isinstance(self.keep_last, bool) or self.keep_last < 0):
-            raise ValueError(f"keep_last={self.keep_last!r} is not a number of blocks: give 0 or more")
+                raise ArgumentError(f"alpha={self.alpha} is not a fraction: give 0 (recompute) to 1 (swap)")
+        if self.keep_last is not None:
+            said = f"keep_last={show_value(self.keep_last)} is not a number of blocks"
+            if isinstance(self.keep_last, bool) or not isinstance(self.keep_last, Integral):
+                raise ArgumentTypeError(f"{said}: give a whole number, 0 or more, or leave it out to have it planned")
+            if self.keep_last < 0:
+                raise ArgumentError(f"{said}: give 0 or more, or leave it out to have it planned")
+        if not isinstance(self.strict, bool):
+            raise ArgumentTypeError(f"strict={show_value(self.strict)} is not a yes or no: give True or False")
+
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def choose(kind: type[_Choice], name: str, value: object, instead: str) -> _Choice:
+    """Member of ``kind`` that a user calls ``value`` in argument ``name``.
+
+    Args:
+        kind: the choices. name: the argument's. value: what was given. instead: what works where it is not built.
+
+    Raises:
+        ArgumentError: no such choice; names those that there are.
+        NotBuiltError: announced, and not built yet.
+    """
+    built = [member.value for member in kind if member is not _NOT_BUILT.get(kind)]
+    there_are = f"there are: {', '.join(built)}"
+    chosen = next((member for member in kind if member == value), None)
+    if chosen is None:
+        close = difflib.get_close_matches(value.lower(), built, n=1) if isinstance(value, str) else []
+        meant = f" (did you mean '{close[0]}'?)" if close else ""
+        raise ArgumentError(f"{name}={show_value(value)} is unknown{meant}; {there_are}")
+    if chosen is _NOT_BUILT.get(kind):
+        raise NotBuiltError(f"{name}={chosen.value!r} is not built yet: {instead}; {there_are}")
+    return chosen
+
+
+def _size(name: str, value: int | str | None) -> int | None:
+    """Bytes of argument ``name``."""
+    if value is None:
+        return None
+    try:
+        size = parse_bytes(value)
+    except ValueError as error:
+        if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < _BARE_BYTES:
+            raise ArgumentError(_bare(name, value)) from None
+        number = isinstance(value, (str, Real)) and not isinstance(value, bool)
+        raise (ArgumentError if number else ArgumentTypeError)(f"{name}={error}") from None
+    bare = not isinstance(value, str) or value.strip()[-1:].isdigit()
+    if bare and 0 < size < _BARE_BYTES:
+        raise ArgumentError(_bare(name, value))
+    return size
+
+
+def _bare(name: str, value: object) -> str:
+    number = str(value).strip()
+    return f"{name}={show_value(value)} would be {number} bytes: did you mean {name}='{number}GiB'?"
 
 
 def make_settings(
@@ -84,17 +153,20 @@ def make_settings(
     """``Settings`` from what users write: names of policies, sizes as text.
 
     Raises:
-        ValueError: an unknown policy, a size that is none, or knobs that do not go together.
+        ArgumentError: an unknown policy, a size that is none, or knobs that do not go together.
+        NotBuiltError: a policy that is not built yet.
     """
-    try:
-        chosen = Policy(policy)
-    except ValueError:
-        raise ValueError(f"policy={policy!r} is unknown; there are: {', '.join(Policy)}") from None
+    device_bytes = _size("budget", budget)
+    if device_bytes == 0:
+        raise ArgumentError(
+            f"budget={show_value(budget)} leaves no memory for the model itself: give a size such as '70GiB', or leave "
+            "it out for what the device has"
+        )
     return Settings(
-        policy=chosen,
-        alpha=alpha,
-        budget=None if budget is None else parse_bytes(budget),
-        host_budget=None if host_budget is None else parse_bytes(host_budget),
+        policy=choose(Policy, "policy", policy, "'replay' splits along tokens"),
+        alpha=float(alpha) if isinstance(alpha, Real) and not isinstance(alpha, (int, float)) else alpha,
+        budget=device_bytes,
+        host_budget=_size("host_budget", host_budget),
         keep_last=keep_last,
         strict=strict,
     )

@@ -12,6 +12,18 @@ class MemoError(Exception):
     """Base of every error of the runtime."""
 
 
+class ArgumentError(MemoError, ValueError):
+    """An argument has a value that is not taken, or does not go with another one."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of another type than what is taken."""
+
+
+class NotBuiltError(MemoError, NotImplementedError):
+    """Something that is announced and not built yet; names what there is instead."""
+
+
 class PlanInfeasibleError(MemoError, RuntimeError):
     """No plan fits the budgets; says by how much, which length would fit, and which knob buys it."""
 

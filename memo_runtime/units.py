@@ -1,4 +1,4 @@
-"""Units: parsing and printing of bytes, tokens, FLOPs and seconds.
+"""Units: parsing and printing of bytes, tokens, FLOPs and seconds, and of what a user gave instead.
 
 GB is 10^9 bytes and GiB is 2^30 bytes, for both reading and printing; for token counts K is 1024 and
 M is 1024^2, which is how sequence lengths are named in the field. Nothing here imports anything else
@@ -8,6 +8,8 @@ of the project.
 from __future__ import annotations
 
 import re
+import reprlib
+from numbers import Integral, Real
 
 KiB = 1024
 MiB = 1024**2
@@ -33,20 +35,36 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     match = _NUMBER.match(text)
     if match is None or match.group(2).lower() not in units:
         known = ", ".join(unit for unit in units if unit)
-        raise ValueError(f"{text!r} is not a {what}: write a number and a unit ({known}), such as {example}")
-    return int(float(match.group(1)) * units[match.group(2).lower()])
+        raise ValueError(f"{show_value(text)} is not a {what}: write a number and a unit ({known}), such as {example}")
+    number, unit = match.group(1), units[match.group(2).lower()]
+    if number.isdecimal():
+        return int(number) * unit  # a float would round beyond 2^53
+    size = float(number) * unit
+    if size == float("inf"):
+        raise ValueError(f"{show_value(text)} is not a {what}: it is beyond any")
+    return int(size)
+
+
+def show_value(value: object) -> str:
+    """``value`` as an error message quotes it: one short line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return " ".join(short.repr(value).split())
 
 
 def parse_bytes(value: int | float | str) -> int:
     """Bytes of ``value``: a count, or text such as ``"70GiB"`` (2^30) or ``"80GB"`` (10^9).
 
     Raises:
-        ValueError: negative, not finite, or text that names no known unit.
+        ValueError: negative, not finite, a fraction of a byte, no number at all, or text that names no known unit.
     """
     if isinstance(value, str):
         return _parse(value, _BYTE_UNITS, "size", "70GiB")
-    if isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"{value!r} is not a number of bytes: give a count >= 0 or text such as '70GiB'")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf") or value != int(value):
+        raise ValueError(
+            f"{show_value(value)} is not a number of bytes: give a whole count >= 0 or text such as '70GiB'"
+        )
     return int(value)
 
 
@@ -57,9 +75,9 @@ def parse_tokens(value: int | str) -> int:
         ValueError: below 1, or text that names no known unit.
     """
     tokens = _parse(value, _TOKEN_UNITS, "token count", "128K") if isinstance(value, str) else value
-    if isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"{value!r} is not a token count: give at least 1, or text such as '128K'")
-    return tokens
+    if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
+        raise ValueError(f"{show_value(value)} is not a token count: give at least 1, or text such as '128K'")
+    return int(tokens)
 
 
 def format_bytes(count: int | float) -> str:

@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from memo_runtime.config import Loss
+from memo_runtime.errors import ArgumentError
 from memo_runtime.execution import install as instance
 from memo_runtime.integrations.causal_loss import CausalLoss
 from memo_runtime.losses.lazy_logits import Notice, lazy_linear
@@ -177,7 +178,7 @@ def install(model: nn.Module, *, loss: Loss = Loss.AUTO) -> Installation:
         loss: ``auto`` uses Liger where it can, ``tiled`` the tiles of this package, ``native`` is off.
 
     Raises:
-        ValueError: ``loss="tiled"`` for a model where that cannot be done.
+        ArgumentError: ``loss="tiled"`` for a model where that cannot be done.
     """
     if loss is Loss.NATIVE:
         return Installation(active=False, note="loss='native': the logits of a forward are one tensor")
@@ -185,7 +186,9 @@ def install(model: nn.Module, *, loss: Loss = Loss.AUTO) -> Installation:
     reason = "no Hugging Face model with an output head in it" if path is None else _obstacle(path[-1])
     if reason is not None:
         if loss is Loss.TILED:
-            raise ValueError(f"loss='tiled' is not possible for this model: {reason}; loss='auto' leaves it as it is")
+            raise ArgumentError(
+                f"loss='tiled' is not possible for this model: {reason}; loss='auto' leaves it as it is"
+            )
         if path is not None:
             logger.info("head and loss stay as they are, with full logits: %s", reason)
         return Installation(active=False, note=f"head and loss as they were: {reason}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import memo_runtime as memo
-from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
+from memo_runtime.errors import ArgumentError, BlockFallbackError, HostLimitError, PlanInfeasibleError
 from memo_runtime.execution import host_pool
 from memo_runtime.planning.sheet import PlanRequestError
 from memo_runtime.units import parse_bytes
@@ -204,55 +204,12 @@ def test_strict_lets_a_model_through_that_takes_the_policy() -> None:
 
 
 def test_keep_last_larger_than_the_stack() -> None:
-    model, plain = memo.wrap(tower(), policy="swap", keep_last=4), tower()
-    message = refused(PlanRequestError, step, model, signal())
-    assert "keep_last=4" in message
-    assert "layers.0 to layers.2" in message
-    assert "give 0 to 3" in message
-    assert_trains_as(memo.unwrap(model), plain, signal())
+    model, plain = tower(), tower()
+    for call, inputs in ((memo.wrap, ()), (memo.check, (signal(),))):
+        message = refused(ArgumentError, call, model, *inputs, policy="swap", keep_last=4)
+        assert "keep_last=4" in message
+        assert "layers.0 to layers.2" in message
+        assert "give 0 to 3" in message
+    assert_trains_as(model, plain, signal())
+    refused(PlanRequestError, memo.plan, memo.profile(model, signal()), policy="swap", keep_last=4)
     assert_trains_as(memo.wrap(model, policy="swap", keep_last=3), plain, signal(), bound=0)
-
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown policy": ({"policy": "offload"}, "'offload' is unknown; there are: auto, none, memo"),
-    "alpha above one": ({"policy": "memo", "alpha": 1.5}, "alpha=1.5 is not a fraction"),
-    "alpha below zero": ({"policy": "memo", "alpha": -0.1}, "alpha=-0.1 is not a fraction"),
-    "alpha not a number": ({"policy": "memo", "alpha": float("nan")}, "alpha=nan is not a fraction"),
-    "alpha with swap": ({"policy": "swap", "alpha": 0.5}, "alpha=0.5 goes with policy memo"),
-    "alpha with auto": ({"alpha": 0.5}, "policy is 'auto'"),
-    "negative keep_last": ({"keep_last": -1}, "keep_last=-1 is not a number of blocks"),
-    "a size that is none": ({"budget": "plenty"}, "'plenty' is not a size"),
-    "a unit that is none": ({"host_budget": "70 Gb/s"}, "is not a size"),
-    "a negative size": ({"budget": -5}, "-5 is not a number of bytes"),
-    "unknown loss": ({"loss": "fused"}, "fused"),
-    "unknown layout": ({"layout": "packed"}, "packed"),
-    "tiled loss without a head": ({"loss": "tiled"}, "loss='tiled' is not possible for this model"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_arguments_that_are_wrong(case: str) -> None:
-    arguments, message = WRONG[case]
-    model, plain = tower(), tower()
-    keys = [list(vars(module)) for module in model.modules()]
-    assert message in refused(ValueError, memo.wrap, model, **arguments)
-    assert [list(vars(module)) for module in model.modules()] == keys
-    assert_trains_as(model, plain, signal(), bound=0)
-    assert_trains_as(memo.wrap(model), plain, signal())
-
-
-NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
-    "disk": ({"disk": "/scratch"}, "disk='/scratch' is not built yet"),
-    "tile": ({"tile": 8192}, "tile=8192 is not built yet"),
-    "layout": ({"layout": "planned"}, "use layout='auto'"),
-    "tiled": ({"policy": "tiled"}, "policy='tiled' is not built yet"),
-}
-
-
-@pytest.mark.parametrize("case", NOT_BUILT)
-def test_what_is_not_built_yet_says_so(case: str) -> None:
-    arguments, message = NOT_BUILT[case]
-    model, plain = tower(), tower()
-    with pytest.raises(memo.MemoError, match=re.escape(message)):
-        step(memo.wrap(model, **arguments), signal())
-    assert_trains_as(memo.unwrap(model), plain, signal())

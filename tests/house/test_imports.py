@@ -19,6 +19,7 @@ ALLOWED = {
     "config": {"errors", "units"},
     "records": set(),
     "persist": NOUNS,
+    "arguments": NOUNS,
     "blocks": NOUNS,
     "losses": NOUNS,
     "reporting": {"records", "units", "errors"},
@@ -28,8 +29,8 @@ ALLOWED = {
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
     "wrapping": NOUNS | STAGES | {"blocks", "integrations"},
-    "checking": NOUNS | {"blocks", "profiling", "wrapping", "api"},
-    "api": NOUNS | STAGES | {"blocks", "checking", "persist", "wrapping"},
+    "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
+    "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "wrapping"},
     "cli": NOUNS | {"api", "blocks", "losses", "persist", "planning", "profiling", "reporting", "__version__"},
     "__init__": NOUNS | {"api", "losses", "persist"},
     "__main__": {"cli"},

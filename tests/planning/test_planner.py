@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from memo_runtime.config import make_settings
-from memo_runtime.errors import BlockFallbackError, MemoError
+from memo_runtime.config import Policy, Settings, make_settings
+from memo_runtime.errors import BlockFallbackError, MemoError, NotBuiltError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import PlanRequestError
@@ -108,9 +108,10 @@ def test_more_kept_blocks_than_there_are(policy):
 
 
 def test_tiled_is_not_built_yet():
-    with pytest.raises(ValueError, match=r"not built yet; there are: auto, none, memo") as error:
+    with pytest.raises(NotBuiltError, match=r"not built yet: .*; there are: auto, none, memo"):
         plan(SHORT, policy="tiled")
-    assert isinstance(error.value, MemoError)
+    with pytest.raises(PlanRequestError, match=r"not built yet; there are: auto, none, memo"):
+        make_plan(SHORT, Settings(policy=Policy.TILED))
 
 
 class TestAuto:

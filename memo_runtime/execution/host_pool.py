@@ -150,9 +150,11 @@ class HostPool:
     def _grow(self, size: int) -> _Slab:
         if self.reserved + size > self.limit:
             raise HostLimitError(
-                f"the step needs {format_bytes(size)} more host memory than the {format_bytes(self.reserved)} that are "
-                f"reserved, and {format_bytes(self.limit)} is the limit. A plan counts one forward pass between two "
-                "backward passes; for more, or for longer sequences, raise host_budget or lower alpha"
+                f"the step asks for {format_bytes(size)} of host memory beyond the {format_bytes(self.reserved)} that "
+                f"are reserved ({format_bytes(self.in_use)} in use), and {format_bytes(self.limit)} is the limit. A "
+                "plan counts one forward pass between two backward passes, of the lengths and tensors that it was "
+                f"made for. Would work: host_budget of at least {format_bytes(self.reserved + size)}, going backward "
+                "before the next forward, a larger keep_last, or policy='recompute'"
             )
         slab = _Slab(size, self._pinned)
         self._slabs.append(slab)

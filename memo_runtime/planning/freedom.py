@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.sheet import KEEP, Sheet
+from memo_runtime.planning.single_alpha import ClosedForm
 from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
 from memo_runtime.planning.swap import solve_prefixes
 from memo_runtime.planning.treatment import at_fraction, kept_blocks
@@ -61,6 +62,29 @@ class Auto(Strategy):
             return None
         tries = _Tries(sheet, budgets)
         return Decision(tries.plan(lowest(counts, tries.seconds)))
+
+
+@dataclass(frozen=True, slots=True)
+class AutoOnHost(Strategy):
+    """``auto`` where only the host is limited: as ``memo``, with as many blocks kept as the host's limit asks for."""
+
+    def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
+        """Those of ``memo``; then fewer and fewer blocks moved; everything kept, which always fits."""
+        yield from ClosedForm(None).stand_bys(sheet)
+        for count in range(len(kept_blocks(sheet, None)) + 1, len(sheet.blocks)):
+            yield from _ends(sheet, _last(sheet, count))
+        yield (KEEP,) * len(sheet.blocks)
+
+    def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
+        """What ``memo`` decides, if that fits; else the first stand-by that does, and a note that says so."""
+        decision = ClosedForm(None).decide(sheet, budgets)
+        if decision is not None:
+            return decision
+        choices = self.first_fitting(sheet, budgets)
+        if choices is None:
+            return None
+        kept = sum(choice == KEEP for choice in choices)
+        return Decision(choices, (f"the host's limit leaves no room to move more: {kept} blocks stay on the device",))
 
 
 @dataclass(slots=True)

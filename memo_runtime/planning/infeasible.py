@@ -54,8 +54,11 @@ def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Seq
 def _host_error(
     sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices], needed: int
 ) -> HostLimitError:
+    room = ""
+    if budgets.device is not None:
+        room = f" to fit in {format_bytes(budgets.device)} on the device ({budgets.device_source})"
     lines = [
-        f"this step needs {format_bytes(needed)} of host memory with policy '{settings.policy}' and "
+        f"this step needs {format_bytes(needed)} of host memory with policy '{settings.policy}'{room}, and "
         f"{format_bytes(budgets.host)} are allowed ({budgets.host_source}): "
         f"short by {format_bytes(budgets.over_host(needed))}",
         *_suggestions(suggest.for_host(sheet, settings, tried), "nothing that was tried"),

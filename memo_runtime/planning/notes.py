@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memo_runtime.planning.sheet import Choice, Sheet
+from memo_runtime.planning.sheet import KEEP, Choice, Sheet
 from memo_runtime.records import Executor
+from memo_runtime.units import format_bytes
 
 
 def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
@@ -28,6 +29,13 @@ def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
     ]
     if unmanaged:
         yield f"bytes of {_many(unmanaged)} are not managed and not counted"
+    idle = all(choice.executor in (Executor.KEEP, Executor.NATIVE) for choice in choices)
+    untouched = sheet.peak_bytes((KEEP,) * len(choices))
+    if not idle and sheet.peak_bytes(choices) >= untouched:
+        yield (
+            f"nothing is saved on the device: policy 'none' peaks at {format_bytes(untouched)} too (what these blocks "
+            "hold is small at this length, or its copies and reruns take as much), so 'none' is faster"
+        )
     timed = {block.timed_tokens for block, tokens in moved if 0 < block.timed_tokens < tokens}
     if timed:
         longest = max(sheet.lengths)

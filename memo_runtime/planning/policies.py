@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memo_runtime.config import FIXED_ALPHA, Policy, Settings
-from memo_runtime.planning.freedom import Auto, FreeReplay
+from memo_runtime.planning.freedom import Auto, AutoOnHost, FreeReplay
 from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.sheet import PlanRequestError, Sheet
 from memo_runtime.planning.single_alpha import ClosedForm, FixedFraction, KeepAll
@@ -53,7 +53,8 @@ def strategy_for(settings: Settings, budgets: Budgets) -> tuple[Strategy, tuple[
     if policy is Policy.MEMO:
         return ClosedForm(keep_last), ()
     if policy is Policy.AUTO and not limited:
-        return ClosedForm(keep_last), (_CPU_AUTO,)
+        unfixed = keep_last is None
+        return (AutoOnHost() if unfixed else ClosedForm(keep_last)), (_CPU_AUTO,)
     if policy is Policy.AUTO and keep_last is None:
         return Auto(), ()
     return FreeReplay(keep_last, device_rows=limited), ()

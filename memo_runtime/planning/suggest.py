@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,8 @@ def for_host(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list
         *_alphas(sheet, settings),
         *_lengths(sheet, settings),
         *_budgets(sheet, settings, tried, "host_budget"),
+        *_budgets(sheet, settings, tried, "budget"),
+        *_more_kept(sheet, settings),
         *_knobs(sheet, settings),
     ]
 
@@ -135,6 +138,18 @@ def _alphas(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
 
     steps = largest(lambda steps: is_feasible(sheet, at(steps)), max(1, -int(-asked * _ALPHA_STEPS // 1)))
     yield from _checked(sheet, at(steps), f"policy='{policy}', alpha={steps / _ALPHA_STEPS:g}")
+
+
+def _more_kept(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+    """The fewest blocks whose staying on the device makes the rest fit the host."""
+    if settings.policy is Policy.NONE or (settings.policy is Policy.AUTO and settings.keep_last is None):
+        return
+    most = min(Counter(block.stack for block in sheet.blocks).values(), default=0)
+    for count in range((settings.keep_last or 0) + 1, most + 1):
+        kept = replace(settings, keep_last=count)
+        if is_feasible(sheet, kept):
+            yield from _checked(sheet, kept, f"keep_last={count}")
+            return
 
 
 def _knobs(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:

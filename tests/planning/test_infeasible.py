@@ -145,6 +145,32 @@ def test_on_cpu_without_a_budget_only_the_host_refuses():
     make_plan(profile, make_settings(policy="none"))
 
 
+def test_auto_on_cpu_keeps_what_the_host_does_not_take():
+    profile = on_cpu(PROFILE)
+    for host, moved in (("1GiB", 0), ("5GiB", 4), ("200GiB", 10)):
+        plan = make_plan(profile, make_settings(host_budget=host))
+        assert sum(block.executor != "keep" for block in plan.blocks) == moved
+        assert plan.forecast.host_bytes <= parse_bytes(host)
+        assert any("stay on the device" in note for note in plan.notes) == (moved < 10)
+    assert "keep_last=8" in refused(profile, error=HostLimitError, host_budget="5GiB", keep_last=2)
+
+
+def test_a_host_refusal_names_the_device_budget_that_causes_it_and_the_one_that_would_do():
+    text = refused(error=HostLimitError, budget="30GiB", host_budget="5GiB")
+    assert "with policy 'auto' to fit in 30.00 GiB on the device (budget), and 5.00 GiB are allowed" in text
+    budget = next(change["budget"] for change, _ in suggestions(text) if "budget" in change)
+    assert make_plan(PROFILE, make_settings(budget=budget, host_budget="5GiB")).forecast.host_bytes <= 5 * GiB
+
+
+def test_the_fewest_blocks_that_must_stay_are_suggested():
+    settings = {"policy": "memo", "alpha": 0.9, "host_budget": "40GiB"}
+    profile = llama_profile(12, device_bytes=1000 * GiB)
+    text = refused(profile, error=HostLimitError, **settings)
+    kept = next(change["keep_last"] for change, _ in suggestions(text) if "keep_last" in change)
+    make_plan(profile, make_settings(**settings, keep_last=kept))
+    refused(profile, error=HostLimitError, **settings, keep_last=kept - 1)
+
+
 def test_suggestions_under_strict_do_not_fall_back():
     blocks = [opaque(llama_block(i)) for i in range(6)]
     text = refused(profile_of(blocks), policy="swap", budget="30GiB", strict=True)

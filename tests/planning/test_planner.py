@@ -273,3 +273,12 @@ def test_planning_loads_neither_torch_nor_a_solver():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_plan_that_saves_nothing_says_so():
+    tiny = profile_of([llama_block(i, groups=(group(Role.INPUT, 8), group(Role.TOKEN, 8))) for i in range(4)])
+    for policy in ("swap", "recompute"):
+        notes = plan(tiny, tokens={0: 1}, policy=policy, keep_last=0).notes
+        assert any("nothing is saved on the device" in note for note in notes) == (policy == "swap")
+        assert not any("nothing is saved" in note for note in plan(SHORT, policy=policy).notes)
+    assert not any("nothing is saved" in note for note in plan(tiny, tokens={0: 1}, policy="none").notes)

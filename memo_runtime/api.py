@@ -35,8 +35,10 @@ from memo_runtime.errors import (
     ArgumentError,
     ArgumentTypeError,
     MemoError,
+    NoBlocksError,
     NotBuiltError,
     NotWrappedError,
+    PlanFileError,
     PlanMismatchError,
     ProfileError,
 )
@@ -44,6 +46,7 @@ from memo_runtime.execution.guard import refuse_other_optimisers
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan, Profile, Report
+from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import parse_tokens, show_value
 from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped, policy_from_outside
 
@@ -60,7 +63,16 @@ def _refs(model: nn.Module, blocks: Any) -> tuple[BlockRef, ...]:
 
 def _load(plan: PlanLike | None) -> Plan | None:
     check_plan(plan)
-    return plan if plan is None or isinstance(plan, Plan) else load_plan(Path(plan))
+    if plan is None:
+        return None
+    given = plan if isinstance(plan, Plan) else load_plan(Path(plan))
+    fault = find_fault(given) or find_deviation(given)
+    if fault is None:
+        return given
+    said = f"field '{fault.where}' is {show_value(fault.value)}; expected {fault.expected}"
+    if isinstance(plan, Plan):
+        raise ArgumentError(f"plan= cannot be carried out: {said}; make it with memo.plan(profile, ...)")
+    raise PlanFileError(f"{plan}: {said}; plan again, or give the file as memo wrote it")
 
 
 def _not_built(name: str, value: object, instead: str) -> NotBuiltError:
@@ -112,7 +124,8 @@ def wrap(
         NoBlocksError, BlockListError: no blocks, or none that can be used.
         AlreadyWrappedError: wrapped already, with something else.
         OffloaderActiveError: gradient checkpointing or another offloader is on.
-        PlanFileError: the plan file cannot be read. PlanMismatchError: it plans blocks that the model does not have.
+        PlanFileError: the plan file cannot be read or holds what cannot be true.
+        PlanMismatchError: it plans blocks that the model does not have.
     """
     check_model(model, "wrap")
     check_optimizer(optimizer)
@@ -166,7 +179,9 @@ def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, 
     if missing:
         raise PlanMismatchError(
             f"the plan is for another model: it plans block '{missing[0]}' (and {len(missing) - 1} more) that "
-            f"{type(model).__name__} does not have"
+            f"{type(model).__name__} does not have\n  blocks: the plan has {len(plan.profile.blocks)}, "
+            f"{type(model).__name__} has {_count_blocks(model)}\n  would work: profile and plan again with this model "
+            "(leave plan= out)"
         )
     planned = [block.name for block in plan.profile.blocks]
     named = planned if blocks is None else [ref.name for ref in given_blocks(model, blocks)]
@@ -178,6 +193,14 @@ def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, 
     return tuple(
         BlockRef(name=block.name, stack=block.stack, module=modules[block.name]) for block in plan.profile.blocks
     )
+
+
+def _count_blocks(model: nn.Module) -> str:
+    try:
+        refs = find_blocks(model)
+    except NoBlocksError:
+        return "none that repeat"
+    return f"{len(refs)} ({refs[0].name} to {refs[-1].name})"
 
 
 def unwrap(model: Model) -> Model:

@@ -1,8 +1,8 @@
 """Profiles and plans as JSON files.
 
 One small codec driven by the type hints of the records: a field is written as what it is, and read back only
-if the file has exactly the fields the record has, each with the right type. Round trips are exact, floats
-included. The first key of a file says what it holds:
+if the file has exactly the fields the record has, each with the right type and a value that can be true. Round trips
+are exact, floats included. The first key of a file says what it holds:
 
     {"memo_runtime": "plan", "policy": "memo", "alpha": 0.5, "profile": {...}, ..., "schema_version": 1}
 
@@ -24,6 +24,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memo_runtime.errors import OutputError, PlanFileError
 from memo_runtime.records import SCHEMA_VERSION, Plan, Profile
+from memo_runtime.soundness import find_fault
 
 _Record = TypeVar("_Record", bound=Plan | Profile)
 
@@ -69,7 +70,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
     Raises:
         PlanFileError: no such file, not JSON, not a plan, another schema version, or a field that is missing,
-            unknown or of the wrong type; the message names the file and the field.
+            unknown, of the wrong type or out of range; the message names the file and the field.
     """
     return _load_as(Plan, path)
 
@@ -104,6 +105,9 @@ def _build(wanted: type[_Record], content: dict[str, Any], path: str | os.PathLi
     except _FieldError as error:
         raise PlanFileError(f"{path}: {error}") from None
     assert isinstance(result, wanted)
+    fault = find_fault(result)
+    if fault is not None:
+        raise PlanFileError(f"{path}: {_wrong(fault.where, fault.value, fault.expected)}")
     return result
 
 

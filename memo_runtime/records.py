@@ -221,11 +221,14 @@ class Demotion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What a profile or plan was made for; every field must agree before it is used."""
+    """What a profile or plan was made for; every field must agree before it is used.
 
-    model: str  # hash over parameter names, shapes, dtypes and requires_grad
-    blocks: str  # hash over the names of the managed blocks
-    batch: str  # shapes and dtypes of the batch, without the token dimension
+    The first three are words, and after a # the hash of what they leave out.
+    """
+
+    model: str  # the parameters; hash over their names, shapes, dtypes and requires_grad
+    blocks: str  # how many, first and last; hash over their names
+    batch: str  # dtypes and numbers of dimensions, without sizes
     torch: str  # major.minor
     device: str  # device type and name
 

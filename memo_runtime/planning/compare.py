@@ -8,9 +8,9 @@ from memo_runtime.errors import PlanMismatchError
 from memo_runtime.records import Fingerprint, Plan
 
 _MEANING = {
-    "model": "hash of the parameters' names, shapes and dtypes",
-    "blocks": "hash of the managed blocks' names",
-    "batch": "shapes and dtypes of the batch, without the token dimension",
+    "model": "the parameters; # is a hash of their names, shapes, dtypes and requires_grad",
+    "blocks": "the managed blocks; # is a hash of their names",
+    "batch": "the batch without its sizes",
     "torch": "torch version",
     "device": "device",
 }

@@ -18,7 +18,8 @@ ALLOWED = {
     "units": set(),
     "config": {"errors", "units"},
     "records": set(),
-    "persist": NOUNS,
+    "persist": NOUNS | {"soundness"},
+    "soundness": NOUNS | {"planning"},
     "arguments": NOUNS,
     "blocks": NOUNS,
     "losses": NOUNS,
@@ -30,7 +31,7 @@ ALLOWED = {
     # The front door: the only place where the three stages meet.
     "wrapping": NOUNS | STAGES | {"blocks", "integrations"},
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
-    "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "wrapping"},
+    "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "soundness", "wrapping"},
     "cli": NOUNS | {"api", "blocks", "losses", "persist", "planning", "profiling", "reporting", "__version__"},
     "__init__": NOUNS | {"api", "losses", "persist"},
     "__main__": {"cli"},
@@ -38,7 +39,7 @@ ALLOWED = {
 #: (file, imported part): records print themselves as tables, when asked to.
 LAZY_EXCEPTIONS = {("records", "reporting")}
 
-WITHOUT_TORCH = {"errors", "units", "config", "records", "persist", "reporting", "planning", "__init__"}
+WITHOUT_TORCH = {"errors", "units", "config", "records", "persist", "soundness", "reporting", "planning", "__init__"}
 SOLVERS = {"ortools", "pulp", "memo_solver"}
 MAY_SOLVE = {"planning", "cli"}
 

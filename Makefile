@@ -1,7 +1,8 @@
 # make demo   trains a small model on real text with its activations swapped and partly rebuilt
 # make test   lint, types and tests; what .ci/run calls
+# make bench-smoke   the benchmark harness on tiny shapes on the CPU: fresh rows and their table, in a minute
 #
-# Both make an environment in .venv first. Stamp files keep a second run from installing anything again.
+# All make an environment in .venv first. Stamp files keep a second run from installing anything again.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NATIVE := $(wildcard csrc/solver/*.cpp csrc/solver/*.h csrc/solver/*.hpp)
 
-.PHONY: demo test clean
+.PHONY: demo test bench-smoke clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_text.py --compare
@@ -26,6 +27,13 @@ test: $(VENV)/.installed-dev
 	echo "== sizes";  $(BIN)/python -m tests.house.sizes || status=1; \
 	echo "== pytest"; $(BIN)/python -m pytest -n $(JOBS) || status=1; \
 	exit $$status
+
+# Shows that every contender runs and how rows look; the times of shapes this small mean nothing.
+bench-smoke: $(VENV)/.installed
+	@rm -f out/bench_smoke.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harness --run smoke --out out/bench_smoke.jsonl --device cpu \
+	  --geometry tiny --blocks 2 --lengths 256,512 --steps 2 --budget-from selective \
+	  --contenders kernels,unwrapped,selective,memo-auto,checkpoint,save_on_cpu
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -10,40 +10,17 @@ steps after the first, which profiles and plans) and on what.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.provenance import gpu_facts, now, versions
+from benchmarks.harness.timing import percentiles
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_text.py"
 STATUS = {0: "ok", 3: "oom"}
-
-
-def gpu_facts() -> dict[str, str]:
-    """Name and driver of the first GPU, from the driver itself."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
-    return {"gpu": name, "driver": driver}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the run used."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "pulp"):
-        found[package] = importlib.metadata.version(package)
-    return found
-
-
-def percentiles(seconds: list[float]) -> dict[str, Any]:
-    """Median, p20, p80 and count of the steady steps."""
-    steady = sorted(seconds[1:] or seconds)
-    low, high = (statistics.quantiles(steady, n=5)[i] if len(steady) > 1 else steady[0] for i in (0, 3))
-    return {"step_seconds": statistics.median(steady), "p20": low, "p80": high, "n": len(steady)}
 
 
 def make_row(result: dict[str, Any], returned: int, commit: str, command: list[str]) -> dict[str, Any]:
@@ -54,7 +31,7 @@ def make_row(result: dict[str, Any], returned: int, commit: str, command: list[s
         "geometry": result["geometry"],
         "seq_len": result["seq_len"],
         "status": STATUS.get(returned, "error"),
-        **percentiles(result["seconds"]),
+        **percentiles(result["seconds"][1:] or result["seconds"]),
         "first_step_seconds": result["seconds"][0],
         "mfu": result["mfu"],
         "tokens_per_second": result["tokens_per_second"],
@@ -72,7 +49,7 @@ def make_row(result: dict[str, Any], returned: int, commit: str, command: list[s
         "config": command,
         **gpu_facts(),
         "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "versions": versions(),
     }
 

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.harness.provenance import ROOT, cpu_name, now, package_version
+
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("ortools", "pulp", "omnimalloc", "numpy")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def provenance() -> dict[str, Any]:
@@ -36,13 +20,13 @@ def provenance() -> dict[str, Any]:
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "python": platform.python_version(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),
         "shared_machine": True,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: package_version(package) for package in PACKAGES},
     }
 
 

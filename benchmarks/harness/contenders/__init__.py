@@ -1,0 +1,25 @@
+"""The contenders by name, one file each. A contender is made when its process starts and not before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.harness.contenders.base import Contender
+from benchmarks.harness.contenders.checkpoint import Checkpoint
+from benchmarks.harness.contenders.kernels import Kernels
+from benchmarks.harness.contenders.memo import Memo
+from benchmarks.harness.contenders.save_on_cpu import SaveOnCpu
+from benchmarks.harness.contenders.selective import Selective
+from benchmarks.harness.contenders.unwrapped import Unwrapped
+from benchmarks.harness.job import Job
+from benchmarks.harness.names import MEMO_POLICIES
+
+CONTENDERS: dict[str, Callable[[Job], Contender]] = {
+    "kernels": Kernels,
+    "unwrapped": Unwrapped,
+    "selective": Selective,
+    "checkpoint": Checkpoint,
+    "save_on_cpu": SaveOnCpu,
+    **{f"memo-{policy}": partial(Memo, policy) for policy in MEMO_POLICIES},
+}

@@ -1,0 +1,73 @@
+"""memo_runtime by policy. Each length is wrapped, profiled and planned for itself: budgets differ by length."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import memo_runtime
+from benchmarks.harness.contenders.base import Training
+from benchmarks.harness.geometry import Scope
+from benchmarks.harness.job import Job
+
+
+class Memo(Training):
+    """``memo.wrap`` with one policy, and the budgets of the job."""
+
+    def __init__(self, policy: str, job: Job) -> None:
+        self.policy = policy
+        super().__init__(job)
+
+    def install(self) -> None:
+        """Nothing yet: ``start`` wraps, and that arranges the loss too."""
+
+    def start(self, tokens: int) -> None:
+        """Wrap for ``tokens``; the first step profiles and plans."""
+        super().start(tokens)
+        settings = self.job.settings
+        memo_runtime.wrap(
+            self.subject.model,
+            policy=self.policy,
+            budget=self.job.budgets.get(tokens),
+            host_budget=self.job.host_budget,
+            optimizer=self.subject.optimizer,
+            loss=settings.loss if settings.scope == Scope.STEP else "auto",
+        )
+
+    def finish(self) -> None:
+        """Give host memory back."""
+        memo_runtime.unwrap(self.subject.model)
+        super().finish()
+
+    def recomputed_flops(self, tokens: int) -> int:
+        """As the runtime's report has it; with policy ``none`` there is none."""
+        if self.policy == "none":
+            return 0
+        return memo_runtime.report(self.subject.model).totals.recomputed_flops
+
+    def pinned_bytes(self) -> int:
+        """Slabs of the runtime, which PyTorch's pool does not know."""
+        if self.device.type != "cuda" or self.policy == "none":
+            return 0
+        return memo_runtime.report(self.subject.model).totals.host_bytes
+
+    def details(self) -> dict[str, Any]:
+        """What the plan chose, and its forecast."""
+        if self.policy == "none":
+            return {}
+        report = memo_runtime.report(self.subject.model)
+        totals, forecast = report.totals, report.totals.forecast
+        return {
+            "executors": dict(Counter(block.executor.value for block in report.blocks)),
+            "alpha": [round(block.alpha, 4) for block in report.blocks],
+            "bytes_to_host": totals.bytes_to_host,
+            "bytes_to_device": totals.bytes_to_device,
+            "bytes_kept": totals.bytes_kept,
+            "host_bytes": totals.host_bytes,
+            "forecast": {
+                "step_seconds": forecast.step_seconds,
+                "peak_bytes": forecast.peak_bytes,
+                "host_bytes": forecast.host_bytes,
+            },
+            "notes": list(report.notes),
+        }

@@ -1,0 +1,125 @@
+"""The shapes that are measured, and what a step of them costs in FLOPs.
+
+Shapes are the example's, so that ``llama-8b`` is one thing in the whole project. Two scopes:
+
+    blocks   a stack of N blocks, forward and backward; no embedding, norm or head, no optimizer
+    step     the causal language model, loss and AdamW: a whole training step
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memo_runtime.reporting.mfu import model_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
+
+
+class Scope(StrEnum):
+    """What one step is."""
+
+    BLOCKS = "blocks"
+    STEP = "step"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One matrix product of a block: [tokens, inputs] times [inputs, outputs]."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def size(self) -> int:
+        """Parameters."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A decoder with rotary attention and a gated MLP, as far as FLOPs and kernels go.
+
+    Attributes:
+        heads, kv_heads, head_dim: of attention. vocabulary: of the head, 0 for blocks alone.
+    """
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @property
+    def attention_width(self) -> int:
+        """Query heads times their size."""
+        return self.heads * self.head_dim
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The matrix products of one block, in order."""
+        hidden, keys = self.hidden, self.kv_heads * self.head_dim
+        sizes = {
+            "q_proj": (hidden, self.attention_width),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (self.attention_width, hidden),
+            "gate_proj": (hidden, self.intermediate),
+            "up_proj": (hidden, self.intermediate),
+            "down_proj": (self.intermediate, hidden),
+        }
+        return tuple(Linear(name=name, inputs=a, outputs=b) for name, (a, b) in sizes.items())
+
+    def model_flops(self, tokens: int) -> int:
+        """Forward and backward of one sequence, nothing counted twice: ``6 N S + 6 L d S^2``.
+
+        N counts matrix products only; norms, about 0.004 % of an 8B block's parameters, are left out.
+        """
+        parameters = self.blocks * sum(linear.size for linear in self.linears) + self.vocabulary * self.hidden
+        return model_flops(
+            parameters=parameters, layers=self.blocks, attention_width=self.attention_width, tokens=tokens
+        )
+
+    def rerun_flops(self, tokens: int, *, attention: bool) -> int:
+        """FLOPs of running every block once more for its backward, with or without its attention.
+
+        The last product is not repeated: nobody saved its output, and PyTorch's checkpoint stops before it.
+        """
+        products = sum(2 * linear.size for linear in self.linears if linear.name != "down_proj")
+        repeated = products * tokens + (2 * self.attention_width * tokens * tokens if attention else 0)
+        return self.blocks * repeated
+
+
+def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConfig:
+    """The Hugging Face config of geometry ``name``, cut to ``blocks``, with room for ``tokens`` positions.
+
+    Raises:
+        ValueError: no such geometry.
+    """
+    if _EXAMPLES not in sys.path:
+        sys.path.append(_EXAMPLES)
+    import geometries
+
+    return geometries.make_config(geometries.find_geometry(name), tokens=tokens, layers=blocks)
+
+
+def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:
+    """What of a config the harness counts with."""
+    return Shape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        blocks=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size if scope == Scope.STEP else 0,
+    )

@@ -1,0 +1,67 @@
+"""What a contender's process is asked to do: the value between runner and worker. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from benchmarks.harness.geometry import Scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Conditions that all contenders of a run share; a row's ``config``.
+
+    Attributes:
+        dtype, device, attention, loss: names. attention ``auto`` leaves the kernel to PyTorch.
+        memory: bytes that a contender may allocate, to see who needs more; None: what there is.
+        steps: cap on steady and on warm-up steps; None: as many as the length asks for.
+        learning_rate: of AdamW, in scope ``step``.
+    """
+
+    geometry: str
+    scope: Scope
+    blocks: int | None
+    device: str
+    dtype: str
+    attention: str
+    loss: str = "auto"
+    memory: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    learning_rate: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One contender and the lengths that are missing, shortest first.
+
+    Attributes:
+        budgets: device budget by length, for contenders that take one; a length without is unlimited.
+        host_budget: the same for host memory, at all lengths.
+        sketch_at: length at which gradients are sketched; None: nowhere.
+        deadline: Unix time at which nothing may be running any more; None: none.
+    """
+
+    contender: str
+    settings: Settings
+    lengths: tuple[int, ...]
+    budgets: Mapping[int, int] = field(default_factory=dict)
+    host_budget: int | None = None
+    sketch_at: int | None = None
+    deadline: float | None = None
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The job of ``to_json``; JSON's keys are text."""
+        values = json.loads(text)
+        settings = values.pop("settings")
+        settings["scope"] = Scope(settings["scope"])
+        values["budgets"] = {int(tokens): size for tokens, size in values["budgets"].items()}
+        values["lengths"] = tuple(values["lengths"])
+        return cls(settings=Settings(**settings), **values)

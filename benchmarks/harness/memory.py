@@ -1,0 +1,84 @@
+"""Peaks of memory: what the caching allocator counted on CUDA; on the CPU, what the profiler saw in a step.
+
+The CPU has no counter of tensors, so one more step runs under PyTorch's profiler, untimed, and its allocations are
+added up. That is real but slow, and meant for small shapes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_POOL = ("allocated_bytes.current", "reserved_bytes.current")
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages of ``tensors``, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def limit_memory(size_bytes: int, device: torch.device) -> None:
+    """Let this process allocate at most ``size_bytes``: more is an out-of-memory error.
+
+    On the CPU this bounds the process's data beyond what it holds now.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / total), device)
+        return
+    import resource
+
+    facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    limit = int(facts["VmData"].split()[0]) * 1024 + size_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def host_facts(device: torch.device) -> dict[str, int]:
+    """Resident bytes of this process, and bytes that PyTorch's own pool has pinned."""
+    pinned = 0
+    if device.type == "cuda":
+        stats = torch.cuda.host_memory_stats()
+        # Older versions call what the pool holds "reserved" and what is handed out "allocated".
+        pinned = int(max(stats[name] for name in _POOL if name in stats))
+    return {"host_rss": psutil.Process().memory_info().rss, "pinned_bytes": pinned}
+
+
+def release(device: torch.device) -> None:
+    """Give unused memory back, so that the next length starts with none reserved."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reset_peaks(device: torch.device) -> None:
+    """Start new peaks at what is allocated now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def cuda_peaks(device: torch.device) -> dict[str, int]:
+    """Peaks since ``reset_peaks``; nothing on the CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak_allocated": torch.cuda.max_memory_allocated(device),
+        "peak_reserved": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def cpu_peak(step: Callable[[], Any], resident: int) -> int:
+    """Peak bytes of tensors while ``step`` runs, which starts with ``resident`` bytes of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    kineto = profiler.profiler.kineto_results
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return resident + peak

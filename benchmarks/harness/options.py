@@ -1,0 +1,124 @@
+"""The command line of the harness. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.geometry import Scope
+from benchmarks.harness.job import Settings
+from benchmarks.harness.names import ContenderError, Entry, parse_contenders
+from benchmarks.harness.provenance import commit, gpu_facts
+from memo_runtime.units import parse_bytes, parse_tokens
+
+ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to measure, under which conditions, and where rows go.
+
+    Attributes:
+        entries: contenders in the order in which they run. lengths: in tokens, shortest first.
+        minutes: time for all of it; None: as long as it takes.
+    """
+
+    run: str
+    out: Path
+    entries: tuple[Entry, ...]
+    lengths: tuple[int, ...]
+    settings: Settings
+    budget: int | None
+    host_budget: int | None
+    minutes: float | None
+    commit: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What all rows of a run have in common."""
+        shared = {name: value for name, value in asdict(self.settings).items() if name not in _OWN_FIELDS}
+        return {**shared, "batch_size": 1, "budget": self.budget, "host_budget": self.host_budget}
+
+
+#: Settings that are fields of a row.
+_OWN_FIELDS = ("geometry", "scope", "blocks")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.harness",
+        description="Measure contenders on one step, each in a process of its own, and print a table.",
+        epilog="docs/benchmarks.md says what is measured. Exit codes: 0 done, 1 a contender failed, 2 usage, 4 not all "
+        "done in --minutes (the same command goes on).",
+    )
+    add = parser.add_argument
+    add("--run", required=True, help="name of the run; the same name and --out go on where it stopped")
+    add("--out", required=True, type=Path, help="JSON-lines file to append to")
+    add("--geometry", default="llama-8b", help="a name of examples/geometries.py, or a config.json")
+    add("--scope", default="blocks", choices=[scope.value for scope in Scope], help="what one step is")
+    add("--blocks", type=int, help="number of blocks, if not the geometry's")
+    add("--lengths", required=True, type=_lengths, help="such as 16K,32K; K = 1024")
+    add("--contenders", required=True, help="such as kernels,unwrapped,selective,memo-auto@selective,memo-auto")
+    add("--budget-from", metavar="NAME", help="memo also runs with budget = the peak that NAME reached")
+    add("--budget", type=parse_bytes, help="device budget of memo contenders without @")
+    add("--host-budget", type=parse_bytes, help="host budget of all memo contenders")
+    add("--memory", type=parse_bytes, help="what a contender may allocate, where it shall be less than there is")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"])
+    add("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: bfloat16, float32 on the CPU")
+    add("--attention", choices=ATTENTION, help="the kernel of all contenders; default: cudnn, auto on the CPU")
+    add("--loss", default="auto", choices=["auto", "tiled", "native"], help="head and loss of all, scope step")
+    add("--steps", type=int, help="cap on steady and on warm-up steps")
+    add("--seed", type=int, default=0)
+    add("--minutes", type=float, help="stop in time; the same command goes on")
+    add("--commit", help="commit of the tree that runs, where it is no checkout")
+    return parser
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(sorted({parse_tokens(part) for part in text.split(",")}))
+
+
+def _has_gpu() -> bool:
+    try:
+        gpu_facts()
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return False
+    return True
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """The options of ``arguments``; exits with 2 and what is wrong."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        entries = parse_contenders(given.contenders, budget_from=given.budget_from)
+    except ContenderError as error:
+        parser.error(str(error))
+    device = given.device if given.device != "auto" else "cuda" if _has_gpu() else "cpu"
+    if device == "cuda" and not _has_gpu():
+        parser.error("--device cuda: nvidia-smi finds no GPU here; use --device cpu")
+    if given.steps is not None and given.steps < 1:
+        parser.error(f"--steps {given.steps}: at least one step is measured")
+    found = given.commit or commit()
+    if found is None:
+        parser.error("this is no checkout, so nobody knows what runs: name it with --commit HASH")
+    settings = Settings(
+        geometry=given.geometry,
+        scope=Scope(given.scope),
+        blocks=given.blocks,
+        device=device,
+        dtype=given.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        attention=given.attention or ("cudnn" if device == "cuda" else "auto"),
+        loss=given.loss,
+        memory=given.memory,
+        steps=given.steps,
+        seed=given.seed,
+    )
+    return Options(
+        run=given.run, out=given.out, entries=entries, lengths=given.lengths, settings=settings, budget=given.budget,
+        host_budget=given.host_budget, minutes=given.minutes, commit=found,
+    )  # fmt: skip

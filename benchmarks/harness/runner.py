@@ -1,0 +1,233 @@
+"""Runs contenders one after the other, each in its own process, and writes their rows. Needs no torch.
+
+Whatever happens to a contender's process is a row: its own report, or how it ended. What is in the file is not
+measured again, so that the same command goes on after an interruption or after ``--minutes``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.harness import provenance
+from benchmarks.harness.job import Job
+from benchmarks.harness.names import Entry
+from benchmarks.harness.options import Options, parse_options
+from benchmarks.harness.rows import Row, RowError, RowFile, make_row
+from benchmarks.harness.sketch import relative_difference
+from benchmarks.harness.table import first_line, run_table
+
+DONE, FAILED, USAGE, NOT_IN_TIME = 0, 1, 2, 4
+#: Whose gradients the others are compared with.
+REFERENCE = "unwrapped"
+#: Largest relative L2 distance of gradients from the reference's: rounding stays far below, and mistakes do not.
+TOLERANCE = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-4, "float64": 1e-10}
+
+
+def say(text: str) -> None:
+    """Talk: not a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class Child:
+    """A contender's process: an iterator over what it measures, which ends with it.
+
+    It is killed at the job's deadline, and when the iterator is left early.
+    """
+
+    job: Job
+    overdue: bool = False
+    returned: int | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        """Measurements as they come."""
+        command = [sys.executable, "-m", "benchmarks.harness.worker"]
+        # As this process finds modules, whatever it was told; and the profiler need not say that it starts.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=provenance.ROOT,
+            env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"},
+        )  # fmt: skip
+        timer = self._timer(process)
+        try:
+            assert process.stdin is not None, "it is a pipe"
+            assert process.stdout is not None, "it is a pipe"
+            process.stdin.write(self.job.to_json())
+            process.stdin.close()
+            for line in process.stdout:
+                yield json.loads(line)
+            self.returned = process.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            process.kill()
+            process.wait()
+
+    def _timer(self, process: subprocess.Popen[str]) -> threading.Timer | None:
+        if self.job.deadline is None:
+            return None
+
+        def stop() -> None:
+            self.overdue = True
+            process.kill()
+
+        timer = threading.Timer(max(0.0, self.job.deadline - time.time()), stop)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def failure(self) -> Row | None:
+        """How the process ended, if that was not as it should and not our doing."""
+        if self.overdue or not self.returned:
+            return None
+        if self.returned == -signal.SIGKILL:
+            # Nobody else kills without asking: the kernel, or a container's memory limit.
+            return {"status": "oom", "error": "killed by signal 9, as processes are when host memory runs out"}
+        ended = f"signal {-self.returned}" if self.returned < 0 else f"exit code {self.returned}"
+        return {"status": "error", "error": f"the process ended with {ended}; its last words are in the log"}
+
+
+@dataclass(slots=True)
+class Runner:
+    """One run: options, the file, and the conditions that all its rows share."""
+
+    options: Options
+    file: RowFile
+    conditions: Row
+    deadline: float | None = None
+
+    @classmethod
+    def of(cls, options: Options) -> Runner:
+        """A run that goes on from what the file holds.
+
+        Raises:
+            RowError: rows of another schema, or of the same run under other conditions.
+        """
+        file = RowFile.open(options.out, options.run)
+        if file.cut_off:
+            say(f"{options.out}: dropped {file.cut_off} bytes of a row that was cut off; it is measured again")
+        settings = options.settings
+        conditions = {
+            "geometry": settings.geometry,
+            "scope": settings.scope.value,
+            "blocks": settings.blocks,
+            "config": options.config,
+            "commit": options.commit,
+            "versions": provenance.versions(),
+            **provenance.machine(cuda=settings.device == "cuda"),
+        }
+        file.check_conditions(conditions)
+        deadline = None if options.minutes is None else time.time() + 60 * options.minutes
+        return cls(options, file, conditions, deadline)
+
+    def budgets(self, entry: Entry) -> dict[int, int]:
+        """Device budget of ``entry`` by length."""
+        if entry.budget_from is None:
+            given = self.options.budget if entry.takes_budget else None
+            return {} if given is None else dict.fromkeys(self.options.lengths, given)
+        rows = [row for row in self.file.of(entry.budget_from) if row["status"] == "ok"]
+        return {row["seq_len"]: row["peak_allocated"] for row in rows}
+
+    def missing(self, entry: Entry) -> tuple[int, ...]:
+        """Lengths at which ``entry`` is still to be measured.
+
+        None after a row that is not ok. One with a budget from another contender runs where that one did.
+        """
+        rows = self.file.of(entry.label)
+        if any(row["status"] != "ok" for row in rows):
+            return ()
+        there = {row["seq_len"] for row in rows}
+        possible = set(self.options.lengths) if entry.budget_from is None else set(self.budgets(entry))
+        return tuple(tokens for tokens in self.options.lengths if tokens in possible and tokens not in there)
+
+    def run(self) -> int:
+        """Measure what is missing; an exit code."""
+        for entry in self.options.entries:
+            lengths = self.missing(entry)
+            if not lengths:
+                say(f"{entry.label}: nothing to measure")
+                continue
+            if self.deadline is not None and time.time() >= self.deadline:
+                break
+            say(f"{entry.label}: {', '.join(f'{tokens:,}' for tokens in lengths)} tokens")
+            self._walk(entry, lengths)
+        unfinished = [entry.label for entry in self.options.entries if self.missing(entry)]
+        if unfinished:
+            say(f"not all done in {self.options.minutes} minutes: {', '.join(unfinished)}; the same command goes on")
+            return NOT_IN_TIME
+        return FAILED if any(row["status"] == "error" for row in self.file.rows) else DONE
+
+    def _walk(self, entry: Entry, lengths: tuple[int, ...]) -> None:
+        budgets = self.budgets(entry)
+        job = Job(
+            contender=entry.name,
+            settings=self.options.settings,
+            lengths=lengths,
+            budgets=budgets,
+            host_budget=self.options.host_budget if entry.takes_budget else None,
+            sketch_at=None if entry.name == "kernels" else self.options.lengths[0],
+            deadline=self.deadline,
+        )
+        child = Child(job)
+        for measured in child:
+            self._append(entry, measured, budgets)
+            if measured["status"] != "ok":
+                return
+        failure = child.failure()
+        if failure is not None:
+            self._append(entry, {**failure, "seq_len": self.missing(entry)[0]}, budgets)
+
+    def _append(self, entry: Entry, measured: Row, budgets: dict[int, int]) -> None:
+        self._compare(entry, measured)
+        row = make_row(
+            {
+                **measured,
+                **self.conditions,
+                "run": self.options.run,
+                "contender": entry.label,
+                "budget": budgets.get(measured["seq_len"]),
+                "budget_from": entry.budget_from,
+                "host_budget": self.options.host_budget if entry.takes_budget else None,
+                "date": provenance.now(),
+            }
+        )
+        self.file.append(row)
+        seconds = f"{row['step_seconds']:.4g} s" if row["status"] == "ok" else first_line(row["error"])
+        say(f"  {row['seq_len']:>9,}  {row['status']}  {seconds}")
+
+    def _compare(self, entry: Entry, measured: Row) -> None:
+        """How far gradients are from the reference's; too far is an error, however fast."""
+        mine = measured.get("gradient_sketch")
+        theirs = measured if entry.label == REFERENCE else self.file.find(REFERENCE, measured["seq_len"])
+        if mine is None or theirs is None or theirs["gradient_sketch"] is None:
+            return
+        apart = relative_difference(mine, theirs["gradient_sketch"])
+        measured["gradient_difference"] = apart
+        most = TOLERANCE[self.options.settings.dtype]
+        if not apart <= most:  # NaN is not
+            measured["status"] = "error"
+            measured["error"] = (
+                f"gradients are {apart:.2g} (relative L2) from {REFERENCE}'s; at most {most:g} is taken for rounding"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print the run's table; an exit code."""
+    options = parse_options(arguments)
+    try:
+        runner = Runner.of(options)
+    except RowError as error:
+        say(f"error: {error}")
+        return USAGE
+    try:
+        return runner.run()
+    finally:
+        print(run_table(runner.file.rows))

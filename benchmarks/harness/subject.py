@@ -1,0 +1,134 @@
+"""What is trained: Hugging Face decoder layers with SDPA attention, random weights, one sequence.
+
+All contenders train the same object, made from the same seed. Layers run with one attention kernel for everyone,
+which is chosen once for forward and backward: reruns in backward read the choice again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness.geometry import Scope, Shape, make_config, make_shape
+from benchmarks.harness.job import Settings
+from memo_runtime.config import Loss
+from memo_runtime.integrations import huggingface
+
+#: Called between backward and optimizer with the gradients by name.
+OnGradients = Callable[[Mapping[str, torch.Tensor]], None]
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def attention_kernel(name: str) -> AbstractContextManager[Any]:
+    """The one kernel that attention may use; ``auto`` leaves it to PyTorch."""
+    return nullcontext() if name == "auto" else sdpa_kernel([BACKENDS[name]])
+
+
+class BlockStack(nn.Module):
+    """Decoder layers and the rotary tables they share, and nothing else."""
+
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+        self.rotary = rotary
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [1, tokens, hidden] through every block, causally."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        tables = self.rotary(hidden, positions)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=tables)
+        return hidden
+
+
+class Subject:
+    """The model of a job, its optimizer if it has one, and one step of it.
+
+    Attributes:
+        model: what a contender may change and wrap. layers: its blocks.
+        ties_loss: head and loss were arranged to run by tiles.
+    """
+
+    def __init__(self, settings: Settings, *, longest: int) -> None:
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.config = make_config(settings.geometry, tokens=longest, blocks=settings.blocks)
+        self.shape: Shape = make_shape(self.config, settings.scope)
+        torch.manual_seed(settings.seed)
+        self.model = self._build()
+        self.layers = _find_layers(self.model)
+        self.optimizer = self._optimizer()
+        self._loss: Any = None
+
+    def _build(self) -> nn.Module:
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        made: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype), "attn_implementation": "sdpa"}
+        with self.device:
+            if self.settings.scope == Scope.STEP:
+                return AutoModelForCausalLM.from_config(self.config, **made).train()
+            # An embedding comes with the layers; of one row, since nothing reads it.
+            self.config.vocab_size = 1
+            whole = AutoModel.from_config(self.config, **made)
+            return BlockStack(whole.layers, whole.rotary_emb).train()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = list(self.model.parameters())
+        if self.settings.scope == Scope.BLOCKS:
+            # Never stepped: it says that there are no states, where AdamW's would be assumed.
+            return torch.optim.SGD(parameters, lr=0.0)
+        return torch.optim.AdamW(parameters, lr=self.settings.learning_rate, fused=self.device.type == "cuda")
+
+    def tile_loss(self) -> None:
+        """Head and loss by tiles, as ``memo.wrap`` arranges it, for contenders that do not wrap."""
+        if self.settings.scope == Scope.STEP and self._loss is None:
+            self._loss = huggingface.install(self.model, loss=Loss(self.settings.loss))
+
+    def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input, target) of ``tokens``: token ids twice, or hidden states and the gradient of their result."""
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed + tokens)
+        if self.settings.scope == Scope.STEP:
+            ids = torch.randint(self.config.vocab_size, (1, tokens), generator=generator, device=self.device)
+            return ids, ids
+        dtype, size = getattr(torch, self.settings.dtype), (1, tokens, self.config.hidden_size)
+        hidden, gradient = (torch.randn(size, generator=generator, device=self.device, dtype=dtype) for _ in range(2))
+        return hidden.requires_grad_(), gradient
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor], on_gradients: OnGradients | None = None) -> None:
+        """Forward, backward and, in scope ``step``, the optimizer; no gradient is left behind."""
+        inputs, target = batch
+        with attention_kernel(self.settings.attention):
+            if self.settings.scope == Scope.STEP:
+                self.model(input_ids=inputs, labels=target, use_cache=False).loss.backward()
+            else:
+                self.model(inputs).backward(target)
+        if on_gradients is not None:
+            on_gradients(self._gradients(inputs))
+        if self.settings.scope == Scope.STEP:
+            self.optimizer.step()
+        self.clear(batch)
+
+    def _gradients(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return named if inputs.grad is None else {**named, "input": inputs.grad}
+
+    def clear(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Drop all gradients."""
+        self.model.zero_grad(set_to_none=True)
+        batch[0].grad = None
+
+
+def _find_layers(model: nn.Module) -> list[nn.Module]:
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(stacks[0])

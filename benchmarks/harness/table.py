@@ -1,0 +1,79 @@
+"""The rows of a run as a table: one line per contender, grouped by length. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from benchmarks.harness.rows import Row
+from memo_runtime.reporting.text_table import table
+
+_MEMORY = ("peak_allocated", "peak_reserved", "host_rss", "pinned_bytes", "budget")
+_UNITS = (("GiB", 2**30), ("MiB", 2**20))
+#: Speed is given against this one.
+BASE = "checkpoint"
+_HEADER = (
+    "contender", "step s", "p20", "p80", "n", "speed", "MFU", "HFU",
+    "peak", "reserved", "RSS", "pinned", "budget", "gradients",
+)  # fmt: skip
+
+
+def _number(value: float | None, shown: str) -> str:
+    return "" if value is None else format(value, shown)
+
+
+def first_line(text: str) -> str:
+    """The line of an error that is complete alone."""
+    return text.splitlines()[0] if text else ""
+
+
+def _memory(value: int | None, unit: int) -> str:
+    return "" if value is None else f"{value / unit:.2f}"
+
+
+def _cells(row: Row, base: Row | None, unit: int) -> tuple[str, ...]:
+    memory = tuple(_memory(row[name], unit) for name in _MEMORY)
+    gradients = _number(row["gradient_difference"], ".1e")
+    if row["status"] != "ok":
+        return (row["contender"], row["status"], *[""] * 6, *memory, gradients)
+    speed = base["step_seconds"] / row["step_seconds"] if base and base["status"] == "ok" else None
+    times = tuple(_number(row[name], ".4g") for name in ("step_seconds", "p20", "p80"))
+    shares = tuple(_number(row[name], ".1%") for name in ("mfu", "hfu"))
+    return (row["contender"], *times, str(row["n"]), _number(speed, ".2f"), *shares, *memory, gradients)
+
+
+def _unit(rows: Sequence[Row]) -> tuple[str, int]:
+    """GiB, or MiB where no peak reaches one."""
+    largest = max((row["peak_allocated"] or 0 for row in rows), default=0)
+    return _UNITS[0] if largest >= _UNITS[0][1] else _UNITS[1]
+
+
+def run_table(rows: Sequence[Row]) -> str:
+    """A table for each length, and why contenders stopped.
+
+    Speed is times as fast as ``checkpoint``; gradients are the relative L2 distance from unwrapped's.
+    """
+    if not rows:
+        return "no rows"
+    first, (unit, size) = rows[0], _unit(rows)
+    blocks = "all" if first["blocks"] is None else first["blocks"]
+    config, where = first["config"], first["gpu"] or first["cpu"]
+    kinds = f"{config['dtype']}, {config['attention']} attention, torch {first['versions']['torch']}"
+    lines = [
+        f"run {first['run']}: {first['geometry']}, {blocks} blocks, scope {first['scope']}, {kinds}, {where}",
+        f"seconds of a step; times as fast as {BASE}; {unit}; relative L2 distance of gradients from unwrapped's",
+    ]
+    ordered = sorted(rows, key=lambda row: int(row["seq_len"]))
+    for tokens, group in groupby(ordered, key=lambda row: int(row["seq_len"])):
+        members = list(group)
+        base = next((row for row in members if row["contender"] == BASE), None)
+        lines += ["", f"{tokens:,} tokens", table(_HEADER, [_cells(row, base, size) for row in members])]
+    over = [row for row in ordered if row["gpu"] and row["budget"] and (row["peak_allocated"] or 0) > row["budget"]]
+    lines += [""] if over else []
+    lines += [f"{row['contender']} at {row['seq_len']:,}: its peak is above its budget" for row in over]
+    stopped = [row for row in ordered if row["status"] != "ok"]
+    lines += [""] if stopped else []
+    lines += [
+        f"{row['contender']} at {row['seq_len']:,}: {row['status']}, {first_line(row['error'])}" for row in stopped
+    ]
+    return "\n".join(lines)

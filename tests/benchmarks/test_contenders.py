@@ -1,0 +1,114 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.contenders.selective import ATTENTION
+from benchmarks.harness.geometry import Scope
+
+TRAINING = [name for name in CONTENDERS if name != "kernels"]
+
+
+def gradients(job):
+    found = {}
+    contender = CONTENDERS[job.contender](job)
+    contender.start(job.lengths[0])
+    contender.step(lambda given: found.update({name: tensor.clone() for name, tensor in given.items()}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [(name, Scope.BLOCKS) for name in TRAINING] + [(name, Scope.STEP) for name in ("selective", "memo-auto")],
+)
+def test_every_contender_computes_the_same_gradients(make_job, expected, name, scope):
+    if scope not in expected:
+        expected[scope] = gradients(make_job("unwrapped", dtype="float64", scope=scope))
+    found = gradients(make_job(name, dtype="float64", scope=scope))
+    assert ("input" in found) == (scope == Scope.BLOCKS)
+    assert found.keys() == expected[scope].keys()
+    for key, reference in expected[scope].items():
+        torch.testing.assert_close(found[key], reference, rtol=1e-9, atol=1e-12)
+        assert reference.abs().sum() > 0
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls(job):
+    contender = CONTENDERS[job.contender](job)
+    contender.start(job.lengths[0])
+    contender.step()
+    with Calls() as mode:
+        contender.step()
+    return mode.counts
+
+
+@pytest.mark.parametrize(("name", "times"), [("unwrapped", 1), ("checkpoint", 2), ("save_on_cpu", 2), ("selective", 1)])
+def test_attention_runs_again_or_does_not(make_job, name, times):
+    counts = calls(make_job(name))
+    assert sum(counts[op] for op in ATTENTION) == 2 * times
+
+
+def test_attention_that_is_not_fused_runs_again_under_selective(make_job):
+    """It saves the fused operators; with another kernel it would silently be plain checkpointing."""
+    counts = calls(make_job("selective", attention="math"))
+    assert sum(counts[op] for op in ATTENTION) == 0
+
+
+def test_kernels_are_those_of_the_blocks_once(make_job):
+    counts = calls(make_job("kernels"))
+    assert counts[torch.ops.aten.mm.out] == 2 * 7 * 3
+    assert sum(counts[op] for op in ATTENTION) == 2
+
+
+def test_save_on_cpu_offloads_what_checkpoints_keep(make_job, monkeypatch):
+    seen = []
+
+    class Recorder(saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            assert not pin_memory
+            super().__init__(lambda tensor: seen.append(tensor.shape) or tensor, lambda tensor: tensor)
+
+    monkeypatch.setattr("benchmarks.harness.contenders.save_on_cpu.save_on_cpu", Recorder)
+    gradients(make_job("save_on_cpu"))
+    assert seen.count(torch.Size([1, 64, 96])) == 2
+
+
+def test_memo_gets_the_budget_of_its_length(make_job):
+    job = make_job("memo-auto", (64, 96), budgets={96: 10**9}, host_budget=10**8)
+    contender = CONTENDERS["memo-auto"](job)
+    limits = []
+    for tokens in job.lengths:
+        contender.start(tokens)
+        contender.step()
+        limits.append(contender.subject.model._memo.session.plan.limits)
+        contender.finish()
+    assert [limit.device_source for limit in limits] != ["budget", "budget"]
+    assert limits[1].device_bytes == 10**9
+    assert limits[0].host_bytes == limits[1].host_bytes == 10**8
+    assert not hasattr(contender.subject.model, "_memo")
+
+
+def test_memo_reserves_no_optimizer_where_there_is_none(make_job):
+    contender = CONTENDERS["memo-auto"](make_job("memo-auto"))
+    contender.start(64)
+    contender.step()
+    assert contender.subject.model._memo.session.plan.profile.states.optimizer == 0

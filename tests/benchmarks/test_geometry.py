@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.geometry import Scope, make_config, make_shape
+
+
+def shape(name, scope=Scope.BLOCKS, blocks=None):
+    return make_shape(make_config(name, tokens=1024, blocks=blocks), scope)
+
+
+def test_flops_of_the_8b_blocks_are_those_of_the_formula():
+    found = shape("llama-8b", blocks=4)
+    block = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
+    tokens = 65_536
+    assert found.model_flops(tokens) == 6 * 4 * block * tokens + 6 * 4 * 4096 * tokens**2
+
+
+def test_the_head_counts_in_a_whole_step_and_the_embedding_does_not():
+    step, alone = shape("llama-1b-d128", Scope.STEP), shape("llama-1b-d128")
+    assert step.model_flops(1024) - alone.model_flops(1024) == 6 * 1024 * 128_256 * 2048
+
+
+def products(job):
+    """FLOPs of matrix products in one step."""
+    contender = CONTENDERS[job.contender](job)
+    contender.start(job.lengths[0])
+    contender.step()
+    with FlopCounterMode(display=False) as counter:
+        contender.step()
+    counts = counter.get_flop_counts()["Global"]
+    return contender, sum(flops for op, flops in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+def test_a_step_has_the_products_of_the_formula(make_job):
+    contender, found = products(make_job("unwrapped"))
+    attention = 6 * 2 * contender.subject.shape.attention_width * 64**2
+    assert found == contender.model_flops(64) - attention
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "selective", "save_on_cpu"])
+def test_what_is_run_again_is_what_rows_say(make_job, name):
+    _, once = products(make_job("unwrapped"))
+    contender, found = products(make_job(name))
+    again = contender.subject.shape.rerun_flops(64, attention=False)
+    assert found - once == again
+    attention = 0 if name == "selective" else 2 * 2 * contender.subject.shape.attention_width * 64**2
+    assert contender.recomputed_flops(64) == again + attention

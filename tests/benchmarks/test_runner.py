@@ -1,0 +1,219 @@
+"""A run: order, resumption, failures and what ends up in the file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.harness import runner
+from benchmarks.harness.job import Job
+from benchmarks.harness.rows import read_rows
+from benchmarks.harness.runner import Child, main
+from tests.house.sources import ROOT
+
+SMOKE = "kernels,unwrapped,selective,memo-auto,checkpoint,save_on_cpu"
+
+
+def rows_of(arguments):
+    """What the run's file holds."""
+    path = arguments[arguments.index("--out") + 1]
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_a_small_run_of_everything(in_process, arguments, capsys):
+    given = arguments(SMOKE, "--budget-from", "selective", lengths="128,256")
+    assert main(given) == 0
+    rows = rows_of(given)
+    done = [(row["contender"], row["seq_len"]) for row in rows if row["status"] == "ok"]
+    assert done == [
+        (name, tokens)
+        for name in (
+            "kernels",
+            "unwrapped",
+            "selective",
+            "memo-auto@selective",
+            "memo-auto",
+            "checkpoint",
+            "save_on_cpu",
+        )
+        for tokens in (128, 256)
+    ]
+    peaks = {row["seq_len"]: row["peak_allocated"] for row in rows if row["contender"] == "selective"}
+    budgets = {row["seq_len"]: row["budget"] for row in rows if row["contender"] == "memo-auto@selective"}
+    assert budgets == peaks
+    compared = [row["gradient_difference"] for row in rows if row["seq_len"] == 128 and row["contender"] != "kernels"]
+    assert len(compared) == 6
+    assert max(compared) < 1e-4
+    for name in ("commit", "date", "versions", "cpu", "config", "run", "first_step_seconds"):
+        assert all(row[name] for row in rows)
+    table = capsys.readouterr().out
+    assert "128 tokens" in table
+    assert "memo-auto@selective" in table
+
+
+def test_nothing_is_lost_or_repeated_when_a_run_goes_on(in_process, arguments, make_runner):
+    assert main(arguments("unwrapped", lengths="48")) == 0
+    assert main(arguments("unwrapped,checkpoint")) == 0
+    assert main(arguments("unwrapped,checkpoint")) == 0
+    assert [(job.contender, job.lengths) for job in in_process] == [
+        ("unwrapped", (48,)),
+        ("unwrapped", (96,)),
+        ("checkpoint", (48, 96)),
+    ]
+    runner_ = make_runner("unwrapped,checkpoint")
+    assert [(row["contender"], row["seq_len"]) for row in runner_.file.rows] == [
+        ("unwrapped", 48),
+        ("unwrapped", 96),
+        ("checkpoint", 48),
+        ("checkpoint", 96),
+    ]
+    # The sketch of an earlier process is what a later one is compared with.
+    assert runner_.file.find("checkpoint", 48)["gradient_difference"] < 1e-4
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Children that yield given measurements and end as told."""
+
+    def script(measurements, failure=None):
+        class Scripted:
+            def __init__(self, job):
+                self.job = job
+
+            def __iter__(self):
+                known = [m for m in measurements if m["seq_len"] in self.job.lengths]
+                yield from (dict(m) for m in known)
+
+            def failure(self):
+                return failure
+
+        monkeypatch.setattr(runner, "Child", Scripted)
+
+    return script
+
+
+def ok(tokens, **more):
+    timing = {"step_seconds": 1.0, "p20": 1.0, "p80": 1.0, "n": 1, "seconds": [1.0]}
+    return {"status": "ok", "seq_len": tokens, "peak_allocated": 1000 * tokens, **timing, **more}
+
+
+def test_out_of_memory_is_not_tried_again_and_nothing_longer_either(scripted, make_runner):
+    scripted([ok(48), {"status": "oom", "seq_len": 96, "error": "CUDA out of memory"}])
+    assert make_runner("unwrapped", lengths="48,96,192").run() == 0
+    scripted([ok(192)])
+    again = make_runner("unwrapped", lengths="48,96,192")
+    assert again.run() == 0
+    assert [(row["seq_len"], row["status"]) for row in again.file.rows] == [(48, "ok"), (96, "oom")]
+
+
+def test_a_budget_from_another_is_there_where_that_one_ran(scripted, make_runner):
+    scripted([ok(48), {"status": "oom", "seq_len": 96, "error": "CUDA out of memory"}])
+    found = make_runner("selective,memo-auto@selective")
+    found.run()
+    (entry,) = [one for one in found.options.entries if one.budget_from]
+    assert found.budgets(entry) == {48: 48_000}
+    assert found.missing(entry) == ()
+    assert found.file.find("memo-auto@selective", 48)["budget"] == 48_000
+    assert found.file.find("memo-auto@selective", 96) is None
+
+
+def test_a_process_that_ends_badly_is_a_row(scripted, make_runner):
+    scripted([ok(48)], {"status": "error", "error": "the process ended with signal 11"})
+    found = make_runner("unwrapped")
+    assert found.run() == 1
+    assert [(row["seq_len"], row["status"]) for row in found.file.rows] == [(48, "ok"), (96, "error")]
+
+
+def test_wrong_gradients_are_an_error_however_fast(in_process, arguments, monkeypatch):
+    from benchmarks.harness.contenders import CONTENDERS, Unwrapped
+
+    class Wrong(Unwrapped):
+        def step(self, on_gradients=None):
+            if on_gradients is None:
+                return super().step()
+            return super().step(lambda given: on_gradients(given | {"input": given["input"] * 1.01}))
+
+    monkeypatch.setitem(CONTENDERS, "checkpoint", Wrong)
+    given = arguments("unwrapped,checkpoint")
+    assert main(given) == 1
+    (row,) = [row for row in rows_of(given) if row["contender"] == "checkpoint"]
+    assert row["status"] == "error"
+    assert "gradients are" in row["error"]
+    assert row["gradient_difference"] > 1e-4
+
+
+def test_a_run_does_not_go_on_with_other_settings(in_process, arguments, capsys):
+    assert main(arguments("unwrapped", lengths="48")) == 0
+    assert main(arguments("unwrapped", "--seed", "1", lengths="48")) == 2
+    assert "was measured with config = " in capsys.readouterr().err
+
+
+def test_bad_input_is_refused_before_anything_runs(arguments, capsys):
+    for more, message in (
+        (["--contenders", "nonsense"], "contender 'nonsense' is unknown"),
+        (["--steps", "0"], "at least one step"),
+        (["--lengths", "many"], "argument --lengths"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments("unwrapped"), *more])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def slow_job(make_job, **more):
+    """A job that takes far longer than the test waits."""
+    return make_job("unwrapped", (64, 65_536), **more)
+
+
+def test_the_deadline_kills_what_still_runs(make_job):
+    child = Child(slow_job(make_job, deadline=time.time() + 0.5))
+    started = time.perf_counter()
+    assert [row["seq_len"] for row in child] in ([], [64])
+    assert time.perf_counter() - started < 10
+    assert child.overdue
+    assert child.failure() is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "status"), [(-signal.SIGKILL, "oom"), (-signal.SIGSEGV, "error"), (3, "error"), (0, None)]
+)
+def test_how_a_process_ended(make_job, returned, status):
+    child = Child(make_job("unwrapped"))
+    child.returned = returned
+    failure = child.failure()
+    assert (failure and failure["status"]) == status
+
+
+def test_a_run_in_processes_survives_an_interrupt(arguments, tmp_path):
+    """Real processes, a real memory limit, and an interrupt in the middle."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "solver")])
+    given = arguments("checkpoint", "--memory", "100MiB", lengths="64,12K")
+    command = [sys.executable, "-m", "benchmarks.harness", *given]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out = tmp_path / "rows.jsonl"
+    while first.poll() is None and not read_rows(out)[0]:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    printed, _ = first.communicate(timeout=60)
+    assert "64 tokens" in printed
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 0, second.stderr
+    rows, _ = read_rows(out)
+    assert [(row["contender"], row["seq_len"], row["status"]) for row in rows] == [
+        ("checkpoint", 64, "ok"),
+        ("checkpoint", 12288, "oom"),
+    ]
+    assert "can't allocate memory" in rows[1]["error"]
+    assert "checkpoint at 12,288: oom" in second.stdout
+
+
+def test_jobs_survive_the_pipe(make_job):
+    job = make_job("memo-auto", (64, 96), budgets={64: 1, 96: 2}, host_budget=3, sketch_at=64, deadline=1.5)
+    assert Job.from_json(job.to_json()) == job

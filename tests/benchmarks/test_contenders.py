@@ -79,6 +79,16 @@ def test_kernels_are_those_of_the_blocks_once(make_job):
     assert sum(counts[op] for op in ATTENTION) == 2
 
 
+def test_kernels_count_what_they_hold(make_job):
+    contender = CONTENDERS["kernels"](make_job("kernels"))
+    contender.start(64)
+    held = contender.resident_bytes()
+    weights = sum(linear.size for linear in contender.shape.linears)
+    assert held >= 4 * (weights + 3 * 64 * contender.shape.intermediate)
+    contender.finish()
+    assert 4 * weights <= contender.resident_bytes() < held
+
+
 def test_save_on_cpu_offloads_what_checkpoints_keep(make_job, monkeypatch):
     seen = []
 

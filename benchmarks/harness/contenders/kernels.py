@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.geometry import Linear, Scope, make_config, make_shape
 from benchmarks.harness.job import Job
+from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.subject import BACKENDS, OnGradients
 
 #: Length at which kernels of attention are compared; their order does not change with it.
@@ -117,6 +118,11 @@ class Kernels(Contender):
     def model_flops(self, tokens: int) -> int:
         """FLOPs of the blocks."""
         return self.shape.model_flops(tokens)
+
+    def resident_bytes(self) -> int:
+        """Weights and buffers."""
+        buffers = (self._inputs, self._outputs, self._input_gradient, self._output_gradient, self._weight_gradient)
+        return storage_bytes([*self._weights.values(), *self._heads, *buffers])
 
     def details(self) -> dict[str, object]:
         """The kernel that was chosen, and the seconds of each at the trial length."""

@@ -76,5 +76,9 @@ class ReplayMismatchError(MemoError, RuntimeError):
     """A block saved other tensors when it was run again than in its forward; no gradient was produced."""
 
 
+class StateChangedError(ReplayMismatchError):
+    """A parameter or another tensor that a block has to be run again from was written to since its forward."""
+
+
 class ProfileError(MemoError, RuntimeError):
     """The model could not be profiled on the given batch."""

@@ -170,7 +170,8 @@ class BlockProfile:
         rerunnable: run again as a whole, as it was, it makes the same tensors; False: nothing of it is run again.
         reason: why not, where one of the three is False.
         dynamic: how many tensors it saves, or their sizes, depends on data; it is never sliced.
-        random: the block draws random numbers. stateful: its forward writes to its buffers (running statistics).
+        random: the block draws random numbers of PyTorch's. draws: of Python's or NumPy's.
+        stateful: its forward writes to its buffers (running statistics), or to other tensors that it holds.
         inner_autograd: its forward goes backward itself (torch.autograd.grad, backward).
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
         forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
@@ -195,6 +196,7 @@ class BlockProfile:
     reason: str = ""
     dynamic: bool = False
     random: bool = False
+    draws: bool = False
     stateful: bool = False
     inner_autograd: bool = False
     forward_seconds: Growth = field(default_factory=Growth)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,14 +50,19 @@ class AutocastState:
 
 @dataclass(frozen=True, slots=True)
 class BufferState:
-    """Values of a block's buffers, for forwards that write to them (running statistics, power iterations)."""
+    """Values of buffers and other tensors that a block holds and writes to (running statistics, power iterations)."""
 
     values: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     @classmethod
-    def current(cls, block: torch.nn.Module) -> BufferState:
+    def current(cls, tensors: Iterable[torch.Tensor]) -> BufferState:
         """The values at this point."""
-        return cls(tuple((buffer, buffer.detach().clone()) for buffer in block.buffers()))
+        return cls(tuple((tensor, tensor.detach().clone()) for tensor in tensors))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is restored."""
+        return [tensor for tensor, _ in self.values]
 
     def set(self) -> None:
         """Make them the current values; no dispatch mode sees that."""
@@ -75,7 +80,7 @@ class BufferState:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Run from these values, then put back those from before, so that a rerun does not count twice."""
-        before = BufferState(tuple((buffer, buffer.detach().clone()) for buffer, _ in self.values))
+        before = BufferState.current(self.tensors)
         self.set()
         try:
             yield

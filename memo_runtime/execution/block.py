@@ -19,6 +19,7 @@ from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
 from memo_runtime.blocks.rerun import Forward, parameter_storages
+from memo_runtime.blocks.state import StateWatch
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.replay import Rerun
@@ -58,6 +59,7 @@ class BlockForward:
         self.name = name
         self.position = position
         self._layouts: dict[tuple[int, int], PlannedLayout] = {}
+        self._watch = StateWatch(name, block)
 
     @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +121,8 @@ class BlockForward:
         capture = self._capture(profile, plan)
         autocast = AutocastState.current(session.tools.device.type)
         random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None
-        buffers = BufferState.current(self.block) if profile.stateful and _reruns(plan) else None
+        state = self._watch.take(call, draws=profile.draws) if _reruns(plan) else None
+        buffers = BufferState.current(state.writable()) if profile.stateful and state is not None else None
         args, kwargs = call.arguments()
         versions = [tensor._version for _, tensor in call.tensors()]
         hooks = saved_tensors_hooks(stash.pack, stash.unpack)
@@ -131,12 +134,15 @@ class BlockForward:
                     output = forward(*args, **kwargs)
         if stash.pending:
             captured = capture.captured if capture is not None else {}
-            # A rerun from arguments that the block itself changed in place would compute something else.
-            same = versions == [tensor._version for _, tensor in call.tensors()]
-            sorted_ = self._sort(stash, call, profile, plan, captured, rerunnable=same)
+            # A rerun from what the block itself changed in place would compute something else.
+            written = state.written(buffers.tensors if buffers is not None else ()) if state is not None else ""
+            if versions != [tensor._version for _, tensor in call.tensors()]:
+                written = "an argument"
+            sorted_ = self._sort(stash, call, profile, plan, captured, written=written)
             if not sorted_.complete:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
                 rerun.random, rerun.buffers, rerun.inner_autograd = random, buffers, stash.walked
+                rerun.begin_from(state)
                 if session.asks_for_witness(self.name, plan):
                     rerun.witness = self._witness(stash, profile, rerun)
                 stash.rebuild = rerun
@@ -165,15 +171,14 @@ class BlockForward:
         plan: BlockPlan,
         captured: Any,
         *,
-        rerunnable: bool,
+        written: str,
     ) -> Sorted:
         whole = plan.executor == Executor.REPLAY and plan.prefix >= plan.tokens
         surprise = stash.walked and not profile.inner_autograd and not whole
         if surprise:
             self.session.note_inner_autograd(self.name)
-            rerunnable = False
-        elif not rerunnable and not whole:
-            self.session.note_in_place(self.name)
+        elif written and not whole:
+            self.session.note_in_place(self.name, written)
         elif not profile.dynamic and plan.executor == Executor.REPLAY:
             layout = self._planned(profile, plan)
             found = layout.find(stash, call, captured)
@@ -181,7 +186,7 @@ class BlockForward:
                 stash.hold_skeletal(layout.skeletal_bytes())
                 return layout.sort(stash, call, captured, found)
             self.session.note_deviation(self.name)
-        swap = whole or not rerunnable or (plan.executor == Executor.REPLAY and not profile.dynamic)
+        swap = whole or surprise or bool(written) or (plan.executor == Executor.REPLAY and not profile.dynamic)
         storage = StorageLayout(
             rebuild=not swap,
             pinned=plan.executor == Executor.REPLAY,

@@ -18,6 +18,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value
 from memo_runtime.blocks.region import packed, tail
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
+from memo_runtime.blocks.state import CallState
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash
@@ -59,6 +60,7 @@ class Rerun:
         call: its arguments, detached, without the input. input_source: where that comes from, None: it was kept.
         count: how many tensors the forward saved. prefix, tokens: rows to rebuild; 0 for all.
         pins: what is replaced. random, buffers: state to start from, None where nothing is drawn or written.
+        state: everything else that the forward started from.
         inner_autograd: the forward went backward itself, and so will the rerun.
     """
 
@@ -77,16 +79,41 @@ class Rerun:
     pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
     random: RandomState | None = None
     buffers: BufferState | None = None
+    state: CallState | None = None
     witness: Witness | None = None
     inner_autograd: bool = False
+
+    def begin_from(self, state: CallState | None) -> None:
+        """Run from ``state``, and from arguments that nobody writes to from now on."""
+        self.state = state
+        if state is None:
+            return
+        for leaf, tensor in self.call.tensors():
+            state.watch(f"its argument {leaf}", tensor)
+        if isinstance(self.input_source.kept, torch.Tensor):
+            state.watch("its input", self.input_source.kept)
 
     def run(self, stash: Stash) -> int:
         """Rebuild into the pieces of ``stash``; returns the FLOPs spent.
 
         Raises:
-            ReplayMismatchError: the block saves another number of tensors than in its forward. The graph is as
-                before and no gradient of this block was computed.
+            ReplayMismatchError: the block saves other tensors than in its forward. The graph is as before and no
+                gradient of this block was computed.
+            StateChangedError: a tensor that it reads has been written to since.
         """
+        state = self.state.restored(self.name) if self.state is not None else contextlib.nullcontext()
+        with state:
+            saved, flops = self._run(stash)
+        if saved != self.count:
+            raise ReplayMismatchError(
+                f"'{self.name}' saved {self.count} tensors in its forward and {saved} when it was run again: its "
+                "forward depends on something that changed in between and that memo does not see (a global variable, a "
+                "closure, data). No gradient of it was computed; use policy='swap', or leave it out with blocks="
+            )
+        return flops
+
+    def _run(self, stash: Stash) -> tuple[int, int]:
+        """(tensors saved, FLOPs)."""
         call = self._call()
         values = {
             key: {output: source.rows(self.prefix, self.tokens) for output, source in outputs.items()}
@@ -104,13 +131,7 @@ class Rerun:
                 last=self.count - 1 if stops_early(self.block) and not self.inner_autograd else None,
                 on_walk=_nothing if self.inner_autograd else None,
             )
-        if saved != self.count:
-            raise ReplayMismatchError(
-                f"'{self.name}' saved {self.count} tensors in its forward and {saved} when it was run again: its "
-                "forward depends on something that changed in between (a module attribute, random numbers that PyTorch "
-                "does not draw, data). No gradient was computed; use policy='swap', or leave it out with blocks="
-            )
-        return mode.flops
+        return saved, mode.flops
 
     def _call(self) -> BlockCall:
         call = self.call

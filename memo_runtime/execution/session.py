@@ -248,11 +248,11 @@ class Session:
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
                   level=logging.INFO)  # fmt: skip
 
-    def note_in_place(self, name: str) -> None:
-        """A block changed its own arguments in place, so it cannot be run again from them."""
+    def note_in_place(self, name: str, what: str) -> None:
+        """A block changed ``what`` it was run from in place, so it cannot be run again."""
         counters = self.step.block(name)
         counters.executor, counters.alpha = Executor.REPLAY, 1.0
-        counters.reason = "it modifies an argument in place, so it is not run again: what it saves is swapped whole"
+        counters.reason = f"it modifies {what} in place, so it is not run again: what it saves is swapped whole"
         self.note(f"'{name}': {counters.reason}")
 
     def note_inner_autograd(self, name: str) -> None:

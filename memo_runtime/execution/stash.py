@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.errors import ReplayMismatchError, StateChangedError
 from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.ledger import Ledger
 from memo_runtime.execution.piece import Piece
@@ -25,7 +25,7 @@ from memo_runtime.execution.transfer import Transfer
 
 #: What a block raises when it does not take a slice of its tokens. Classes of their own say something else: no memory
 #: left, a broken device, an error of the user's.
-_FAILURES = (RuntimeError, IndexError, KeyError, ValueError, TypeError, AssertionError)
+_FAILURES = (RuntimeError, IndexError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 class Counters(Protocol):
@@ -237,6 +237,8 @@ class Stash:
     def _rebuilt(self, rebuild: Rebuild) -> int:
         try:
             return rebuild.run(self)
+        except StateChangedError:
+            raise  # says what to do, and no other way of running the block again would help
         except ReplayMismatchError as error:
             raise self._mismatch(error) from error
         except Exception as error:

@@ -1,20 +1,17 @@
 """Calibrating one block: what it saves, what a rerun needs, and whether a rerun on a token slice is exact.
 
-Everything runs on a short crop of the block's real arguments, detached; random state and buffers are put back, so
-that training does not notice.
+Everything runs on a short crop of the block's real arguments, detached, and from the same state every time
+(profiling/start.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from memo_runtime.blocks.ambient import BufferState, RandomState
+from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.rerun import Forward, parameter_storages, stops_early, storage_key
@@ -24,6 +21,7 @@ from memo_runtime.profiling.growth import fit_counts, polynomial_bytes
 from memo_runtime.profiling.inventory import take_inventory
 from memo_runtime.profiling.observe import CROP_ERRORS, Observation, observe
 from memo_runtime.profiling.slicing import Slicing, find_slicing, full_values, named_pins, tail_values
+from memo_runtime.profiling.start import Start
 from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, Pin, PinKind, Role, TensorGroup
 
 #: Tokens of the crop: enough to tell token dimensions from others, few enough to hold every operator's result, and no
@@ -31,56 +29,6 @@ from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, Pin, PinKin
 CROP_TOKENS = {"cuda": 509, "cpu": 251}
 
 _INNER_AUTOGRAD = "its forward calls autograd itself (torch.autograd.grad or backward)"
-
-
-@contextlib.contextmanager
-def undisturbed(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block for measurement: buffers, gradients, random and recurrent states are as before afterwards.
-
-    A recurrent state is a tensor that a module keeps as an attribute. Gradients change where a forward calls backward;
-    they are put aside, so that what it leaves can be seen.
-    """
-    random = RandomState.current(device)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in block.buffers()]
-    attributes = [(module, dict(module.__dict__)) for module in block.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in block.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        random.set()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, values in attributes:
-            _restore_tensors(module, values)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.shape == before.shape:
-                    buffer.copy_(before)
-
-
-def _restore_tensors(module: nn.Module, before: dict[str, object]) -> None:
-    """Give attributes that hold a tensor now, or did before, the value that they had."""
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, torch.Tensor) and name not in before:
-            del module.__dict__[name]
-    for name, value in before.items():
-        now = module.__dict__.get(name)
-        if now is not value and (isinstance(now, torch.Tensor) or isinstance(value, torch.Tensor)):
-            module.__dict__[name] = value
-
-
-@dataclass(frozen=True, slots=True)
-class _FromSameBuffers:
-    """A forward of which every run starts from the same buffers, as a rerun in training does."""
-
-    forward: Forward
-    start: BufferState
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.start.set()
-        return self.forward(*args, **kwargs)
 
 
 @dataclass(slots=True)
@@ -165,13 +113,16 @@ def _search(subject: _Subject, limit: int) -> tuple[_Trial | None, str]:
     return first, reason or f"its input {tuple(subject.hidden.shape)} has no dimension of {MIN_TOKENS} tokens to slice"
 
 
-def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str, stack: int) -> BlockProfile:
+def calibrate(
+    block: nn.Module, forward: Forward, call: BlockCall, start: Start, *, name: str, stack: int
+) -> BlockProfile:
     """What ``block`` saves when called with ``call``, without times.
 
     Args:
-        block: the module; its buffers and the random state are left as they were.
+        block: the module.
         forward: its own forward.
         call: the live arguments at full length; only a crop is used.
+        start: the state that every run starts from.
         name: qualified name for the record. stack: index of its stack.
     """
     leaf = call.input_leaf
@@ -180,11 +131,10 @@ def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str,
             name=name, kind=type(block).__name__, stack=stack, tokens=0, token_dim=0, input_leaf=0,
             reason="its input is empty" if call.is_empty else "it has no floating-point argument with tokens",
         )  # fmt: skip
-    start = BufferState.current(block)
-    subject = _Subject(block, _FromSameBuffers(forward, start), call, leaf, name, stack)
+    subject = _Subject(block, start.every_time(forward), call, leaf, name, stack)
     hidden = subject.hidden
     limit = CROP_TOKENS.get(hidden.device.type, CROP_TOKENS["cpu"])
-    with undisturbed(block, hidden.device), torch.enable_grad():
+    with start.kept(), torch.enable_grad():
         trial, reason = _search(subject, limit)
         if trial is None:
             # Not even a crop runs (a window that divides the length): look at the whole, once.
@@ -198,7 +148,7 @@ def calibrate(block: nn.Module, forward: Forward, call: BlockCall, *, name: str,
         if not trial.whole.saved:
             return _without_saves(subject, trial)
         profile = _unsliced(subject, trial, reason) if reason else _sliced(subject, trial)
-        return replace(profile, stateful=start.changed())
+    return replace(profile, stateful=start.wrote, draws=start.drew)
 
 
 def _base(subject: _Subject, trial: _Trial) -> BlockProfile:

@@ -2,7 +2,7 @@
 
 The model's forward runs on the user's batch; where it calls a block, the block is calibrated and timed on a crop of
 the arguments, and then skipped where its result has the shape of its input: no activation of the target length is
-ever saved. The pass ends when the last block was seen. Random state and buffers are put back.
+ever saved. The pass ends when the last block was seen. What it changed is put back.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import OffloaderActiveError, ProfileError
-from memo_runtime.profiling.calibrate import calibrate, undisturbed
+from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.link import measure_link
 from memo_runtime.profiling.machine import device_memory, host_limit, usable_device_bytes
 from memo_runtime.profiling.outside import outside_peak, outside_seconds
+from memo_runtime.profiling.start import Start, cut_graphs, without_graph
 from memo_runtime.profiling.states import measure_states
 from memo_runtime.profiling.timing import time_block
 from memo_runtime.records import BlockProfile, Growth, Profile
@@ -88,7 +90,8 @@ class Observer:
             )  # fmt: skip
 
     def _measured(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
-        profile = calibrate(block.module, forward, call, name=block.name, stack=block.stack)
+        start = Start(_roots(block, call), self.device)
+        profile = calibrate(block.module, forward, call, start, name=block.name, stack=block.stack)
         self._note_shared(call, profile)
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
@@ -97,7 +100,9 @@ class Observer:
         # Blocks that save the same cost the same: time one of each.
         key = (type(block.module), profile.groups, profile.pins, profile.tokens, profile.dynamic)
         if key not in self.timed:
-            self.timed[key] = time_block(block.module, forward, call, profile, self.device)
+            self.timed[key] = time_block(
+                block.module, forward, call, profile, start=start, device=self.device
+            )
         model = self.timed[key]
         return replace(
             profile,
@@ -129,33 +134,32 @@ class Observer:
         if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
             return hidden
         args, kwargs = call.arguments()
+        roots = _roots(block, call)
+        before = reach(roots)
         # With grad, so that each result tells whether it has one, and with nothing saved if the forward does not walk
         # its graph (of a block that could not be profiled that is not known).
         walks = profile.inner_autograd or not profile.tokens
         hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
         with torch.enable_grad(), hooks:
             output = forward(*args, **kwargs)
-        self._outputs[key] = (
+        # What a block leaves elsewhere, blocks behind it may read: such a block is run each time.
+        self._outputs[key] = not cut_graphs(before, roots) and (
             isinstance(output, torch.Tensor)
             and isinstance(hidden, torch.Tensor)
             and output.shape == hidden.shape
             and output.dtype == hidden.dtype
         )
-        return _pytree.tree_map(_without_graph, output)
+        return _pytree.tree_map(without_graph, output)
+
+
+def _roots(block: NamedBlock, call: BlockCall) -> list[tuple[str, Any]]:
+    """Everything that a call of ``block`` may change."""
+    arguments = call.original if call.original is not None else call.leaves
+    return [(block.name, block.module), ("its arguments", arguments)]
 
 
 def _never(_: Any) -> torch.Tensor:
     raise AssertionError("the graph of a profiled forward is never walked backward")
-
-
-def _without_graph(leaf: Any) -> Any:
-    """A result that requires grad as it did and holds no graph of its block.
-
-    No leaf either where it requires grad: the next module may write into it.
-    """
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return leaf.detach().requires_grad_().clone() if leaf.requires_grad else leaf.detach()
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -190,7 +194,8 @@ def profile_model(
     observer = Observer({block.name: block for block in blocks}, device)
     # A root under FSDP reshards in a post-forward hook: it must run to its end.
     observer.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
-    with undisturbed(model, device), torch.enable_grad(), contextlib.suppress(_AllSeenError):
+    roots = [(type(model).__name__, model), ("the batch", batch)]
+    with Start(roots, device, clone=True).kept(), torch.enable_grad(), contextlib.suppress(_AllSeenError):
         run(observer)
     if not observer.profiles:
         raise ProfileError(

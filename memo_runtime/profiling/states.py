@@ -74,7 +74,8 @@ def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, de
         buffers=sum(_bytes(b) for b in itertools.chain(model.buffers())),
         gradients=gradients,
         optimizer=total,
-        gradients_present=sum(_bytes(p.grad) for p in trainable if p.grad is not None),
+        # Under functional_call a parameter may be no leaf, and then it has no gradient of its own.
+        gradients_present=sum(_bytes(p.grad) for p in trainable if p.is_leaf and p.grad is not None),
         optimizer_present=present,
         optimizer_name=name,
         assumed=assumed,

@@ -18,9 +18,9 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import CaptureMode, ReplayMode
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
-from memo_runtime.profiling.calibrate import undisturbed
 from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
 from memo_runtime.profiling.observe import CROP_ERRORS
+from memo_runtime.profiling.start import Start
 from memo_runtime.records import BlockProfile, Growth, Role
 
 #: Longest length timed where the block will run at more.
@@ -52,6 +52,7 @@ class _Timer:
     forward: Forward
     call: BlockCall
     profile: BlockProfile
+    start: Start
     device: torch.device
     saved: int = field(default=0)
 
@@ -62,6 +63,7 @@ class _Timer:
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Seconds of ``run`` on an idle device."""
+        self.start.set()
         self._synchronize()
         start = time.perf_counter()
         run()
@@ -112,6 +114,7 @@ class _Timer:
         args, kwargs = call.arguments()
         wanted = {(pin.op, pin.call) for pin in self.profile.pins}
         capture = CaptureMode(lambda key: None if key in wanted else ())
+        self.start.set()
         # With grad: forwards may ask tensors for hooks, or autograd for gradients.
         with torch.enable_grad(), capture:
             self.forward(*args, **kwargs)
@@ -169,18 +172,19 @@ def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
 
 
 def time_block(
-    block: nn.Module, forward: Forward, call: BlockCall, profile: BlockProfile, device: torch.device
+    block: nn.Module, forward: Forward, call: BlockCall, profile: BlockProfile, *, start: Start, device: torch.device
 ) -> BlockProfile:
     """``profile`` with seconds and transient peaks filled in, measured on a crop of ``call``.
 
-    The random state and buffers are left as they were. A block that cannot be cropped is timed at full length.
+    Every run begins at ``start``, whose setting up is not timed, and the state is that one afterwards. A block that
+    cannot be cropped is timed at full length.
     """
     if not profile.tokens:
         return profile
-    timer = _Timer(block, forward, call, profile, device)
+    timer = _Timer(block, forward, call, profile, start, device)
     whole_only = not profile.sliceable and profile.reason.startswith("it does not run")
     lengths = (profile.tokens,) if whole_only else lengths_to_time(profile.tokens, device.type)
-    with undisturbed(block, device), torch.enable_grad():
+    with start.kept(), torch.enable_grad():
         try:
             medians = [timer.median(tokens) for tokens in lengths]
         except CROP_ERRORS:

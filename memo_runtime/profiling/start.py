@@ -1,0 +1,188 @@
+"""What the profile's runs of a block start from, so that training does not notice them.
+
+A block is run some fifty times before its first step. Every run starts from the same state, as reruns in training do,
+and at the end everything is put back: attributes, containers and objects by reference, buffers and tensors that were
+written to by value, and the generators of PyTorch, Python and NumPy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memo_runtime.blocks.ambient import BufferState, RandomState
+from memo_runtime.blocks.operators import is_mutable
+from memo_runtime.blocks.reach import Reach, reach
+from memo_runtime.blocks.rerun import Forward, storage_key
+from memo_runtime.blocks.state import MOST_CLONED_BYTES, LibraryRandom, shared_generators
+
+Roots = Iterable[tuple[str, Any]]
+
+
+class Start:
+    """The state at one point.
+
+    Args:
+        roots: (label, object) of everything that a forward may reach.
+        device: whose random state is kept.
+        clone: take the values of all tensors of moderate size now; False: of buffers, and of the others before
+            ``first_writes`` sees them written to.
+    """
+
+    def __init__(self, roots: Roots, device: torch.device, *, clone: bool = False) -> None:
+        roots = list(roots)
+        self._found = reach(roots)
+        self._torch = RandomState.current(device)
+        self._random = LibraryRandom.current([*self._found.generators, *shared_generators()])
+        buffers = {id(b) for _, root in roots if isinstance(root, nn.Module) for b in root.buffers()}
+        self._values: list[BufferState] = []
+        self._versions: list[tuple[torch.Tensor, int]] = []
+        self._unwritten: dict[int, list[torch.Tensor]] = {}
+        for _, tensor in self._found.tensors:
+            if hasattr(tensor, "__tensor_flatten__") or tensor.is_inference():
+                continue
+            small = clone and not isinstance(tensor, nn.Parameter) and _bytes(tensor) <= MOST_CLONED_BYTES
+            if id(tensor) in buffers or small:
+                self._take(tensor)
+            else:
+                self._unwritten.setdefault(storage_key(tensor), []).append(tensor)
+        #: What the runs did since: wrote to tensors in place, drew from Python's or NumPy's generators.
+        self.wrote = False
+        self.drew = False
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        self._values.append(BufferState.current([tensor]))
+        self._versions.append((tensor, tensor._version))
+
+    def before_write(self, tensor: torch.Tensor) -> None:
+        """``tensor`` is about to be written to for the first time: remember its values."""
+        for known in self._unwritten.pop(storage_key(tensor), ()):
+            self._take(known)
+
+    def set(self) -> None:
+        """Make it the current state; PyTorch's generators go on, so that what draws from them shows."""
+        self.wrote = self.wrote or any(tensor._version != version for tensor, version in self._versions)
+        for values in self._values:
+            self.wrote = self.wrote or values.changed()
+            values.set()
+        for index in self._found.changed():
+            self._found.cells[index].write(self._found.contents[index])
+        self.drew = self.drew or self._random.advanced()
+        self._random.set()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever runs inside, the state is this one afterwards.
+
+        Gradients, which change where a forward calls backward, are put aside, so that what it leaves can be seen.
+        """
+        leaves = [t for _, t in self._found.tensors if isinstance(t, nn.Parameter) and t.is_leaf]
+        gradients = [(parameter, parameter.grad) for parameter in leaves]
+        for parameter in leaves:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            self.set()
+            self._torch.set()
+
+    def every_time(self, forward: Forward) -> Forward:
+        """``forward`` such that every run starts from here."""
+        return _FromHere(forward, self)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class _FromHere:
+    forward: Forward
+    start: Start
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.start.set()
+        with _FirstWrites(self.start):
+            return self.forward(*args, **kwargs)
+
+
+class _FirstWrites(TorchDispatchMode):
+    """Tells a Start of every tensor that is about to be written to."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions stay compiled."""
+        return True
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._start = start
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_mutable(func):
+            for position, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in _pytree.tree_leaves(value):
+                    if isinstance(tensor, torch.Tensor):
+                        self._start.before_write(tensor)
+        return func(*args, **kwargs)
+
+
+def cut_graphs(before: Reach, roots: Roots) -> bool:
+    """Detach what a run left in the state of ``roots``, since its graph is never walked; True: it left something.
+
+    ``before`` is what was reached before the run.
+    """
+    known = {id(cell.holder): index for index, cell in enumerate(before.cells)}
+    changed = set(before.changed())
+    after = reach(roots)
+    left = bool(changed)
+    for cell, content in zip(after.cells, after.contents, strict=True):
+        index = known.get(id(cell.holder))
+        if index is not None and index not in changed:
+            continue
+        cut = _without_graphs(content)
+        if cut is not None:
+            cell.write(cut)
+            left = True
+    return left
+
+
+def _without_graphs(content: Any) -> Any:
+    """A content whose tensors have no graph; None: it holds no tensor that has one."""
+    if isinstance(content, dict):
+        found = {key: without_graph(value) for key, value in content.items() if _has_graph(value)}
+        return {**content, **found} if found else None
+    if isinstance(content, list) and any(_has_graph(value) for value in content):
+        return [without_graph(value) if _has_graph(value) else value for value in content]
+    return None
+
+
+def _has_graph(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None
+
+
+def without_graph(leaf: Any) -> Any:
+    """A result that requires grad as it did and holds no graph of its block.
+
+    No leaf either where it requires grad: the next module may write into it.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().requires_grad_().clone() if leaf.requires_grad else leaf.detach()

@@ -12,7 +12,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-NATIVE := $(wildcard csrc/solver/*.cpp csrc/solver/*.h csrc/solver/*.hpp)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
 
 .PHONY: demo test bench-smoke clean
 
@@ -53,4 +53,4 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info solver/memo_solver/_search.so
+	rm -rf $(VENV) build dist *.egg-info solver/memo_solver/_search.so memo_runtime/native/_core.so

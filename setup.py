@@ -1,7 +1,10 @@
-"""Builds the native part of the solver; everything else about the package is in pyproject.toml.
+"""Builds the native parts; everything else about the package is in pyproject.toml.
 
-``csrc/solver/*.cpp`` (C++17 behind a plain C interface, no Python and no torch headers) becomes the shared
-library ``memo_solver/_search.so``, loaded with ctypes. The package works without it, only slower.
+    csrc/solver/*.cpp   ->  memo_solver/_search.so          the solver's search
+    csrc/core/*.cpp     ->  memo_runtime/native/_core.so    pinned memory and copies
+
+Each folder is C++17 behind a plain C interface (no Python, CUDA and no torch headers) and becomes a shared library
+that is loaded with ctypes. The package works without them, only slower.
 
     MEMO_BUILD_EXT=auto   build where there are sources and a compiler, else install pure Python and say so
     MEMO_BUILD_EXT=on     build, and fail where that is not possible
@@ -23,8 +26,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "on", "off")
 #: No -march=native: a wheel built on one machine has to run on another.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
-LIBRARY = "memo_solver._search"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+NO_COMPILER = "no C++ compiler found (tried CXX, c++, g++, clang++)"
+#: Module that the library lies beside, and the folder of its sources.
+LIBRARIES = {"memo_solver._search": "csrc/solver", "memo_runtime.native._core": "csrc/core"}
 
 
 def build_mode() -> str:
@@ -44,31 +49,33 @@ def find_compiler() -> str | None:
     return None
 
 
-def native_sources() -> list[str]:
-    """The sources of the native search, relative to the root as setuptools wants them."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "solver").glob("*.cpp"))
+def files(folder: str, pattern: str) -> list[str]:
+    """Files in ``folder``, relative to the root as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
 
 
-def do_without(why: str) -> None:
-    """Goes on without the native part in mode auto; stops in mode on."""
+def do_without(what: str, why: str) -> None:
+    """Goes on without a native part in mode auto; stops in mode on."""
     if build_mode() == "on":
-        raise SystemExit(f"MEMO_BUILD_EXT=on, but the native search cannot be built: {why}")
-    print(f"memo-runtime: installing pure Python, without the native search: {why}", file=sys.stderr)
+        raise SystemExit(f"MEMO_BUILD_EXT=on, but {what} cannot be built: {why}")
+    print(f"memo-runtime: installing pure Python, without {what}: {why}", file=sys.stderr)
 
 
 def native_extensions() -> list[Extension]:
     """What to build; empty where nothing is asked for, or nothing can be done."""
     if build_mode() == "off":
         return []
-    sources = native_sources()
-    if not sources:
-        do_without("there are no sources in csrc/solver")
-        return []
     if find_compiler() is None:
-        do_without("no C++ compiler found (tried CXX, c++, g++, clang++)")
+        do_without("the native parts", NO_COMPILER)
         return []
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "solver").glob("*.h*"))
-    return [Extension(LIBRARY, sources=sources, depends=headers)]
+    found = []
+    for library, folder in LIBRARIES.items():
+        sources = files(folder, "*.cpp")
+        if sources:
+            found.append(Extension(library, sources=sources, depends=files(folder, "*.h*"), include_dirs=[folder]))
+        else:
+            do_without(library, f"there are no sources in {folder}")
+    return found
 
 
 class BuildSharedLibrary(build_ext):
@@ -88,12 +95,13 @@ class BuildSharedLibrary(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = find_compiler()
         if compiler is None:
-            do_without("no C++ compiler found (tried CXX, c++, g++, clang++)")
+            do_without(extension.name, NO_COMPILER)
             return False
-        command = [*compiler.split(), *FLAGS, "-I", "csrc/solver", *extension.sources, "-o", str(target)]
+        includes = [f"-I{folder}" for folder in extension.include_dirs]
+        command = [*compiler.split(), *FLAGS, *includes, *extension.sources, "-o", str(target), "-ldl"]
         print(" ".join(command), file=sys.stderr)
         if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-            do_without("the compiler failed; its messages are above")
+            do_without(extension.name, "the compiler failed; its messages are above")
             return False
         return True
 

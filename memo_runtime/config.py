@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from numbers import Integral, Real
@@ -38,6 +39,27 @@ class Loss(StrEnum):
     AUTO = "auto"
     TILED = "tiled"
     NATIVE = "native"
+
+
+class NativeMode(StrEnum):
+    """Whether copies and pinned memory go through the native core: where it works, always, or never."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+def native_mode(mode: str | None = None) -> NativeMode:
+    """``mode``, or what the environment variable ``MEMO_NATIVE`` says, or ``auto``.
+
+    Raises:
+        ArgumentError: an unknown mode.
+    """
+    text = mode or os.environ.get("MEMO_NATIVE", "").strip().lower() or NativeMode.AUTO
+    try:
+        return NativeMode(text)
+    except ValueError:
+        raise ArgumentError(f"MEMO_NATIVE={text!r} is unknown; there are: {', '.join(NativeMode)}") from None
 
 
 #: Policies that fix the swap fraction; ``memo``, ``replay`` and ``tiled`` also take one from the user.

@@ -80,5 +80,21 @@ class StateChangedError(ReplayMismatchError):
     """A parameter or another tensor that a block has to be run again from was written to since its forward."""
 
 
+class PinningError(HostLimitError):
+    """The system gives no more host memory, or does not pin it; says how much it gave before."""
+
+
+class CopyError(MemoError, RuntimeError):
+    """A copy between device and host failed; names the tensor. The next step can go on."""
+
+
+class CopyUseError(MemoError, ValueError):
+    """A copy that makes no sense: wrong device, freed or foreign memory, out of range, a ticket used twice."""
+
+
+class NativeUnavailableError(MemoError, RuntimeError):
+    """The native core was asked for (``MEMO_NATIVE=on``) and cannot be used; says why."""
+
+
 class ProfileError(MemoError, RuntimeError):
     """The model could not be profiled on the given batch."""

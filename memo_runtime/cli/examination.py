@@ -28,7 +28,7 @@ def examine() -> Findings:
         cuda_driver=_cuda_driver(),
         host=host,
         devices=devices,
-        native=(_native_search(),),
+        native=(_native_search(), _native_core()),
         selftest=tests,
     )
 
@@ -68,6 +68,23 @@ def _native_search() -> Native:
     except Exception as error:  # a solver that does not load is a finding
         return Native(name=name, state="unavailable", detail=f"{type(error).__name__}: {error}")
     return Native(name=name, state="ok" if status.available else "unavailable", detail=status.reason)
+
+
+def _native_core() -> Native:
+    name = "pinned memory, copies"
+    try:
+        from memo_runtime.config import NativeMode, native_mode
+        from memo_runtime.native.library import native_status
+
+        mode, status = native_mode(), native_status()
+    except Exception as error:  # a mode that is none is a finding
+        return Native(name=name, state="unavailable", detail=f"{type(error).__name__}: {error}")
+    if mode is NativeMode.OFF:
+        return Native(name=name, state="unavailable", detail="switched off: MEMO_NATIVE=off")
+    without = "" if status.available else "; copies go through PyTorch"
+    if mode is NativeMode.ON and not status.available:
+        without = "; MEMO_NATIVE=on asks for it, so wrapping fails"
+    return Native(name=name, state="ok" if status.available else "unavailable", detail=f"{status.reason}{without}")
 
 
 def examination_text(found: Findings) -> str:

@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil
 import torch
 
-_CGROUP_V2 = Path("/sys/fs/cgroup")
-_CGROUP_V1 = Path("/sys/fs/cgroup/memory")
+from memo_runtime.native.limits import cgroup_limit
+
 #: Left to the rest of the process and the system when nobody named a host budget.
 _HOST_RESERVE = 2 * 1024**3
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _cgroup_free() -> tuple[int, str] | None:
-    """(free bytes, which limit) of the innermost memory cgroup that has a limit."""
-    for root, limit_name, used_name, label in (
-        (_CGROUP_V2, "memory.max", "memory.current", "cgroup v2 memory.max"),
-        (_CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "cgroup v1 memory.limit_in_bytes"),
-    ):
-        limit = _read_number(_own_group(root) / limit_name) or _read_number(root / limit_name)
-        used = _read_number(_own_group(root) / used_name) or _read_number(root / used_name)
-        # Version 1 writes "no limit" as a number near 2^63.
-        if limit is not None and limit < 2**60:
-            return max(0, limit - (used or 0)), label
-    return None
-
-
-def _own_group(root: Path) -> Path:
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return root
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if (controllers == "" and root == _CGROUP_V2) or "memory" in controllers.split(","):
-            return root / path.lstrip("/")
-    return root
 
 
 def host_limit() -> tuple[int, str]:
@@ -53,8 +17,10 @@ def host_limit() -> tuple[int, str]:
     The smaller of what the cgroup and the machine have left, less a reserve for the process itself.
     """
     available = int(psutil.virtual_memory().available)
-    cgroup = _cgroup_free()
-    free, source = (available, "machine") if cgroup is None or cgroup[0] > available else cgroup
+    cgroup = cgroup_limit()
+    free, source = available, "machine"
+    if cgroup is not None and cgroup.free <= available:
+        free, source = cgroup.free, cgroup.source
     return max(0, free - min(_HOST_RESERVE, free // 4)), source
 
 

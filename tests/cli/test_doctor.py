@@ -9,6 +9,8 @@ from memo_runtime.cli import examination
 from memo_runtime.cli.app import app
 from memo_runtime.cli.findings import SelfTest, SelfTests
 from memo_runtime.cli.selftest import BOUND, run_selftest
+from memo_runtime.native import library
+from memo_runtime.native.library import NativeStatus
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,24 @@ def test_without_torch_the_rest_is_still_said(monkeypatch, found):
     text = examination.examination_text(told)
     assert "not run, torch does not load" in text
     assert "unknown without torch" in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "available", "state", "detail"),
+    [
+        ("auto", True, "ok", "in use"),
+        ("auto", False, "unavailable", "not built here; copies go through PyTorch"),
+        ("on", False, "unavailable", "not built here; MEMO_NATIVE=on asks for it, so wrapping fails"),
+        ("off", True, "unavailable", "switched off: MEMO_NATIVE=off"),
+        ("of", True, "unavailable", "ArgumentError: MEMO_NATIVE='of' is unknown; there are: auto, on, off"),
+    ],
+)
+def test_the_native_core_is_a_finding(monkeypatch, mode, available, state, detail):
+    reason = "in use" if available else "not built here"
+    monkeypatch.setattr(library, "native_status", lambda: NativeStatus(available=available, reason=reason))
+    monkeypatch.setenv("MEMO_NATIVE", mode)
+    found = examination._native_core()
+    assert (found.state, found.detail) == (state, detail)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Wheels, with the native search and without."""
+"""Wheels, with the native libraries and without."""
 
 import os
 import shutil
@@ -59,35 +59,47 @@ def test_a_pure_wheel_has_both_packages_and_their_types(checkout):
 
 
 @needs_compiler
-def test_a_wheel_with_the_search_serves_every_python_of_its_platform(checkout):
+def test_a_wheel_with_the_libraries_serves_every_python_of_its_platform(checkout):
     result, wheel = build(checkout, "on")
     assert result.returncode == 0, result.stderr
     assert "-py3-none-linux_" in wheel.name
-    assert "memo_solver/_search.so" in contents(wheel)
+    assert {"memo_solver/_search.so", "memo_runtime/native/_core.so"} <= contents(wheel)
 
 
 def test_without_a_compiler_auto_installs_pure_python_and_says_so(checkout, tmp_path):
     result, wheel = build(checkout, "auto", path=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert "installing pure Python, without the native search" in result.stderr
+    assert "installing pure Python, without the native parts: no C++ compiler found" in result.stderr
 
 
 def test_without_a_compiler_on_fails_loudly(checkout, tmp_path):
     result, wheel = build(checkout, "on", path=str(tmp_path))
     assert result.returncode != 0
     assert wheel is None
-    assert "MEMO_BUILD_EXT=on, but the native search cannot be built" in result.stderr
+    assert "MEMO_BUILD_EXT=on, but the native parts cannot be built" in result.stderr
 
 
 @needs_compiler
 @pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("on", 1)])
 def test_sources_that_do_not_compile(checkout, mode, code):
-    (checkout / "csrc" / "solver" / "broken.cpp").write_text("#error not today\n")
+    for folder in ("solver", "core"):
+        (checkout / "csrc" / folder / "broken.cpp").write_text("#error not today\n")
     result, wheel = build(checkout, mode)
     assert bool(result.returncode) == bool(code)
     assert "the compiler failed" in result.stderr
     assert (wheel is None) == bool(code)
+
+
+@needs_compiler
+def test_one_library_that_does_not_compile_leaves_the_other(checkout):
+    (checkout / "csrc" / "core" / "broken.cpp").write_text("#error not today\n")
+    result, wheel = build(checkout, "auto")
+    assert result.returncode == 0, result.stderr
+    assert "without memo_runtime.native._core: the compiler failed" in result.stderr
+    names = contents(wheel)
+    assert "memo_solver/_search.so" in names
+    assert "memo_runtime/native/_core.so" not in names
 
 
 def test_an_unknown_mode_is_refused(checkout):

@@ -1,7 +1,7 @@
 """Imports point one way; the arrows are those of the design.
 
 errors, units <- config <- records <- persist
-blocks, losses, planning, reporting -> the nouns          profiling, execution -> blocks, the nouns
+blocks, losses, planning, reporting, native -> the nouns  profiling, execution -> blocks, native, the nouns
 planning -> memo_solver                                   wrapping, checking, api -> the three stages
 """
 
@@ -24,15 +24,17 @@ ALLOWED = {
     "blocks": NOUNS,
     "losses": NOUNS,
     "reporting": {"records", "units", "errors"},
-    "profiling": NOUNS | {"blocks"},
+    "native": NOUNS,
+    "profiling": NOUNS | {"blocks", "native"},
     "planning": NOUNS,
-    "execution": NOUNS | {"blocks"},
+    "execution": NOUNS | {"blocks", "native"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
     "wrapping": NOUNS | STAGES | {"blocks", "integrations"},
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
     "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "soundness", "wrapping"},
-    "cli": NOUNS | {"api", "blocks", "losses", "persist", "planning", "profiling", "reporting", "__version__"},
+    "cli": NOUNS
+    | {"api", "blocks", "losses", "native", "persist", "planning", "profiling", "reporting", "__version__"},
     "__init__": NOUNS | {"api", "losses", "persist"},
     "__main__": {"cli"},
 }

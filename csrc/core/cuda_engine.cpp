@@ -1,0 +1,168 @@
+#include "cuda_engine.hpp"
+
+#include <algorithm>
+
+namespace memo_core {
+namespace {
+
+CuStream handle(std::uint64_t stream) { return reinterpret_cast<CuStream>(stream); }
+
+}  // namespace
+
+CudaEngine::CudaEngine(std::shared_ptr<CudaDevice> device) : device_(std::move(device)), driver_(device_->driver()) {
+  const ContextGuard guard(*device_);
+  // Non-blocking: the legacy default stream, in which PyTorch computes, must not wait for copies by itself.
+  driver_.check(driver_.stream_create(&out_, kCuStreamNonBlocking), "cannot create a copy stream");
+  driver_.check(driver_.stream_create(&in_, kCuStreamNonBlocking), "cannot create a copy stream");
+  driver_.check(driver_.event_create(&ready_, kCuEventDisableTiming), "cannot create an event");
+}
+
+CudaEngine::~CudaEngine() {
+  try {
+    const ContextGuard guard(*device_);
+    for (CuStream stream : {out_, in_}) {
+      if (stream == nullptr) continue;
+      driver_.stream_synchronize(stream);
+      driver_.stream_destroy(stream);
+    }
+    for (auto& entry : tickets_.all()) events_.push_back(entry.second.event);
+    for (CuEvent event : events_) driver_.event_destroy(event);
+    if (ready_ != nullptr) driver_.event_destroy(ready_);
+  } catch (const Failure&) {
+    // The driver is gone, and with it everything that was to be destroyed.
+  }
+}
+
+CuEvent CudaEngine::take_event() {
+  CuEvent event = nullptr;
+  if (events_.empty()) {
+    driver_.check(driver_.event_create(&event, kCuEventDisableTiming), "cannot create an event");
+  } else {
+    event = events_.back();
+    events_.pop_back();
+  }
+  return event;
+}
+
+// The first and the last byte have to belong to this engine's device.
+void CudaEngine::check_device(const Piece& piece) const {
+  const std::uint64_t last = piece.device + span(piece.width, piece.height, piece.device_pitch) - 1;
+  for (const std::uint64_t address : {piece.device, last}) {
+    unsigned type = 0;
+    int ordinal = -1;
+    if (driver_.pointer_attribute(&type, kCuPointerMemoryType, address) != kCuSuccess || type != kCuMemoryDevice) {
+      throw Failure(Status::out_of_range, "the device side of a copy reaches memory that is not on a device");
+    }
+    driver_.check(driver_.pointer_attribute(&ordinal, kCuPointerDeviceOrdinal, address), "cannot find a copy's device");
+    if (ordinal != device_->ordinal()) {
+      throw Failure(Status::wrong_device, "the tensor is on cuda:" + std::to_string(ordinal) +
+                                              ", and this engine copies for cuda:" + std::to_string(device_->ordinal()));
+    }
+  }
+}
+
+std::int64_t CudaEngine::submit(Direction direction, Work work, std::uint64_t stream, std::string name) {
+  for (const auto& slab : work.slabs) {
+    if (!slab->pinned()) throw Failure(Status::invalid, "the slab is not pinned, so a copy would hold up the host");
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const ContextGuard guard(*device_);
+  for (const Piece& piece : work.pieces) check_device(piece);
+  Ticket ticket{direction, std::move(name), {}, take_event(), std::move(work.slabs)};
+  ticket.failure = enqueue(direction, work, handle(stream), ticket.event);
+  return tickets_.add(std::move(ticket));
+}
+
+// An empty text where everything is on its way. After a failure the event stands behind what was begun, so that
+// whoever waits is still behind it.
+std::string CudaEngine::enqueue(Direction direction, const Work& work, CuStream compute, CuEvent event) {
+  const CuStream stream = stream_of(direction);
+  CuResult result = driver_.event_record(ready_, compute);
+  if (result == kCuSuccess) result = driver_.stream_wait_event(stream, ready_, 0);
+  for (const Piece& piece : work.pieces) {
+    if (result != kCuSuccess) break;
+    result = copy(direction, piece);
+  }
+  const CuResult recorded = driver_.event_record(event, stream);
+  if (result == kCuSuccess) result = recorded;
+  return result == kCuSuccess ? std::string() : driver_.name_of(result);
+}
+
+CuResult CudaEngine::copy(Direction direction, const Piece& piece) const {
+  if (piece.height > 1) return copy_rows(direction, piece);
+  if (direction == Direction::to_host) return driver_.copy_to_host(piece.host, piece.device, piece.width, out_);
+  return driver_.copy_to_device(piece.device, piece.host, piece.width, in_);
+}
+
+CuResult CudaEngine::copy_rows(Direction direction, const Piece& piece) const {
+  CuMemcpy2D copy{};
+  copy.width = piece.width;
+  copy.height = piece.height;
+  if (direction == Direction::to_host) {
+    copy.src_type = kCuMemoryDevice;
+    copy.src_device = piece.device;
+    copy.src_pitch = piece.device_pitch;
+    copy.dst_type = kCuMemoryHost;
+    copy.dst_host = piece.host;
+    copy.dst_pitch = piece.host_pitch;
+  } else {
+    copy.src_type = kCuMemoryHost;
+    copy.src_host = piece.host;
+    copy.src_pitch = piece.host_pitch;
+    copy.dst_type = kCuMemoryDevice;
+    copy.dst_device = piece.device;
+    copy.dst_pitch = piece.device_pitch;
+  }
+  return driver_.copy_2d(&copy, stream_of(direction));
+}
+
+void CudaEngine::wait(std::int64_t number, std::uint64_t stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const ContextGuard guard(*device_);
+  const Ticket ticket = tickets_.take(number);
+  const CuResult result = driver_.stream_wait_event(handle(stream), ticket.event, 0);
+  events_.push_back(ticket.event);
+  std::string why = ticket.failure;
+  if (why.empty() && result != kCuSuccess) why = driver_.name_of(result);
+  if (!why.empty()) throw Failure(Status::copy_failed, described(ticket.direction, ticket.name) + ": " + why);
+}
+
+bool CudaEngine::cancel(std::int64_t number, std::uint64_t stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const ContextGuard guard(*device_);
+  const Ticket ticket = tickets_.take(number);
+  // What a stream was given cannot be taken back from it.
+  driver_.stream_wait_event(handle(stream), ticket.event, 0);
+  events_.push_back(ticket.event);
+  return false;
+}
+
+bool CudaEngine::done(std::int64_t number) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const ContextGuard guard(*device_);
+  Ticket& ticket = tickets_.at(number);
+  const CuResult result = driver_.event_query(ticket.event);
+  if (result == kCuNotReady) return false;
+  if (result != kCuSuccess && ticket.failure.empty()) ticket.failure = driver_.name_of(result);
+  return true;
+}
+
+void CudaEngine::drain() {
+  CuStream out, in;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    out = out_;
+    in = in_;
+  }
+  const ContextGuard guard(*device_);
+  // A failure of what ran before belongs to its ticket.
+  driver_.stream_synchronize(out);
+  driver_.stream_synchronize(in);
+}
+
+std::int64_t CudaEngine::num_open() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<std::int64_t>(tickets_.all().size());
+}
+
+}  // namespace memo_core

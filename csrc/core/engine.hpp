@@ -1,0 +1,76 @@
+// What both copy engines promise.
+//
+// A ticket stands for one submission, which is one copy or many. It is used up by one wait or one cancel. Copies of one
+// direction run in the order in which they were submitted; the two directions run beside each other.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "copies.hpp"
+#include "failure.hpp"
+
+namespace memo_core {
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Starts `work` when `stream` has reached this point; returns its ticket. Throws Failure where the work makes no
+  // sense. What the driver refuses later surfaces at the wait.
+  virtual std::int64_t submit(Direction direction, Work work, std::uint64_t stream, std::string name) = 0;
+  // `stream` goes on when the copies are made (on CPU: the calling thread does). Throws Failure(copy_failed) where they
+  // were not, and Failure(invalid) for a ticket that was used up.
+  virtual void wait(std::int64_t ticket, std::uint64_t stream) = 0;
+  // Nobody wants the result: true where nothing was begun and nothing will be; else `stream` waits, as in `wait`, so
+  // that both ends may be used again, and a failure of the copy is of no interest.
+  virtual bool cancel(std::int64_t ticket, std::uint64_t stream) = 0;
+  // Whether the copies are made or have failed; does not use the ticket up.
+  virtual bool done(std::int64_t ticket) = 0;
+  // Returns when nothing is under way.
+  virtual void drain() = 0;
+  // The stream of one direction, for profilers and for tests that slow it; 0 where there is none.
+  virtual std::uint64_t stream(Direction direction) = 0;
+  // Tickets that were neither waited for nor cancelled.
+  virtual std::int64_t num_open() = 0;
+};
+
+// The tickets of one engine by number. Not locked: its engine is.
+template <typename T>
+class Tickets {
+ public:
+  std::int64_t add(T ticket) {
+    open_.emplace(++last_, std::move(ticket));
+    return last_;
+  }
+
+  T& at(std::int64_t number) {
+    const auto found = open_.find(number);
+    if (found != open_.end()) return found->second;
+    if (number > 0 && number <= last_) {
+      throw Failure(Status::invalid,
+                    "ticket " + std::to_string(number) + " was used up: it was waited for or cancelled before");
+    }
+    throw Failure(Status::invalid, "there is no ticket " + std::to_string(number));
+  }
+
+  T take(std::int64_t number) {
+    T ticket = std::move(at(number));
+    open_.erase(number);
+    return ticket;
+  }
+
+  std::map<std::int64_t, T>& all() { return open_; }
+
+ private:
+  std::int64_t last_ = 0;
+  std::map<std::int64_t, T> open_;
+};
+
+inline std::string described(Direction direction, const std::string& name) {
+  return "copying " + (name.empty() ? std::string("a tensor") : "'" + name + "'") +
+         (direction == Direction::to_host ? " to the host" : " to the device") + " failed";
+}
+
+}  // namespace memo_core

@@ -1,0 +1,159 @@
+"""Copies between device and host behind one interface, whoever makes them.
+
+    engine.to_host(source, target, name="layers.3 attention")   starts when the current stream has made the source
+    ticket.wait()        the current stream goes on when the copy is made (on CPU: the caller does); uses the ticket up
+    ticket.release()     the same where nobody has waited yet, then lets go of both ends; False: source was modified
+    ticket.cancel()      nobody wants the result
+
+Copies of one direction run in the order of their submission, the two directions beside each other. The host end lies
+in a slab that is open. Neither call waits on the host where there is a GPU. Both ends stay alive until the ticket is
+used up: memory that is freed earlier would be reused under the copy. A ticket that is dropped cancels itself.
+
+Errors: what makes no sense is a ``CopyUseError`` at once, and nothing was started. A copy that fails is a
+``CopyError`` with its name when its ticket is waited for; the engine goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+
+from memo_runtime.errors import CopyUseError
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Ticket:
+    """One submission under way. ``number`` is the engine's; None: it was made at once."""
+
+    __slots__ = ("_engine", "_held", "_number", "_open", "_versions", "name")
+
+    def __init__(self, engine: CopyEngine, number: int | None, held: tuple[Pair, ...], name: str) -> None:
+        self._open = True
+        self._engine = engine
+        self._number = number
+        self._held = held
+        self._versions = [source._version for source, _ in held]
+        self.name = name
+
+    def wait(self) -> None:
+        """Make the current stream wait for the copy (on CPU: the caller).
+
+        Raises:
+            CopyError: the copy failed; names it.
+            CopyUseError: the ticket was used up before.
+        """
+        self._use()
+        if self._number is not None:
+            self._engine._wait(self._number)
+
+    def release(self) -> bool:
+        """Wait unless that was done, then let go of both ends.
+
+        Returns:
+            False if the source was modified in place since it was submitted.
+
+        Raises:
+            CopyError: the copy failed.
+        """
+        try:
+            if self._open:
+                self.wait()
+            pairs = zip(self._held, self._versions, strict=True)
+            return all(source._version == version for (source, _), version in pairs)
+        finally:
+            self._held, self._versions = (), []
+
+    def cancel(self) -> bool:
+        """Nobody wants the result; both ends may be used again by what the current stream does next.
+
+        Returns:
+            Whether the copy was prevented: False if it was made, or cannot be stopped any more.
+
+        Raises:
+            CopyUseError: the ticket was used up before.
+        """
+        self._use()
+        prevented = self._number is not None and self._engine._cancel(self._number)
+        self._held, self._versions = (), []
+        return prevented
+
+    def done(self) -> bool:
+        """Whether the copy is made, or has failed; does not wait and does not use the ticket up."""
+        return not self._open or self._number is None or self._engine._done(self._number)
+
+    def _use(self) -> None:
+        if not self._open:
+            what = f"'{self.name}'" if self.name else "a tensor"
+            raise CopyUseError(f"the copy of {what} was waited for or cancelled before: a ticket serves once")
+        self._open = False
+
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # An engine that was closed has finished its copies.
+        unused = getattr(self, "_open", False) and self._number is not None
+        if unused and not self._engine.closed and not _ending():
+            self.cancel()
+
+
+class CopyEngine(ABC):
+    """Copies for one device.
+
+    Attributes:
+        device: where the device ends are. closed: it takes no more copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.closed = False
+
+    def to_host(self, source: torch.Tensor, target: torch.Tensor, *, name: str = "") -> Ticket:
+        """Copy ``source`` on the device into ``target`` in a slab, of the same shape and dtype."""
+        return self._submit(True, ((source, target),), name)
+
+    def to_device(self, source: torch.Tensor, target: torch.Tensor, *, name: str = "") -> Ticket:
+        """Copy ``source`` in a slab into ``target`` on the device, of the same shape and dtype."""
+        return self._submit(False, ((source, target),), name)
+
+    def many_to_host(self, pairs: Iterable[Pair], *, name: str = "") -> Ticket:
+        """Many copies to the host, (source, target) each, under one ticket."""
+        return self._submit(True, tuple(pairs), name)
+
+    def many_to_device(self, pairs: Iterable[Pair], *, name: str = "") -> Ticket:
+        """Many copies to the device, (source, target) each, under one ticket."""
+        return self._submit(False, tuple(pairs), name)
+
+    @property
+    @abstractmethod
+    def open_copies(self) -> int:
+        """Tickets that are not used up."""
+
+    @abstractmethod
+    def stream_handle(self, *, to_host: bool) -> int:
+        """Raw handle of the stream of one direction, for profilers and tests that slow it; 0 on CPU."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Return when nothing is under way. Not for a step: it waits on the host."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what is under way and give everything back; later use is a ``CopyUseError``."""
+
+    @abstractmethod
+    def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket: ...
+
+    @abstractmethod
+    def _wait(self, number: int) -> None: ...
+
+    @abstractmethod
+    def _cancel(self, number: int) -> bool: ...
+
+    @abstractmethod
+    def _done(self, number: int) -> bool: ...
+
+    def _check_device(self, tensor: torch.Tensor) -> None:
+        if tensor.device != self.device:
+            raise CopyUseError(f"the tensor is on {tensor.device}, and this engine copies for {self.device}")

@@ -1,0 +1,180 @@
+"""The host tier: slabs within a limit, and slots that go back when they are dropped.
+
+When the system refuses memory that the limit allows (a cgroup, a driver that pins no more), the pool does what was
+asked of it beforehand: stop, with an error that says size, limit and knob, or go on within what there is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from enum import StrEnum
+
+import torch
+
+from memo_runtime.errors import HostLimitError, PinningError
+from memo_runtime.native.backend import Backend
+from memo_runtime.native.limits import cgroup_limit
+from memo_runtime.native.slab import Slab
+from memo_runtime.records import HOST_ALIGNMENT
+from memo_runtime.units import format_bytes
+
+logger = logging.getLogger("memo_runtime")
+
+
+class OnRefusal(StrEnum):
+    """What ``HostPool.reserve`` does when the system gives less than the limit allows."""
+
+    STOP = "stop"
+    GO_ON = "go_on"
+
+
+def aligned(size_bytes: int) -> int:
+    """``size_bytes`` rounded up to a slot."""
+    return -(-size_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT
+
+
+class Slot:
+    """A piece of host memory; dropping it gives it back.
+
+    What used it has to be over by then for whoever takes it next: a copy's ticket was waited for or cancelled.
+    """
+
+    __slots__ = ("_pool", "_slab", "memory", "size", "start")
+
+    def __init__(self, pool: HostPool, slab: Slab, start: int, size: int, used: int) -> None:
+        self._pool = pool
+        self._slab = slab
+        self.start = start
+        self.size = size
+        self.memory = slab.memory[start : start + used]
+
+    def typed(self, dtype: torch.dtype) -> torch.Tensor:
+        """The slot as a flat tensor of ``dtype``."""
+        return self.memory.view(dtype)
+
+    def __del__(self) -> None:
+        self._pool._give(self._slab, self.start, self.size)
+
+
+class HostPool:
+    """Host memory within ``limit`` bytes, pinned where the backend's device is a GPU.
+
+    Args:
+        limit: most bytes that may be reserved.
+        backend: makes the slabs.
+        on_refusal: what ``reserve`` does when the system refuses.
+
+    Attributes:
+        shortfall: bytes that were reserved and refused; 0 unless ``on_refusal`` is to go on.
+    """
+
+    def __init__(self, limit: int, backend: Backend, *, on_refusal: OnRefusal = OnRefusal.STOP) -> None:
+        self.limit = limit
+        self.on_refusal = on_refusal
+        self.shortfall = 0
+        self.in_use = 0
+        self._backend = backend
+        self._slabs: list[Slab] = []
+        self._lock = threading.RLock()  # a slot may be dropped by the garbage collector while one is taken
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of all slabs, to the slot: what is pinned on CUDA, but for the end of each slab's last page."""
+        return sum(slab.size for slab in self._slabs)
+
+    @property
+    def pinned(self) -> int:
+        """Bytes that are pinned, to the page."""
+        return sum(slab.mapped for slab in self._slabs if slab.pinned)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make sure that the slabs hold ``size_bytes`` in all, before a step needs them.
+
+        Raises:
+            HostLimitError: the limit is lower; nothing was allocated.
+            PinningError: the system refuses, and the pool is to stop; nothing was allocated. With ``OnRefusal.GO_ON``
+                what there is is kept, ``limit`` becomes that, and ``shortfall`` says what is missing.
+        """
+        with self._lock:
+            missing = aligned(size_bytes) - self.reserved
+            if missing <= 0:
+                return
+            slab = self._grow(missing, partly=self.on_refusal is OnRefusal.GO_ON)
+            self.shortfall = missing - (slab.size if slab is not None else 0)
+            if self.shortfall > 0:
+                self.limit = self.reserved
+                logger.warning(
+                    "%s of host memory were asked for and the system gives %s: the run goes on within those",
+                    format_bytes(aligned(size_bytes)), format_bytes(self.reserved),
+                )  # fmt: skip
+
+    def take(self, size_bytes: int) -> Slot:
+        """A slot of ``size_bytes``; a new slab where none has room.
+
+        Raises:
+            HostLimitError: the limit does not allow another slab, or the system does not (``PinningError``); nothing
+                was changed.
+        """
+        size = aligned(size_bytes)
+        with self._lock:
+            for slab in self._slabs:
+                start = slab.take(size, HOST_ALIGNMENT)
+                if start is not None:
+                    break
+            else:
+                grown = self._grow(size, partly=False)
+                assert grown is not None, "a slab that is not there in part is there or an error"
+                slab, start = grown, grown.take(size, HOST_ALIGNMENT)
+                assert start is not None, "a new slab has room for what it was made for"
+            self.in_use += size
+            return Slot(self, slab, start, size, size_bytes)
+
+    def trim(self) -> None:
+        """Free the slabs of which nothing is in use."""
+        with self._lock:
+            unused = [slab for slab in self._slabs if slab.in_use == 0]
+            self._slabs = [slab for slab in self._slabs if slab.in_use > 0]
+            for slab in unused:
+                slab.close()
+
+    def _give(self, slab: Slab, start: int, size: int) -> None:
+        with self._lock:
+            self.in_use -= size
+            slab.give(start)
+
+    def _grow(self, size: int, *, partly: bool) -> Slab | None:
+        if self.reserved + size > self.limit:
+            raise HostLimitError(
+                f"the step needs {format_bytes(size)} more host memory than the {format_bytes(self.reserved)} that are "
+                f"reserved, and {format_bytes(self.limit)} is the limit. A plan counts one forward pass between two "
+                "backward passes; for more, or for longer sequences, raise host_budget or lower alpha"
+            )
+        wanted = self._within_cgroup(size, partly=partly)
+        if wanted <= 0:
+            return None
+        try:
+            slab = self._backend.slab(wanted, allow_partial=partly)
+        except PinningError as error:
+            if partly:
+                return None
+            raise PinningError(self._refused(size, str(error))) from None
+        self._slabs.append(slab)
+        return slab
+
+    def _within_cgroup(self, size: int, *, partly: bool) -> int:
+        """``size``, or what a cgroup leaves of it: beyond that the kernel ends the process instead of saying no."""
+        limit = cgroup_limit() if self._backend.device.type == "cuda" else None
+        if limit is None or size <= limit.free:
+            return size
+        if not partly:
+            left = f"{format_bytes(limit.free)} of {format_bytes(limit.total)} are left by {limit.source}"
+            raise PinningError(self._refused(size, left))
+        return limit.free // HOST_ALIGNMENT * HOST_ALIGNMENT
+
+    def _refused(self, size: int, why: str) -> str:
+        return (
+            f"{format_bytes(size)} of host memory cannot be had besides the {format_bytes(self.reserved)} that are "
+            f"reserved: {why}. The limit of this run is host_budget, {format_bytes(self.limit)}: lower it, or raise "
+            "what the system allows this process (its cgroup, or other programs' pinned memory)"
+        )

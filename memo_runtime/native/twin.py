@@ -1,0 +1,269 @@
+"""The twin of the compiled core in Python: what it is tested against, and what works without it.
+
+On CPU copies are made at once. On CUDA they go on PyTorch streams; many runs of one copy go through cuda-python where
+that is installed, else one by one. Memory is registered in one piece, since PyTorch's copies may not cross from one
+registration into another: a refusal leaves nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import importlib.util
+import mmap
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from memo_runtime.errors import CopyError, CopyUseError, PinningError
+from memo_runtime.native.engine import CopyEngine, Pair, Ticket
+from memo_runtime.native.runs import Runs, matched
+from memo_runtime.native.slab import Slab
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
+
+
+class FreeList:
+    """First fit: the lowest free interval that is large enough; neighbours coalesce when freed."""
+
+    def __init__(self, size: int) -> None:
+        self._free: list[tuple[int, int]] = [(0, size)]  # (offset, length), sorted
+        self._taken: dict[int, int] = {}
+        self.in_use = 0
+
+    def take(self, size: int, alignment: int) -> int | None:
+        """Offset of ``size`` bytes; None where nothing fits."""
+        for index, (begin, length) in enumerate(self._free):
+            start = -(-begin // alignment) * alignment
+            end = begin + length
+            if end - start < size:
+                continue
+            rest = [(begin, start - begin), (start + size, end - start - size)]
+            self._free[index : index + 1] = [(where, count) for where, count in rest if count > 0]
+            self._taken[start] = size
+            self.in_use += size
+            return start
+        return None
+
+    def give(self, offset: int) -> bool:
+        """Free what was taken at ``offset``; False where nothing was."""
+        size = self._taken.pop(offset, None)
+        if size is None:
+            return False
+        self.in_use -= size
+        index = bisect.bisect(self._free, (offset, size))
+        self._free.insert(index, (offset, size))
+        if index + 1 < len(self._free) and offset + size == self._free[index + 1][0]:
+            self._free[index] = (offset, size + self._free.pop(index + 1)[1])
+        if index > 0 and sum(self._free[index - 1]) == offset:
+            before, length = self._free[index - 1]
+            self._free[index - 1] = (before, length + self._free.pop(index)[1])
+        return True
+
+
+class TorchSlab(Slab):
+    """A slab of ordinary memory, registered with CUDA where ``pinned``.
+
+    Raises:
+        PinningError: the system gives no more memory, or does not pin it.
+    """
+
+    #: Which host memory engines may touch.
+    _all: ClassVar[weakref.WeakSet[TorchSlab]] = weakref.WeakSet()
+    _lock = threading.RLock()
+
+    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+        if size_bytes <= 0:
+            raise CopyUseError("a slab of 0 bytes was asked for")
+        try:
+            self.memory = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+        except (OSError, OverflowError) as error:
+            raise PinningError(f"the system does not map {size_bytes} bytes: {error}") from None
+        self.size = size_bytes
+        self.mapped = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._free = FreeList(size_bytes)
+        if pinned:
+            self.memory.zero_()  # touched by all threads first: registering would touch page after page
+            self._register()
+        self._open = True
+        with self._lock:
+            self._all.add(self)
+
+    def _register(self) -> None:
+        status = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.size, _PORTABLE)
+        if int(status) != 0:
+            raise PinningError(f"CUDA does not pin {self.size} bytes of host memory: {status}")
+        self.pinned = True
+
+    def take(self, size_bytes: int, alignment: int) -> int | None:
+        """See ``Slab``."""
+        if size_bytes <= 0 or alignment <= 0:
+            raise CopyUseError("a slot of 0 bytes, or aligned to 0, was asked for")
+        with self._lock:
+            if not self._open:
+                raise CopyUseError("the slab was freed: no slot can be taken from it")
+            return self._free.take(size_bytes, alignment)
+
+    def give(self, offset: int) -> None:
+        """See ``Slab``."""
+        with self._lock:
+            if not self._free.give(offset):
+                raise CopyUseError(f"no slot is taken at offset {offset}: it was given back before")
+
+    @property
+    def in_use(self) -> int:
+        """See ``Slab``."""
+        return self._free.in_use
+
+    def close(self) -> None:
+        """See ``Slab``."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+        if self.pinned:
+            torch.cuda.synchronize()  # copies under way would lose the memory under them
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+
+    def __del__(self) -> None:
+        # Memory that is freed while registered could not be registered again by its next owner.
+        if getattr(self, "_open", False):
+            self.close()
+
+    @classmethod
+    def check(cls, runs: Runs) -> None:
+        """The host end of a copy lies in an open slab.
+
+        Raises:
+            CopyUseError: it does not.
+        """
+        with cls._lock:
+            for slab in cls._all:
+                offset = runs.address - slab.memory.data_ptr()
+                if slab._open and offset >= 0 and offset + runs.span <= slab.size:
+                    return
+        raise CopyUseError(
+            f"host address {runs.address:#x} lies in no slab: the slab was freed, or the memory is not of this pool"
+        )
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    event: Any
+    failure: str
+
+
+class TorchEngine(CopyEngine):
+    """Copies made by PyTorch: on CUDA on one stream each way, on CPU at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._tickets: dict[int, _UnderWay] = {}
+        self._last = 0
+        self._lock = threading.Lock()
+        self._bindings = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
+        # Each way its own stream: the two directions use different copy engines and overlap.
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
+
+    def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket:
+        if self.closed:
+            raise CopyUseError("the copy engine was closed")
+        checked = []
+        for source, target in pairs:
+            self._check_device(source if out else target)
+            one, other = matched(source, target)
+            if one.width and one.height:
+                TorchSlab.check(other if out else one)
+                checked.append((source, target, one, other))
+        if not self._streams:
+            for source, target, _, _ in checked:
+                target.copy_(source)
+            return Ticket(self, None, pairs, name)
+        stream = self._streams[0 if out else 1]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        failure = ""
+        with torch.cuda.stream(stream):
+            try:
+                for source, target, one, other in checked:
+                    self._copy(stream, source, target, (one, other))
+            except RuntimeError as error:  # what CUDA refused belongs to whoever waits for it
+                failure = f"copying {repr(name) if name else 'a tensor'} failed: {error}"
+            event = torch.cuda.Event()
+            event.record(stream)
+        with self._lock:
+            self._last += 1
+            self._tickets[self._last] = _UnderWay(event, failure)
+            return Ticket(self, self._last, pairs, name)
+
+    def _copy(
+        self, stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor, runs: tuple[Runs, Runs]
+    ) -> None:
+        if runs[0].height == 1:
+            target.copy_(source, non_blocking=True)
+        elif self._bindings:
+            _copy_rows(stream, runs)
+        else:
+            # Each run is one plain asynchronous copy; a strided one would go through a temporary.
+            for one, other in zip(_rows(source, runs[0]), _rows(target, runs[1]), strict=True):
+                other.copy_(one, non_blocking=True)
+
+    def _wait(self, number: int) -> None:
+        ticket = self._take(number)
+        torch.cuda.current_stream(self.device).wait_event(ticket.event)
+        if ticket.failure:
+            raise CopyError(ticket.failure)
+
+    def _cancel(self, number: int) -> bool:
+        torch.cuda.current_stream(self.device).wait_event(self._take(number).event)
+        return False
+
+    def _done(self, number: int) -> bool:
+        with self._lock:
+            ticket = self._tickets.get(number)
+        return ticket is None or bool(ticket.event.query())
+
+    def _take(self, number: int) -> _UnderWay:
+        with self._lock:
+            return self._tickets.pop(number)
+
+    @property
+    def open_copies(self) -> int:
+        """See ``CopyEngine``."""
+        return len(self._tickets)
+
+    def stream_handle(self, *, to_host: bool) -> int:
+        """See ``CopyEngine``."""
+        return int(self._streams[0 if to_host else 1].cuda_stream) if self._streams else 0
+
+    def drain(self) -> None:
+        """See ``CopyEngine``."""
+        if self.closed:
+            raise CopyUseError("the copy engine was closed")
+        for stream in self._streams:
+            stream.synchronize()
+
+    def close(self) -> None:
+        """See ``CopyEngine``."""
+        if not self.closed:
+            self.drain()
+            self.closed = True
+            self._tickets.clear()
+
+
+def _rows(tensor: torch.Tensor, runs: Runs) -> list[torch.Tensor]:
+    """``tensor`` as one flat tensor per run."""
+    unit = tensor.element_size()
+    shape, stride = (runs.height, runs.width // unit), (runs.pitch // unit, 1)
+    return list(tensor.as_strided(shape, stride, tensor.storage_offset()))
+
+
+def _copy_rows(stream: torch.cuda.Stream, runs: tuple[Runs, Runs]) -> None:
+    from cuda.bindings import runtime
+
+    (source, target), kind = runs, runtime.cudaMemcpyKind.cudaMemcpyDefault
+    ends = (target.address, target.pitch, source.address, source.pitch)
+    (status,) = runtime.cudaMemcpy2DAsync(*ends, source.width, source.height, kind, stream.cuda_stream)
+    if int(status) != 0:
+        raise RuntimeError(str(status))

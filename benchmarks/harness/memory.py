@@ -38,13 +38,13 @@ def limit_memory(size_bytes: int, device: torch.device) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def host_facts(device: torch.device) -> dict[str, int]:
-    """Resident bytes of this process, and bytes that PyTorch's own pool has pinned."""
-    pinned = 0
+def host_facts(device: torch.device) -> dict[str, int | None]:
+    """Resident bytes of this process, and bytes that PyTorch's own pool has pinned; None: it does not say."""
+    pinned: int | None = 0
     if device.type == "cuda":
         stats = torch.cuda.host_memory_stats()
         # Older versions call what the pool holds "reserved" and what is handed out "allocated".
-        pinned = int(max(stats[name] for name in _POOL if name in stats))
+        pinned = max((int(stats[name]) for name in _POOL if name in stats), default=None)
     return {"host_rss": psutil.Process().memory_info().rss, "pinned_bytes": pinned}
 
 

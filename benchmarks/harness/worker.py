@@ -98,7 +98,8 @@ def measure(contender: Contender, job: Job, tokens: int) -> Measurement:
     seconds = [_timed(contender) for _ in range(steady)]
     facts |= {"status": "ok", "seq_len": tokens, "seconds": seconds, **percentiles(seconds)}
     facts |= cuda_peaks(contender.device) | host_facts(contender.device)
-    facts["pinned_bytes"] += contender.pinned_bytes()
+    if facts["pinned_bytes"] is not None:
+        facts["pinned_bytes"] += contender.pinned_bytes()
     facts |= _throughput(contender, tokens, facts["step_seconds"])
     facts["details"] = contender.details()
     if contender.device.type == "cpu":

@@ -58,6 +58,8 @@ def run_again(
     count = 0
     # The graph keeps its hooks, and what the receiver keeps may hold the graph: the tie is cut when the run is over.
     receiver = [on_saved]
+    walker = [on_walk] if on_walk is not None else []
+    walks = on_walk is not None
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | None:
         nonlocal count
@@ -65,11 +67,11 @@ def run_again(
         receiver[0](index, tensor.detach())
         if index == last:
             raise _AllSavedError
-        return tensor.detach() if on_walk is not None else None
+        return tensor.detach() if walks else None
 
     def unpack(kept: torch.Tensor | None) -> torch.Tensor:
-        assert kept is not None and on_walk is not None, "a rerun's own graph is never walked backward"
-        on_walk()
+        assert kept is not None and walker, "a rerun's own graph is never walked backward"
+        walker[0]()
         return kept
 
     args, kwargs = call.arguments()
@@ -83,6 +85,7 @@ def run_again(
             forward(*args, **kwargs)
         finally:
             receiver.clear()
+            walker.clear()
     return count
 
 

@@ -23,7 +23,7 @@ from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Loss, Policy, Settings
 from memo_runtime.errors import MemoError
 from memo_runtime.execution.block import BlockForward
-from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers
+from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, place, remove_pre_hook, take_back
 from memo_runtime.execution.session import Session
 from memo_runtime.integrations import huggingface
@@ -145,6 +145,11 @@ class Wrapped:
         """The model is about to run its forward."""
         if not torch.is_grad_enabled() or self.session.idle or self.session.observer is not None:
             return
+        with self.session.turn():
+            self._ready_for(args, kwargs)
+
+    def _ready_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_transforms(type(self.model).__name__)
         refuse_other_optimisers(self.model, {id(ref.module) for ref in self.refs})
         refuse_active_hooks()
         device = model_device(self.model)
@@ -206,7 +211,7 @@ class Wrapped:
         def run(observer: Callable[..., Any]) -> None:
             self.session.observer = lambda block, forward, a, k: observer(block.name, forward, a, k)
             try:
-                with _apart_from_other_ranks(self.model):
+                with self.session.turn(), _apart_from_other_ranks(self.model):
                     # With its hooks: FSDP gathers parameters in one, users change arguments in others.
                     self.model._call_impl(*args, **kwargs)
             finally:

@@ -20,6 +20,7 @@ from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
 from memo_runtime.blocks.rerun import Forward, parameter_storages
 from memo_runtime.blocks.state import StateWatch
+from memo_runtime.execution.counters import BlockCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.replay import Rerun
@@ -69,11 +70,17 @@ class BlockForward:
             return self.session.observer(self, forward, args, kwargs)
         if not torch.is_grad_enabled() or self.session.idle:
             return forward(*args, **kwargs)
-        return self._managed(forward, args, kwargs)
+        counters = self.session.enter(self)
+        try:
+            return self._managed(counters, forward, args, kwargs)
+        except BaseException:
+            self.session.give_up()
+            raise
 
-    def _managed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _managed(
+        self, counters: BlockCounters, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         session = self.session
-        counters = session.enter(self)
         call = BlockCall.of(args, kwargs)
         found, filled = call.caches()
         if found and not filled:
@@ -259,12 +266,13 @@ class _BackwardStarts:
 
     def __init__(self, session: Session, kept: int) -> None:
         self._session = session
+        self._step = session.step
         self._lower = session.last_stash
         self._kept = kept
 
     def __call__(self, _: torch.Tensor) -> None:
         stash = self._lower() if self._lower is not None else None
-        self._session.backward_started()
+        self._session.backward_started(self._step)
         if stash is not None:
             stash.fetch()
         self._drop()

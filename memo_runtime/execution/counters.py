@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -67,14 +68,22 @@ class Clock:
 
 @dataclass(slots=True)
 class StepCounters:
-    """One step: its blocks and its time."""
+    """One step: its blocks, its time, and how far it is."""
 
     clock: Clock
     blocks: dict[str, BlockCounters] = field(default_factory=dict)
     backward_seen: bool = False
+    in_forward: bool = False
+    in_backward: bool = False
+    owner: threading.Thread = field(default_factory=threading.current_thread)
 
     def block(self, name: str) -> BlockCounters:
         """The counters of block ``name``."""
         if name not in self.blocks:
             self.blocks[name] = BlockCounters(name)
         return self.blocks[name]
+
+    def end_backward(self) -> None:
+        """A backward pass through this step is over."""
+        self.in_backward = False
+        self.clock.touch()

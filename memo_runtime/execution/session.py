@@ -9,11 +9,14 @@ The session is the only place that knows the order of blocks. Streams and lifeti
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash, Tools
 from memo_runtime.execution.transfer import make_transfer
+from memo_runtime.execution.turn import Turn
 from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Forecast, Plan, Report, Totals
 
 logger = logging.getLogger("memo_runtime")
@@ -55,7 +59,9 @@ class Session:
         #: What reruns have shown, by block; plans made from now on take it into account.
         self.demotions: dict[str, Demotion] = {}
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
-        self.observer: Observer | None = None
+        self._turn = Turn()
+        self._here = threading.local()
+        self._preparing = False
         self.idle = False
         self.plan: Plan | None = None
         self.steps = 0
@@ -67,6 +73,16 @@ class Session:
         self._in_flight: deque[tuple[int, list[Piece]]] = deque()
         self._witnessed: set[tuple[str, int, int]] = set()
         self._ready: deque[weakref.ref[Stash]] = deque()
+
+    @property
+    def observer(self) -> Observer | None:
+        """What stands in for the blocks' forwards on this thread while it profiles; other threads have none."""
+        observer: Observer | None = getattr(self._here, "observer", None)
+        return observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._here.observer = observer
 
     # ---- in place
 
@@ -129,6 +145,30 @@ class Session:
         assert self._step is not None, "begin makes a step"
         return self._step
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Profiling, planning and what else goes before a step, of the calling thread alone.
+
+        Raises:
+            MemoError: another thread is in the middle of its step.
+        """
+        self._turn.take(self._under_way)
+        outermost = not self._preparing
+        self._preparing = True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._preparing = False
+
+    def _under_way(self) -> bool:
+        """A step was started and is not over."""
+        step = self._step
+        if self._preparing or (step is not None and step.in_backward):
+            return True
+        alive = self.last_stash is not None and self.last_stash() is not None
+        return step is not None and not step.backward_seen and (step.in_forward or alive)
+
     def begin(self) -> None:
         """A new forward pass starts: nothing of an earlier one is in order before it."""
         self._step = StepCounters(Clock(self.tools.device))
@@ -146,17 +186,24 @@ class Session:
 
     def enter(self, block: BlockForward) -> BlockCounters:
         """Block ``block`` starts its forward."""
+        self._turn.take(self._under_way)
         refuse_backward(block.name)
         if block.position == 0:
             self.begin_if_new()
         refuse_active_hooks()
         self._release_copies(before=block.position - 1)
+        self.step.in_forward = True
         return self.step.block(block.name)
 
     def leave(self, block: BlockForward) -> None:
         """Block ``block`` has finished its forward; behind the last one nothing hides the copies any more."""
         if block.position == len(self.blocks) - 1:
             self._release_copies()
+            self.step.in_forward = False
+
+    def give_up(self) -> None:
+        """A block's forward raised."""
+        self.step.in_forward = False
 
     def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
         """Block number ``position`` has finished its forward: start its copies."""
@@ -168,7 +215,7 @@ class Session:
                 copied.append(piece)
         stash.settle()
         stash.lower = self.last_stash
-        stash.before_backward = self._before_backward
+        stash.before_backward = partial(self._before_backward, step=self.step)
         stash.on_mismatch = self._demote
         self.last_stash = weakref.ref(stash)
         self._in_flight.append((position, copied))
@@ -180,8 +227,8 @@ class Session:
             for piece in self._in_flight.popleft()[1]:
                 piece.sent()
 
-    def _before_backward(self, stash: Stash) -> None:
-        self.backward_started()
+    def _before_backward(self, stash: Stash, step: StepCounters) -> None:
+        self.backward_started(step)
         self._release_copies()
         # The two most recent stay: autograd may go back and forth between neighbours.
         self._ready.append(weakref.ref(stash))
@@ -190,14 +237,16 @@ class Session:
             if older is not None and older is not stash:
                 older.drop()
 
-    def backward_started(self) -> None:
-        """Something of this step is going backward."""
-        step = self.step
+    def backward_started(self, step: StepCounters) -> None:
+        """Something of ``step`` is going backward."""
+        if step is not self._step:
+            self._turn.keep(step.owner, self._under_way)
         step.backward_seen = True
         step.clock.touch()
         if torch._C._current_graph_task_id() != -1:
+            step.in_backward = True
             # Called by the engine when this backward pass is over; the last touch is the end of the step.
-            torch.autograd.Variable._execution_engine.queue_callback(step.clock.touch)
+            torch.autograd.Variable._execution_engine.queue_callback(step.end_backward)
 
     def asks_for_witness(self, name: str, plan: BlockPlan) -> bool:
         """Whether a rerun of this call is compared with its forward.

@@ -82,6 +82,7 @@ class Session:
 
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
+        """Set it for this thread."""
         self._here.observer = observer
 
     # ---- in place

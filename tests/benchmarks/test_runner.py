@@ -164,6 +164,22 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_what_is_left_when_the_time_is_over_is_said_and_done_by_the_next_run(scripted, arguments, capsys):
+    given = arguments("unwrapped,checkpoint", "--minutes", "1")
+    scripted([ok(48)])  # a worker that did not begin the longer length
+    assert main(given) == 4
+    assert "not all done in 1.0 minutes: unwrapped, checkpoint; the same command goes on" in capsys.readouterr().err
+    assert main(arguments("unwrapped,checkpoint", "--minutes", "0")) == 4
+    scripted([ok(48), ok(96)])
+    assert main(given) == 0
+    assert [(row["contender"], row["seq_len"]) for row in rows_of(given)] == [
+        ("unwrapped", 48),
+        ("checkpoint", 48),
+        ("unwrapped", 96),
+        ("checkpoint", 96),
+    ]
+
+
 def slow_job(make_job, **more):
     """A job that takes far longer than the test waits."""
     return make_job("unwrapped", (64, 65_536), **more)

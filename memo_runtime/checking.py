@@ -26,6 +26,7 @@ from memo_runtime.config import Loss, make_settings
 from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.profiling.model import model_device
 from memo_runtime.records import Report
+from memo_runtime.units import format_bytes, format_flops
 from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped
 
 #: Relative L2 error allowed for the gradients of a wrapped model against the unwrapped one, by dtype.
@@ -41,7 +42,7 @@ Gradients = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """Outcome of ``memo.check``.
+    """Outcome of ``memo.check``. ``print(result)`` says it in words.
 
     Attributes:
         ok: within the bounds. bit_identical: loss and all gradients are equal bit for bit.
@@ -59,6 +60,34 @@ class CheckResult:
     worst_parameter: str
     worst_error: float
     report: Report
+
+    def __str__(self) -> str:
+        # In half precision rounding dominates: there the error is a ratio, to that of the unwrapped model.
+        ratio = self.bound >= 1
+        error = f"{self.gradient_error:.3f}" if ratio else f"{self.gradient_error:.3e}"
+        meaning = "times the unwrapped model's, against float64" if ratio else "relative L2 over all gradients"
+        verdict = "bit for bit" if self.bit_identical else f"within {self.bound:g}"
+        lines = [
+            f"check: exact, {verdict}" if self.ok else f"check: NOT exact, the bound is {self.bound:g}",
+            self._exercised(),
+            "",
+            f"loss difference  {self.loss_difference:.3e}",
+            f"gradient error   {error}  ({meaning})",
+            f"worst parameter  {self.worst_error:.3e}  {self.worst_parameter}",
+            "",
+            str(self.report),
+        ]
+        return "\n".join(lines)
+
+    def _exercised(self) -> str:
+        """What of the runtime the checked step went through."""
+        moved, again = self.report.totals.bytes_to_host, self.report.totals.recomputed_flops
+        if not moved and not again:
+            return "exercised: nothing was moved to the host or run again; policy memo does both"
+        said = f"exercised: {format_bytes(moved)} to the host and back, {format_flops(again)} computed again"
+        if not again:
+            return f"{said}; policy memo runs blocks again too"
+        return said if moved else f"{said}; policy memo moves bytes too"
 
 
 def _scalar(output: Any) -> torch.Tensor:

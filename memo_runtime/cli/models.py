@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ _WIDTH = 64
 _LAYERS = 4
 _HEADS = 4
 _LENGTH = 4096
+
+_WANTED = "a function without parameters that returns (model, batch)"
 
 TINY = ("llama", "qwen3", "gpt2")
 
@@ -72,14 +75,40 @@ def _from_factory(name: str) -> tuple[nn.Module, Any]:
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as for python -m
+    if not module_name or not attribute:
+        raise typer.BadParameter(f"'{name}' is not module:factory, such as mypackage.mymodel:make")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"cannot import '{name}': {error}") from error
-    made = factory()
+        factory: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except Exception as error:  # a module may raise anything when it is imported
+        raise typer.BadParameter(f"cannot import '{name}': {_said(error)}") from error
+    if not callable(factory):
+        raise typer.BadParameter(f"'{name}' is {type(factory).__name__}, not a function: {_WANTED}")
+    try:
+        made = factory()
+    except Exception as error:
+        raise typer.BadParameter(f"'{name}' was called and raised {_said(error)}; give {_WANTED}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise typer.BadParameter(
-            f"'{name}' returned {type(made).__name__}; it has to return (model, batch), with the "
+            f"'{name}' returned {_kinds(made)}; it has to return (model, batch), with the "
             "batch as the model takes it: a dict of keyword arguments, or a tuple of positional ones"
         )
     return made
+
+
+def _kinds(made: object) -> str:
+    if isinstance(made, tuple):
+        return f"({', '.join(type(item).__name__ for item in made)})"
+    return type(made).__name__
+
+
+def _said(error: Exception) -> str:
+    """The error, and the line of the user's code that it comes from."""
+    said = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    return f"{said} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else said
+
+
+def _is_ours(filename: str) -> bool:
+    return filename == __file__ or filename.startswith("<frozen") or filename == importlib.__file__

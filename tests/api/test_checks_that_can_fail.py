@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import memo_runtime as memo
-from memo_runtime.errors import ReplayMismatchError
+from memo_runtime import checking
+from memo_runtime.errors import ProfileError, ReplayMismatchError
 
 
 class LongShift(nn.Module):
@@ -51,3 +54,59 @@ def test_a_mixer_that_there_is_not_is_refused(name):
 
 def test_a_mixer_that_there_is_is_taken():
     memo.register_mixer("aten::cumsum")
+
+
+class Normed(nn.Module):
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.up, self.down = norm(nn.Linear(16, 32)), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_check_copies_a_weight_that_is_computed_from_others(norm, trained):
+    """The old norms keep a tensor with a graph in the module, which deepcopy refuses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Normed(getattr(nn.utils, norm)) for _ in range(3))).double()
+    x = torch.randn(2, 24, 16, dtype=torch.float64)
+    if trained:
+        model(x).square().mean().backward()
+    result = memo.check(model, x)
+    assert result.ok
+    assert result.report.totals.recomputed_flops > 0
+    assert len(dict(model.named_parameters())) == len(list(model.parameters()))
+    model(x).square().mean().backward()
+
+
+class Locked(Tower):
+    """A model that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_model_that_cannot_be_copied_says_what_would_work():
+    with pytest.raises(ProfileError, match=r"Locked cannot be copied \(TypeError: .*lock.*take out what holds it"):
+        memo.check(Locked().double(), torch.randn(1, 64, 16, dtype=torch.float64))
+
+
+def test_a_gradient_that_is_missing_is_no_traceback(monkeypatch):
+    """Wrapped, one parameter gets no gradient: that is a failed check."""
+    original = checking._run
+
+    def forgetful(model, batch, start):
+        loss, gradients = original(model, batch, start)
+        if next(iter(model.modules())).__dict__.get("_memo") is not None:
+            gradients.popitem()
+        return loss, gradients
+
+    monkeypatch.setattr(checking, "_run", forgetful)
+    result = memo.check(Tower().double(), torch.randn(1, 64, 16, dtype=torch.float64))
+    assert not result.ok
+    assert not result.bit_identical
+    assert result.worst_error == 1

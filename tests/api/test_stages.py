@@ -175,6 +175,7 @@ def test_check_in_half_precision(name: str) -> None:
     result = memo.check(model, inputs, **POLICIES["memo"])
     assert result.ok, result
     assert result.bound == 1.1
+    assert "times the unwrapped model's, against float64" in str(result)
     assert result.report.totals.recomputed_flops > 0
 
 
@@ -210,6 +211,7 @@ def test_check_sees_a_block_that_cannot_be_run_again() -> None:
     assert not wrong.ok
     assert wrong.worst_error > wrong.bound
     assert wrong.worst_parameter.startswith(("first", "layers"))
+    assert str(wrong).startswith("check: NOT exact, the bound is 1e-12\nexercised: ")
 
 
 def test_plans_are_readable_and_json_is_json(tmp_path: Path) -> None:

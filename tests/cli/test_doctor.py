@@ -38,6 +38,28 @@ def test_json_has_everything_that_is_promised(monkeypatch, found):
     assert told["native"][0]["detail"]
 
 
+#: What scripts may rely on, by path; a change of these is a change of the contract (docs/cli.md).
+KEYS = {
+    "": "ok version system packages cuda_driver host devices native selftest",
+    "system": "python platform processors",
+    "packages": "name version loads needed detail",
+    "host": "limit_bytes source",
+    "devices": "name kind memory_bytes capability peak_flops to_host to_device error",
+    "native": "name state detail",
+    "selftest": "ok devices",
+    "selftest.devices": "device ok loss_difference gradient_error bytes_to_host recomputed_flops error",
+}
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_the_keys_of_the_json_stay(path, monkeypatch, found):
+    told = json.loads(doctor(monkeypatch, found, "--json").stdout)
+    for part in path.split(".") if path else []:
+        told = told[part]
+    for one in told if isinstance(told, list) else [told]:
+        assert list(one) == KEYS[path].split()
+
+
 def test_text_says_the_same(monkeypatch, found):
     result = doctor(monkeypatch, found)
     assert "doctor: everything needed works" in result.stdout

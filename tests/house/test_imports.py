@@ -34,7 +34,18 @@ ALLOWED = {
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
     "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "soundness", "wrapping"},
     "cli": NOUNS
-    | {"api", "blocks", "losses", "native", "persist", "planning", "profiling", "reporting", "__version__"},
+    | {
+        "api",
+        "arguments",
+        "blocks",
+        "losses",
+        "native",
+        "persist",
+        "planning",
+        "profiling",
+        "reporting",
+        "__version__",
+    },
     "__init__": NOUNS | {"api", "losses", "persist"},
     "__main__": {"cli"},
 }

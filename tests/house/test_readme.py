@@ -10,7 +10,7 @@ from tests.house.sources import ROOT
 pytest.importorskip("transformers")
 
 
-def test_the_examples_run(capsys):
+def test_the_examples_run(capsys, tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import memo_runtime as memo
@@ -19,7 +19,8 @@ def test_the_examples_run(capsys):
     config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1 << 18)
     ids = torch.randint(64, (1, 128))
     model = LlamaForCausalLM(config)
-    names = {"model": model, "ids": ids, "batch": {"input_ids": ids, "labels": ids}}
+    names = {"model": model, "ids": ids}
+    monkeypatch.chdir(tmp_path)  # one example writes a file
     first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     exec(first, names)
     assert "report: policy auto" in capsys.readouterr().out
@@ -27,3 +28,4 @@ def test_the_examples_run(capsys):
     memo.unwrap(model)
     exec(second, names)
     assert "1 x 131,072 tokens" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -9,7 +9,6 @@ Forward and backward of the head of ``llama-1b-d128`` (D 2048, V 128,256), bf16 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 import memo_runtime as memo
-from benchmarks.main_job import gpu_facts, versions
+from benchmarks.harness.provenance import gpu_facts, now, versions
 from memo_runtime.losses.tiles import TILE_BYTES
 
 HIDDEN, VOCABULARY = 2048, 128_256
@@ -113,7 +112,7 @@ def main() -> None:
     provenance = {
         **gpu_facts(),
         "commit": options.commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "versions": versions(),
     }
     for name, (loss, tile) in contenders.items():

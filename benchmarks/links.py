@@ -9,7 +9,6 @@ of, 16 GiB, and the copies go through its whole length. Takes under a minute.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.main_job import gpu_facts, versions
+from benchmarks.harness.provenance import gpu_facts, now, versions
 from memo_runtime.native.backend import Backend, choose_backend
 from memo_runtime.native.engine import CopyEngine
 from memo_runtime.native.slab import Slab
@@ -181,7 +180,7 @@ def main() -> int:
         "config": sys.argv[1:],
         **gpu_facts(),
         "commit": options.commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "versions": versions(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

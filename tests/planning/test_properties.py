@@ -82,9 +82,15 @@ def requests(draw):
     return asked
 
 
+def settings_of(**asked):
+    """Settings with budgets to the byte: a bare number of a few bytes would be taken for a forgotten unit."""
+    sizes = {name: f"{asked[name]}B" for name in ("budget", "host_budget") if isinstance(asked.get(name), int)}
+    return make_settings(**{**asked, **sizes})
+
+
 def budgets_for(profile, draw):
     """Budgets around what matters: between the floor and everything kept, between nothing and all moved."""
-    most = make_settings(policy="none", budget=10**18)
+    most = settings_of(policy="none", budget=10**18)
     everything = make_plan(profile, most)
     floor, peak = everything.floor_bytes, everything.forecast.peak_bytes
     moved = sum(one.size.at(block.tokens) for block in profile.blocks for one in block.groups)
@@ -105,7 +111,7 @@ FAST = settings(
 def test_a_plan_keeps_both_budgets_or_its_refusal_helps(profile, asked, data):
     asked = {**asked, **budgets_for(profile, data.draw)}
     try:
-        plan = make_plan(profile, make_settings(**asked))
+        plan = make_plan(profile, settings_of(**asked))
     except PlanInfeasibleError as error:
         check_suggestions(profile, asked, str(error))
         return
@@ -139,21 +145,21 @@ def check_suggestions(profile, asked, text):
         again = {**asked, **change}
         if "policy" in change and "alpha" not in change:
             again.pop("alpha", None)
-        make_plan(profile, make_settings(**again), tokens={0: tokens} if tokens else None)
+        make_plan(profile, settings_of(**again), tokens={0: tokens} if tokens else None)
 
 
 @settings(max_examples=25, deadline=None)
 @given(profiles(), requests())
 def test_planning_is_deterministic(profile, asked):
-    first = make_plan(profile, make_settings(budget=10**12, host_budget=10**12, **asked))
-    assert make_plan(profile, make_settings(budget=10**12, host_budget=10**12, **asked)) == first
+    first = make_plan(profile, settings_of(budget=10**12, host_budget=10**12, **asked))
+    assert make_plan(profile, settings_of(budget=10**12, host_budget=10**12, **asked)) == first
 
 
 @pytest.mark.parametrize("policy", ["none", "swap", "recompute", "memo", "replay", "auto"])
 def test_budgets_that_are_exactly_enough_are_enough(policy):
     profile = profile_of([llama_block(number, tokens=8192) for number in range(5)])
-    first = make_plan(profile, make_settings(policy=policy, budget="20GiB" if policy == "none" else "12GiB")).forecast
-    exact = make_settings(policy=policy, budget=first.peak_bytes, host_budget=first.host_bytes)
+    first = make_plan(profile, settings_of(policy=policy, budget="20GiB" if policy == "none" else "12GiB")).forecast
+    exact = settings_of(policy=policy, budget=first.peak_bytes, host_budget=first.host_bytes)
     if policy in ("none", "swap", "recompute"):
         assert make_plan(profile, exact).forecast == first
     else:

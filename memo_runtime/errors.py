@@ -98,3 +98,12 @@ class NativeUnavailableError(MemoError, RuntimeError):
 
 class ProfileError(MemoError, RuntimeError):
     """The model could not be profiled on the given batch."""
+
+
+class CaptureRefusedError(MemoError, RuntimeError):
+    """A block cannot be executed by tiles: which operator or object stands against it, and why."""
+
+    def __init__(self, operator: str, reason: str) -> None:
+        super().__init__(f"{operator}: {reason}")
+        self.operator = operator
+        self.reason = reason

@@ -2,6 +2,7 @@
 
 errors, units <- config <- records <- persist
 blocks, losses, planning, reporting, native -> the nouns  profiling, execution -> blocks, native, the nouns
+execution -> capture -> blocks, the nouns
 planning -> memo_solver                                   wrapping, checking, api -> the three stages
 """
 
@@ -27,7 +28,8 @@ ALLOWED = {
     "native": NOUNS,
     "profiling": NOUNS | {"blocks", "native"},
     "planning": NOUNS,
-    "execution": NOUNS | {"blocks", "native"},
+    "capture": NOUNS | {"blocks"},
+    "execution": NOUNS | {"blocks", "capture", "native"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
     "wrapping": NOUNS | STAGES | {"blocks", "integrations"},

@@ -1,0 +1,115 @@
+"""A captured block: its stages, and where their inputs come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.functional import Draw, make_functional
+from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.split import Mixer, Segment, Stages, split
+from memo_runtime.capture.trace import Trace, trace
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One block under one key (``key.py``).
+
+    Args:
+        traced: the graph and what its placeholders are.
+        stages: what runs when.
+        draws: dropout masks that tiles are given.
+        outputs: leaves of what the block yields: a node, or a constant.
+        states: (placeholder, name) of each parameter and buffer that is used.
+        arguments: (placeholder, leaf index) of each tensor argument that is used.
+        signature: equal for blocks whose programs may be shared.
+        input_leaf: leaf of the input hidden state.
+    """
+
+    traced: Trace
+    stages: Stages
+    draws: tuple[Draw, ...]
+    outputs: tuple[Any, ...]
+    states: tuple[tuple[fx.Node, str], ...]
+    arguments: tuple[tuple[fx.Node, int], ...]
+    signature: str
+    input_leaf: int
+
+    @property
+    def mixers(self) -> int:
+        """How many operators that mix tokens it has."""
+        return sum(isinstance(stage, Mixer) or stage.by_rows for stage in self.stages.stages)
+
+    @property
+    def random(self) -> bool:
+        """It drops elements."""
+        mixers = [stage.node for stage in self.stages.stages if isinstance(stage, Mixer)]
+        return bool(self.draws) or any(arguments_of(node)["dropout_p"] for node in mixers)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stages that run token by token."""
+        return tuple(stage for stage in self.stages.stages if isinstance(stage, Segment) and not stage.by_rows)
+
+    def tokens(self, call: BlockCall) -> int:
+        """The number of tokens of ``call``."""
+        source: torch.Tensor = call.leaves[self.input_leaf]
+        return int(source.shape[source.dim() - 2])
+
+    def read_states(self, block: nn.Module) -> list[torch.Tensor]:
+        """The live parameters and buffers, in the order of ``states``."""
+        return [_read(block, name) for _, name in self.states]
+
+    def size(self, value: Any, tokens: int) -> Any:
+        """A traced size for a number of tokens."""
+        return self.traced.token.at(value, tokens)
+
+
+def _read(block: nn.Module, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    found: torch.Tensor = getattr(block.get_submodule(owner), last)
+    return found
+
+
+def capture(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None = None) -> Captured:
+    """Capture ``block`` for calls like ``call``; see ``trace``.
+
+    Raises:
+        CaptureRefusedError: it cannot be executed by tiles; names the operator or object that stands against it.
+    """
+    traced = trace(block, call, forward)
+    draws = make_functional(traced)
+    stages = split(traced.graph, traced.token, draws)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder" and node.name[:5] != "mask_"]
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    count = len(traced.states)
+    return Captured(
+        traced=traced,
+        stages=stages,
+        draws=draws,
+        outputs=tuple(_pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)),
+        states=_used(placeholders[:count], traced.states),
+        arguments=_used(placeholders[count:], traced.leaves),
+        signature=_signature(traced.graph, stages),
+        input_leaf=call.input_leaf or 0,
+    )
+
+
+def _signature(graph: fx.Graph, stages: Stages) -> str:
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        shape = (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else ""
+        lines.append(f"{node.format_node()} {shape} {node in stages.differentiable}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _used(nodes: Iterable[fx.Node], names: Iterable[Any]) -> tuple[tuple[fx.Node, Any], ...]:
+    return tuple((node, name) for node, name in zip(nodes, names, strict=True) if node.users)

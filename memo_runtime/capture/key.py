@@ -1,0 +1,90 @@
+"""When a capture holds: everything that a trace has frozen.
+
+A trace depends on the Python state of the block and on what kinds of arguments it is called with. Both are summed up in
+one key at each call; another key captures again. Not seen: globals, closures and objects of unknown classes, beside
+their identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.cache import is_cache
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.trace import token_dims
+
+Key = tuple[Any, ...]
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+_SKIPPED = ("_parameters", "_buffers", "_modules", "__getstate__", "forward")
+_DEPTH = 4
+
+
+def capture_key(block: nn.Module, call: BlockCall) -> Key:
+    """The key of ``call`` of ``block``; hashable, equal where one capture serves both.
+
+    Raises:
+        CaptureRefusedError: the call has no input with tokens.
+    """
+    _, dims = token_dims(call)
+    leaves = tuple(_leaf(leaf, dims.get(index, ())) for index, leaf in enumerate(call.leaves))
+    device = call.leaves[next(iter(dims))].device
+    return (str(call.spec), leaves, AutocastState.current(device.type).signature(), state_key(block))
+
+
+def _leaf(leaf: Any, dims: tuple[int, ...]) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        shape = tuple(None if dim in dims else size for dim, size in enumerate(leaf.shape))
+        order = tuple(sorted(range(leaf.dim()), key=lambda dim: (-int(leaf.stride()[dim]), dim)))
+        return (shape, order, leaf.dtype, leaf.device, leaf.requires_grad)
+    if is_cache(leaf):
+        return type(leaf)
+    return _value(leaf, {}, _DEPTH)
+
+
+def state_key(block: nn.Module) -> Key:
+    """Python state of ``block`` and of all modules inside: attributes, modes, hooks, and what its tensors are."""
+    seen: dict[int, Any] = {}
+    found: list[Any] = []
+    for name, module in block.named_modules():
+        attributes = tuple(
+            (key, _value(value, seen, _DEPTH)) for key, value in module.__dict__.items() if key not in _SKIPPED
+        )
+        tensors = tuple(
+            (key, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+            if tensor is not None
+        )
+        found.append((name, type(module), "forward" in module.__dict__, attributes, tensors))
+    return tuple(found)
+
+
+def _value(value: Any, seen: dict[int, Any], depth: int) -> Any:
+    """``value`` as something hashable that changes when it does."""
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = id(value)  # for cycles
+    found: Any = id(value)
+    if isinstance(value, Mapping) and depth:
+        found = tuple((_value(k, seen, 0), _value(v, seen, depth - 1)) for k, v in value.items())
+    elif isinstance(value, (list, tuple, set, frozenset)) and depth:
+        items = [_value(item, seen, depth - 1) for item in value]
+        found = tuple(sorted(items, key=str) if isinstance(value, (set, frozenset)) else items)
+    elif depth and hasattr(value, "__dict__") and not _opaque(value):
+        inner = {key: one for key, one in vars(value).items() if not isinstance(one, torch.Tensor)}
+        found = (type(value), id(value), _value(inner, seen, depth - 1))
+    seen[id(value)] = found
+    return found
+
+
+def _opaque(value: Any) -> bool:
+    """Told apart by identity alone."""
+    return isinstance(value, (nn.Module, torch.Tensor, type)) or callable(value)

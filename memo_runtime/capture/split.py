@@ -1,0 +1,340 @@
+"""The graph of a block cut into stages.
+
+Every value belongs to one of these kinds:
+
+    fixed      needs no gradient and is not computed token by token (masks, positions): computed once, at full length
+    weight     made from parameters and arguments without tokens (a normalised weight, a position bias): computed once
+    tile       computed token by token, so a tile of it needs only tiles: never held at full length across a cut
+    mixed      the result of a mixer
+
+and stages alternate: a segment computes the inputs of a mixer tile by tile, the mixer runs at full length. The last
+segment computes what the block yields. A tile value that several segments need (the residual, a gate, a parallel MLP)
+is computed again in each of them, from the stash: arguments of the block and results of mixers.
+
+Attention that is written out as products and a softmax is a mixer too (``Segment.by_rows``): each row of scores needs
+one query and all keys, so it goes through in tiles of queries with keys and values at full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.utils import _pytree
+
+from memo_runtime.capture.axes import SQUARE, AxisTree, NotTokenWiseError, TokenSymbol, at
+from memo_runtime.capture.functional import Draw
+from memo_runtime.capture.rules import arguments_of, follow, operator_name
+from memo_runtime.capture.trace import NEEDS_GRAD
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.records import TokenAxis
+
+#: Operators whose arguments may be sizes; elsewhere a number of tokens would be a number in a formula.
+_SIZED = (
+    "reshape", "view", "expand", "flatten", "unflatten", "slice", "zeros", "ones", "full", "new_zeros", "new_ones",
+    "new_full", "broadcast_to", "split", "split_with_sizes", "narrow",
+)  # fmt: skip
+_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
+MIXERS = ("aten.scaled_dot_product_attention",)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Operators that run tile by tile.
+
+    Args:
+        nodes: in order.
+        sources: values from outside that they use.
+        outputs: what is computed, all with tokens.
+        axes: token axis of each source and output; None: used whole.
+        by_rows: tiles are tiles of queries, and keys are used whole.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    sources: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    axes: Mapping[fx.Node, TokenAxis | None]
+    by_rows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """One operator that mixes tokens, run at full length."""
+
+    node: fx.Node
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The values that it uses."""
+        return tuple(self.node.all_input_nodes)
+
+
+Stage = Segment | Mixer
+_Nodes = tuple[fx.Node, ...]
+
+
+@dataclass(slots=True)
+class Stages:
+    """What runs when; see the module's docstring."""
+
+    axes: dict[fx.Node, AxisTree] = field(default_factory=dict)
+    differentiable: set[fx.Node] = field(default_factory=set)
+    fixed: list[fx.Node] = field(default_factory=list)
+    weights: list[fx.Node] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+
+
+class _Splitter:
+    def __init__(self, graph: fx.Graph, token: TokenSymbol, draws: Iterable[Draw]) -> None:
+        self.graph = graph
+        self.token = token
+        self.out = Stages()
+        self.axes = self.out.axes
+        self.draws = {draw.mask for draw in draws}
+        self.tile: set[fx.Node] = set()
+        self.mixed: list[fx.Node] = []
+        self.whole: set[fx.Node] = set()  # available at full length: arguments, fixed, weight
+        self.row_axes: dict[fx.Node, TokenAxis] = {}
+        self.row_source: dict[fx.Node, fx.Node] = {}
+
+    # ---- one value
+
+    def place(self, node: fx.Node) -> None:
+        """Decide the kind of ``node``; its arguments have been placed."""
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            self._place_argument(node)
+            return
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+            return
+        sources = [one for one in node.all_input_nodes if one in self.axes]
+        if _needs_gradient(node, sources, self.out.differentiable):
+            self.out.differentiable.add(node)
+        if any(one in self.row_axes for one in sources):
+            self._place_row(node)
+        elif not any(one in self.tile or one in self.mixed or self._is_moving(one) for one in sources):
+            self._place_whole(node)
+        else:
+            self._place_tile(node)
+
+    def _place_argument(self, node: fx.Node) -> None:
+        self.axes[node] = self._plain(node)
+        if node in self.draws:
+            self._place_draw(node)
+            return
+        self.whole.add(node)
+        if node.meta[NEEDS_GRAD]:
+            self.out.differentiable.add(node)
+
+    def _place_draw(self, node: fx.Node) -> None:
+        """A dropout mask: drawn for each tile, or for rows of scores."""
+        axis = self.axes[node]
+        if axis is SQUARE:
+            self.row_axes[node] = at(node.meta["val"].dim() - 2)
+        elif axis is None:
+            raise CaptureRefusedError("aten.dropout", "it drops elements of a value without tokens")
+
+    def _is_moving(self, node: fx.Node) -> bool:
+        """An argument with one token dimension, which tiles take their rows of."""
+        return node.op == "placeholder" and isinstance(self.axes[node], TokenAxis)
+
+    def _plain(self, node: fx.Node) -> AxisTree:
+        value = node.meta["val"]
+        try:
+            if isinstance(value, (list, tuple)):
+                return tuple(self.token.plain_axis(one) for one in value)
+            return self.token.plain_axis(value)
+        except NotTokenWiseError as error:
+            raise CaptureRefusedError(operator_name(node), str(error)) from error
+
+    def _place_whole(self, node: fx.Node) -> None:
+        self.axes[node] = self._plain(node)
+        self.whole.add(node)
+        weight = node in self.out.differentiable
+        if not weight and any(one in self.out.weights for one in node.all_input_nodes):
+            weight = True
+        (self.out.weights if weight else self.out.fixed).append(node)
+
+    def _place_tile(self, node: fx.Node) -> None:
+        try:
+            axis = follow(node, self.axes, self.token)
+            self._check(node, axis)
+            self._check_sizes(node)
+        except NotTokenWiseError as error:
+            self._place_mixing(node, str(error))
+            return
+        self.axes[node] = axis
+        self.tile.add(node)
+
+    def _check(self, node: fx.Node, axis: AxisTree) -> None:
+        value = node.meta["val"]
+        pairs = zip(value, axis, strict=True) if isinstance(axis, tuple) else [(value, axis)]
+        for one, its in pairs:
+            self.token.check(one, its)
+
+    def _check_sizes(self, node: fx.Node) -> None:
+        sizes = [one.meta["val"] for one in node.all_input_nodes if one not in self.axes]
+        growing = [size for size in sizes if self.token.grows(size)]
+        if growing and operator_name(node).removeprefix("aten.") not in _SIZED:
+            raise NotTokenWiseError("the number of tokens is part of its formula")
+        for size in growing:
+            self.token.factor(size)
+
+    # ---- values that need more than one token
+
+    def _place_mixing(self, node: fx.Node, reason: str) -> None:
+        name = operator_name(node)
+        if name in MIXERS:
+            self._place_attention(node, reason)
+        elif node not in self.out.differentiable and self._at_full_length(node):
+            self.axes[node] = self._plain(node)
+            self.whole.add(node)
+        elif name in _PRODUCTS and len(self.token.dims(node.meta["val"])) == 2:
+            self._start_rows(node, reason)
+        else:
+            raise CaptureRefusedError(name, reason)
+
+    def _at_full_length(self, node: fx.Node) -> bool:
+        """Compute ``node``, which needs no gradient, and what it is made from before the tiles; False: it cannot be."""
+        needed: list[fx.Node] = []
+        pending = [node]
+        while pending:
+            one = pending.pop()
+            if one in self.mixed or one in self.row_axes or one in self.draws or one in self.out.weights:
+                return False
+            if one in needed or one in self.whole or (one not in self.axes and one is not node):
+                continue
+            needed.append(one)
+            pending.extend(one.all_input_nodes)
+        order = {one: index for index, one in enumerate(self.graph.nodes)}
+        known = set(self.out.fixed)
+        self.out.fixed.extend(sorted((one for one in needed if one not in known), key=order.__getitem__))
+        return True
+
+    def _place_attention(self, node: fx.Node, reason: str) -> None:
+        named = arguments_of(node)
+        for name in ("query", "key", "value"):
+            axis = self.axes[named[name]]
+            count = named[name].meta["val"].dim()
+            if not isinstance(axis, TokenAxis) or axis.dim != count - 2 or axis.outer * axis.inner != 1:
+                text = f"{reason}, and its {name} has no tokens in its last dimension but one"
+                raise CaptureRefusedError(operator_name(node), text)
+        self.axes[node] = self.axes[named["query"]]
+        self.mixed.append(node)
+        self._start_stage(Mixer(node))
+
+    def _start_rows(self, node: fx.Node, reason: str) -> None:
+        """``node`` makes the scores of attention: a row for each query."""
+        left = arguments_of(node)["batch1" if operator_name(node) == "aten.baddbmm" else "self"]
+        axis, value = self.axes[left], left.meta["val"]
+        if not isinstance(axis, TokenAxis) or axis.dim != value.dim() - 2 or axis.outer * axis.inner != 1:
+            raise CaptureRefusedError(operator_name(node), reason)
+        self.row_source[left] = node
+        self._place_row(node, left)
+
+    def _place_row(self, node: fx.Node, left: fx.Node | None = None) -> None:
+        """A value of attention that is written out: follow the queries, with keys at full length."""
+        axes: dict[fx.Node, AxisTree] = {}
+        for one in node.all_input_nodes:
+            if one not in self.axes:
+                raise CaptureRefusedError(operator_name(node), "a size is used between products of attention")
+            axes[one] = self.row_axes.get(one) or self._row_axis_of(one, moving=one is left)
+        try:
+            axis = follow(node, axes, self.token)
+        except NotTokenWiseError as error:
+            raise CaptureRefusedError(operator_name(node), f"in attention that is written out: {error}") from error
+        dims = self.token.dims(node.meta["val"]) if isinstance(node.meta["val"], torch.Tensor) else []
+        if not isinstance(axis, TokenAxis) or axis.dim not in dims or axis.outer * axis.inner != 1:
+            raise CaptureRefusedError(operator_name(node), "queries cannot be followed through it")
+        self.row_axes[node] = axis
+        if len(dims) > 1:
+            self.axes[node] = SQUARE
+            return
+        self.axes[node] = axis
+        self._close_rows(node, axis)
+
+    def _row_axis_of(self, node: fx.Node, *, moving: bool) -> AxisTree:
+        if moving:
+            return self.axes[node]
+        value = node.meta["val"]
+        if self.axes[node] is SQUARE and value.dim() >= 2 and self.token.grows(value.shape[-2]):
+            return at(value.dim() - 2)
+        return None
+
+    def _close_rows(self, node: fx.Node, axis: TokenAxis) -> None:
+        """The product with the values is over: everything since the scores is one stage."""
+        inside, sources = self._walk([node], {one for one in self.row_axes if self.axes[one] is SQUARE} | {node})
+        rows: dict[fx.Node, TokenAxis | None] = {}
+        for one in sources:
+            found = self.axes[one] if one in self.row_source else self._row_axis_of(one, moving=False)
+            rows[one] = found if isinstance(found, TokenAxis) else None
+        if not any(one in self.row_source for one in sources):
+            raise CaptureRefusedError(operator_name(node), "queries cannot be followed through it")
+        del self.row_axes[node]
+        self.mixed.append(node)
+        self._start_stage(Segment(inside, sources, (node,), rows | {node: axis}, by_rows=True))
+
+    # ---- stages
+
+    def _walk(self, outputs: Iterable[fx.Node], inside: set[fx.Node]) -> tuple[_Nodes, _Nodes]:
+        """(operators inside, in order; values from outside) that make ``outputs``."""
+        seen: set[fx.Node] = set()
+        pending = list(outputs)
+        while pending:
+            one = pending.pop()
+            if one in seen or one not in self.axes:
+                continue
+            seen.add(one)
+            if one in inside and one.op != "placeholder":
+                pending.extend(one.all_input_nodes)
+        nodes = [one for one in self.graph.nodes if one in seen]
+        within = tuple(one for one in nodes if one in inside and one.op != "placeholder")
+        return within, tuple(one for one in nodes if one not in within)
+
+    def segment(self, outputs: Iterable[fx.Node]) -> Segment | None:
+        """The segment that computes those of ``outputs`` which are not at hand."""
+        wanted = tuple(dict.fromkeys(one for one in outputs if one in self.tile and one not in self.whole))
+        if not wanted:
+            return None
+        nodes, sources = self._walk(wanted, self.tile - self.whole)
+        axes: dict[fx.Node, TokenAxis | None] = {}
+        for one in (*sources, *wanted):
+            axis = self.axes[one]
+            if axis is SQUARE:
+                raise CaptureRefusedError(operator_name(one), "a value with two token dimensions is used by tiles")
+            axes[one] = axis if isinstance(axis, TokenAxis) else None
+        return Segment(nodes, sources, wanted, axes)
+
+    def _start_stage(self, stage: Stage) -> None:
+        before = self.segment(stage.inputs if isinstance(stage, Mixer) else stage.sources)
+        self.out.stages.extend([before, stage] if before is not None else [stage])
+
+
+def _needs_gradient(node: fx.Node, sources: list[fx.Node], differentiable: set[fx.Node]) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    floating = any(isinstance(one, torch.Tensor) and one.is_floating_point() for one in values)
+    return floating and operator_name(node) != "aten.detach" and any(one in differentiable for one in sources)
+
+
+def split(graph: fx.Graph, token: TokenSymbol, draws: Iterable[Draw]) -> Stages:
+    """Cut ``graph`` into stages.
+
+    Raises:
+        CaptureRefusedError: an operator mixes tokens and is no mixer that can be cut out; names it.
+    """
+    splitter = _Splitter(graph, token, draws)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    for node in graph.nodes:
+        if node is not output:
+            splitter.place(node)
+    yielded = [leaf for leaf in _pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+    for node in yielded:
+        if isinstance(node.meta["val"], torch.Tensor) and node not in splitter.whole and node in splitter.row_axes:
+            raise CaptureRefusedError(operator_name(node), "scores of attention are yielded")
+    last = splitter.segment(yielded)
+    if last is not None:
+        splitter.out.stages.append(last)
+    return splitter.out

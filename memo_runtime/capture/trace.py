@@ -1,0 +1,322 @@
+"""One call of a block as a graph of operators, with the number of tokens as a symbol.
+
+The trace runs on a structural copy of the block whose parameters and buffers are fake tensors, so the live module is
+never called, nothing is allocated, and hooks of the live module (FSDP's, a profiler's) do not see it. Parameters are
+inputs of the graph: at each call they are read from the live module.
+
+The trace is the one that ``torch.export`` makes in its non-strict mode, before autograd, so composite operators
+(``linear``, ``scaled_dot_product_attention``) stay whole. ``export`` itself is not used: it wants real tensors to
+make fake ones of, and turns a length that a block only compares with a constant into an error.
+
+Note [What a trace cannot see]
+Custom backwards and tensor hooks leave no operator, and a hook of an inner module runs at trace time only. All three
+are refused here, by name. Python state is frozen into the graph: ``key.py`` captures again when it changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.axes import TokenSymbol
+from memo_runtime.errors import CaptureRefusedError
+
+#: Meta entry of placeholders; traced values are detached.
+NEEDS_GRAD = "needs_grad"
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+
+
+@dataclass(slots=True)
+class Trace:
+    """A graph whose placeholders are states (parameters, then buffers), then tensor leaves of the call.
+
+    Args:
+        graph: what the block does.
+        states: qualified names of the parameters and buffers, in the order of the placeholders.
+        leaves: indices of the tensor leaves of the call, in the order of the placeholders.
+        output: structure of what the block yields; its leaves are the graph's outputs.
+        token: the symbolic number of tokens.
+        guards: conditions on it that the block's own Python code has asked for.
+        fake_mode: what the traced values belong to.
+    """
+
+    graph: fx.Graph
+    states: tuple[str, ...]
+    leaves: tuple[int, ...]
+    output: Any
+    token: TokenSymbol
+    guards: tuple[Any, ...]
+    fake_mode: FakeTensorMode
+
+    def allows(self, tokens: int) -> bool:
+        """The trace holds for this number of tokens."""
+        return all(bool(guard.subs(self.token.symbol, tokens)) for guard in self.guards)
+
+
+def token_dims(call: BlockCall) -> tuple[int, dict[int, tuple[int, ...]]]:
+    """(number of tokens, leaf index -> token dimensions), by size.
+
+    The tokens of the input, the first floating-point tensor, are in its last dimension but one; a dimension of
+    another leaf of that size is one of tokens too. Where that guess is wrong the trace fails or is refused: what is
+    captured is proved operator by operator.
+
+    Raises:
+        CaptureRefusedError: the call has no such tensor.
+    """
+    first = call.input_leaf
+    if first is None:
+        raise CaptureRefusedError("arguments", "none is a floating-point tensor with two dimensions")
+    source: torch.Tensor = call.leaves[first]
+    at = source.dim() - 2
+    tokens = int(source.shape[at])
+    found: dict[int, tuple[int, ...]] = {first: (at,)}
+    for index, leaf in call.tensors():
+        dims = tuple(dim for dim, size in enumerate(leaf.shape) if size == tokens)
+        if index == first or not dims:
+            continue
+        if leaf.dim() < 4 and len(dims) > 1:
+            # A hidden size or a number of heads that happens to be the same: tokens come before features.
+            at_right = [dim for dim in dims if dim - leaf.dim() == at - source.dim()]
+            dims = tuple(at_right[:1]) or dims[:1]
+        found[index] = dims
+    return tokens, found
+
+
+def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None = None) -> Trace:
+    """Trace ``block`` for calls like ``call``.
+
+    Args:
+        block: the module; it is not run and not changed.
+        call: arguments of one call; only their shapes, dtypes and non-tensor values matter.
+        forward: the block's own forward where another is installed over it; it must be its class's.
+
+    Raises:
+        CaptureRefusedError: something in it cannot be traced; names it.
+    """
+    refuse_by_sight(block, forward)
+    tokens, dims = token_dims(call)
+    if tokens < 2:
+        raise CaptureRefusedError("arguments", f"{tokens} token is not enough to tell what grows with tokens")
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env)
+    states = _state_names(block)
+    copied, fakes = _structural_copy(block, mode, states)
+    leaves = [index for index, _ in call.tensors()]
+    hint = _hint(block, call, dims, tokens)
+    arguments = [_fake_leaf(call.leaves[index], dims.get(index, ()), mode, hint) for index in leaves]
+    symbol = _symbol_of(arguments[leaves.index(call.input_leaf)], dims[call.input_leaf][0])  # type: ignore[index, arg-type]
+    runner = _Runner(copied, states, leaves, call)
+    runner.look_for_functions(fakes, arguments, mode)
+    autocast = AutocastState.current(arguments[0].device.type).uncached()
+    with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored():
+        module = _run_trace(runner, fakes, arguments)
+    if shape_env.replacements.get(symbol) is not None or runner.output is None:
+        raise CaptureRefusedError("forward", "it holds for one number of tokens only")
+    inputs = (node for node in module.graph.nodes if node.op == "placeholder")
+    for node, fake in zip(inputs, [*fakes, *arguments], strict=True):
+        node.meta[NEEDS_GRAD] = fake.requires_grad
+    for node in module.graph.nodes:
+        _refuse_sizes_from_data(node, symbol)
+    return Trace(
+        graph=module.graph,
+        states=states,
+        leaves=tuple(leaves),
+        output=runner.output,
+        token=TokenSymbol(symbol),
+        guards=tuple(guard.expr for guard in shape_env.guards),
+        fake_mode=mode,
+    )
+
+
+def refuse_by_sight(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Refuse what can be seen without running anything; see Note [What a trace cannot see]."""
+    own = forward if forward is not None else block.forward
+    if getattr(own, "__func__", None) is not type(block).forward:
+        raise CaptureRefusedError("forward", "it was replaced on the instance")
+    for name, module in block.named_modules():
+        if module is block:
+            continue
+        for table in _HOOKS:
+            hooks = getattr(module, table)
+            if hooks:
+                hook = next(iter(hooks.values()))
+                what = getattr(hook, "__qualname__", type(hook).__qualname__)
+                raise CaptureRefusedError(f"hook '{what}' of '{name}'", "hooks of inner modules would not run on tiles")
+        if "forward" in module.__dict__:
+            raise CaptureRefusedError(f"forward of '{name}'", "it was replaced on the instance")
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer):
+            raise CaptureRefusedError(f"'{name}'", f"a {type(tensor).__name__} cannot be traced as a plain tensor")
+
+
+def _state_names(block: nn.Module) -> tuple[str, ...]:
+    names = [name for name, _ in block.named_parameters()] + [name for name, _ in block.named_buffers()]
+    return tuple(names)
+
+
+def _structural_copy(
+    block: nn.Module, mode: FakeTensorMode, names: Sequence[str]
+) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A copy of ``block`` over fake parameters and buffers; its own hooks are left out."""
+    memo: dict[int, Any] = {}
+    fakes = []
+    for name in names:
+        live = _state(block, name)
+        with mode:
+            fake: torch.Tensor = torch.empty_strided(live.shape, live.stride(), dtype=live.dtype, device=live.device)
+            if isinstance(live, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=live.requires_grad)
+        memo[id(live)] = fake
+        fakes.append(fake)
+    try:
+        copied = copy.deepcopy(block, memo)
+    except Exception as error:
+        raise CaptureRefusedError("copy.deepcopy", f"the block cannot be copied: {error}") from error
+    for table in _HOOKS:
+        getattr(copied, table).clear()
+    return copied, fakes
+
+
+def _state(block: nn.Module, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    found: torch.Tensor = getattr(block.get_submodule(owner), last)
+    return found
+
+
+def _hint(block: nn.Module, call: BlockCall, dims: Mapping[int, tuple[int, ...]], tokens: int) -> int:
+    """The number of tokens to trace with: that of the call, or the next smaller one that is no other size.
+
+    A comparison of the symbol with a size is decided by this number, and holds as a condition from then on.
+    """
+    sizes = {size for one in (*block.parameters(), *block.buffers()) for size in one.shape}
+    for index, leaf in call.tensors():
+        sizes |= {size for dim, size in enumerate(leaf.shape) if dim not in dims.get(index, ())}
+    smaller = [size for size in range(tokens, 1, -1) if size not in sizes]
+    return smaller[0] if smaller else tokens
+
+
+def _fake_leaf(leaf: torch.Tensor, dims: tuple[int, ...], mode: FakeTensorMode, hint: int) -> torch.Tensor:
+    shape = [hint if dim in dims else int(size) for dim, size in enumerate(leaf.shape)]
+    sizes = [DimDynamic.DUCK if dim in dims else DimDynamic.STATIC for dim in range(leaf.dim())]
+    order = sorted(range(leaf.dim()), key=lambda dim: (-int(leaf.stride()[dim]), dim))
+    meta = torch.empty([shape[dim] for dim in order], dtype=leaf.dtype, device="meta")
+    meta = meta.permute([order.index(dim) for dim in range(leaf.dim())])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    fake: Any = mode.from_tensor(meta, static_shapes=False, symbolic_context=context)
+    fake.fake_device = leaf.device
+    if leaf.requires_grad:
+        with mode, torch.enable_grad():
+            # No leaf of autograd's: the block below yielded it, so that writing to it is no error as such.
+            fake = fake.requires_grad_().clone()
+    found: torch.Tensor = fake
+    return found
+
+
+def _symbol_of(fake: torch.Tensor, dim: int) -> Any:
+    return fake.shape[dim].node.expr  # type: ignore[attr-defined]
+
+
+class _NoTensorHooks(TorchFunctionMode):
+    """Refuses hooks on tensors: no operator records them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("register_hook", "register_post_accumulate_grad_hook"):
+            raise CaptureRefusedError(f"Tensor.{name}", "a hook on a tensor would not run on tiles")
+        return func(*args, **(kwargs or {}))
+
+
+class _Runner:
+    """The copied block as a function of flat lists of tensors."""
+
+    def __init__(self, block: nn.Module, states: Sequence[str], leaves: Sequence[int], call: BlockCall) -> None:
+        self._block = block
+        self._states = states
+        self._leaves = leaves
+        # A cache leaf is empty, and what a traced call appends to it is thrown away.
+        self._call = replace(call, original=None)
+        self.output: Any = None
+
+    def __call__(self, states: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[Any]:
+        call = self._call.replaced(dict(zip(self._leaves, tensors, strict=True)))
+        args, kwargs = call.arguments()
+        named = dict(zip(self._states, states, strict=True))
+        out = torch.func.functional_call(self._block, named, args, kwargs)
+        leaves, self.output = _pytree.tree_flatten(out)
+        return leaves
+
+    def look_for_functions(self, states: list[torch.Tensor], tensors: list[torch.Tensor], mode: Any) -> None:
+        """Run once with autograd and look at the nodes of its graph."""
+        try:
+            with mode, _NoTensorHooks(), torch.enable_grad():
+                outputs = self(states, [tensor.clone() for tensor in tensors])
+        except CaptureRefusedError:
+            raise
+        except Exception as error:
+            raise _refusal(error) from error
+        pending: list[Any] = [out.grad_fn for out in outputs if isinstance(out, torch.Tensor)]
+        seen = set()
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                what = type(node).__name__.removesuffix("Backward")
+                raise CaptureRefusedError(f"autograd.Function '{what}'", "its own backward would be lost")
+            pending.extend(parent for parent, _ in node.next_functions)
+
+
+def _run_trace(runner: _Runner, states: list[torch.Tensor], tensors: list[torch.Tensor]) -> fx.GraphModule:
+    try:
+        module: fx.GraphModule = make_fx(runner, tracing_mode="real", pre_dispatch=True)(states, tensors)
+    except CaptureRefusedError:
+        raise
+    except Exception as error:
+        raise _refusal(error) from error
+    return module
+
+
+def _refusal(error: Exception) -> CaptureRefusedError:
+    lines = str(error).strip().splitlines()
+    text = lines[0][:200] if lines else type(error).__name__
+    if isinstance(error, _DATA_DEPENDENT):
+        return CaptureRefusedError(str(getattr(error, "func", "a size")), f"it depends on data: {text}")
+    if isinstance(error, UnsupportedOperatorException):
+        return CaptureRefusedError(str(error.func), "it has no rule for shapes")
+    return CaptureRefusedError("forward", f"it cannot be traced: {type(error).__name__}: {text}")
+
+
+def _refuse_sizes_from_data(node: fx.Node, symbol: Any) -> None:
+    values = node.meta.get("val")
+    for value in values if isinstance(values, (list, tuple)) else [values]:
+        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+        for size in sizes:
+            inner = getattr(size, "node", None)
+            if inner is not None and inner.expr.free_symbols - {symbol}:
+                raise CaptureRefusedError(str(node.target), "the size of its result depends on data")

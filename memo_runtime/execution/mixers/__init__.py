@@ -1,0 +1,1 @@
+"""Attention forward and backward apart from autograd, from saved outputs."""

@@ -1,0 +1,259 @@
+"""Scaled dot-product attention in two halves.
+
+PyTorch's fused kernels yield their output and the log-sum-exp of each row, and their backward needs nothing else beside
+queries, keys and values. Called here as operators, so forward is run once and backward starts from what was saved,
+while queries, keys and values are rebuilt. Which kernel serves a call is PyTorch's to allow and chosen in the order
+cuDNN, flash, memory-efficient; what no fused kernel takes (a bias that needs a gradient, dropout on CPU) goes in
+chunks of queries (``by_rows.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memo_runtime.execution.mixers.by_rows import RowsAttention
+
+aten = torch.ops.aten
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one attention call asks for, beside its tensors."""
+
+    dropout: float
+    causal: bool
+    scale: float
+    grouped: bool
+
+    @classmethod
+    def of(cls, named: dict[str, Any], depth: int) -> Settings:
+        """From the arguments of ``aten.scaled_dot_product_attention``; ``depth``: size of a head."""
+        scale = named.get("scale")
+        return cls(
+            dropout=float(named["dropout_p"]),
+            causal=bool(named["is_causal"]),
+            scale=float(scale) if scale is not None else depth**-0.5,
+            grouped=bool(named.get("enable_gqa")),
+        )
+
+
+@dataclass(slots=True)
+class Saved:
+    """What a forward leaves for its backward: tensors, and the numbers that go with them."""
+
+    kernel: str
+    tensors: Tensors
+    numbers: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Tensors of one attention call, [B, H, S, D] each; the mask broadcasts to [B, H, S, S]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def choose_kernel(inputs: Inputs, settings: Settings) -> str:
+    """Name of the kernel that will serve this call."""
+    query = inputs.query
+    if query.device.type == "cpu":
+        wide = query.shape[-1] == inputs.value.shape[-1]
+        return "cpu" if settings.dropout == 0.0 and wide else "rows"
+    backends = torch.backends.cuda
+    params = backends.SDPAParams(
+        query, inputs.key, inputs.value, inputs.mask, settings.dropout, settings.causal, settings.grouped
+    )
+    # cuDNN masks whole rows differently, so masks go to the kernel that PyTorch itself prefers for them.
+    if inputs.mask is None and backends.can_use_cudnn_attention(params):
+        return "cudnn"
+    if inputs.mask is None and query.shape[-1] % 8 == 0 and backends.can_use_flash_attention(params):
+        return "flash"
+    expanded = _expanded(inputs)
+    params = backends.SDPAParams(
+        query, expanded.key, expanded.value, inputs.mask, settings.dropout, settings.causal, False
+    )
+    return "efficient" if backends.can_use_efficient_attention(params) else "rows"
+
+
+def attention_forward(
+    inputs: Inputs, settings: Settings, *, seed: int, by_rows: bool = False
+) -> tuple[torch.Tensor, Saved]:
+    """(output, what backward needs beside the inputs); ``seed`` draws dropout where no fused kernel does.
+
+    ``by_rows``: no fused kernel, since the mask needs a gradient or the dropout must be known.
+    """
+    kernel = "rows" if by_rows else choose_kernel(inputs, settings)
+    return _FORWARD[kernel](inputs, settings, seed)
+
+
+def attention_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    """Gradients of query, key, value and mask; that of the mask is None unless it was asked for."""
+    return _BACKWARD[saved.kernel](grad, inputs, output, saved, settings)
+
+
+# ---- keys and values shared by groups of heads
+
+
+def _expanded(inputs: Inputs) -> Inputs:
+    """Keys and values repeated for each head of queries, for kernels that know no groups."""
+    groups = inputs.query.shape[1] // inputs.key.shape[1]
+    if groups == 1:
+        return inputs
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (inputs.key, inputs.value))
+    return Inputs(inputs.query, key, value, inputs.mask)
+
+
+def _summed(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    groups = grad.shape[1] // like.shape[1]
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)
+
+
+def _additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A boolean mask as one that is added."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+# ---- CPU
+
+
+def _cpu_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+    wide = _expanded(inputs)
+    output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        wide.query, wide.key, wide.value, 0.0, settings.causal,
+        attn_mask=_cpu_mask(inputs), scale=settings.scale,
+    )  # fmt: skip
+    return output, Saved("cpu", (lse,))
+
+
+def _cpu_mask(inputs: Inputs) -> torch.Tensor | None:
+    mask = _additive(inputs.mask, inputs.query)
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _cpu_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    wide = _expanded(inputs)
+    query, key, value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, wide.query, wide.key, wide.value, output, saved.tensors[0], 0.0, settings.causal,
+        attn_mask=_cpu_mask(inputs), scale=settings.scale,
+    )  # fmt: skip
+    return query, _summed(key, inputs.key), _summed(value, inputs.value), None
+
+
+# ---- CUDA
+
+
+def _flash_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+    output, lse, first, second, longest, longest_k, state, unused, _ = aten._scaled_dot_product_flash_attention(
+        inputs.query, inputs.key, inputs.value, settings.dropout, settings.causal, False, scale=settings.scale
+    )
+    return output, Saved("flash", (lse, first, second, state, unused), (longest, longest_k))
+
+
+def _flash_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    lse, first, second, state, unused = saved.tensors
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        grad, inputs.query, inputs.key, inputs.value, output, lse, first, second, *saved.numbers,
+        settings.dropout, settings.causal, state, unused, scale=settings.scale,
+    )  # fmt: skip
+    return (*grads, None)
+
+
+def _cudnn_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+    output, lse, first, second, longest, longest_k, state, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        inputs.query, inputs.key, inputs.value, None, True, settings.dropout, settings.causal, False,
+        scale=settings.scale,
+    )  # fmt: skip
+    return output, Saved("cudnn", (lse, first, second, state, offset), (longest, longest_k))
+
+
+def _cudnn_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    lse, first, second, state, offset = saved.tensors
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        grad, inputs.query, inputs.key, inputs.value, output, lse, state, offset, None, first, second,
+        *saved.numbers, settings.dropout, settings.causal, scale=settings.scale,
+    )  # fmt: skip
+    return (*grads[:3], None)
+
+
+def _efficient_mask(inputs: Inputs) -> torch.Tensor | None:
+    """The mask with rows that start at multiples of 16 bytes, as the kernel wants them."""
+    mask = _additive(inputs.mask, inputs.query)
+    if mask is None:
+        return None
+    keys = mask.shape[-1]
+    if mask.stride(-1) != 1 or keys % 8:
+        mask = torch.nn.functional.pad(mask, (0, -keys % 8))[..., :keys]
+    query = inputs.query
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], keys)
+
+
+def _efficient_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+    wide = _expanded(inputs)
+    output, lse, state, offset = aten._scaled_dot_product_efficient_attention(
+        wide.query, wide.key, wide.value, _efficient_mask(inputs), True, settings.dropout, settings.causal,
+        scale=settings.scale,
+    )  # fmt: skip
+    return output, Saved("efficient", (lse, state, offset))
+
+
+def _efficient_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    wide = _expanded(inputs)
+    lse, state, offset = saved.tensors
+    query, key, value, _ = aten._scaled_dot_product_efficient_attention_backward(
+        grad, wide.query, wide.key, wide.value, _efficient_mask(inputs), output, lse, state, offset,
+        settings.dropout, [True, True, True, False], settings.causal, scale=settings.scale,
+    )  # fmt: skip
+    return query, _summed(key, inputs.key), _summed(value, inputs.value), None
+
+
+# ---- chunks of queries
+
+
+def _rows_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+    rows = RowsAttention(settings.scale, settings.causal, settings.dropout, seed)
+    return rows.forward(inputs.query, inputs.key, inputs.value, inputs.mask), Saved("rows", (), (seed,))
+
+
+def _rows_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    rows = RowsAttention(settings.scale, settings.causal, settings.dropout, saved.numbers[0])
+    return rows.backward(grad, inputs.query, inputs.key, inputs.value, inputs.mask)
+
+
+_FORWARD: dict[str, Callable[[Inputs, Settings, int], tuple[torch.Tensor, Saved]]] = {
+    "cpu": _cpu_forward,
+    "flash": _flash_forward,
+    "cudnn": _cudnn_forward,
+    "efficient": _efficient_forward,
+    "rows": _rows_forward,
+}
+_BACKWARD: dict[str, Callable[[torch.Tensor, Inputs, torch.Tensor, Saved, Settings], Tensors]] = {
+    "cpu": _cpu_backward,
+    "flash": _flash_backward,
+    "cudnn": _cudnn_backward,
+    "efficient": _efficient_backward,
+    "rows": _rows_backward,
+}

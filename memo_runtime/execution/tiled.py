@@ -1,0 +1,205 @@
+"""Tiled execution of a block: what takes the place of its forward.
+
+The block is captured once for each kind of call (``capture/``) and compared with its own forward on random numbers
+before it is used. A call is one node of autograd, whose inputs are the block's differentiable arguments and parameters
+and whose outputs are everything that the block yields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.captured import Captured, capture
+from memo_runtime.capture.key import Key, capture_key
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.tiled_check import check
+from memo_runtime.execution.tiled_programs import Program
+from memo_runtime.execution.tiled_random import new_seed
+from memo_runtime.execution.tiled_run import ProgramCache, Run
+
+
+def run_eagerly(module: fx.GraphModule) -> Program:
+    """A program as PyTorch runs it, operator by operator."""
+    program: Program = module.forward
+    return program
+
+
+def compiled(module: fx.GraphModule) -> Program:
+    """A program through ``torch.compile``: norms, rotary embeddings and gates fuse."""
+    program: Program = torch.compile(module, fullgraph=True, dynamic=False)
+    return program
+
+
+class TiledBlock:
+    """One block executed by tiles.
+
+    Args:
+        block: the module; its parameters are read at each call.
+        tile: tokens of a tile.
+        alpha: share of tiles whose matrix products are kept between forward and backward.
+        programs: shared by the blocks of a model.
+        forward: the block's own forward, where another is installed over it.
+
+    After an exception nothing is left behind: what the call held goes when its graph goes.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        *,
+        tile: int,
+        alpha: float = 0.0,
+        programs: ProgramCache | None = None,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        if tile < 1:
+            raise ValueError(f"tile is {tile} tokens; at least 1 is needed")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha is {alpha}; it is a share, between 0 and 1")
+        self.block = block
+        self.tile = tile
+        self.alpha = alpha
+        self.programs = programs if programs is not None else ProgramCache(run_eagerly)
+        self.forward = forward
+        self.last: Run | None = None
+        self._captures: dict[Key, Captured] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward; without grad the block's own.
+
+        Raises:
+            CaptureRefusedError: the block cannot be executed by tiles; nothing was run.
+        """
+        if not torch.is_grad_enabled():
+            return (self.forward or self.block.forward)(*args, **kwargs)
+        call = BlockCall.of(args, kwargs)
+        return self.run(self.captured(call), call)
+
+    def captured(self, call: BlockCall) -> Captured:
+        """The capture that serves ``call``; made now if it is the first of its kind.
+
+        Raises:
+            CaptureRefusedError: there is none.
+        """
+        if any(call.caches()[1:]):
+            raise CaptureRefusedError("arguments", "a key/value cache that holds tokens already")
+        key = capture_key(self.block, call)
+        found = self._captures.get(key)
+        tokens = found.tokens(call) if found is not None else 0
+        if found is None or not found.traced.allows(tokens):
+            found = capture(self.block, call, self.forward)
+            if not found.traced.allows(found.tokens(call)):
+                raise CaptureRefusedError("forward", f"it takes another way for {found.tokens(call)} tokens")
+            if found.signature not in self.programs.checked:
+                check(found, self.block, call, partial(_checked_run, found))
+                self.programs.checked.add(found.signature)
+            self._captures[key] = found
+        return found
+
+    def run(self, captured: Captured, call: BlockCall) -> Any:
+        """One call through ``captured``."""
+        tokens = captured.tokens(call)
+        self.last = Run(
+            captured=captured,
+            programs=self.programs,
+            tokens=tokens,
+            tile=self.tile,
+            keep=round(self.alpha * -(-tokens // self.tile)),
+            seed=new_seed() if captured.random else 0,
+            autocast=AutocastState.current(call.leaves[captured.input_leaf].device.type),
+        )
+        return _apply(self.last, self.block, call)
+
+
+def _checked_run(captured: Captured, block: nn.Module, call: BlockCall, tile: int) -> tuple[Any, Run]:
+    """Run with half of the tiles kept, so that a check sees every program."""
+    tokens = captured.tokens(call)
+    run = Run(
+        captured=captured,
+        programs=ProgramCache(run_eagerly),
+        tokens=tokens,
+        tile=tile,
+        keep=-(-tokens // tile) // 2,
+        seed=new_seed() if captured.random else 0,
+        autocast=AutocastState.current(call.leaves[captured.input_leaf].device.type),
+        reproducible=True,
+    )
+    return _apply(run, block, call), run
+
+
+def _apply(run: Run, block: nn.Module, call: BlockCall) -> Any:
+    captured = run.captured
+    tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
+    results = _TiledFunction.apply(run, *tensors)  # type: ignore[no-untyped-call]
+    return _pytree.tree_unflatten(list(results), captured.traced.output)
+
+
+class _TiledFunction(torch.autograd.Function):
+    """One block call in autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        captured = run.captured
+        values = dict(zip(_placeholders(captured), tensors, strict=True))
+        with torch.autocast(tensors[-1].device.type, enabled=False):
+            results = run.forward(values)
+        extra = [values[node] for node in run.stash()]
+        saved = [one for state in run.saved.values() for one in state.tensors]
+        ctx.run, ctx.counts = run, (len(tensors), len(extra))
+        ctx.save_for_backward(*tensors, *extra, *saved)
+        for state in run.saved.values():
+            state.tensors = (None,) * len(state.tensors)
+        ctx.set_materialize_grads(False)
+        outputs = _distinct(results, tensors)
+        wanted = captured.stages.differentiable
+        constant = [
+            out for node, out in zip(captured.outputs, outputs, strict=True)
+            if isinstance(out, torch.Tensor) and node not in wanted
+        ]  # fmt: skip
+        ctx.mark_non_differentiable(*constant)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        run: Run = ctx.run
+        nodes = _placeholders(run.captured)
+        stored = ctx.saved_tensors
+        count, extra = ctx.counts
+        values: dict[fx.Node, Any] = dict(zip(nodes, stored[:count], strict=True))
+        values.update(zip(run.stash(), stored[count : count + extra], strict=True))
+        rest = iter(stored[count + extra :])
+        for state in run.saved.values():
+            state.tensors = tuple(next(rest) for _ in state.tensors)
+        with torch.autocast(stored[0].device.type, enabled=False):
+            found = run.backward(values, grads)
+        results: list[Any] = [None]
+        for node, tensor in zip(nodes, stored[:count], strict=True):
+            grad = found.take(node)
+            results.append(grad.to(tensor.dtype) if grad is not None else None)
+        return tuple(results)
+
+
+def _placeholders(captured: Captured) -> list[fx.Node]:
+    return [node for node, _ in (*captured.states, *captured.arguments)]
+
+
+def _distinct(results: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:
+    """Results as objects of their own: autograd takes an input that is yielded, or one tensor twice, for one edge."""
+    seen = {id(one) for one in inputs}
+    outputs = []
+    for one in results:
+        if isinstance(one, torch.Tensor):
+            if id(one) in seen:
+                one = one.view_as(one)
+            seen.add(id(one))
+        outputs.append(one)
+    return outputs

@@ -1,0 +1,98 @@
+"""Gradients of one block while its backward runs.
+
+Values with tokens have a gradient of their own length and dtype, filled tile by tile. Values without (parameters, and
+what is made from them) are summed over tiles, in fp32 where they are of lower precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from memo_runtime.capture.axes import rows
+from memo_runtime.execution.tiled_programs import Factors, accumulate
+from memo_runtime.records import TokenAxis
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The gradient of one value from one tile: where it is among a program's results, and where the tile starts."""
+
+    place: int | Factors
+    results: Sequence[torch.Tensor]
+    start: int
+
+
+class Gradients:
+    """Sums of gradients by value."""
+
+    def __init__(self, differentiable: set[fx.Node], tokens: int) -> None:
+        self._wanted = differentiable
+        self._tokens = tokens
+        self._sums: dict[fx.Node, torch.Tensor] = {}
+        self._owned: set[fx.Node] = set()
+        #: Values whose first full-length gradient is being filled, and up to where.
+        self._filled: dict[fx.Node, int] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._sums
+
+    def add(self, node: fx.Node, grad: torch.Tensor) -> None:
+        """Add a whole gradient."""
+        if node not in self._wanted:
+            return
+        if node not in self._sums:
+            self._sums[node] = grad  # somebody else's memory: copied before anything is added to it
+        else:
+            self._own(node).add_(grad)
+
+    def take(self, node: fx.Node) -> torch.Tensor | None:
+        """The sum so far, which is not kept."""
+        self._owned.discard(node)
+        self._filled.pop(node, None)
+        return self._sums.pop(node, None)
+
+    def add_tile(self, node: fx.Node, axis: TokenAxis | None, part: Part, value: torch.Tensor) -> None:
+        """Add what the backward program of one tile yielded for ``node``, whose value is ``value``."""
+        place, results = part.place, part.results
+        if axis is not None:
+            assert isinstance(place, int), "only weights have factors"
+            self._add_rows(node, axis, results[place], value, part.start)
+            return
+        if node not in self._sums:
+            self._sums[node] = torch.zeros_like(value, dtype=_sum_dtype(value.dtype))
+            self._owned.add(node)
+        total = self._own(node)
+        if isinstance(place, Factors):
+            accumulate(total, results[place.left], results[place.right], transposed=place.transposed)
+        else:
+            total.add_(results[place])
+
+    def _add_rows(self, node: fx.Node, axis: TokenAxis, grad: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        length = grad.shape[axis.dim] // (axis.outer * axis.inner)
+        if start == 0 and node not in self._sums:
+            self._sums[node] = torch.empty_like(value)
+            self._owned.add(node)
+            self._filled[node] = 0
+        target = rows(self._own(node), axis, self._tokens, start, start + length)
+        grad = grad.reshape(target.shape)
+        if self._filled.get(node) == start:
+            target.copy_(grad)
+            self._filled[node] = start + length
+        else:
+            target.add_(grad)
+
+    def _own(self, node: fx.Node) -> torch.Tensor:
+        """The sum, in memory that may be written to."""
+        if node not in self._owned:
+            wide = self._sums[node]
+            self._sums[node] = wide.clone(memory_format=torch.contiguous_format)
+            self._owned.add(node)
+        return self._sums[node]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,242 @@
+"""Programs that run one segment on one tile.
+
+Forward and backward of a segment are traced together at the tile's own sizes, below autograd; then the joint graph is
+cut in up to four programs:
+
+    forward           sources                 -> outputs
+    forward and keep  sources                 -> outputs, products
+    backward          sources, gradients      -> gradients of sources     (what it needs of the forward is run again)
+    backward of kept  sources, products, ...  -> gradients of sources     (only what is cheap is run again)
+
+where products are the results of the matrix products that backward needs. What backward does not need is not run again:
+the last product of a segment never is. A weight gradient that is one matrix product is not computed in the program:
+its factors are yielded, so that the product is added to an accumulator of higher precision by the GEMM itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.split import Segment
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+Program = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A weight gradient as places of its factors among a program's results: ``(left @ right)``, transposed or not."""
+
+    left: int
+    right: int
+    transposed: bool
+
+
+#: Where the gradient of one source is: a place among the results, factors of it, or nowhere.
+GradientPlace = int | Factors | None
+
+
+@dataclass(slots=True)
+class Programs:
+    """The programs of one segment at one tile size.
+
+    Args:
+        kept: how many products ``forward_keep`` yields behind the outputs.
+        places: where the gradient of each source is.
+        layouts: sizes and strides that gradients of outputs must have (meta tensors).
+    """
+
+    forward: Program
+    forward_keep: Program
+    backward: Program
+    backward_kept: Program
+    kept: int
+    places: tuple[GradientPlace, ...]
+    layouts: tuple[torch.Tensor, ...]
+
+
+def run_node(node: fx.Node, values: dict[fx.Node, Any], size: Callable[[Any], Any]) -> Any:
+    """Run one captured operator; sizes are asked of ``size``."""
+
+    def value(one: fx.Node) -> Any:
+        return values[one] if one in values else size(one.meta["val"])
+
+    args = fx.node.map_arg(node.args, value)
+    kwargs = fx.node.map_arg(node.kwargs, value)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def segment_outputs(
+    captured: Captured, segment: Segment, sources: Sequence[torch.Tensor], tokens: int
+) -> list[torch.Tensor]:
+    """Run a segment operator by operator on tiles of ``tokens`` tokens."""
+    values: dict[fx.Node, Any] = dict(zip(segment.sources, sources, strict=True))
+    for node in segment.nodes:
+        values[node] = run_node(node, values, lambda size: captured.size(size, tokens))
+    return [values[node] for node in segment.outputs]
+
+
+def make_programs(
+    captured: Captured,
+    segment: Segment,
+    sources: Sequence[torch.Tensor],
+    tokens: int,
+    autocast: AutocastState,
+    *,
+    compiler: Callable[[fx.GraphModule], Program],
+) -> Programs:
+    """Trace ``segment`` for tiles like ``sources``; the graphs hold casts of autocast, so they run without it."""
+    joint, layouts = _trace(captured, segment, sources, tokens, autocast)
+    graph = joint.graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    results = list(output.args[0])
+    outputs, grads = results[: len(segment.outputs)], results[len(segment.outputs) :]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    given = inputs[: len(segment.sources)]
+    wanted, places = _gradient_results(segment, grads)
+    products = _products(graph, given, wanted)
+    return Programs(
+        forward=compiler(_part(graph, given, outputs)),
+        forward_keep=compiler(_part(graph, given, [*outputs, *products])),
+        backward=compiler(_part(graph, inputs, wanted)),
+        backward_kept=compiler(_part(graph, [*inputs, *products], wanted)),
+        kept=len(products),
+        places=places,
+        layouts=layouts,
+    )
+
+
+def _trace(
+    captured: Captured, segment: Segment, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
+) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
+    wanted = captured.stages.differentiable
+    needs = [node in wanted for node in segment.sources]
+    mode = FakeTensorMode()
+
+    def joint(inputs: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[Any]:
+        leaves = [one.detach().requires_grad_(need) for one, need in zip(inputs, needs, strict=True)]
+        outputs = segment_outputs(captured, segment, leaves, tokens)
+        pairs = [(out, tangent) for out, tangent in zip(outputs, tangents, strict=True) if out.requires_grad]
+        sought = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        found: tuple[Any, ...] = (None,) * len(sought)
+        if pairs and sought:
+            results, grads = zip(*pairs, strict=True)
+            found = torch.autograd.grad(results, sought, grads, allow_unused=True)
+        each = iter(found)
+        return [*(out.detach() for out in outputs), *(next(each) if need else None for need in needs)]
+
+    with mode, torch.enable_grad(), autocast.uncached().restored(), torch.autograd.set_multithreading_enabled(False):
+        fakes = [_alike(one) for one in sources]
+        with torch.no_grad():
+            shapes = segment_outputs(captured, segment, fakes, tokens)
+        tangents = [_alike(one) for one in shapes]
+        module: fx.GraphModule = make_fx(joint, tracing_mode="real")(fakes, tangents)
+    for node in list(module.graph.nodes):
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+    layouts = tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tangents)
+    return module, layouts
+
+
+def _alike(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _gradient_results(segment: Segment, grads: Sequence[Any]) -> tuple[list[fx.Node], tuple[GradientPlace, ...]]:
+    """(results of the backward programs, where each source's gradient is among them)."""
+    results: list[fx.Node] = []
+    places: list[GradientPlace] = []
+    for source, grad in zip(segment.sources, grads, strict=True):
+        if grad is None:
+            places.append(None)
+            continue
+        factors = _factors(grad) if segment.axes[source] is None else None
+        if factors is None:
+            places.append(len(results))
+            results.append(grad)
+        else:
+            left, right, transposed = factors
+            places.append(Factors(len(results), len(results) + 1, transposed))
+            results.extend([left, right])
+    return results, tuple(places)
+
+
+def _factors(grad: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """(left, right, transposed) where ``grad`` is one matrix product."""
+    transposed = False
+    while isinstance(grad, fx.Node) and grad.op == "call_function":
+        if grad.target is aten.mm.default:
+            left, right = grad.args
+            return left, right, transposed  # type: ignore[return-value]
+        if grad.target in (aten.t.default, aten.transpose.int) and grad.meta["val"].dim() == 2:
+            transposed = not transposed
+        elif grad.target is not aten.detach.default:
+            return None
+        grad = grad.args[0]  # type: ignore[assignment]
+    return None
+
+
+def _products(graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> list[fx.Node]:
+    """Results of matrix products of the forward that backward needs."""
+    forward = set(given)
+    for node in graph.nodes:
+        if node.op == "call_function" and all(one in forward for one in node.all_input_nodes):
+            forward.add(node)
+    needed: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    pending = list(wanted)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in forward and node.target in _PRODUCTS:
+            needed.append(node)
+        else:
+            pending.extend(node.all_input_nodes)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return sorted(needed, key=order.__getitem__)
+
+
+def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+    """The part of ``graph`` that makes ``results`` out of ``inputs``, which may be inside it."""
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(inputs):
+        copies[node] = part.placeholder(f"input_{index}")
+        copies[node].meta = dict(node.meta)
+    needed: set[fx.Node] = set()
+    pending = [node for node in results if node not in copies]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(one for one in node.all_input_nodes if one not in copies)
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in results))
+    return fx.GraphModule(torch.nn.Module(), part)
+
+
+def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, transposed: bool) -> None:
+    """``total += left @ right`` (or its transpose) in the precision of ``total``, which may be above the factors'."""
+    if transposed:
+        left, right = right.t(), left.t()
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        # One GEMM that reads 16-bit factors and adds to the 32-bit total.
+        aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

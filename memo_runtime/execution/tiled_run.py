@@ -1,0 +1,373 @@
+"""One call of a captured block: forward and backward in stages, tile by tile.
+
+    forward    segment (tiles) -> q, k, v | mixer -> o, lse | segment (tiles) -> y
+    backward   segment (tiles): dy -> dx, do, dW | q, k, v again | mixer: do -> dq, dk, dv | segment (tiles) -> dx, dW
+
+Between the two live the block's arguments, the result and log-sum-exp of every mixer, and for the first tiles (``keep``
+of them) the matrix products of their segments. Full-length tensors alive at the worst moment of a backward, for a block
+with one attention: x, o, dy, do, dx, q, k, v, dq, dk, dv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.capture.axes import rows
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.split import Mixer, Segment
+from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
+from memo_runtime.execution.mixers.by_rows import MAX_SCORES
+from memo_runtime.execution.tiled_gradients import Gradients, Part
+from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
+from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
+from memo_runtime.records import TokenAxis
+
+Values = dict[fx.Node, Any]
+
+
+class ProgramCache:
+    """Programs by segment and tile size; blocks with the same graph share one."""
+
+    def __init__(self, compiler: Callable[[fx.GraphModule], Program]) -> None:
+        self._compiler = compiler
+        self._programs: dict[tuple[Any, ...], Programs] = {}
+        #: Signatures of captures that were compared with their modules.
+        self.checked: set[str] = set()
+
+    def get(
+        self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
+    ) -> Programs:
+        """The programs of stage number ``stage`` for tiles like ``sources``."""
+        layout = tuple((tuple(one.shape), one.stride(), one.dtype) for one in sources)
+        key = (captured.signature, stage, tokens, autocast, layout)
+        if key not in self._programs:
+            segment = captured.stages.stages[stage]
+            assert isinstance(segment, Segment), "only segments have programs"
+            self._programs[key] = make_programs(
+                captured, segment, sources, tokens, autocast, compiler=self._compiler
+            )
+        return self._programs[key]
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+
+@dataclass(slots=True)
+class Run:
+    """The state of one call between its forward and its backward.
+
+    Args:
+        captured: what runs.
+        programs: compiled or plain programs of its segments.
+        tokens: length of this call.
+        tile: tokens of a tile; the last one may be shorter.
+        keep: number of tiles, from the first, whose matrix products are kept.
+        seed: of its dropout.
+        autocast: the precision of the call.
+        reproducible: attention drops what ``attention_seed`` says, also where a fused kernel would draw itself.
+    """
+
+    captured: Captured
+    programs: ProgramCache
+    tokens: int
+    tile: int
+    keep: int
+    seed: int
+    autocast: AutocastState
+    reproducible: bool = False
+    kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    saved: dict[fx.Node, Saved] = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=list)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the block computes."""
+        device: torch.device = self.captured.arguments[0][0].meta["val"].device
+        return device
+
+    # ---- forward
+
+    def forward(self, values: Values) -> list[Any]:
+        """Outputs of the block; ``values`` holds its placeholders and gains the results of mixers."""
+        stages = self.captured.stages
+        self._run_whole(stages.fixed, values)
+        self._run_whole(stages.weights, values)
+        for index, stage in enumerate(stages.stages):
+            if isinstance(stage, Mixer):
+                self._mix(stage, values)
+                self._drop_inputs(index, values)
+            else:
+                self._segment_forward(index, stage, values, keep=True)
+                if stage.by_rows:
+                    self._drop_inputs(index, values)
+        return [values[one] if isinstance(one, fx.Node) else one for one in self.captured.outputs]
+
+    def stash(self) -> list[fx.Node]:
+        """The values that backward needs of forward, beside placeholders."""
+        results = [
+            node
+            for stage in self.captured.stages.stages
+            for node in ([stage.node] if isinstance(stage, Mixer) else stage.outputs if stage.by_rows else [])
+        ]
+        return [*results, *self.captured.stages.fixed]
+
+    def _run_whole(self, nodes: Sequence[fx.Node], values: Values) -> None:
+        with self.autocast.uncached().restored():
+            for node in nodes:
+                values[node] = run_node(node, values, lambda size: self.captured.size(size, self.tokens))
+
+    def _drop_inputs(self, index: int, values: Values) -> None:
+        """Inputs of a mixer that a segment computed for it are rebuilt in backward."""
+        before = self.captured.stages.stages[index - 1] if index else None
+        if isinstance(before, Segment) and not before.by_rows:
+            yielded = {one for one in self.captured.outputs if isinstance(one, fx.Node)}
+            for node in before.outputs:
+                if node not in yielded:
+                    del values[node]
+
+    def _tiles(self, segment: Segment) -> Iterator[tuple[int, int, int]]:
+        """(number, start, stop) of each tile."""
+        tile = self.tile
+        if segment.by_rows:
+            scores = max(
+                self.captured.traced.token.at(node.meta["val"].numel(), self.tokens) // self.tokens
+                for node in segment.nodes
+            )
+            tile = max(1, min(tile, MAX_SCORES // max(1, int(scores))))
+        for number, start in enumerate(range(0, self.tokens, tile)):
+            yield number, start, min(start + tile, self.tokens)
+
+    def _source(self, segment: Segment, node: fx.Node, values: Values, start: int, stop: int) -> torch.Tensor:
+        """Rows of a source for one tile, without gaps in memory; a dropout mask is drawn."""
+        axis = segment.axes[node]
+        if node in values:
+            whole: torch.Tensor = values[node]
+            return whole if axis is None else _packed(whole, axis, self.tokens, start, stop)
+        return self._mask(node, axis, start, stop)
+
+    def _mask(self, node: fx.Node, axis: TokenAxis | None, start: int, stop: int) -> torch.Tensor:
+        draw = next(draw for draw in self.captured.draws if draw.mask is node)
+        shape = [int(self.captured.size(size, self.tokens)) for size in node.meta["val"].shape]
+        if axis is not None:
+            shape[axis.dim] = axis.outer * (stop - start) * axis.inner
+        seed = mixed_seed(self.seed, draw.call, start)
+        return bernoulli(shape, 1.0 - draw.drop, seed, node.meta["val"].device)
+
+    def whole_mask(self, call: int) -> torch.Tensor:
+        """The mask of the block's dropout number ``call``, put together from those of its tiles."""
+        node = next(draw.mask for draw in self.captured.draws if draw.call == call)
+        segments = (stage for stage in self.captured.stages.stages if isinstance(stage, Segment))
+        segment = next(segment for segment in segments if node in segment.sources)
+        axis = segment.axes[node]
+        if axis is None:
+            return self._mask(node, None, 0, self.tokens)
+        parts = [self._mask(node, axis, start, stop) for _, start, stop in self._tiles(segment)]
+        if axis.outer != 1 or axis.inner != 1:
+            parts = [part.unflatten(axis.dim, (axis.outer, -1, axis.inner)) for part in parts]
+            return torch.cat(parts, dim=axis.dim + 1).flatten(axis.dim, axis.dim + 2)
+        return torch.cat(parts, dim=axis.dim)
+
+    def attention_seed(self, number: int) -> int:
+        """Seed of the dropout of attention number ``number``."""
+        return mixed_seed(self.seed, number, -1)
+
+    def _segment_forward(self, index: int, segment: Segment, values: Values, *, keep: bool) -> None:
+        for number, start, stop in self._tiles(segment):
+            sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
+            programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
+            if keep and number < self.keep and not segment.by_rows:
+                results = programs.forward_keep(*sources)
+                self.kept[index, start] = list(results[len(segment.outputs) :])
+                results = results[: len(segment.outputs)]
+            else:
+                results = programs.forward(*sources)
+            for node, result in zip(segment.outputs, results, strict=True):
+                axis = segment.axes[node]
+                assert axis is not None, "a segment yields values with tokens"
+                if start == 0:
+                    values[node] = _like(result, axis, self.tokens, stop)
+                _write(values[node], axis, self.tokens, start, result)
+
+    def _mix(self, mixer: Mixer, values: Values) -> None:
+        inputs, settings, biased = self._attention(mixer, values)
+        by_rows = biased or (self.reproducible and settings.dropout > 0.0)
+        seed = self.attention_seed(len(self.saved))
+        output, saved = attention_forward(inputs, settings, seed=seed, by_rows=by_rows)
+        values[mixer.node] = output
+        self.saved[mixer.node] = saved
+        self.kernels.append(saved.kernel)
+
+    def _attention(self, mixer: Mixer, values: Values) -> tuple[Inputs, Settings, bool]:
+        named = arguments_of(mixer.node)
+        tensors = [self._cast(values[named[name]]) for name in ("query", "key", "value")]
+        mask = values[named["attn_mask"]] if named["attn_mask"] is not None else None
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(tensors[0].dtype)
+        settings = Settings.of(named, tensors[0].shape[-1])
+        biased = named["attn_mask"] in self.captured.stages.differentiable
+        query, key, value = tensors
+        return Inputs(query, key, value, mask), settings, biased
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What autocast makes of an argument of attention."""
+        for kind, enabled, dtype in self.autocast.settings:
+            if kind == tensor.device.type and enabled and tensor.dtype != torch.float64:
+                return tensor.to(dtype)
+        return tensor
+
+    # ---- backward
+
+    def backward(self, values: Values, grads: Sequence[torch.Tensor | None]) -> Gradients:
+        """Gradients of all placeholders that want one; ``values`` holds placeholders and the stash."""
+        stages = self.captured.stages
+        weights = self._weights(values)
+        found = Gradients(stages.differentiable, self.tokens)
+        for node, grad in zip(self.captured.outputs, grads, strict=True):
+            if isinstance(node, fx.Node) and grad is not None:
+                found.add(node, grad)
+        for index in range(len(stages.stages) - 1, -1, -1):
+            stage = stages.stages[index]
+            if isinstance(stage, Mixer) or stage.by_rows:
+                self._rebuild_inputs(index, values)
+            if isinstance(stage, Mixer):
+                self._mixer_backward(stage, values, found)
+                self._drop_inputs(index, values)
+            elif any(node in found for node in stage.outputs):
+                self._segment_backward(index, stage, values, found)
+                if stage.by_rows:
+                    self._drop_inputs(index, values)
+        self._weights_backward(weights, found)
+        return found
+
+    def _rebuild_inputs(self, index: int, values: Values) -> None:
+        before = self.captured.stages.stages[index - 1] if index else None
+        if isinstance(before, Segment) and not before.by_rows:
+            self._segment_forward(index - 1, before, values, keep=False)
+
+    def _mixer_backward(self, mixer: Mixer, values: Values, found: Gradients) -> None:
+        grad = found.take(mixer.node)
+        if grad is None:
+            return
+        inputs, settings, _ = self._attention(mixer, values)
+        output = values[mixer.node]
+        grads = attention_backward(grad.to(output.dtype), inputs, output, self.saved[mixer.node], settings)
+        named = arguments_of(mixer.node)
+        for name, one in zip(("query", "key", "value", "attn_mask"), grads, strict=True):
+            if named[name] is not None and one is not None:
+                found.add(named[name], one.to(values[named[name]].dtype))
+
+    def _segment_backward(self, index: int, segment: Segment, values: Values, found: Gradients) -> None:
+        upstream = [found.take(node) for node in segment.outputs]
+        for _, start, stop in self._tiles(segment):
+            sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
+            programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
+            tangents = [
+                self._tangent(layout, segment.axes[node], grad, start, stop)
+                for node, grad, layout in zip(segment.outputs, upstream, programs.layouts, strict=True)
+            ]
+            kept = self.kept.pop((index, start), None)
+            if kept is None:
+                results = programs.backward(*sources, *tangents)
+            else:
+                results = programs.backward_kept(*sources, *tangents, *kept)
+            for node, place in zip(segment.sources, programs.places, strict=True):
+                if place is not None:
+                    found.add_tile(node, segment.axes[node], Part(place, results, start), values[node])
+
+    def _tangent(
+        self, layout: torch.Tensor, axis: TokenAxis | None, grad: torch.Tensor | None, start: int, stop: int
+    ) -> torch.Tensor:
+        """Rows of the gradient of an output, laid out as when traced; zeros where nothing depends on it."""
+        assert axis is not None, "a segment yields values with tokens"
+        if grad is None:
+            return torch.zeros_like(layout, device=self._device)
+        part = rows(grad, axis, self.tokens, start, stop)
+        if axis.outer != 1 or axis.inner != 1:
+            part = part.flatten(axis.dim, axis.dim + 2)
+        if part.dtype == layout.dtype and _same_memory(part, layout):
+            return part.as_strided(layout.shape, layout.stride())
+        return torch.empty_like(layout, device=grad.device).copy_(part)
+
+    def _weights(self, values: Values) -> tuple[Values, Values]:
+        """Values made from parameters, made again with a graph: (leaves, results)."""
+        stages = self.captured.stages
+        inside = set(stages.weights)
+        leaves: Values = {}
+        for node in stages.weights:
+            for one in node.all_input_nodes:
+                if one not in inside and isinstance(values.get(one), torch.Tensor):
+                    leaves[one] = values[one].detach().requires_grad_(one in stages.differentiable)
+        local: Values = dict(leaves)
+        with torch.enable_grad(), self.autocast.uncached().restored():
+            for node in stages.weights:
+                local[node] = run_node(node, local, lambda size: self.captured.size(size, self.tokens))
+        for node in stages.weights:
+            value = local[node]
+            values[node] = value.detach() if isinstance(value, torch.Tensor) else value
+        return leaves, local
+
+    def _weights_backward(self, weights: tuple[Values, Values], found: Gradients) -> None:
+        leaves, results = weights
+        pairs = []
+        for node in self.captured.stages.weights:
+            grad = found.take(node) if node in found else None
+            if grad is not None and results[node].requires_grad:
+                pairs.append((results[node], grad.to(results[node].dtype)))
+        wanted = {node: leaf for node, leaf in leaves.items() if leaf.requires_grad}
+        if pairs and wanted:
+            outs, grads = zip(*pairs, strict=True)
+            for node, grad in zip(
+                wanted, torch.autograd.grad(outs, list(wanted.values()), grads, allow_unused=True), strict=True
+            ):
+                if grad is not None:
+                    found.add(node, grad)
+
+
+def _packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) without gaps, in the memory order of ``whole``; a view of it wherever that is possible.
+
+    Dimensions of size one get the strides that they would have without gaps, so that tiles of all lengths look alike.
+    """
+    part = rows(whole, axis, tokens, start, stop)
+    if axis.outer != 1 or axis.inner != 1:
+        part = part.flatten(axis.dim, axis.dim + 2)
+    order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] == 1, -int(part.stride()[dim]), dim))
+    strides, step = [0] * part.dim(), 1
+    for dim in reversed([dim for dim in order if part.shape[dim] != 1]):
+        strides[dim] = step
+        step *= part.shape[dim]
+    for dim in range(part.dim()):
+        if part.shape[dim] == 1:
+            strides[dim] = step
+    layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
+    if _same_memory(part, layout):
+        return part.as_strided(layout.shape, layout.stride())
+    return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
+
+
+def _same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
+    """Both have the same strides wherever strides matter."""
+    pairs = zip(tensor.shape, tensor.stride(), layout.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in pairs)
+
+
+def _like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torch.Tensor:
+    """Full-length memory for an output, its dimensions in the memory order of its first tile."""
+    shape = list(tile.shape)
+    shape[axis.dim] = shape[axis.dim] // length * tokens
+    order = sorted(range(tile.dim()), key=lambda dim: (-int(tile.stride()[dim]), dim))
+    memory = tile.new_empty([shape[dim] for dim in order])
+    return memory.permute([order.index(dim) for dim in range(tile.dim())])
+
+
+def _write(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, tile: torch.Tensor) -> None:
+    length = tile.shape[axis.dim] // (axis.outer * axis.inner)
+    target = rows(whole, axis, tokens, start, start + length)
+    target.copy_(tile.view(target.shape) if tile.is_contiguous() else tile.reshape(target.shape))

@@ -1,0 +1,166 @@
+"""Blocks with one thing each that a capture must see, beside those of tests/exactness/hand_written.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.exactness.hand_written import HEADS, WIDTH, Attention, Part, merge_heads
+
+
+class Round(torch.autograd.Function):
+    """A straight-through estimator: forward rounds, backward does not know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class StraightThrough(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(x, Round.apply(self.mix(x)))
+
+
+class TensorHook(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mix(x)
+        mixed.register_hook(lambda grad: 2 * grad)
+        return self.finish(x, mixed)
+
+
+class WritesInput(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2.0))
+
+
+class WritesView(Attention):
+    """Writes to a value of which a view is used afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 2 * x
+        view = y.transpose(1, 2)
+        y.add_(1.0)
+        return super().forward(view.transpose(1, 2))
+
+
+class Counts(Attention):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class ByLength(Attention):
+    """The number of tokens is a number in a formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / x.shape[1])
+
+
+class WithoutGradient(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().amax(-1, keepdim=True)
+        return super().forward(x / scale)
+
+
+class Detached(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / x.detach().abs().amax(-1, keepdim=True))
+
+
+class Noise(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+class NormOverTokens(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(functional.instance_norm(x))
+
+
+class Shifted(Attention):
+    """Every token sees the one before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat((x[:, :1], x[:, :-1]), dim=1))
+
+
+class AnotherWay(Part):
+    """Takes another way for long sequences."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        if x.shape[1] < 24:
+            q = q * 2
+        return self.finish(x, merge_heads(functional.scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+
+class Switched(Attention):
+    """Has Python state that changes what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"scales": [1.0]}
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        x = x if extra is None else x + extra
+        return super().forward(x * self.settings["scales"][0])
+
+
+class DocumentMask(Part):
+    """Makes a mask out of document numbers: a comparison of every token with every other."""
+
+    def forward(self, x: Tensor, documents: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        mask = same & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return self.finish(x, merge_heads(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+class LearnedBias(Part):
+    """A bias of its scores that is made from a parameter, and yielded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(8, HEADS)
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = self.heads(x)
+        places = torch.arange(x.shape[1])
+        bias = self.bias((places[:, None] - places[None, :]).clamp(-3, 4) + 3).permute(2, 0, 1)[None]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.finish(x, merge_heads(mixed)), bias
+
+
+class Cross(Part):
+    """Attention to other tokens than its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor, others: Tensor) -> Tensor:
+        q, _, _ = self.heads(x)
+        k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.keys(others).chunk(2, dim=-1))
+        return self.finish(x, merge_heads(functional.scaled_dot_product_attention(q, k, v)))
+
+
+class PassThrough(Attention):
+    """Yields its input, and one tensor twice."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y, x, y

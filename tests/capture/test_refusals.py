@@ -1,0 +1,80 @@
+"""What cannot be executed by tiles is refused by name, before anything runs."""
+
+import pytest
+import torch
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.captured import capture
+from memo_runtime.errors import CaptureRefusedError
+from tests.capture import blocks
+from tests.exactness import hand_written
+
+REFUSED = {
+    blocks.StraightThrough: ("autograd.Function 'Round'", "backward"),
+    blocks.TensorHook: ("Tensor.register_hook", "hook"),
+    blocks.WritesInput: ("aten.mul_", "writes to an argument"),
+    blocks.WritesView: ("aten.add_", "view"),
+    blocks.Counts: ("aten.add_", "buffer"),
+    blocks.ByLength: ("aten.div", "number of tokens"),
+    blocks.WithoutGradient: ("aten.abs", "without gradients"),
+    blocks.Noise: ("aten.randn_like", "random"),
+    blocks.NormOverTokens: ("aten.instance_norm", "not known"),
+    blocks.Shifted: ("aten.slice", "part of the tokens"),
+    hand_written.CumulativeSum: ("aten.cumsum", "along the token dimension"),
+    hand_written.Squeeze: ("aten.mean", "over the token dimension"),
+    hand_written.TupleOutput: ("aten.mean", "all elements"),
+    hand_written.Convolution: ("aten.conv1d", "not known"),
+    hand_written.CustomFunction: ("autograd.Function 'Doubling'", "backward"),
+    hand_written.Routed: ("forward", "cannot be traced"),
+}
+
+
+def call_of(tokens: int = 29) -> BlockCall:
+    return BlockCall.of((torch.randn(3, tokens, hand_written.WIDTH, requires_grad=True),), {})
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+def test_refused_by_name(kind):
+    operator, reason = REFUSED[kind]
+    with pytest.raises(CaptureRefusedError) as caught:
+        capture(kind(), call_of())
+    assert caught.value.operator == operator
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("where", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_a_hook_of_an_inner_module_is_refused_and_one_of_the_block_is_not(where):
+    block = hand_written.Attention()
+    getattr(block, where)(lambda *_: None)
+    capture(block, call_of())
+    getattr(block.merge, where)(lambda *_: None)
+    with pytest.raises(CaptureRefusedError, match="of 'merge'"):
+        capture(block, call_of())
+
+
+def test_a_forward_on_an_instance_is_refused():
+    block = hand_written.Attention()
+    block.merge.forward = lambda x: x
+    with pytest.raises(CaptureRefusedError, match="forward of 'merge': it was replaced"):
+        capture(block, call_of())
+
+
+def test_the_live_module_is_neither_run_nor_changed():
+    block = hand_written.Attention()
+    before = {name: (id(one), one._version, one.grad) for name, one in block.named_parameters()}
+    attributes = {key: id(value) for key, value in block.__dict__.items()}
+    block.forward = pytest.fail
+    del block.forward
+    capture(block, call_of())
+    assert {name: (id(one), one._version, one.grad) for name, one in block.named_parameters()} == before
+    assert {key: id(value) for key, value in block.__dict__.items()} == attributes
+
+
+def test_one_token_is_refused():
+    with pytest.raises(CaptureRefusedError, match="1 token is not enough"):
+        capture(hand_written.Attention(), call_of(1))
+
+
+def test_a_call_without_hidden_states_is_refused():
+    with pytest.raises(CaptureRefusedError, match="none is a floating-point tensor"):
+        capture(hand_written.Attention(), BlockCall.of((torch.zeros(3, 4, dtype=torch.long),), {}))

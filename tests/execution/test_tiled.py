@@ -1,0 +1,230 @@
+"""Blocks written by hand by tiles, and the check of every capture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.captured import capture
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution import tiled as tiled_module
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_run import ProgramCache
+from tests.capture import blocks
+from tests.exactness import hand_written
+from tests.exactness.hand_written import HEADS, WIDTH
+from tests.execution.tiles import assert_exact, call_of, run, worst
+
+BLOCKS = [
+    hand_written.Attention, hand_written.TwoMixers, hand_written.NoMixer, hand_written.OwnPositions,
+    hand_written.BufferedMask, hand_written.DictOutput, hand_written.TimeFirst, hand_written.Normalised,
+    hand_written.Twice, blocks.Detached, blocks.LearnedBias, blocks.PassThrough, blocks.AnotherWay,
+]  # fmt: skip
+
+
+def double(kind):
+    torch.manual_seed(0)
+    return kind().double().train()
+
+
+def hidden(tokens=29, rows=3):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, tokens, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+def test_exact(kind, alpha):
+    block = double(kind)
+    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=6, alpha=alpha))
+
+
+def test_tokens_without_a_batch():
+    block = double(hand_written.Sequential2d)
+    assert_exact(call_of(block, hidden()[0].detach().requires_grad_()), TiledBlock(block, tile=6))
+
+
+def test_values_of_another_block_get_their_gradient():
+    block = double(hand_written.SharedValues)
+    first = torch.randn(3, HEADS, 29, WIDTH // HEADS, dtype=torch.float64, requires_grad=True)
+    tiled = TiledBlock(block, tile=6)
+    assert_exact(call_of(block, hidden(), first), tiled)
+    assert_exact(call_of(block, hidden(), None), tiled)
+
+
+def test_a_bias_of_all_pairs_gets_its_gradient():
+    block = double(hand_written.Biased)
+    bias = torch.randn(1, HEADS, 29, 29, dtype=torch.float64, requires_grad=True)
+    assert_exact(call_of(block, hidden(), bias=bias), TiledBlock(block, tile=6))
+
+
+@pytest.mark.parametrize("others", [29, 11])
+def test_attention_to_other_tokens(others):
+    block = double(blocks.Cross)
+    keys = torch.randn(3, others, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert_exact(call_of(block, hidden(), keys), TiledBlock(block, tile=6))
+
+
+def test_packed_documents():
+    block = double(blocks.DocumentMask)
+    documents = torch.tensor([0] * 7 + [1] * 12 + [2] * 10).expand(3, -1)
+    assert_exact(call_of(block, hidden(), documents), TiledBlock(block, tile=6))
+
+
+def test_an_input_without_gradient_and_frozen_parameters():
+    block = double(hand_written.Attention)
+    tiled = TiledBlock(block, tile=6)
+    assert_exact(call_of(block, hidden().detach()), tiled)
+    block.project.requires_grad_(False)
+    assert_exact(call_of(block, hidden()), tiled)
+
+
+def test_a_gradient_for_one_output_only():
+    block = double(hand_written.DictOutput)
+    tiled, x = TiledBlock(block, tile=6), hidden()
+    for name in ("hidden", "mixed"):
+        wanted = [x, block.merge.weight, block.project.weight]
+        theirs = torch.autograd.grad(block(x)[name].square().sum(), wanted, allow_unused=True)
+        mine = torch.autograd.grad(tiled(x)[name].square().sum(), wanted, allow_unused=True)
+        theirs = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, theirs, strict=True)]
+        mine = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, mine, strict=True)]
+        assert worst(mine, theirs) <= 1e-12
+
+
+def test_an_input_that_is_not_contiguous():
+    block = double(hand_written.Attention)
+    x = torch.randn(29, 3, WIDTH, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    assert_exact(call_of(block, x), TiledBlock(block, tile=6))
+
+
+def test_without_grad_the_block_itself_runs():
+    block = double(hand_written.Attention)
+    tiled = TiledBlock(block, tile=6)
+    with torch.no_grad():
+        assert torch.equal(tiled(hidden()), block(hidden()))
+    assert tiled.last is None
+
+
+def test_switched_state_between_steps():
+    """State that a trace freezes: each setting has its own capture, and the first one serves again."""
+    block, x = double(blocks.Switched), hidden()
+    tiled = TiledBlock(block, tile=6)
+    for scale in (1.0, 3.0, 1.0):
+        block.settings["scales"][0] = scale
+        assert_exact(call_of(block, x), tiled)
+    assert len(tiled._captures) == 2
+
+
+def test_lora_with_its_adapter_switched():
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(double(hand_written.Attention))
+    config = peft.LoraConfig(target_modules=["up", "merge"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    block = model.base_model.model[0].double()
+    tiled, x = TiledBlock(block, tile=6), hidden()
+    assert_exact(call_of(block, x), tiled)
+    with model.disable_adapter():
+        assert_exact(call_of(block, x), tiled)
+    assert_exact(call_of(block, x), tiled)
+    assert len(tiled._captures) == 2
+
+
+def test_parameters_changed_in_place_between_forward_and_backward_are_an_error():
+    block, x = double(hand_written.Attention), hidden()
+    y = TiledBlock(block, tile=6)(x)
+    with torch.no_grad():
+        block.up.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_backward_twice_is_an_error():
+    y = TiledBlock(double(hand_written.Attention), tile=6)(hidden()).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+def test_low_precision_weight_gradients_are_summed_in_float32():
+    """Many tiles: sums in bfloat16 would lose what single tiles add."""
+    torch.manual_seed(0)
+    block = hand_written.Attention().bfloat16()
+    x = torch.randn(1, 512, WIDTH).bfloat16().requires_grad_()
+    reference = hand_written.Attention().double()
+    reference.load_state_dict(block.state_dict())
+    exact = run(call_of(reference, x.detach().double().requires_grad_()), reference)[1]
+    theirs = run(call_of(block, x), block)[1]
+    mine = run(call_of(block, x), TiledBlock(block, tile=8))[1]
+    assert worst(mine, exact) <= 1.1 * worst(theirs, exact)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    block = hand_written.Attention()
+    x = torch.randn(2, 29, WIDTH, requires_grad=True)
+    tiled = TiledBlock(block, tile=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = run(call_of(block, x), block)
+        mine = run(call_of(block, x), tiled)
+        y = tiled(x)
+    assert mine[0][0].dtype == theirs[0][0].dtype
+    assert worst(mine[0], theirs[0]) < 1e-2
+    assert worst(mine[1], theirs[1]) < 2e-2
+    # Backward outside of autocast, as most loops have it.
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    outside = torch.autograd.grad(y, [x, *block.parameters()], weights)
+    assert worst(outside, mine[1]) == 0.0
+
+
+def test_blocks_alike_share_programs():
+    programs = ProgramCache(tiled_module.run_eagerly)
+    x = hidden()
+    for _ in range(3):
+        TiledBlock(double(hand_written.Attention), tile=6, programs=programs)(x).sum().backward()
+    assert len(programs) == 4  # two segments, two tile sizes
+
+
+# ---- the check
+
+
+def test_a_wrong_capture_is_refused(monkeypatch):
+    """What a frozen switch would be: the graph of another activation."""
+
+    def wrong(block, call, forward=None):
+        found = capture(block, call)
+        for node in found.stages.stages[-1].nodes:
+            if node.target is torch.ops.aten.silu.default:
+                node.target = torch.ops.aten.relu.default
+        return found
+
+    monkeypatch.setattr(tiled_module, "capture", wrong)
+    with pytest.raises(CaptureRefusedError, match="check: output 0 differs by"):
+        TiledBlock(double(hand_written.Attention), tile=6)(hidden())
+
+
+def test_a_lost_gradient_is_refused(monkeypatch):
+    def wrong(block, call, forward=None):
+        found = capture(block, call)
+        found.stages.differentiable -= {node for node, name in found.states if name == "up.weight"}
+        return found
+
+    monkeypatch.setattr(tiled_module, "capture", wrong)
+    with pytest.raises(CaptureRefusedError, match=r"check: gradient of up\.weight differs by"):
+        TiledBlock(double(hand_written.Attention), tile=6)(hidden())
+
+
+def test_a_check_leaves_random_state_and_gradients_alone():
+    block, x = double(hand_written.InPlace), hidden()
+    before = torch.get_rng_state()
+    TiledBlock(block, tile=6).captured(BlockCall.of((x,), {}))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert x.grad is None
+    assert all(one.grad is None for one in block.parameters())
+
+
+@pytest.mark.parametrize(("tile", "alpha"), [(0, 0.0), (-3, 0.0), (8, -0.1), (8, 1.5)])
+def test_settings_that_mean_nothing(tile, alpha):
+    with pytest.raises(ValueError, match=r"tile is|alpha is"):
+        TiledBlock(double(hand_written.Attention), tile=tile, alpha=alpha)

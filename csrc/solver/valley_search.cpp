@@ -10,7 +10,10 @@
 //  (unplaced bytes at a) pays for waste; in a perfect packing there is none, so the
 //  requests that begin at a are the only choices. The right edge works likewise.
 //
-// Branch on the edge with the fewest choices; none = dead end, one = forced. A state is the
+// Slots inside a valley that have no slack must be covered from its floor as well, by a chain of
+// requests from edge to edge: a request that no such chain contains is no choice anywhere.
+//
+// Branch on the slot with the fewest choices; none = dead end, one = forced. A state is the
 // set of unplaced requests and the skyline; failed ones are kept across restarts, as failing
 // does not depend on the order of choices. Parts of the time axis that no unplaced request
 // connects are solved one after the other and never together.
@@ -29,12 +32,19 @@ namespace {
 constexpr Offset kNone = std::numeric_limits<Offset>::max();
 constexpr std::int32_t kMaxDepth = 6000;  // of recursion: a bounded stack; waste in such tiny steps is hopeless anyway
 
-struct Edge {
-  std::int32_t from = 0;  // valley, first slot
-  std::int32_t to = 0;    // valley, last slot
-  bool at_left = true;
-  Offset waste = kNone;  // rise of the edge slot when nothing rests there; kNone = not possible
-  std::int32_t num_choices = 0;
+// One valley of the skyline.
+struct Valley {
+  std::int32_t from = 0;  // first slot
+  std::int32_t to = 0;    // last slot
+};
+
+// Where to branch: a slot on the floor of a valley.
+struct Branch {
+  Valley valley;
+  std::int32_t slot = 0;
+  Offset waste = kNone;  // rise of an edge slot when nothing rests there; kNone = not possible
+  std::int32_t num_choices = std::numeric_limits<std::int32_t>::max();
+  std::uint64_t tie = 0;
 };
 
 class Search {
@@ -42,16 +52,34 @@ class Search {
   Search(const Instance& instance, Offset capacity, std::uint64_t seed, Stopper& stopper)
       : in_(instance), capacity_(capacity), random_(seed), stopper_(stopper),
         failed_(instance.num_requests > 64 ? 21 : 16), starts_(instance.num_slots),
-        ends_(instance.num_slots), height_(instance.num_slots, 0), rest_(instance.num_slots, 0),
+        height_(instance.num_slots, 0), rest_(instance.num_slots, 0),
         alive_(instance.num_slots, 0), crossing_(instance.num_slots, 0),
-        offset_(instance.num_requests, -1), noise_(instance.num_requests, 0), blame_(instance.num_slots, 0) {
+        offset_(instance.num_requests, -1), noise_(instance.num_requests, 0), twin_(instance.num_requests, -1),
+        from_left_(instance.num_slots + 1, 0), from_right_(instance.num_slots + 1, 0),
+        count_(instance.num_slots + 1, 0), blame_(instance.num_slots, 0) {
     for (std::int32_t i = 0; i < in_.num_requests; ++i) {
       starts_[in_.first[i]].push_back(i);
-      ends_[in_.last[i]].push_back(i);
       for (std::int32_t s = in_.first[i]; s <= in_.last[i]; ++s) {
         rest_[s] += in_.size[i];
         ++alive_[s];
         if (s < in_.last[i]) ++crossing_[s];
+      }
+    }
+    slot_key_.resize(in_.num_slots);
+    request_key_.resize(in_.num_requests);
+    for (std::int32_t s = 0; s < in_.num_slots; ++s) toggle_height(s);
+    for (std::int32_t i = 0; i < in_.num_requests; ++i) {
+      request_key_[i].toggle(0xffff000000000000ULL + static_cast<std::uint64_t>(i));
+      toggle_request(i);
+    }
+    for (auto& starting : starts_) {
+      std::sort(starting.begin(), starting.end(), [this](std::int32_t a, std::int32_t b) {
+        if (in_.last[a] != in_.last[b]) return in_.last[a] < in_.last[b];
+        return in_.size[a] != in_.size[b] ? in_.size[a] < in_.size[b] : a < b;
+      });
+      for (std::size_t k = 1; k < starting.size(); ++k) {
+        const std::int32_t a = starting[k - 1], b = starting[k];
+        if (in_.last[a] == in_.last[b] && in_.size[a] == in_.size[b]) twin_[b] = a;
       }
     }
   }
@@ -82,18 +110,19 @@ class Search {
 
   void place(std::int32_t i, Offset level) {
     for (std::int32_t s = in_.first[i]; s <= in_.last[i]; ++s) {
-      height_[s] = level + in_.size[i];
+      set_height(s, level + in_.size[i]);
       rest_[s] -= in_.size[i];
       --alive_[s];
       if (s < in_.last[i]) --crossing_[s];
     }
     offset_[i] = level;
+    toggle_request(i);
     trail_.push_back(Move{i, 0, level});
   }
 
   void raise(std::int32_t slot, Offset by) {
     trail_.push_back(Move{-1, slot, height_[slot]});
-    height_[slot] += by;
+    set_height(slot, height_[slot] + by);
   }
 
   void undo_to(std::size_t mark) {
@@ -101,17 +130,18 @@ class Search {
       const Move move = trail_.back();
       trail_.pop_back();
       if (move.request < 0) {
-        height_[move.slot] = move.level;
+        set_height(move.slot, move.level);
         continue;
       }
       const std::int32_t i = move.request;
       for (std::int32_t s = in_.first[i]; s <= in_.last[i]; ++s) {
-        height_[s] = move.level;
+        set_height(s, move.level);
         rest_[s] += in_.size[i];
         ++alive_[s];
         if (s < in_.last[i]) ++crossing_[s];
       }
       offset_[i] = -1;
+      toggle_request(i);
     }
   }
 
@@ -135,89 +165,142 @@ class Search {
     return Outcome::kFound;
   }
 
+  // A state is the heights of its slots and the unplaced requests that begin in them.
   StateKey key_of(std::int32_t from, std::int32_t to) const {
     StateKey key;
     for (std::int32_t s = from; s <= to; ++s) {
-      key.toggle((static_cast<std::uint64_t>(s) << 40) ^ Random::mix(static_cast<std::uint64_t>(height_[s])));
-      for (const std::int32_t i : starts_[s]) {
-        if (offset_[i] < 0) key.toggle(0xffff000000000000ULL + static_cast<std::uint64_t>(i));
-      }
+      key.bucket ^= slot_key_[s].bucket;
+      key.tag ^= slot_key_[s].tag;
     }
     return key;
   }
 
-  bool same_shape(std::int32_t a, std::int32_t b) const {
-    return in_.first[a] == in_.first[b] && in_.last[a] == in_.last[b] && in_.size[a] == in_.size[b];
+  void toggle_height(std::int32_t s) {
+    slot_key_[s].toggle((static_cast<std::uint64_t>(s) << 40) ^ Random::mix(static_cast<std::uint64_t>(height_[s])));
   }
 
-  // Requests that may rest on the valley floor at its edge, one of each shape.
-  void list_choices(const Edge& edge, std::vector<std::int32_t>& choices) const {
-    choices.clear();
-    for (const std::int32_t i : edge.at_left ? starts_[edge.from] : ends_[edge.to]) {
-      if (offset_[i] >= 0 || in_.first[i] < edge.from || in_.last[i] > edge.to) continue;
-      const bool known = std::any_of(choices.begin(), choices.end(),
-                                     [&](std::int32_t other) { return same_shape(i, other); });
-      if (!known) choices.push_back(i);
-    }
+  void toggle_request(std::int32_t i) {
+    slot_key_[in_.first[i]].bucket ^= request_key_[i].bucket;
+    slot_key_[in_.first[i]].tag ^= request_key_[i].tag;
   }
 
-  // Least rise of the edge slot when nothing rests on its floor, or kNone (see the top of the file).
-  Offset least_waste(const Edge& edge, std::int32_t part_from, std::int32_t part_to) const {
-    const std::int32_t slot = edge.at_left ? edge.from : edge.to;
-    const Offset slack = capacity_ - height_[slot] - rest_[slot];
-    if (slack <= 0) return kNone;
-    Offset rise = kNone;
-    if (edge.from > part_from) rise = std::min(rise, height_[edge.from - 1] - height_[slot]);
-    if (edge.to < part_to) rise = std::min(rise, height_[edge.to + 1] - height_[slot]);
-    for (std::int32_t s = edge.from; s <= edge.to; ++s) {
+  void set_height(std::int32_t s, Offset height) {
+    toggle_height(s);
+    height_[s] = height;
+    toggle_height(s);
+  }
+
+  Offset slack(std::int32_t slot) const { return capacity_ - height_[slot] - rest_[slot]; }
+
+  // Requests that may rest on the floor of the valley, one of each shape, by first slot: those that are
+  // a link of a chain of requests from edge to edge. The chain has to cover every slot without slack.
+  // False when there is no chain: a dead end.
+  bool list_links(const Valley& valley) {
+    links_.clear();
+    std::fill(from_left_.begin() + valley.from, from_left_.begin() + valley.to + 2, 0);
+    std::fill(from_right_.begin() + valley.from, from_right_.begin() + valley.to + 2, 0);
+    from_left_[valley.from] = 1;
+    for (std::int32_t s = valley.from; s <= valley.to; ++s) {
+      if (!from_left_[s]) continue;
+      if (slack(s) > 0) from_left_[s + 1] = 1;
       for (const std::int32_t i : starts_[s]) {
-        if (offset_[i] >= 0 || in_.last[i] > edge.to) continue;
-        if (in_.first[i] <= slot && slot <= in_.last[i]) continue;
+        if (in_.last[i] > valley.to) break;  // by last slot
+        if (offset_[i] >= 0 || (twin_[i] >= 0 && offset_[twin_[i]] < 0)) continue;
+        from_left_[in_.last[i] + 1] = 1;
+        links_.push_back(i);
+      }
+    }
+    if (!from_left_[valley.to + 1]) return false;
+    from_right_[valley.to + 1] = 1;
+    std::size_t kept = links_.size(), at = links_.size();
+    for (std::int32_t s = valley.to; s >= valley.from; --s) {
+      if (slack(s) > 0 && from_right_[s + 1]) from_right_[s] = 1;
+      while (at > 0 && in_.first[links_[at - 1]] == s) {
+        const std::int32_t i = links_[--at];
+        if (!from_right_[in_.last[i] + 1]) continue;
+        from_right_[s] = 1;
+        links_[--kept] = i;
+      }
+    }
+    links_.erase(links_.begin(), links_.begin() + static_cast<std::ptrdiff_t>(kept));
+    return from_right_[valley.from] != 0;
+  }
+
+  // Least rise of an edge slot when nothing rests on its floor, or kNone (see the top of the file).
+  Offset least_waste(const Valley& valley, std::int32_t slot, std::int32_t part_from, std::int32_t part_to) const {
+    const Offset spare = slack(slot);
+    if (spare <= 0) return kNone;
+    Offset rise = kNone;
+    if (valley.from > part_from) rise = std::min(rise, height_[valley.from - 1] - height_[slot]);
+    if (valley.to < part_to) rise = std::min(rise, height_[valley.to + 1] - height_[slot]);
+    for (std::int32_t s = valley.from; s <= valley.to; ++s) {
+      for (const std::int32_t i : starts_[s]) {
+        if (in_.last[i] > valley.to) break;
+        if (offset_[i] >= 0 || (in_.first[i] <= slot && slot <= in_.last[i])) continue;
         rise = std::min(rise, in_.size[i]);
       }
     }
-    return rise <= slack ? rise : kNone;
+    return rise <= spare ? rise : kNone;
   }
 
-  // Judges one edge; false when it is a dead end.
-  bool judge(Edge& edge, std::int32_t part_from, std::int32_t part_to) {
-    list_choices(edge, choices_);
-    edge.waste = least_waste(edge, part_from, part_to);
-    edge.num_choices = static_cast<std::int32_t>(choices_.size()) + (edge.waste != kNone ? 1 : 0);
-    return edge.num_choices > 0;
+  void offer(Branch& best, const Valley& valley, std::int32_t slot, std::int32_t count, Offset waste) {
+    if (count > best.num_choices) return;
+    const std::uint64_t tie = tie_of(slot);
+    if (count < best.num_choices || tie < best.tie) best = Branch{valley, slot, waste, count, tie};
   }
 
-  // The edge with the fewest choices, the lowest one among equals; false at a dead end.
-  bool choose_edge(std::int32_t from, std::int32_t to, Edge& best) {
-    best.num_choices = std::numeric_limits<std::int32_t>::max();
-    std::uint64_t best_tie = 0;
-    for (std::int32_t s = from; s <= to;) {
-      Edge edge;
-      edge.from = s;
-      while (s < to && height_[s + 1] == height_[s]) ++s;
-      edge.to = s++;
-      if (edge.from > from && height_[edge.from - 1] < height_[edge.from]) continue;
-      if (edge.to < to && height_[edge.to + 1] < height_[edge.to]) continue;
-      for (const bool at_left : {true, false}) {
-        edge.at_left = at_left;
-        if (!judge(edge, from, to)) {
-          ++blame_[at_left ? edge.from : edge.to];
-          return false;
-        }
-        const std::uint64_t tie = tie_of(edge);
-        if (edge.num_choices < best.num_choices ||
-            (edge.num_choices == best.num_choices && tie < best_tie)) {
-          best = edge;
-          best_tie = tie;
-        }
+  // Offers the slots of a valley to `best`; false at a dead end.
+  bool judge(const Valley& valley, std::int32_t part_from, std::int32_t part_to, Branch& best) {
+    if (!list_links(valley)) {
+      ++blame_[valley.from];
+      ++blame_[valley.to];
+      return false;
+    }
+    std::fill(count_.begin() + valley.from, count_.begin() + valley.to + 2, 0);
+    for (const std::int32_t i : links_) {
+      ++count_[in_.first[i]];
+      --count_[in_.last[i] + 1];
+    }
+    std::int32_t count = 0;
+    for (std::int32_t s = valley.from; s <= valley.to; ++s) {
+      count += count_[s];
+      const bool is_edge = s == valley.from || s == valley.to;
+      if (!is_edge && slack(s) > 0) continue;
+      const Offset waste = is_edge ? least_waste(valley, s, part_from, part_to) : kNone;
+      const std::int32_t choices = count + (waste != kNone ? 1 : 0);
+      if (choices == 0) {
+        ++blame_[s];
+        return false;
       }
+      offer(best, valley, s, choices, waste);
     }
     return true;
   }
 
-  // Among edges with equally many choices: the slot that was a dead end most often, then the lowest.
-  std::uint64_t tie_of(const Edge& edge) {
-    const std::uint64_t blame = blame_[edge.at_left ? edge.from : edge.to];
+  // The slot with the fewest choices; false at a dead end.
+  bool choose_branch(std::int32_t from, std::int32_t to, Branch& best) {
+    for (std::int32_t s = from; s <= to;) {
+      Valley valley;
+      valley.from = s;
+      while (s < to && height_[s + 1] == height_[s]) ++s;
+      valley.to = s++;
+      if (valley.from > from && height_[valley.from - 1] < height_[valley.from]) continue;
+      if (valley.to < to && height_[valley.to + 1] < height_[valley.to]) continue;
+      if (!judge(valley, from, to, best)) return false;
+    }
+    return true;
+  }
+
+  void list_choices(const Branch& branch, std::vector<std::int32_t>& choices) {
+    list_links(branch.valley);
+    for (const std::int32_t i : links_) {
+      if (in_.first[i] <= branch.slot && branch.slot <= in_.last[i]) choices.push_back(i);
+    }
+  }
+
+  // Among slots with equally many choices: the slot that was a dead end most often, then the lowest.
+  std::uint64_t tie_of(std::int32_t slot) {
+    const std::uint64_t blame = blame_[slot];
     return (~blame << 20) + (shuffled_ ? random_.below(1 << 20) : 0);
   }
 
@@ -242,25 +325,24 @@ class Search {
     if (++num_nodes_ > node_limit_ || depth > kMaxDepth) return Outcome::kLimit;
     const StateKey key = key_of(from, to);
     if (failed_.contains(key)) return Outcome::kInfeasible;
-    Edge edge;
-    if (!choose_edge(from, to, edge)) {
+    Branch branch;
+    if (!choose_branch(from, to, branch)) {
       failed_.insert(key);
       return Outcome::kInfeasible;
     }
     std::vector<std::int32_t> choices;
-    list_choices(edge, choices);
+    list_choices(branch, choices);
     order_choices(choices);
     const std::size_t mark = trail_.size();
-    const std::int32_t slot = edge.at_left ? edge.from : edge.to;
-    const Offset level = height_[slot];
+    const Offset level = height_[branch.slot];
     for (const std::int32_t i : choices) {
       place(i, level);
       const Outcome outcome = solve_range(from, to, depth + 1);
       if (outcome != Outcome::kInfeasible) return outcome;
       undo_to(mark);
     }
-    if (edge.waste != kNone) {
-      raise(slot, edge.waste);
+    if (branch.waste != kNone) {
+      raise(branch.slot, branch.waste);
       const Outcome outcome = solve_range(from, to, depth + 1);
       if (outcome != Outcome::kInfeasible) return outcome;
       undo_to(mark);
@@ -274,16 +356,21 @@ class Search {
   Random random_;
   Stopper& stopper_;
   FailedStates failed_;
-  std::vector<std::vector<std::int32_t>> starts_;  // unplaced or not, by first slot
-  std::vector<std::vector<std::int32_t>> ends_;    // by last slot
+  std::vector<std::vector<std::int32_t>> starts_;  // unplaced or not, by first slot; then by last slot and size
   std::vector<Offset> height_;
+  std::vector<StateKey> slot_key_;     // of the height and the unplaced requests of each slot
+  std::vector<StateKey> request_key_;
   std::vector<Offset> rest_;             // bytes of unplaced requests
   std::vector<std::int32_t> alive_;      // number of unplaced requests
   std::vector<std::int32_t> crossing_;   // unplaced requests alive in this slot and the next
   std::vector<Offset> offset_;           // -1: unplaced
   std::vector<std::uint64_t> noise_;
   std::vector<Move> trail_;
-  std::vector<std::int32_t> choices_;
+  std::vector<std::int32_t> twin_;       // the interchangeable request before this one, or -1
+  std::vector<std::int32_t> links_;      // of list_links
+  std::vector<char> from_left_;          // whether a chain reaches this slot from the left edge
+  std::vector<char> from_right_;         // likewise from the right
+  std::vector<std::int32_t> count_;      // links over a slot, as differences
   std::vector<std::uint32_t> blame_;  // dead ends met at each slot
   bool shuffled_ = false;
   std::int32_t mode_ = 2;  // of order_choices

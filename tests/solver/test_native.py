@@ -1,10 +1,13 @@
 """The compiled searches against their Python twins."""
 
+import random
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memo_solver import Problem, cpsat, first_fit, native, python_search
+from memo_solver import Problem, Request, cpsat, first_fit, native, python_search
 from memo_solver.instances import planted_packing, random_requests
 from memo_solver.orders import exact_orders, heuristic_names, heuristic_order
 from memo_solver.outcome import Outcome, StopFlag
@@ -53,6 +56,50 @@ def test_exact_searches_agree(problem, slack):
             assert result.outcome is expected.outcome
             if result.offsets is not None:
                 assert placed(problem, section, result.offsets, capacity) is None
+
+
+def full_loads(seed):
+    """Requests that fill the load to the brim with no packing behind it; a few seeds cannot be packed."""
+    rng = random.Random(seed)
+    num_times, height, num_requests = rng.randint(4, 9), rng.randint(5, 9), rng.randint(8, 16)
+    load, requests = [0] * num_times, []
+    for _ in range(400):
+        lower = rng.randrange(num_times)
+        upper = min(num_times, lower + rng.randint(1, 4))
+        size = min(rng.randint(1, 4), height - max(load[lower:upper]))
+        if size > 0 and len(requests) < num_requests:
+            load[lower:upper] = [value + size for value in load[lower:upper]]
+            requests.append(Request(f"r{len(requests)}", lower, upper, size))
+    return Problem(requests=tuple(requests))
+
+
+UNPACKABLE = (302, 3964, 5210, 5801, 6271, 9302, 9571, 10272, 10701, 12619, 14860, 15261, 16624, 16898, 17363, 17501)
+
+
+def test_valley_search_refuses_and_finds_what_the_canonical_search_does():
+    counts = Counter()
+    for seed in (*range(300), *UNPACKABLE[1:]):
+        for section in split(full_loads(seed)):
+            limits = {"capacity": max(section.loads()), "max_nodes": 10**6, **LONG}
+            compiled = native.NativeSection(section)
+            expected = compiled.canonical_search(exact_orders(section)[0], **limits)
+            for search_seed in (0, 3):
+                found = compiled.valley_search(seed=search_seed, **limits)
+                assert found.outcome is expected.outcome, seed
+            counts[expected.outcome] += 1
+    assert counts[Outcome.INFEASIBLE] == len(UNPACKABLE)
+    assert counts[Outcome.FOUND] > 300
+
+
+@pytest.mark.parametrize(("num_requests", "seed"), [(149, 0), (179, 5)])
+def test_coarse_packings_are_solved_within_few_nodes(num_requests, seed):
+    # Without the chains of list_links 300,000 nodes are not enough for either.
+    problem = planted_packing(num_requests, seed=seed, width=60, height=100)
+    (section,) = split(problem)
+    limits = {"capacity": problem.capacity // section.unit, "max_nodes": 100_000, **LONG}
+    found = native.NativeSection(section).valley_search(seed=0, **limits)
+    assert found.outcome is Outcome.FOUND
+    assert placed(problem, section, found.offsets, limits["capacity"]) is None
 
 
 def test_cpsat_agrees_with_the_canonical_search():

@@ -1,1 +1,1 @@
-"""Benchmarks of memo_solver: one script per claim, rows under benchmarks/results."""
+"""Benchmarks of memo_solver: `python -m benchmarks.solver.table`, rows under benchmarks/results."""

@@ -16,6 +16,8 @@ from memo_solver.validator import find_violation
 
 Answer = tuple[int | None, str]
 """Peak of a valid placement (None without one), and what the contender said."""
+Contender = Callable[[Problem, float], Answer]
+"""Places a problem in so many seconds."""
 
 
 def memo(problem: Problem, seconds: float) -> Answer:
@@ -45,7 +47,7 @@ def bare_cpsat(problem: Problem, seconds: float) -> Answer:
     return _judged(problem, offsets), "found"
 
 
-def omnimalloc(allocator: str) -> Callable[[Problem, float], Answer]:
+def omnimalloc(allocator: str) -> Contender:
     """One allocator of the omnimalloc package, by its name there."""
     return _Omnimalloc(allocator)
 
@@ -82,7 +84,7 @@ def _judged(problem: Problem, offsets: list[int]) -> int | None:
 
 
 def _child(
-    contender: Callable[[Problem, float], Answer], problem: Problem, seconds: float, pipe: Connection
+    contender: Contender, problem: Problem, seconds: float, pipe: Connection
 ) -> None:
     try:
         peak, said = contender(problem, seconds)
@@ -92,7 +94,7 @@ def _child(
 
 
 def timed(
-    contender: Callable[[Problem, float], Answer], problem: Problem, seconds: float
+    contender: Contender, problem: Problem, seconds: float
 ) -> dict[str, Any]:
     """Run a contender with `seconds` (a tenth and a second more before it is ended)."""
     context = multiprocessing.get_context("fork")

@@ -1,37 +1,27 @@
-"""Where and with what a row was measured, and how rows are written."""
+"""Where and with what a row about the solver was measured."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import subprocess
 from typing import Any
 
-from benchmarks.harness.provenance import ROOT, cpu_name, now, package_version
+from benchmarks.harness import provenance as harness
+from memo_solver.native import native_status
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = harness.ROOT / "benchmarks" / "results"
 PACKAGES = ("ortools", "pulp", "omnimalloc", "numpy")
 
 
-def provenance() -> dict[str, Any]:
+def provenance(commit: str | None = None) -> dict[str, Any]:
     """Commit, date, machine and versions; the load says how shared the machine was."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "commit": commit,
-        "date": now(),
+        "commit": commit or harness.commit(),
+        "date": harness.now(),
         "python": platform.python_version(),
-        "cpu": cpu_name(),
+        "cpu": harness.cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),
-        "shared_machine": True,
-        "versions": {package: package_version(package) for package in PACKAGES},
+        "compiled_search": native_status().available,
+        "versions": {package: harness.package_version(package) for package in PACKAGES},
     }
-
-
-def append_row(name: str, row: dict[str, Any]) -> None:
-    """Append one row to benchmarks/results/solver_NAME.jsonl."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / f"solver_{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, "provenance": provenance()}) + "\n")

@@ -1,21 +1,22 @@
 """One unit below the peak load: refused with the requests that prove it, and how fast.
 
-    python -m benchmarks.solver.refused
+A job of benchmarks.solver.table.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from benchmarks.solver.provenance import append_row
 from memo_solver import Problem, SolveParams, Status, solve
 from memo_solver.instances import loose_packing, planted_packing
 from memo_solver.training import training_trace
 
 
-def main() -> None:
-    problems = {f"planted 200, seed {seed}": planted_packing(200, seed=seed) for seed in range(20)}
-    problems |= {f"thinned 300, seed {seed}": loose_packing(300, seed=seed) for seed in range(20)}
+def refused(num_seeds: int) -> dict[str, Any]:
+    """Planted, thinned and traced instances, refused and the refusal added up."""
+    problems = {f"planted 200, seed {seed}": planted_packing(200, seed=seed) for seed in range(num_seeds)}
+    problems |= {f"thinned 300, seed {seed}": loose_packing(300, seed=seed) for seed in range(num_seeds)}
     problems["training trace 60000, seed 3"] = training_trace(60_000, seed=3)
     rows = []
     for name, problem in problems.items():
@@ -34,17 +35,9 @@ def main() -> None:
         proved = proved and sum(r.size for r in alive) == proof.bound == load
         rows.append((name, seconds, solution.status is Status.INFEASIBLE and proved))
     slowest = max(rows, key=lambda row: row[1])
-    row = {
-        "contender": "memo_solver",
-        "instances": "capacity one unit below the peak load",
+    return {
         "num_instances": len(rows),
         "num_refused_with_proof": sum(ok for _, _, ok in rows),
         "seconds_max": round(slowest[1], 3),
         "slowest": slowest[0],
     }
-    append_row("refused", row)
-    print(row)
-
-
-if __name__ == "__main__":
-    main()

@@ -78,7 +78,7 @@ UNPACKABLE = (302, 3964, 5210, 5801, 6271, 9302, 9571, 10272, 10701, 12619, 1486
 
 def test_valley_search_refuses_and_finds_what_the_canonical_search_does():
     counts = Counter()
-    for seed in (*range(300), *UNPACKABLE[1:]):
+    for seed in (*range(300), *UNPACKABLE):
         for section in split(full_loads(seed)):
             limits = {"capacity": max(section.loads()), "max_nodes": 10**6, **LONG}
             compiled = native.NativeSection(section)
@@ -88,7 +88,7 @@ def test_valley_search_refuses_and_finds_what_the_canonical_search_does():
                 assert found.outcome is expected.outcome, seed
             counts[expected.outcome] += 1
     assert counts[Outcome.INFEASIBLE] == len(UNPACKABLE)
-    assert counts[Outcome.FOUND] > 300
+    assert counts[Outcome.FOUND] >= 300
 
 
 @pytest.mark.parametrize(("num_requests", "seed"), [(149, 0), (179, 5)])

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -31,13 +32,17 @@ Row = dict[str, Any]
 
 
 def build_native() -> None:
-    """Build the compiled search in place where it is missing; a failure ends the run."""
+    """Build the compiled search in place where it is missing or old, as setup.py does but without setuptools."""
     library = ROOT / "solver" / "memo_solver" / "_search.so"
-    if library.exists() and all(library.stat().st_mtime >= p.stat().st_mtime for p in ROOT.glob("csrc/solver/*")):
+    sources = sorted(ROOT.glob("csrc/solver/*"))
+    if library.exists() and all(library.stat().st_mtime >= path.stat().st_mtime for path in sources):
         return
-    environment = {**os.environ, "MEMO_BUILD_EXT": "on"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        raise SystemExit("the table needs a C++ compiler (c++, g++ or clang++) for csrc/solver, and there is none")
+    flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-I", "csrc/solver")
+    units = [str(path) for path in sources if path.suffix == ".cpp"]
+    subprocess.run([compiler, *flags, *units, "-o", str(library)], cwd=ROOT, check=True)
 
 
 def read_rows(path: Path) -> list[Row]:

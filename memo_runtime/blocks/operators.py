@@ -76,6 +76,15 @@ def is_mutable(func: Any) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
+def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a mutable operator writes to."""
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
     """2 * B * H * S_q * S_k * (D_qk + D_v), the convention of torch.utils.flop_counter (no causal discount)."""
     batch, heads, queries, depth = query.shape

@@ -33,6 +33,9 @@ class OperatorRecord:
     mutable: bool
     replaced: bool
     lists: bool  # yields lists of tensors, whose members cannot be pinned one by one
+    func: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     #: Storages as they were then: a module may give a tensor's storage away later.
     input_storages: tuple[int, ...] = ()
     #: What a pin of this call holds, taken at once: the forward may scale the result in place.
@@ -94,6 +97,9 @@ class ObservingMode(ReplayMode):
                 mutable=is_mutable(func),
                 replaced=key in self.replaced,
                 lists=isinstance(out, list),
+                func=func,
+                args=args,
+                kwargs=kwargs,
                 input_storages=storages,
                 pinned=pin_values(key[0], values) if pin_kind(key[0]) is not None else None,
             )

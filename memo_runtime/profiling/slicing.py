@@ -3,12 +3,14 @@
 The block is run on a whole (short) sequence and on its tail. An operator whose inputs agree on the tail and whose
 output does not is one that mixes tokens, counts positions or draws random numbers: its result is pinned, and the
 tail is run again. Operators that are known to (attention, dropout, top-k), and those that lose a token dimension
-(a product over tokens, a mean), are pinned whatever their values. In the end every tensor saved for backward must
+(a product over tokens, a mean), are pinned whatever their values. One whose result agrees is asked alone as well
+(profiling/alone.py), since two runs of a block agree only roughly. In the end every tensor saved for backward must
 agree; otherwise the block is not sliceable, and the reason names the operator.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,9 +21,12 @@ from memo_runtime.blocks.operators import base_name, pin_kind
 from memo_runtime.blocks.pins import PinKey, Value, Values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward
+from memo_runtime.profiling.alone import Verdict, judge
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
 from memo_runtime.profiling.observe import CROP_ERRORS, Observation, OperatorRecord, observe
 from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
+
+logger = logging.getLogger("memo_runtime")
 
 _MAX_ROUNDS = 8
 
@@ -141,18 +146,26 @@ def _pinnable(record: OperatorRecord) -> bool:
     return not record.lists and (not record.inputs or values)
 
 
-def _find_faults(whole: Observation, part: Observation, lengths: Lengths) -> tuple[dict[PinKey, PinKind], str]:
-    """Operators whose inputs agree and whose outputs do not; or the one that cannot be pinned."""
+def _find_faults(
+    whole: Observation, part: Observation, lengths: Lengths, verdicts: dict[PinKey, Verdict]
+) -> tuple[dict[PinKey, PinKind], str]:
+    """Operators whose inputs agree and whose outputs do not; or the one that cannot be pinned.
+
+    ``verdicts``: what operators are by themselves, as far as they were asked.
+    """
     records = whole.by_key()
     counts, part_counts = whole.counts(), part.counts()
     disagree: set[int] = set()
     faults: dict[PinKey, PinKind] = {}
     for record in part.operators:
         reference = records.get(record.key)
-        agrees = reference is not None and _agrees(reference, record, lengths)
-        if agrees or record.replaced:
+        if record.replaced:
             continue
         known = any(id(tensor) in disagree for tensor in record.inputs)
+        if reference is not None and _agrees(reference, record, lengths):
+            if _alone(reference, record, lengths, verdicts) == Verdict.TOKEN_WISE:
+                continue
+            known = False  # by itself, whatever its inputs
         disagree.update(id(value) for value in record.outputs if isinstance(value, torch.Tensor))
         if known:
             continue
@@ -163,6 +176,16 @@ def _find_faults(whole: Observation, part: Observation, lengths: Lengths) -> tup
             return {}, f"{name} depends on data or on the order of tokens"
         faults[record.key] = PinKind.MIXER if record.inputs else PinKind.POSITION
     return faults, ""
+
+
+def _alone(
+    reference: OperatorRecord, record: OperatorRecord, lengths: Lengths, verdicts: dict[PinKey, Verdict]
+) -> Verdict:
+    if record.key not in verdicts:
+        verdict = verdicts[record.key] = judge(reference, record, lengths)
+        if verdict == Verdict.UNKNOWN:
+            logger.info("memo: %s is taken for a mixer: it %s", record.key[0], verdict.value)
+    return verdicts[record.key]
 
 
 def _agrees(reference: OperatorRecord, record: OperatorRecord, lengths: Lengths) -> bool:
@@ -193,6 +216,7 @@ def find_slicing(
         except CROP_ERRORS as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
+    verdicts: dict[PinKey, Verdict] = {}
     for _ in range(_MAX_ROUNDS):
         _find_axes(whole, shapes, slicing, lengths)
         values = tail_values(whole, slicing, lengths)
@@ -201,7 +225,7 @@ def find_slicing(
         except CROP_ERRORS as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
-        faults, slicing.reason = _find_faults(whole, part, lengths)
+        faults, slicing.reason = _find_faults(whole, part, lengths, verdicts)
         faults = {key: kind for key, kind in faults.items() if key not in slicing.pins}
         if slicing.reason:
             return slicing

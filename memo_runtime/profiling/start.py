@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
-from memo_runtime.blocks.operators import is_mutable
+from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.reach import Reach, reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.blocks.state import MOST_CLONED_BYTES, LibraryRandom, shared_generators
@@ -134,13 +134,9 @@ class _FirstWrites(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if is_mutable(func):
-            for position, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is None or not argument.alias_info.is_write:
-                    continue
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in _pytree.tree_leaves(value):
-                    if isinstance(tensor, torch.Tensor):
-                        self._start.before_write(tensor)
+            for tensor in _pytree.tree_leaves(written_by(func, args, kwargs)):
+                if isinstance(tensor, torch.Tensor):
+                    self._start.before_write(tensor)
         return func(*args, **kwargs)
 
 

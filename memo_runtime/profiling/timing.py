@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.pins import CaptureMode, ReplayMode
+from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
@@ -54,7 +54,7 @@ class _Timer:
     profile: BlockProfile
     start: Start
     device: torch.device
-    saved: int = field(default=0)
+    captured: dict[int, Mapping[PinKey, Values]] = field(default_factory=dict)
 
     def crop(self, tokens: int) -> BlockCall:
         """The call on ``tokens`` tokens, detached."""
@@ -84,7 +84,7 @@ class _Timer:
         forward_peak = peak.take()
         backward = self.seconds(lambda: self._backward(call, outputs.pop()))
         backward_peak = peak.take()
-        rerun = self._rerun(call)
+        rerun = self._rerun(call, tokens)
         return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak)
 
     def median(self, tokens: int) -> _Sample:
@@ -110,22 +110,29 @@ class _Timer:
                 "and recompute itself. Leave checkpoint out, or give it use_reentrant=False"
             ) from error
 
-    def _rerun(self, call: BlockCall) -> float:
-        args, kwargs = call.arguments()
-        wanted = {(pin.op, pin.call) for pin in self.profile.pins}
-        capture = CaptureMode(lambda key: None if key in wanted else ())
-        self.start.set()
-        # With grad: forwards may ask tensors for hooks, or autograd for gradients.
-        with torch.enable_grad(), capture:
-            self.forward(*args, **kwargs)
+    def _rerun(self, call: BlockCall, tokens: int) -> float:
+        captured = self._captured(call, tokens)
         last = len(self.profile.saved) - 1 if self.profile.saved and stops_early(self.block) else None
         on_walk = _nothing if self.profile.inner_autograd else None
-        values = {} if self.profile.inner_autograd else capture.captured
+        values = {} if self.profile.inner_autograd else captured
 
         def again() -> None:
             run_again(self.forward, call, lambda *_: None, mode=ReplayMode(values), last=last, on_walk=on_walk)
 
         return self.seconds(again)
+
+    def _captured(self, call: BlockCall, tokens: int) -> Mapping[PinKey, Values]:
+        """What pins hold at this length, from one run for all samples."""
+        if tokens not in self.captured:
+            args, kwargs = call.arguments()
+            wanted = {(pin.op, pin.call) for pin in self.profile.pins}
+            capture = CaptureMode(lambda key: None if key in wanted else ())
+            self.start.set()
+            # With grad: forwards may ask tensors for hooks, or autograd for gradients.
+            with torch.enable_grad(), capture:
+                self.forward(*args, **kwargs)
+            self.captured = {tokens: capture.captured}
+        return self.captured[tokens]
 
 
 class _Peak:

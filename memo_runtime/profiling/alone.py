@@ -1,0 +1,148 @@
+"""Whether an operator is token-wise, asked of that operator alone.
+
+In half precision two runs of a block differ by rounding from the first matrix product on, so what an operator gives on
+a slice can be compared only roughly with what it gave on the whole, and mixing of less than that hides. Alone, on its
+own inputs cut to the slice, nothing before it matters: equal bits mean that it is token-wise, or mixes by less than
+the last bit. Where bits differ, which sums of other lengths may explain, it is run again in float64 and has to agree
+to 1e-9.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memo_runtime.blocks.operators import base_name, written_by
+from memo_runtime.blocks.region import tail, take
+from memo_runtime.blocks.rerun import storage_key
+from memo_runtime.profiling.compare import Lengths, growing_dims, match
+from memo_runtime.profiling.observe import CROP_ERRORS, OperatorRecord
+
+#: Products of matrices: rows do not meet, and a contraction over tokens loses the token dimension, which shows.
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_grouped_mm", "_scaled_mm")
+#: What these give is filled by others.
+_UNFILLED = ("empty", "new_empty", "resize")
+#: Running these once more would wait for other ranks.
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+_FAILURES = (*CROP_ERRORS, NotImplementedError)
+
+
+class Verdict(Enum):
+    """What an operator is, by itself."""
+
+    TOKEN_WISE = "token-wise"
+    MIXES = "mixes tokens"
+    UNKNOWN = "gives other bits on a slice, and does not run in a precision that would tell why"
+
+
+def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict:
+    """Run the operator of ``whole`` on its inputs and on their tails, which have the shapes of ``part``'s.
+
+    What it reads may have been written to since: whether an operator is token-wise does not depend on values. One that
+    cannot be asked, such as a view or a collective, is taken for token-wise, as its result agreed so far.
+    """
+    if not _can_be_asked(whole, part):
+        return Verdict.TOKEN_WISE
+    cut = _cut(whole, part, lengths)
+    if cut is None:
+        return Verdict.TOKEN_WISE
+    device = next(tensor.device.type for tensor in whole.inputs)
+    full = _pytree.tree_leaves((whole.args, whole.kwargs))
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        try:
+            results = _run(whole, full), _run(part, cut)
+        except _FAILURES:
+            return Verdict.TOKEN_WISE
+        if _equal_bits(*results, lengths):
+            return Verdict.TOKEN_WISE
+        for wide in (torch.float64, torch.float32):
+            try:
+                results = _run(whole, _widened(full, wide)), _run(part, _widened(cut, wide))
+            except _FAILURES:
+                continue
+            if all(t.dtype in (wide, torch.complex128) for t in results[0] if t.is_floating_point() or t.is_complex()):
+                return Verdict.TOKEN_WISE if _agree(*results, lengths) else Verdict.MIXES
+    return Verdict.UNKNOWN
+
+
+def _can_be_asked(whole: OperatorRecord, part: OperatorRecord) -> bool:
+    name = whole.key[0]
+    base = base_name(name)
+    if base in _PRODUCTS or base.startswith(_UNFILLED) or name.startswith(_COLLECTIVES):
+        return False
+    if not hasattr(whole.func, "_schema"):
+        return False
+    if not whole.inputs or any(hasattr(tensor, "__tensor_flatten__") for tensor in whole.inputs):
+        return False
+    tensors = [value for value in whole.outputs if isinstance(value, torch.Tensor)]
+    views = not whole.mutable and any(storage_key(tensor) in whole.input_storages for tensor in tensors)
+    grows = any(
+        isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and len(growing_dims(a.shape, b.shape) or ()) == 1
+        for a, b in zip(whole.outputs, part.outputs, strict=False)
+    )
+    return grows and not views and any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors)
+
+
+def _cut(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> list[Any] | None:
+    """The arguments of ``part``, its tensors replaced by the tails of those of ``whole``; None: they do not match."""
+    full, spec = _pytree.tree_flatten((whole.args, whole.kwargs))
+    others, other_spec = _pytree.tree_flatten((part.args, part.kwargs))
+    if spec != other_spec:
+        return None
+    cut: list[Any] = []
+    for leaf, other in zip(full, others, strict=True):
+        if not isinstance(leaf, torch.Tensor) or not isinstance(other, torch.Tensor):
+            cut.append(other)
+            continue
+        found = match(leaf, other, lengths)
+        if not found.comparable or (len(found.dims) == 1 and found.axis is None):
+            return None
+        piece = tail(leaf, found.axis, found.dims, tokens=lengths.whole, start=lengths.start) if found.dims else leaf
+        if piece.shape != other.shape:
+            return None
+        cut.append(piece)
+    return cut
+
+
+def _run(record: OperatorRecord, leaves: list[Any]) -> list[torch.Tensor]:
+    """Results of the operator of ``record``, or what it wrote, which is a copy."""
+    if record.mutable:
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    _, spec = _pytree.tree_flatten((record.args, record.kwargs))
+    args, kwargs = _pytree.tree_unflatten(leaves, spec)
+    out = record.func(*args, **kwargs)
+    if record.mutable:
+        out = written_by(record.func, args, kwargs)
+    return [leaf for leaf in _pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+
+
+def _widened(leaves: list[Any], wide: torch.dtype) -> list[Any]:
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            if leaf.is_complex():
+                return leaf.to(torch.complex128)
+            return leaf.to(wide) if leaf.is_floating_point() else leaf
+        return wide if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
+
+    return [widen(leaf) for leaf in leaves]
+
+
+def _agree(whole: list[torch.Tensor], part: list[torch.Tensor], lengths: Lengths) -> bool:
+    """Equal up to rounding; what has two token dimensions is saved whole and needs not."""
+    found = [match(a, b, lengths) for a, b in zip(whole, part, strict=True)]
+    return all(each.equal or len(each.dims) > 1 or not a.numel() for each, a in zip(found, whole, strict=True))
+
+
+def _equal_bits(whole: list[torch.Tensor], part: list[torch.Tensor], lengths: Lengths) -> bool:
+    for a, b in zip(whole, part, strict=True):
+        found = match(a, b, lengths)
+        if len(found.dims) > 1 or not a.numel():
+            continue
+        if found.axis is not None:
+            a = take(a, found.axis, lengths.whole, lengths.start, lengths.whole)
+        if not torch.equal(a, b):
+            return False
+    return True

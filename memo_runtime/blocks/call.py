@@ -55,9 +55,9 @@ class BlockCall:
 
     @property
     def input_leaf(self) -> int | None:
-        """Leaf of the input hidden state: the first floating-point tensor with two dimensions or more."""
+        """Leaf of the input hidden state: the first tensor of real or complex numbers with two dimensions or more."""
         for index, tensor in self.tensors():
-            if tensor.is_floating_point() and tensor.dim() >= 2:
+            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dim() >= 2:
                 return index
         return None
 

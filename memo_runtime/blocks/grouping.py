@@ -24,12 +24,15 @@ class Member:
 def by_storage(members: Sequence[Member]) -> list[list[Member]]:
     """Members that share storage, dtype and whether they have a token axis, in order of first appearance.
 
+    Views that conjugate or negate what lies in memory (``x.conj()``) are apart: copying gives what they mean.
+
     Where their union leaves gaps in the storage (only one part of a fused projection is saved) each becomes a
     group of its own, of its packed bytes.
     """
-    groups: dict[tuple[int, torch.dtype, bool], list[Member]] = {}
+    groups: dict[tuple[object, ...], list[Member]] = {}
     for member in members:
-        key = (storage_key(member.tensor), member.tensor.dtype, member.axis is not None)
+        lazy = (member.tensor.is_conj(), member.tensor.is_neg())
+        key = (storage_key(member.tensor), member.tensor.dtype, member.axis is not None, *lazy)
         groups.setdefault(key, []).append(member)
     return list(groups.values())
 

@@ -83,6 +83,8 @@ def _rows(tensor: torch.Tensor, axis: TokenAxis, tokens: int, at: torch.Tensor) 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
+    if expected.is_complex():
+        found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     if not expected.is_floating_point():
         return torch.equal(found, expected)
     a, b = torch.nan_to_num(found.double()), torch.nan_to_num(expected.double())

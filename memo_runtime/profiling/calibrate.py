@@ -129,7 +129,7 @@ def calibrate(
     if leaf is None or call.is_empty:
         return BlockProfile(
             name=name, kind=type(block).__name__, stack=stack, tokens=0, token_dim=0, input_leaf=0,
-            reason="its input is empty" if call.is_empty else "it has no floating-point argument with tokens",
+            reason="its input is empty" if call.is_empty else "it has no argument of numbers with tokens",
         )  # fmt: skip
     subject = _Subject(block, start.every_time(forward), call, leaf, name, stack)
     hidden = subject.hidden

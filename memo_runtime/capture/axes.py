@@ -50,6 +50,10 @@ class TokenSymbol:
         node = getattr(size, "node", None)
         return node.expr if node is not None else sympy.Integer(int(size))
 
+    def text(self, size: Any) -> str:
+        """``size`` in words that do not depend on what the symbol is called: it has another name in each trace."""
+        return str(self.expression(size).subs(self.symbol, sympy.Symbol("tokens")))
+
     def grows(self, size: Any) -> bool:
         """``size`` depends on the number of tokens."""
         return self.symbol in self.expression(size).free_symbols

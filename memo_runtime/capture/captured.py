@@ -97,16 +97,18 @@ def capture(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | Non
         outputs=tuple(_pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)),
         states=_used(placeholders[:count], traced.states),
         arguments=_used(placeholders[count:], traced.leaves),
-        signature=_signature(traced.graph, stages),
+        signature=_signature(traced, stages),
         input_leaf=call.input_leaf or 0,
     )
 
 
-def _signature(graph: fx.Graph, stages: Stages) -> str:
+def _signature(traced: Trace, stages: Stages) -> str:
     lines = []
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         value = node.meta.get("val")
-        shape = (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else ""
+        shape: Any = ""
+        if isinstance(value, torch.Tensor):
+            shape = ([traced.token.text(size) for size in value.shape], value.dtype, value.device)
         lines.append(f"{node.format_node()} {shape} {node in stages.differentiable}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

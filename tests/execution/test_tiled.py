@@ -180,10 +180,10 @@ def test_autocast():
 
 def test_blocks_alike_share_programs():
     programs = ProgramCache(tiled_module.run_eagerly)
-    x = hidden()
-    for _ in range(3):
-        TiledBlock(double(hand_written.Attention), tile=6, programs=programs)(x).sum().backward()
+    for tokens in (29, 29, 35):
+        TiledBlock(double(hand_written.Attention), tile=6, programs=programs)(hidden(tokens)).sum().backward()
     assert len(programs) == 4  # two segments, two tile sizes
+    assert len(programs.checked) == 1
 
 
 # ---- the check

@@ -6,12 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled import TiledBlock, compiled
+from memo_runtime.execution.tiled_run import ProgramCache
 from tests.exactness import hand_written
 from tests.exactness.hand_written import WIDTH
+from tests.execution.tiles import assert_exact, call_of
 
 TOKENS = 64
 
@@ -70,3 +73,16 @@ def test_what_is_run_again(alpha, again):
     block, tiled, x = prepared(alpha)
     extra = (flops(tiled, x) - flops(block, x)) / (2 * TOKENS * WIDTH * WIDTH)
     assert extra == again
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_exact_and_compiled_once():
+    programs = ProgramCache(compiled)
+    counters.clear()
+    seen = []
+    for _ in range(2):
+        block = hand_written.Attention().double()
+        x = torch.randn(2, 29, WIDTH, dtype=torch.float64, requires_grad=True)
+        assert_exact(call_of(block, x), TiledBlock(block, tile=6, alpha=0.5, programs=programs))
+        seen.append(counters["stats"]["unique_graphs"])
+    assert seen[0] == seen[1] > 0

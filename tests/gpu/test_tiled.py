@@ -1,0 +1,97 @@
+"""Tiles on CUDA: the fused kernels' own operators, sums in float32, compiled programs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
+from memo_runtime.execution.tiled import TiledBlock, compiled, run_eagerly
+from memo_runtime.execution.tiled_programs import accumulate
+from memo_runtime.execution.tiled_run import ProgramCache
+from tests.exactness.hand_written import WIDTH, Attention
+from tests.execution.tiles import call_of, run, worst
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "rows": SDPBackend.MATH,
+}
+
+
+def heads(count, *, tokens=300, depth=64):
+    made = torch.randn(2, tokens, count, depth, device="cuda", dtype=torch.bfloat16)
+    return made.transpose(1, 2).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_two_halves_of_attention_are_those_of_autograd(name, causal, masked):
+    if masked and (causal or name in ("cudnn", "flash")):
+        pytest.skip("masks go to the memory-efficient kernel, and are not causal as well")
+    torch.manual_seed(0)
+    query, key, value = heads(8), heads(2), heads(2)
+    mask = torch.rand(2, 1, 300, 300, device="cuda") > 0.2 if masked else None
+    wide = [part.double().detach().requires_grad_() for part in (query, key, value)]
+    expected = scaled_dot_product_attention(*wide, mask, is_causal=causal, enable_gqa=True)
+    grad = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, wide, grad)
+    settings = Settings(dropout=0.0, causal=causal, scale=64**-0.5, grouped=True)
+    inputs = Inputs(query.detach(), key.detach(), value.detach(), mask)
+    with sdpa_kernel([BACKENDS[name]]):
+        output, saved = attention_forward(inputs, settings, seed=0)
+    assert saved.kernel == name
+    grads = attention_backward(grad.bfloat16(), inputs, output, saved, settings)
+    assert worst([output], [expected]) < 1e-2
+    assert worst(grads[:3], expected_grads) < 2e-2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_16_bit_factors_are_summed_in_float32(transposed):
+    torch.manual_seed(0)
+    left = torch.randn(96, 512, device="cuda", dtype=torch.bfloat16)
+    right = torch.randn(512, 160, device="cuda", dtype=torch.bfloat16)
+    product = left.double() @ right.double()
+    product = product.t() if transposed else product
+    total = torch.zeros(product.shape, device="cuda")
+    for _ in range(64):
+        accumulate(total, left, right, transposed=transposed)
+    assert worst([total], [64 * product]) < 1e-5
+
+
+@pytest.mark.parametrize("compiler", [run_eagerly, compiled])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_block_in_bfloat16(compiler, alpha):
+    torch.manual_seed(0)
+    block = Attention().cuda().bfloat16()
+    reference = Attention().cuda().double()
+    reference.load_state_dict(block.state_dict())
+    x = torch.randn(2, 1000, WIDTH, device="cuda").bfloat16().requires_grad_()
+    exact = run(call_of(reference, x.detach().double().requires_grad_()), reference)
+    theirs = run(call_of(block, x), block)
+    programs = ProgramCache(compiler)
+    tiled = TiledBlock(block, tile=256, alpha=alpha, programs=programs)
+    mine = run(call_of(block, x), tiled)
+    for ours, plain, true in zip(mine, theirs, exact, strict=True):
+        assert worst(ours, true) <= 1.5 * worst(plain, true)
+    count = len(programs)
+    run(call_of(block, x), tiled)
+    assert len(programs) == count
+
+
+def test_nothing_waits_for_the_device():
+    block = Attention().cuda().bfloat16()
+    x = torch.randn(1, 1000, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tiled = TiledBlock(block, tile=256)
+    tiled(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tiled(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

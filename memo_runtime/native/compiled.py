@@ -14,7 +14,7 @@ import torch
 from memo_runtime.errors import CopyUseError
 from memo_runtime.native.engine import CopyEngine, Pair, Ticket
 from memo_runtime.native.library import CUDA_DRIVER, CopyRecord, Library, SlabInfo
-from memo_runtime.native.runs import matched
+from memo_runtime.native.runs import six_numbers
 from memo_runtime.native.slab import Slab
 
 # At the end of a process nothing is given back: modules go first, in no order, and the system takes everything. What
@@ -167,10 +167,10 @@ class CompiledEngine(CopyEngine):
 
     def _record(self, out: bool, source: torch.Tensor, target: torch.Tensor) -> tuple[int, int, int, int, int, int]:
         """The copy as the core's six numbers."""
-        self._check_device(source if out else target)
-        one, other = matched(source, target)
-        host, device = (other, one) if out else (one, other)
-        return host.address, device.address, host.width, host.height, host.pitch, device.pitch
+        host, device = (target, source) if out else (source, target)
+        if device.device != self.device:
+            self._check_device(device)
+        return six_numbers(host, device)
 
     def _wait(self, number: int) -> None:
         status = self._library.wait(self._handle, number, self._stream())

@@ -15,7 +15,7 @@ from memo_runtime.native import limits
 from memo_runtime.native.backend import CompiledBackend, TorchBackend, choose_backend
 from memo_runtime.native.compiled import Card, CompiledEngine
 from memo_runtime.native.library import Library
-from memo_runtime.native.runs import runs_of
+from memo_runtime.native.runs import matched, runs_of, six_numbers
 from tests.house.sources import ROOT
 from tests.native.building import compile_together, compiler
 
@@ -117,6 +117,27 @@ def test_a_closed_engine_takes_nothing(place):
     engine.close()
     with pytest.raises(CopyUseError, match="closed"):
         engine.to_host(torch.ones(4), host[:4])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        torch.empty(4, 6, 8),
+        torch.empty(4, 6, 8)[:, 1:3],
+        torch.empty(1, 6, 8)[:, 1:3],
+        torch.empty(6, 8, 4)[:, :, 0:1],
+        torch.empty(4, 6, 8, dtype=torch.bfloat16)[2:, :5],
+        torch.empty(4, 0, 8),
+    ],
+)
+def test_the_short_way_to_a_copys_numbers_is_the_long_one(device):
+    host = torch.empty(device.shape, dtype=device.dtype)
+    one, other = matched(host, device)
+    found = six_numbers(host, device)
+    assert found[:2] == (one.address, other.address)
+    assert found[2] * found[3] == one.width * one.height == device.nbytes
+    if found[2] and found[3] > 1:
+        assert found[2:] == (one.width, one.height, one.pitch, other.pitch)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""Slabs, engines and drivers where processes fork, end, or start with a broken driver."""
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memo_runtime.errors import NativeUnavailableError
+from memo_runtime.native.compiled import Card
+from tests.house.sources import ROOT
+from tests.native.building import core_library
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_gives_nothing_back_that_is_its_parents(rig):
+    """Data loaders fork: a child that ends must not unpin its parent's memory, or wait for threads it has not."""
+    slab, x = rig.slab(8192), rig.fake.tensor(8192)
+    before = rig.fake.registered_bytes()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # what waits for ever must not outlive the test
+        status = 1
+        try:
+            rig.engine.__del__()
+            slab.memory = None
+            del slab
+            gc.collect()
+            status = int(rig.fake.registered_bytes() != before)
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    rig.fill(x, 5)
+    rig.engine.to_host(x, slab.memory).wait()
+    rig.synchronize()
+    assert slab.memory.min() == 5
+    slab.close()
+
+
+def test_a_process_may_end_with_copies_under_way(core, fake_path, tmp_path):
+    script = (
+        "import sys; sys.path[:0] = ['.', 'solver']\n"
+        "import torch; from pathlib import Path\n"
+        "from memo_runtime.native.library import Library\n"
+        "from memo_runtime.native.compiled import Card, CompiledEngine, CompiledSlab\n"
+        f"core = Library(Path({str(core_library(tmp_path))!r}))\n"
+        "engine = CompiledEngine(core, torch.device('cpu'), threads=2)\n"
+        "slab = CompiledSlab(core, 1 << 26)\n"
+        "ticket = engine.to_device(slab.memory, torch.empty(1 << 26, dtype=torch.uint8))\n"
+        f"card = Card(core, 0, {str(fake_path)!r})\n"
+        "pinned = CompiledSlab(core, 1 << 20, card=card, threads=1)\n"
+        "other = CompiledEngine(core, torch.device('cpu'), card=card)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_driver_that_does_not_start_says_so(core, fake_path, tmp_path, monkeypatch):
+    broken = tmp_path / "libbroken.so"
+    shutil.copy(fake_path, broken)
+    monkeypatch.setenv("FAKE_CUDA_BROKEN", "1")
+    with pytest.raises(NativeUnavailableError, match="the CUDA driver does not start: CUDA_ERROR_UNKNOWN"):
+        Card(core, 0, str(broken))
+    monkeypatch.delenv("FAKE_CUDA_BROKEN")
+    assert Card(core, 0, str(broken)).handle > 0
+
+
+def test_a_library_that_is_no_driver_says_what_it_lacks(core):
+    with pytest.raises(NativeUnavailableError, match="has no function cuInit"):
+        Card(core, 0, core_library_path(core))
+
+
+def core_library_path(core):
+    """The core's own file: a library without a driver's functions."""
+    return core._handle._name
+
+
+def test_tensors_outlive_their_engine_and_slab(rig):
+    slab = rig.slab(4096)
+    memory = slab.memory[:100]
+    memory.fill_(8)
+    slab.close()
+    del slab
+    gc.collect()
+    assert torch.equal(memory, torch.full((100,), 8, dtype=torch.uint8))

@@ -8,6 +8,7 @@ One worker with a deterministic limit gives the same answer on every machine.
 from __future__ import annotations
 
 import enum
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ def available() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("ortools") is not None
+
+
+def imported() -> bool:
+    """Whether OR-Tools is imported already, which takes about a second."""
+    return "ortools.sat.python.cp_model" in sys.modules
 
 
 def search(section: Section, *, capacity: int, limits: CpSatLimits, stop: StopFlag) -> SearchResult:

@@ -251,7 +251,7 @@ class _Solve:
         question = Question(
             section=state.section, capacity=capacity, round_index=round_index, deadline=self.deadline
         )
-        verdict = race(build_lanes(question, self.params, state.compiled))
+        verdict = race(build_lanes(question, self.params, state.compiled), self.deadline)
         if verdict is None:
             return None
         used.add(verdict.name)

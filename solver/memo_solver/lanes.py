@@ -7,11 +7,14 @@ at most two thirds as much again is lost to restarting.
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from dataclasses import dataclass, replace
 
 from memo_solver import cpsat, native, orders, python_search
-from memo_solver.outcome import SearchResult, StopFlag
+from memo_solver.errors import MissingSolverError
+from memo_solver.outcome import Outcome, SearchResult, StopFlag
 from memo_solver.params import SolveParams, Switch
 from memo_solver.race import Task
 from memo_solver.sections import Section
@@ -30,6 +33,8 @@ TIGHT_SLACK = 0.02
 """Mean slack below which the valley search gets most of the time: it is made for that."""
 CPSAT_DETERMINISTIC = 0.06
 """CP-SAT's deterministic seconds per second."""
+IMPORT_SECONDS = 2.0
+"""Time left below which OR-Tools is not imported any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +101,23 @@ class _Valley:
 class _CpSat:
     question: Question
     limits: cpsat.CpSatLimits
+    needed: bool
 
     def __call__(self, stop: StopFlag) -> SearchResult:
         limits = replace(self.limits, seconds=self.question.seconds_left)
-        return cpsat.search(
-            self.question.section, capacity=self.question.capacity, limits=limits, stop=stop
-        )
+        try:
+            return cpsat.search(self.question.section, capacity=self.question.capacity, limits=limits, stop=stop)
+        except MissingSolverError as error:
+            if self.needed:
+                raise
+            _warn_once(str(error.__cause__ or error))
+            return SearchResult(outcome=Outcome.LIMIT)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    """OR-Tools is there and cannot be imported; that is said once, and the other searches go on."""
+    logging.getLogger("memo_solver").warning("searching without CP-SAT: OR-Tools cannot be imported: %s", reason)
 
 
 def build_lanes(
@@ -167,6 +183,8 @@ def _shaken_searches(
 def _cpsat_lanes(question: Question, params: SolveParams, *, seconds: float) -> list[list[Task]]:
     if params.cpsat is Switch.OFF or (params.cpsat is Switch.AUTO and not cpsat.available()):
         return []
+    if params.cpsat is Switch.AUTO and not cpsat.imported() and question.seconds_left < IMPORT_SECONDS:
+        return []  # importing it would hold the interpreter past the limit
     if not question.section.fits_native:
         return []  # CP-SAT's own arithmetic is 64-bit too
     strategies = list(cpsat.Strategy)
@@ -181,7 +199,8 @@ def _cpsat_lanes(question: Question, params: SolveParams, *, seconds: float) -> 
                 seed=params.seed + lane + 100 * question.round_index,
                 strategy=strategy,
             )
-            tasks.append(Task(name=f"CP-SAT ({strategy.value})", run=_CpSat(question, limits)))
+            run = _CpSat(question, limits, params.cpsat is Switch.ON)
+            tasks.append(Task(name=f"CP-SAT ({strategy.value})", run=run))
         # Lanes begin with different strategies, so that each gets its turn early.
         shift = lane % len(tasks)
         lanes.append(tasks[shift:] + tasks[:shift])

@@ -5,11 +5,18 @@ first lane that decides stops the lanes after it; lanes before it run on to
 their own limits, and the winner is the deciding lane of lowest rank. As efforts
 are counted in nodes and not in seconds, the winner does not depend on how fast
 the machine is, unless the deadline cuts a lane short.
+
+A lane that was told to stop may need a second for it (importing OR-Tools, CP-SAT's
+presolve). Nobody waits for that: its result no longer matters. Only the end of the
+program does, since a library must not be torn down under a thread that is in it.
 """
 
 from __future__ import annotations
 
+import atexit
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +25,12 @@ from memo_solver.outcome import Outcome, SearchResult, StopFlag
 Search = Callable[[StopFlag], SearchResult]
 POLL_SECONDS = 0.05
 """How often the main thread wakes up, so that Ctrl-C is served at once."""
+GRACE_SECONDS = 0.1
+"""How long a race waits for lanes that were told to stop."""
+EXIT_SECONDS = 20.0
+"""How long the end of the program waits for the last of them."""
+
+_LEFT_BEHIND: list[threading.Thread] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +81,11 @@ class _Lane:
             self.error = error
 
 
-def race(lanes: Sequence[Sequence[Task]]) -> Verdict | None:
-    """Run all lanes; None when none decided. A KeyboardInterrupt stops them and goes on up."""
+def race(lanes: Sequence[Sequence[Task]], deadline: float = math.inf) -> Verdict | None:
+    """Run all lanes; None when none decided. A KeyboardInterrupt stops them and goes on up.
+
+    At `deadline` (of `time.monotonic`) all are told to stop.
+    """
     running = [_Lane(tasks) for tasks in lanes if tasks]
     for lane in running:
         lane.thread.start()
@@ -77,6 +93,10 @@ def race(lanes: Sequence[Sequence[Task]]) -> Verdict | None:
         for rank, lane in enumerate(running):
             while lane.thread.is_alive():
                 lane.thread.join(POLL_SECONDS)
+                if time.monotonic() > deadline:
+                    _stop(running)
+                    _leave(running)
+                    break
                 _stop_after_first_decided(running)
             if lane.error is not None or lane.decided:
                 _stop(running[rank + 1 :])
@@ -85,14 +105,29 @@ def race(lanes: Sequence[Sequence[Task]]) -> Verdict | None:
         _stop(running)
         raise
     finally:
-        for lane in running:
-            lane.thread.join()
+        _leave(running)
     for lane in running:
         if lane.error is not None:
             raise lane.error
         if lane.decided:
             return lane.verdict
     return None
+
+
+def _leave(running: Sequence[_Lane]) -> None:
+    """Wait a moment for lanes that were told to stop, then go on without them."""
+    until = time.monotonic() + GRACE_SECONDS
+    for lane in running:
+        lane.thread.join(max(until - time.monotonic(), 0.0))
+    _LEFT_BEHIND[:] = [thread for thread in _LEFT_BEHIND if thread.is_alive()]
+    _LEFT_BEHIND.extend(lane.thread for lane in running if lane.thread.is_alive())
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    until = time.monotonic() + EXIT_SECONDS
+    for thread in _LEFT_BEHIND:
+        thread.join(max(until - time.monotonic(), 0.0))
 
 
 def _stop_after_first_decided(running: Sequence[_Lane]) -> None:

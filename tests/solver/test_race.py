@@ -1,0 +1,88 @@
+import logging
+import time
+
+import pytest
+
+from memo_solver import SolveParams, cpsat, lanes
+from memo_solver.errors import MissingSolverError
+from memo_solver.instances import random_requests
+from memo_solver.outcome import Outcome, SearchResult, StopFlag
+from memo_solver.params import Switch
+from memo_solver.race import Task, race
+from memo_solver.sections import split
+
+
+def deaf(seconds):
+    """A search that does not look at its flag, as an import does not."""
+
+    def run(stop):
+        time.sleep(seconds)
+        return SearchResult(outcome=Outcome.LIMIT)
+
+    return Task(name="deaf", run=run)
+
+
+def quick(outcome):
+    return Task(name="quick", run=lambda stop: SearchResult(outcome=outcome))
+
+
+def timed(*arguments):
+    start = time.monotonic()
+    verdict = race(*arguments)
+    return verdict, time.monotonic() - start
+
+
+def test_nobody_waits_for_a_lane_that_has_lost():
+    verdict, seconds = timed([[quick(Outcome.FOUND)], [deaf(3.0)]])
+    assert verdict is not None
+    assert verdict.name == "quick"
+    assert seconds < 1.0
+
+
+def test_the_deadline_holds_against_a_lane_that_does_not_stop():
+    verdict, seconds = timed([[deaf(3.0)], [deaf(3.0)]], time.monotonic() + 0.2)
+    assert verdict is None
+    assert seconds < 1.0
+
+
+def test_a_lane_of_lower_rank_is_waited_for_because_it_may_win():
+    verdict, seconds = timed([[deaf(0.3), quick(Outcome.INFEASIBLE)], [quick(Outcome.FOUND)]])
+    assert verdict is not None
+    assert verdict.result.outcome is Outcome.INFEASIBLE
+    assert seconds >= 0.3
+
+
+def broken():
+    raise MissingSolverError("OR-Tools is missing") from ImportError("libstdc++ is too old")
+
+
+def test_ortools_that_cannot_be_imported_is_said_once_and_done_without(monkeypatch):
+    monkeypatch.setattr(cpsat, "_import", broken)
+    lanes._warn_once.cache_clear()
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("memo_solver").addHandler(handler)
+    try:
+        (lane,) = lanes._cpsat_lanes(question(), SolveParams(num_threads=2), seconds=1.0)
+        results = [task.run(StopFlag()) for task in lane]
+    finally:
+        logging.getLogger("memo_solver").removeHandler(handler)
+    assert {result.outcome for result in results} == {Outcome.LIMIT}
+    assert told == ["searching without CP-SAT: OR-Tools cannot be imported: libstdc++ is too old"]
+    (lane,) = lanes._cpsat_lanes(question(), SolveParams(num_threads=2, cpsat=Switch.ON), seconds=1.0)
+    with pytest.raises(MissingSolverError):
+        lane[0].run(StopFlag())
+
+
+def question(seconds=60.0):
+    section = split(random_requests(30, seed=1))[0]
+    return lanes.Question(section=section, capacity=10**6, round_index=1, deadline=time.monotonic() + seconds)
+
+
+def test_short_limits_do_not_import_ortools(monkeypatch):
+    monkeypatch.setattr(cpsat, "imported", lambda: False)
+    assert lanes._cpsat_lanes(question(1.0), SolveParams(num_threads=2), seconds=1.0) == []
+    assert lanes._cpsat_lanes(question(1.0), SolveParams(num_threads=2, cpsat=Switch.ON), seconds=1.0) != []
+    monkeypatch.setattr(cpsat, "imported", lambda: True)
+    assert lanes._cpsat_lanes(question(1.0), SolveParams(num_threads=2), seconds=1.0) != []

@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 
 #include <cctype>
-#include <fstream>
+#include <cstdio>
 
 #include "failure.hpp"
 
@@ -60,9 +60,13 @@ int CudaDevice::numa_node() const {
   if (driver_->pci_bus_id(id, sizeof(id) - 1, device_) != kCuSuccess) return -1;
   std::string name(id);
   for (char& letter : name) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
-  std::ifstream file("/sys/bus/pci/devices/" + name + "/numa_node");
+  // No C++ streams: they crash where the process has loaded an older C++ library than the one that this was built for.
+  std::FILE* file = std::fopen(("/sys/bus/pci/devices/" + name + "/numa_node").c_str(), "r");
+  if (file == nullptr) return -1;
   int node = -1;
-  return file >> node ? node : -1;
+  const bool read = std::fscanf(file, "%d", &node) == 1;
+  std::fclose(file);
+  return read ? node : -1;
 }
 
 ContextGuard::ContextGuard(const CudaDevice& device) : driver_(device.driver()) {

@@ -42,11 +42,17 @@ def test_swap_is_bit_identical_in_bfloat16(backend, rows, tokens):
         if not all(torch.equal(again[n], plain[n]) for again in repeats for n in plain):
             pytest.skip(f"{backend.name} does not give the same bits twice by itself")
         memo.wrap(model, policy="swap", keep_last=0, loss="native")
-        for _ in range(3):
-            swapped_loss, gradients = step(model, data)
-            assert torch.equal(swapped_loss, loss)
-            assert [n for n in plain if not torch.equal(gradients[n], plain[n])] == []
-    assert memo.report(model).totals.bytes_to_host > 0
+        swapped = [step(model, data) for _ in range(3)]
+        totals = memo.report(model).totals
+        memo.unwrap(model)
+        # A kernel that differs once in some dozens of runs is caught neither by the runs before nor by chance.
+        repeats = [step(model, data)[1] for _ in range(20)] if backend == SDPBackend.CUDNN_ATTENTION else []
+        if not all(torch.equal(again[n], plain[n]) for again in repeats for n in plain):
+            pytest.skip(f"{backend.name} does not give the same bits twice by itself")
+    for swapped_loss, gradients in swapped:
+        assert torch.equal(swapped_loss, loss)
+        assert [n for n in plain if not torch.equal(gradients[n], plain[n])] == []
+    assert totals.bytes_to_host > 0
 
 
 @pytest.mark.parametrize(("policy", "alpha"), POLICIES)

@@ -24,6 +24,8 @@ from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_programs import Program
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_run import ProgramCache, Run
+from memo_runtime.execution.tiled_swap import Entry, TiledSwap, is_dense
+from memo_runtime.records import TokenAxis
 
 
 def run_eagerly(module: fx.GraphModule) -> Program:
@@ -47,6 +49,8 @@ class TiledBlock:
         alpha: share of tiles whose matrix products are kept between forward and backward.
         programs: shared by the blocks of a model.
         forward: the block's own forward, where another is installed over it.
+        swap: shared host memory of the blocks of a model; None: everything stays on the device.
+        to_host: what this block stashes goes to the host; the last blocks of a model had better stay.
 
     After an exception nothing is left behind: what the call held goes when its graph goes.
     """
@@ -59,6 +63,8 @@ class TiledBlock:
         alpha: float = 0.0,
         programs: ProgramCache | None = None,
         forward: Callable[..., Any] | None = None,
+        swap: TiledSwap | None = None,
+        to_host: bool = True,
     ) -> None:
         if tile < 1:
             raise ValueError(f"tile is {tile} tokens; at least 1 is needed")
@@ -69,6 +75,8 @@ class TiledBlock:
         self.alpha = alpha
         self.programs = programs if programs is not None else ProgramCache(run_eagerly)
         self.forward = forward
+        self.swap = swap
+        self.to_host = to_host
         self.last: Run | None = None
         self._captures: dict[Key, Captured] = {}
 
@@ -115,6 +123,8 @@ class TiledBlock:
             keep=round(self.alpha * -(-tokens // self.tile)),
             seed=new_seed() if captured.random else 0,
             autocast=AutocastState.current(call.leaves[captured.input_leaf].device.type),
+            swap=self.swap,
+            to_host=self.to_host,
         )
         return _apply(self.last, self.block, call)
 
@@ -154,7 +164,9 @@ class _TiledFunction(torch.autograd.Function):
         extra = [values[node] for node in run.stash()]
         saved = [one for state in run.saved.values() for one in state.tensors]
         ctx.run, ctx.counts = run, (len(tensors), len(extra))
-        ctx.save_for_backward(*tensors, *extra, *saved)
+        stash = [*tensors, *extra, *saved]
+        ctx.entry = _swapped(run, stash, len(tensors), len(extra))
+        ctx.save_for_backward(*stash)
         for state in run.saved.values():
             state.tensors = (None,) * len(state.tensors)
         ctx.set_materialize_grads(False)
@@ -172,20 +184,49 @@ class _TiledFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         run: Run = ctx.run
         nodes = _placeholders(run.captured)
-        stored = ctx.saved_tensors
+        stored: list[Any] = list(ctx.saved_tensors)
+        if ctx.entry is not None:
+            for place, tensor in ctx.entry.take().items():
+                stored[place] = tensor
         count, extra = ctx.counts
         values: dict[fx.Node, Any] = dict(zip(nodes, stored[:count], strict=True))
         values.update(zip(run.stash(), stored[count : count + extra], strict=True))
         rest = iter(stored[count + extra :])
         for state in run.saved.values():
             state.tensors = tuple(next(rest) for _ in state.tensors)
-        with torch.autocast(stored[0].device.type, enabled=False):
+        with torch.autocast(run.device.type, enabled=False):
             found = run.backward(values, grads)
         results: list[Any] = [None]
-        for node, tensor in zip(nodes, stored[:count], strict=True):
+        for node in nodes:
             grad = found.take(node)
-            results.append(grad.to(tensor.dtype) if grad is not None else None)
+            results.append(grad.to(node.meta["val"].dtype) if grad is not None else None)
         return tuple(results)
+
+
+def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | None:
+    """Start the copies to the host, and take what is copied out of ``stash``.
+
+    Copied are inputs with tokens and a gradient, results of mixers, and what belongs to these. Other arguments are
+    shared by all blocks (rotary tables, masks), and parameters stay.
+    """
+    if run.swap is None:
+        return None
+    captured = run.captured
+    nodes = [*_placeholders(captured), *run.stash()]
+    fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
+    chosen = {}
+    for place, tensor in enumerate(stash) if run.to_host else ():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_dense(tensor):
+            continue
+        node = nodes[place] if place < inputs + extra else None
+        if node is not None and (node in fixed or node in states or node not in captured.stages.differentiable):
+            continue
+        if node is None or isinstance(captured.stages.axes[node], TokenAxis):
+            chosen[place] = tensor
+    entry = run.swap.store(chosen)
+    for place in chosen:
+        stash[place] = None
+    return entry
 
 
 def _placeholders(captured: Captured) -> list[fx.Node]:

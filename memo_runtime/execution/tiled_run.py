@@ -27,6 +27,7 @@ from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.tiled_gradients import Gradients, Part
 from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
+from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.records import TokenAxis
 
 Values = dict[fx.Node, Any]
@@ -71,6 +72,7 @@ class Run:
         keep: number of tiles, from the first, whose matrix products are kept.
         seed: of its dropout.
         autocast: the precision of the call.
+        swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
         reproducible: attention drops what ``attention_seed`` says, also where a fused kernel would draw itself.
     """
 
@@ -81,13 +83,15 @@ class Run:
     keep: int
     seed: int
     autocast: AutocastState
+    swap: TiledSwap | None = None
+    to_host: bool = False
     reproducible: bool = False
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     saved: dict[fx.Node, Saved] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         """Where the block computes."""
         device: torch.device = self.captured.arguments[0][0].meta["val"].device
         return device
@@ -287,7 +291,7 @@ class Run:
         """Rows of the gradient of an output, laid out as when traced; zeros where nothing depends on it."""
         assert axis is not None, "a segment yields values with tokens"
         if grad is None:
-            return torch.zeros_like(layout, device=self._device)
+            return torch.zeros_like(layout, device=self.device)
         part = rows(grad, axis, self.tokens, start, stop)
         if axis.outer != 1 or axis.inner != 1:
             part = part.flatten(axis.dim, axis.dim + 2)

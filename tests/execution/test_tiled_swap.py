@@ -1,0 +1,163 @@
+"""The stash of tiled blocks in host memory: same gradients, exact bytes, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from memo_runtime.errors import HostLimitError, StateChangedError
+from memo_runtime.execution.host_pool import HostPool, aligned
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_swap import TiledSwap, is_dense
+from memo_runtime.execution.transfer import CpuTransfer, Ticket, make_transfer
+from tests.capture import blocks
+from tests.exactness import hand_written
+from tests.exactness.hand_written import HEADS, WIDTH
+
+TOKENS = 29
+CPU = torch.device("cpu")
+
+
+def swap_of(limit=1 << 30):
+    return TiledSwap(CPU, HostPool(limit, pinned=False), make_transfer(CPU))
+
+
+def stack(kind=hand_written.Attention, count=3):
+    torch.manual_seed(0)
+    return nn.ModuleList(kind() for _ in range(count)).double()
+
+
+def tiles(layers, swap, *, keep_last=0, tile=6):
+    last = len(layers) - keep_last
+    return [TiledBlock(one, tile=tile, swap=swap, to_host=index < last) for index, one in enumerate(layers)]
+
+
+def hidden():
+    return torch.randn(2, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def step(layers, forwards):
+    x = leaf = hidden().requires_grad_()
+    for forward in forwards:
+        x = forward(2 * x)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    return torch.autograd.grad(x, [leaf, *layers.parameters()], weights)
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+@pytest.mark.parametrize("kind", [hand_written.Attention, hand_written.TwoMixers, blocks.LearnedBias])
+def test_gradients_are_those_without_swap_and_nothing_stays(kind, keep_last):
+    layers, swap = stack(kind), swap_of()
+
+    def first(forward):
+        return lambda x: forward(x)[0] if kind is blocks.LearnedBias else forward(x)
+
+    expected = step(layers, [first(one) for one in tiles(layers, None)])
+    forwards = tiles(layers, swap, keep_last=keep_last)
+    for _ in range(2):
+        found = step(layers, [first(one) for one in forwards])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert swap.pool.in_use == 0
+
+
+def test_bytes_are_those_of_inputs_and_attention():
+    layers, swap = stack(), swap_of()
+    forwards = tiles(layers, swap, keep_last=1)
+    step(layers, forwards)
+    before = swap.bytes_to_host
+    step(layers, forwards)
+    hidden_bytes, lse_bytes = 2 * TOKENS * WIDTH * 8, 2 * TOKENS * HEADS * 8
+    moved = 2 * (2 * hidden_bytes + lse_bytes)  # two blocks: x, o and the log-sum-exp
+    assert swap.bytes_to_host - before == moved
+    assert swap.bytes_to_device == swap.bytes_to_host
+
+
+def test_inputs_are_freed_and_shared_arguments_stay():
+    layers, swap = stack(hand_written.SharedValues, count=1), swap_of()
+    (tiled,) = tiles(layers, swap)
+    x = (2 * hidden().requires_grad_()).contiguous()
+    alive = weakref.ref(x)
+    y, _ = tiled(x, None)
+    swap.backward_started()  # as the next blocks would: what was copied is let go
+    del x
+    gc.collect()
+    assert alive() is None
+    y.sum().backward()
+
+
+def test_a_block_fetches_for_the_one_below_before_it_computes():
+    class Recorded(CpuTransfer):
+        def __init__(self):
+            self.sources = []
+
+        def to_device(self, source, target):
+            self.sources.append(source.data_ptr())
+            return super().to_device(source, target)
+
+    transfer = Recorded()
+    swap = TiledSwap(CPU, HostPool(1 << 20, pinned=False), transfer)
+    entries = [swap.store({0: torch.full((4, 4), float(number))}) for number in range(3)]
+    assert torch.equal(entries[2].take()[0], torch.full((4, 4), 2.0))
+    assert len(transfer.sources) == 2
+    assert torch.equal(entries[1].take()[0], torch.full((4, 4), 1.0))
+    assert len(transfer.sources) == 3
+    assert torch.equal(entries[0].take()[0], torch.full((4, 4), 0.0))
+    assert len(transfer.sources) == len(set(transfer.sources)) == 3
+
+
+def test_an_input_changed_while_it_is_copied_is_an_error():
+    class Late(Ticket):
+        def wait(self):
+            pass
+
+        def release(self):
+            return False
+
+    class Slow(CpuTransfer):
+        def to_host(self, source, target):
+            super().to_host(source, target)
+            return Late()
+
+    layers = stack(count=2)
+    swap = TiledSwap(CPU, HostPool(1 << 20, pinned=False), Slow())
+    with pytest.raises(StateChangedError, match="changed in place while it was copied"):
+        step(layers, tiles(layers, swap))
+
+
+def test_an_abandoned_step_gives_host_memory_back():
+    layers, swap = stack(), swap_of()
+    forwards = tiles(layers, swap)
+    x = hidden().requires_grad_()
+    for forward in forwards:
+        x = forward(x)
+    assert swap.pool.in_use > 0
+    del x
+    gc.collect()
+    assert swap.pool.in_use == 0
+    expected = step(layers, tiles(layers, None))
+    assert all(torch.equal(a, b) for a, b in zip(step(layers, forwards), expected, strict=True))
+
+
+def test_the_budget_is_exact():
+    layers = stack(count=1)
+    need = 2 * aligned(2 * TOKENS * WIDTH * 8) + aligned(2 * TOKENS * HEADS * 8)
+    step(layers, tiles(layers, swap_of(need)))
+    swap = swap_of(need - 1)
+    with pytest.raises(HostLimitError):
+        step(layers, tiles(layers, swap))
+    assert swap.pool.in_use == 0
+
+
+def test_dense():
+    x = torch.zeros(3, 4, 5)
+    assert is_dense(x)
+    assert is_dense(x.transpose(0, 2))
+    assert is_dense(x[1:2])
+    assert not is_dense(x[:, 1:])
+    assert not is_dense(x[..., ::2])
+    assert not is_dense(x[:1].expand(3, 4, 5))
+    assert not is_dense(x[:0])

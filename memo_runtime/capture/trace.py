@@ -15,7 +15,6 @@ are refused here, by name. Python state is frozen into the graph: ``key.py`` cap
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,13 +40,11 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.axes import TokenSymbol
+from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.errors import CaptureRefusedError
 
 #: Meta entry of placeholders; traced values are detached.
 NEEDS_GRAD = "needs_grad"
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -125,7 +122,7 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env)
     states = _state_names(block)
-    copied, fakes = _structural_copy(block, mode, states)
+    copied, fakes = _fake_copy(block, mode, states)
     leaves = [index for index, _ in call.tensors()]
     hint = _hint(block, call, dims, tokens)
     arguments = [_fake_leaf(call.leaves[index], dims.get(index, ()), mode, hint) for index in leaves]
@@ -161,7 +158,7 @@ def refuse_by_sight(block: nn.Module, forward: Callable[..., Any] | None) -> Non
     for name, module in block.named_modules():
         if module is block:
             continue
-        for table in _HOOKS:
+        for table in HOOK_TABLES:
             hooks = getattr(module, table)
             if hooks:
                 hook = next(iter(hooks.values()))
@@ -179,11 +176,11 @@ def _state_names(block: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _structural_copy(
+def _fake_copy(
     block: nn.Module, mode: FakeTensorMode, names: Sequence[str]
 ) -> tuple[nn.Module, list[torch.Tensor]]:
     """A copy of ``block`` over fake parameters and buffers; its own hooks are left out."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, torch.Tensor] = {}
     fakes = []
     for name in names:
         live = _state(block, name)
@@ -193,13 +190,7 @@ def _structural_copy(
                 fake = nn.Parameter(fake, requires_grad=live.requires_grad)
         memo[id(live)] = fake
         fakes.append(fake)
-    try:
-        copied = copy.deepcopy(block, memo)
-    except Exception as error:
-        raise CaptureRefusedError("copy.deepcopy", f"the block cannot be copied: {error}") from error
-    for table in _HOOKS:
-        getattr(copied, table).clear()
-    return copied, fakes
+    return structural_copy(block, memo), fakes
 
 
 def _state(block: nn.Module, name: str) -> torch.Tensor:

@@ -7,7 +7,6 @@ one more copy of the block's parameters.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.copying import structural_copy
 from memo_runtime.capture.trace import token_dims
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.mixers.by_rows import RowsAttention
@@ -65,17 +65,13 @@ def check(captured: Captured, block: nn.Module, call: BlockCall, execute: Execut
 
 
 def _moved_copy(block: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
+    memo: dict[int, torch.Tensor] = {id(one): one.detach().clone() for one in block.buffers()}
     for one in block.parameters():
         moved = one.detach().clone()
         if moved.is_floating_point():
             moved.add_(torch.randn_like(moved), alpha=0.02)
         memo[id(one)] = nn.Parameter(moved, requires_grad=one.requires_grad)
-    copied = copy.deepcopy(block, memo)
-    copied.train(block.training)
-    for mine, theirs in zip(copied.modules(), block.modules(), strict=True):
-        mine.training = theirs.training
-    return copied
+    return structural_copy(block, memo)
 
 
 def _short_call(captured: Captured, call: BlockCall) -> BlockCall:

@@ -32,3 +32,23 @@ def test_the_table_of_the_readme_is_made_of_rows():
         assert row["pinned_bytes"] <= row["host_budget"]
     compared = [row["max_rel_loss_diff"] for row in latest.values() if row["max_rel_loss_diff"] is not None]
     assert all(f"{difference:.1e}" in readme for difference in compared)
+
+
+def head_loss_cells(rows: list[dict[str, Any]]) -> str:
+    """The line of docs/losses.md for one contender: milliseconds and GiB by length."""
+    return " | ".join(
+        f"{row['step_seconds'] * 1e3:.1f} ms, {row['peak_extra'] / GIB:.2f} GiB"
+        if row["status"] == "ok"
+        else "out of memory"
+        for row in rows
+    )
+
+
+def test_the_table_of_the_losses_is_made_of_rows():
+    path = ROOT / "benchmarks" / "results" / "head_loss_h100.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    docs = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    contenders = dict.fromkeys(row["contender"] for row in rows)
+    for contender in contenders:
+        mine = sorted((row for row in rows if row["contender"] == contender), key=lambda row: row["seq_len"])
+        assert f"{head_loss_cells(mine)} | {mine[0]['grad_error']:.2e} |" in docs

@@ -22,7 +22,8 @@ from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
 from benchmarks.harness.memory import release
 from memo_runtime.execution.install import install_forward, original_forward
-from memo_runtime.execution.tiled import TiledBlock, compiled, run_eagerly
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 
 _WARM = 2

@@ -21,8 +21,11 @@ _TABLES = (
     *HOOK_TABLES, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-#: Attributes under which ``torch.distributed`` keeps its own state on a module.
-_FOREIGN = ("__composable_api_state_key",)
+#: Attributes that are not the author's: a forward that we installed, and what hides it from copies
+#: (execution/install.py). Another forward on an instance has been refused before.
+_INSTALLED = ("forward", "__getstate__")
+#: What ``torch.distributed`` keeps its own state under, on a module.
+_DISTRIBUTED = "__composable_api_state_key"
 
 
 def plain_class(block: nn.Module) -> type[nn.Module]:
@@ -58,7 +61,11 @@ def structural_copy(block: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """What belongs to the module itself; an installed forward takes itself out (execution/install.py)."""
-    state = {name: value for name, value in module.__getstate__().items() if not name.startswith(_FOREIGN)}
+    """What belongs to the module itself.
+
+    Not by ``__getstate__``: parametrised modules refuse to be copied by it.
+    """
+    own = (name for name in module.__dict__ if name not in _INSTALLED and not name.startswith(_DISTRIBUTED))
+    state = {name: module.__dict__[name] for name in own}
     state.update({table: type(state[table])() for table in _TABLES if table in state})
     return state

@@ -21,23 +21,11 @@ from memo_runtime.capture.captured import Captured, capture
 from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_check import check
-from memo_runtime.execution.tiled_programs import Program
+from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap, is_dense
 from memo_runtime.records import TokenAxis
-
-
-def run_eagerly(module: fx.GraphModule) -> Program:
-    """A program as PyTorch runs it, operator by operator."""
-    program: Program = module.forward
-    return program
-
-
-def compiled(module: fx.GraphModule) -> Program:
-    """A program through ``torch.compile``: norms, rotary embeddings and gates fuse."""
-    program: Program = torch.compile(module, fullgraph=True, dynamic=False)
-    return program
 
 
 class TiledBlock:

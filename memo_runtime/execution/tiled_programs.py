@@ -9,8 +9,10 @@ cut in up to four programs:
     backward of kept  sources, products, ...  -> gradients of sources     (only what is cheap is run again)
 
 where products are the results of the matrix products that backward needs. What backward does not need is not run again:
-the last product of a segment never is. A weight gradient that is one matrix product is not computed in the program:
-its factors are yielded, so that the product is added to an accumulator of higher precision by the GEMM itself.
+the last product of a segment never is. All of them take copies of weights in the precision of autocast behind their
+sources, which one more program makes once for all tiles. A weight gradient that is one matrix product is not computed
+in the program: its factors are yielded, so that the product is added to an accumulator of higher precision by the GEMM
+itself.
 """
 
 from __future__ import annotations
@@ -51,11 +53,13 @@ class Programs:
     """The programs of one segment at one tile size.
 
     Args:
+        casts: sources -> casts of weights; they come behind the sources of the other programs.
         kept: how many products ``forward_keep`` yields behind the outputs.
         places: where the gradient of each source is.
         layouts: sizes and strides that gradients of outputs must have (meta tensors).
     """
 
+    casts: Program
     forward: Program
     forward_keep: Program
     backward: Program
@@ -105,11 +109,16 @@ def make_programs(
     given = inputs[: len(segment.sources)]
     wanted, places = _gradient_results(segment, grads)
     products = _products(graph, given, wanted)
+    casts = _casts(graph, [node for node, source in zip(given, segment.sources, strict=True)
+                           if segment.axes[source] is None])  # fmt: skip
+    tangents = inputs[len(given) :]
+    given += casts
     return Programs(
+        casts=run_eagerly(_part(graph, given[: len(segment.sources)], casts)),
         forward=compiler(_part(graph, given, outputs)),
         forward_keep=compiler(_part(graph, given, [*outputs, *products])),
-        backward=compiler(_part(graph, inputs, wanted)),
-        backward_kept=compiler(_part(graph, [*inputs, *products], wanted)),
+        backward=compiler(_part(graph, [*given, *tangents], wanted)),
+        backward_kept=compiler(_part(graph, [*given, *tangents, *products], wanted)),
         kept=len(products),
         places=places,
         layouts=layouts,
@@ -180,10 +189,33 @@ def _factors(grad: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
             return left, right, transposed  # type: ignore[return-value]
         if grad.target in (aten.t.default, aten.transpose.int) and grad.meta["val"].dim() == 2:
             transposed = not transposed
+        elif grad.target is aten._to_copy.default:
+            if grad.meta["val"].dtype not in (torch.float32, torch.float64):
+                return None  # rounded on purpose
         elif grad.target is not aten.detach.default:
             return None
         grad = grad.args[0]  # type: ignore[assignment]
     return None
+
+
+def _casts(graph: fx.Graph, weights: Sequence[fx.Node]) -> list[fx.Node]:
+    """Copies of weights in another precision."""
+    return [
+        node for node in graph.nodes
+        if node.target is aten._to_copy.default and node.args[0] in weights
+    ]  # fmt: skip
+
+
+def run_eagerly(module: fx.GraphModule) -> Program:
+    """A program as PyTorch runs it, operator by operator."""
+    program: Program = module.forward
+    return program
+
+
+def compiled(module: fx.GraphModule) -> Program:
+    """A program through ``torch.compile``: norms, rotary embeddings and gates fuse."""
+    program: Program = torch.compile(module, fullgraph=True, dynamic=False)
+    return program
 
 
 def _products(graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> list[fx.Node]:

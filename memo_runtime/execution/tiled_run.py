@@ -183,9 +183,13 @@ class Run:
         return mixed_seed(self.seed, number, -1)
 
     def _segment_forward(self, index: int, segment: Segment, values: Values, *, keep: bool) -> None:
+        casts: tuple[torch.Tensor, ...] = ()
         for number, start, stop in self._tiles(segment):
             sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
             programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
+            if start == 0:
+                casts = programs.casts(*sources)
+            sources.extend(casts)
             if keep and number < self.keep and not segment.by_rows:
                 results = programs.forward_keep(*sources)
                 self.kept[index, start] = list(results[len(segment.outputs) :])
@@ -269,9 +273,13 @@ class Run:
 
     def _segment_backward(self, index: int, segment: Segment, values: Values, found: Gradients) -> None:
         upstream = [found.take(node) for node in segment.outputs]
+        casts: tuple[torch.Tensor, ...] = ()
         for _, start, stop in self._tiles(segment):
             sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
             programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
+            if start == 0:
+                casts = programs.casts(*sources)
+            sources.extend(casts)
             tangents = [
                 self._tangent(layout, segment.axes[node], grad, start, stop)
                 for node, grad, layout in zip(segment.outputs, upstream, programs.layouts, strict=True)

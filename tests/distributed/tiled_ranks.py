@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, original_forward
-from memo_runtime.execution.tiled import TiledBlock, run_eagerly
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.execution.transfer import make_transfer

@@ -11,6 +11,7 @@ from memo_runtime.capture.captured import capture
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution import tiled as tiled_module
 from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from tests.capture import blocks
 from tests.exactness import hand_written
@@ -179,7 +180,7 @@ def test_autocast():
 
 
 def test_blocks_alike_share_programs():
-    programs = ProgramCache(tiled_module.run_eagerly)
+    programs = ProgramCache(run_eagerly)
     for tokens in (29, 29, 35):
         TiledBlock(double(hand_written.Attention), tile=6, programs=programs)(hidden(tokens)).sum().backward()
     assert len(programs) == 4  # two segments, two tile sizes

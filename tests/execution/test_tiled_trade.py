@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from memo_runtime.execution.tiled import TiledBlock, compiled
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_programs import compiled
 from memo_runtime.execution.tiled_run import ProgramCache
 from tests.exactness import hand_written
 from tests.exactness.hand_written import WIDTH
@@ -26,12 +27,14 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.counts = Counter()
         self.largest = 0
+        self.shapes = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.counts[func._overloadpacket.__name__] += 1
         for one in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(one, torch.Tensor):
+                self.shapes[func._overloadpacket.__name__, one.shape] += 1
                 self.largest = max(self.largest, one.numel())
         return out
 
@@ -73,6 +76,22 @@ def test_what_is_run_again(alpha, again):
     block, tiled, x = prepared(alpha)
     extra = (flops(tiled, x) - flops(block, x)) / (2 * TOKENS * WIDTH * WIDTH)
     assert extra == again
+
+
+def test_autocast_casts_weights_once_per_segment():
+    block = hand_written.Attention()
+    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    tiled = TiledBlock(block, tile=8)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tiled(x).float().sum().backward()
+
+    step()
+    with Operators() as seen:
+        step()
+    # Eight tiles, forward and backward.
+    assert seen.shapes["_to_copy", block.up.weight.shape] == 2
 
 
 @pytest.mark.slow

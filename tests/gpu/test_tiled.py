@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
-from memo_runtime.execution.tiled import TiledBlock, compiled, run_eagerly
-from memo_runtime.execution.tiled_programs import accumulate
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from tests.exactness.hand_written import WIDTH, Attention
 from tests.execution.tiles import call_of, run, worst

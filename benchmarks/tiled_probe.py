@@ -3,6 +3,10 @@
     python -m benchmarks.tiled_probe                         # llama-8b, 4 blocks, 65,536 and 131,072 tokens
     python -m benchmarks.tiled_probe --ways kernels,alpha0   # fewer ways
 
+Ways: ``kernels`` (alone), ``selective`` (checkpointing that saves attention), ``alpha0``, ``alpha0.5`` and ``alpha1``
+(that share of tiles keeps its products), ``host0`` and ``host1`` (the same with inputs and attention results in host
+memory, those of the last block aside).
+
 Prints one line per way and length: seconds (median of the steady steps), share of the speed of kernels alone, peak of
 allocated memory. A probe: rows for figures come from the harness.
 """
@@ -21,41 +25,67 @@ from benchmarks.harness.contenders.base import Contender, Training
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
 from benchmarks.harness.memory import release
+from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, original_forward
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_swap import TiledSwap
+from memo_runtime.execution.transfer import make_transfer
 
 _WARM = 2
+_HOST_LIMIT = 96 << 30
 
 
 class Tiled(Training):
-    """Every block by tiles; ``alpha``: share of tiles whose products are kept."""
+    """Every block by tiles; ``alpha``: share of tiles whose products are kept; ``host``: with swap."""
 
-    def __init__(self, job: Job, *, alpha: float, tile: int, compile_programs: bool) -> None:
-        self.alpha, self.tile = alpha, tile
-        self.programs = ProgramCache(compiled if compile_programs else run_eagerly)
+    def __init__(self, job: Job, *, alpha: float, host: bool, options: argparse.Namespace) -> None:
+        self.alpha, self.host, self.tile = alpha, host, options.tile
+        self.programs = ProgramCache(run_eagerly if options.eager else compiled)
         self.blocks: list[TiledBlock] = []
+        self.swap: TiledSwap | None = None
         super().__init__(job)
 
     def install(self) -> None:
         """Put tiles in place of every block's forward."""
-        for layer in self.subject.layers:
+        if self.host:
+            pool = HostPool(_HOST_LIMIT, pinned=self.device.type == "cuda")
+            self.swap = TiledSwap(self.device, pool, make_transfer(self.device))
+        for number, layer in enumerate(self.subject.layers, start=1):
             tiled = TiledBlock(
-                layer, tile=self.tile, alpha=self.alpha, programs=self.programs, forward=original_forward(layer)
+                layer,
+                tile=self.tile,
+                alpha=self.alpha,
+                programs=self.programs,
+                forward=original_forward(layer),
+                swap=self.swap,
+                to_host=number < len(self.subject.layers),
             )
             install_forward(layer, tiled)
             self.blocks.append(tiled)
 
+    def start(self, tokens: int) -> None:
+        """Pin what the swapped blocks need: x, o and the log-sum-exp, with room for alignment."""
+        super().start(tokens)
+        if self.swap is not None:
+            shape = self.subject.shape
+            block = tokens * (2 * shape.hidden * 2 + shape.heads * 4) + 2**20
+            self.swap.pool.reserve((shape.blocks - 1) * block)
+
     def details(self) -> dict[str, object]:
-        """Kernels of attention, and how many programs there are."""
+        """Kernels of attention, how many programs there are, and pinned GiB."""
         last = self.blocks[-1].last
-        return {"attention": last.kernels if last is not None else [], "programs": len(self.programs)}
+        found: dict[str, object] = {"attention": last.kernels if last is not None else []}
+        found["programs"] = len(self.programs)
+        if self.swap is not None:
+            found["host GiB"] = round(self.swap.pool.reserved / 2**30, 2)
+        return found
 
 
 def _ways(options: argparse.Namespace) -> dict[str, Callable[[Job], Contender]]:
-    def tiled(alpha: float) -> Callable[[Job], Contender]:
-        return lambda job: Tiled(job, alpha=alpha, tile=options.tile, compile_programs=not options.eager)
+    def tiled(alpha: float, *, host: bool = False) -> Callable[[Job], Contender]:
+        return lambda job: Tiled(job, alpha=alpha, host=host, options=options)
 
     return {
         "kernels": CONTENDERS["kernels"],
@@ -63,6 +93,8 @@ def _ways(options: argparse.Namespace) -> dict[str, Callable[[Job], Contender]]:
         "alpha0": tiled(0.0),
         "alpha0.5": tiled(0.5),
         "alpha1": tiled(1.0),
+        "host0": tiled(0.0, host=True),
+        "host1": tiled(1.0, host=True),
     }
 
 
@@ -95,7 +127,7 @@ def main() -> None:
     parser.add_argument("--geometry", default="llama-8b")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--lengths", default="65536,131072")
-    parser.add_argument("--ways", default="kernels,alpha0,alpha1")
+    parser.add_argument("--ways", default="kernels,alpha0,alpha1,host0")
     parser.add_argument("--tile", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--attention", default="auto", help="kernel for selective; tiles and kernels choose their own")

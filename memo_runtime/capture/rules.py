@@ -125,7 +125,10 @@ def follow(node: fx.Node, axes: Mapping[fx.Node, AxisTree], token: TokenSymbol) 
         rule = _pointwise
     if rule is None:
         raise NotTokenWiseError("it is not known to treat tokens one by one")
-    return rule(operator)
+    try:
+        return rule(operator)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise NotTokenWiseError(f"its arguments are not understood: {type(error).__name__}: {error}") from error
 
 
 # ---- rules
@@ -304,6 +307,10 @@ def _norm(op: Operator) -> AxisTree:
 
 
 def _embedding(op: Operator) -> AxisTree:
+    if op.arguments.get("scale_grad_by_freq"):
+        raise NotTokenWiseError("its gradient counts tokens in the whole batch")
+    if op.arguments.get("sparse"):
+        raise NotTokenWiseError("its gradient is sparse")
     return op.moving("indices")
 
 

@@ -69,6 +69,24 @@ class ByLength(Attention):
         return super().forward(x / x.shape[1])
 
 
+class Frequencies(Attention):
+    """Its embedding's gradient counts how often a number occurs in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, WIDTH, scale_grad_by_freq=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.table((x[..., 0] > 0).long()))
+
+
+class Repeated(Attention):
+    """Repeats every element, over all dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.repeat_interleave(2).view(*x.shape[:2], -1)[..., ::2])
+
+
 class WithoutGradient(Attention):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():

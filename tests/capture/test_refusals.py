@@ -17,6 +17,8 @@ REFUSED = {
     blocks.Counts: ("aten.add_", "buffer"),
     blocks.ByLength: ("aten.div", "number of tokens"),
     blocks.WithoutGradient: ("aten.abs", "without gradients"),
+    blocks.Frequencies: ("aten.embedding", "whole batch"),
+    blocks.Repeated: ("aten.repeat_interleave", "not understood"),
     blocks.Noise: ("aten.randn_like", "random"),
     blocks.NormOverTokens: ("aten.instance_norm", "not known"),
     blocks.Shifted: ("aten.slice", "part of the tokens"),

@@ -7,10 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_swap import TiledSwap
+from memo_runtime.execution.transfer import make_transfer
 from tests.exactness.hand_written import WIDTH, Attention
 from tests.execution.tiles import call_of, run, worst
 
@@ -83,6 +86,31 @@ def test_a_block_in_bfloat16(compiler, alpha):
     count = len(programs)
     run(call_of(block, x), tiled)
     assert len(programs) == count
+
+
+def test_swapped_blocks_have_the_gradients_of_blocks_that_stay():
+    """Streams run freely, and memory that is freed too early is taken by the next block."""
+    torch.manual_seed(0)
+    blocks = [Attention().cuda().bfloat16() for _ in range(5)]
+    x = torch.randn(2, 16384, WIDTH, device="cuda").bfloat16().requires_grad_()
+    device = torch.device("cuda")
+    wanted = [x, *(one for block in blocks for one in block.parameters())]
+
+    def step(swap):
+        hidden = x * 1
+        for block in blocks:
+            hidden = TiledBlock(block, tile=4096, swap=swap)(hidden)
+        return [hidden], torch.autograd.grad(hidden.float().square().mean(), wanted)
+
+    expected = step(None)
+    swap = TiledSwap(device, HostPool(1 << 30, pinned=True), make_transfer(device))
+    for _ in range(5):
+        found = step(swap)
+        assert worst(found[0], expected[0]) < 1e-2
+        assert worst(found[1], expected[1]) < 2e-2
+    torch.cuda.synchronize()
+    assert swap.pool.in_use == 0
+    assert swap.transfer.open_copies == 0
 
 
 def test_nothing_waits_for_the_device():

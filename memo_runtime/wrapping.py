@@ -6,19 +6,18 @@ not seen, and hands the plan to the session, which executes it in the blocks.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Loss, Policy, Settings
 from memo_runtime.errors import MemoError
@@ -29,10 +28,12 @@ from memo_runtime.execution.session import Session
 from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
-from memo_runtime.profiling.candidates import MIN_TOKENS
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.machine import device_memory
+from memo_runtime.profiling.measured import Measured, cautious
 from memo_runtime.profiling.model import NamedBlock, model_device, profile_model
+from memo_runtime.profiling.reading import Reading, Shapes
+from memo_runtime.recent import Recent
 from memo_runtime.records import Plan, Profile
 from memo_runtime.units import format_bytes, format_seconds
 
@@ -40,6 +41,12 @@ logger = logging.getLogger("memo_runtime")
 
 ATTRIBUTE = "_memo"
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Plans, kinds of batches, and profiles of a kind that are remembered: a run may have a new length at every step.
+_MOST_PLANS = 64
+_MOST_KINDS = 16
+_MOST_SHAPES = 7
+_ALONE = "a batch of a new kind or shape came while parameters are sharded, so it was not profiled"
 
 
 class _Gate:
@@ -60,26 +67,6 @@ class _Gate:
 
 
 @dataclass(slots=True)
-class _Known:
-    """A profile, and where in the batch its sequence length can be read; None: nowhere."""
-
-    profile: Profile
-    length_at: tuple[int, int] | None
-    shapes: tuple[tuple[int, ...], ...]
-
-    def tokens_of(self, shapes: tuple[tuple[int, ...], ...]) -> int | None:
-        """Sequence length of a batch that differs from the profiled one in that alone; None: it differs more."""
-        if self.length_at is None or len({block.tokens for block in self.profile.blocks}) != 1:
-            return None
-        leaf, dim = self.length_at
-        old, new = self.profile.blocks[0].tokens, shapes[leaf][dim]
-        if old < MIN_TOKENS:
-            return None  # too short to be sliced: it does not tell what longer ones can do
-        scaled = tuple(tuple(new if size == old else size for size in shape) for shape in self.shapes)
-        return new if scaled == shapes and new else None
-
-
-@dataclass(slots=True)
 class Wrapped:
     """One wrapped model: settings, session, and the plans made so far."""
 
@@ -90,8 +77,10 @@ class Wrapped:
     optimizer: torch.optim.Optimizer | None
     given_plan: Plan | None
     session: Session
-    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
-    _known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=dict)
+    #: How often the model was profiled: once for every kind of batch, whatever its shapes.
+    profiled: int = 0
+    _plans: Recent[Plan] = field(default_factory=lambda: Recent(_MOST_PLANS))
+    _known: Recent[list[Reading]] = field(default_factory=lambda: Recent(_MOST_KINDS))
     _handle: Any = None
     _integration: Any = None
 
@@ -159,7 +148,7 @@ class Wrapped:
         plan = self._plans.get((key, shapes, found))
         if plan is None:
             plan = self._prepare(key, shapes, (args, kwargs), device)
-            self._plans[key, shapes, found] = plan
+            self._plans.put((key, shapes, found), plan)
         if plan is not self.session.plan:
             self.session.adopt(plan, device)
             self._announce(plan)
@@ -167,7 +156,7 @@ class Wrapped:
 
     def _signature(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-    ) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]]:
+    ) -> tuple[tuple[Any, ...], Shapes]:
         leaves = _pytree.tree_leaves((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
         parameters = hash(tuple((p.dtype, p.requires_grad) for p in self.model.parameters()))
@@ -181,20 +170,42 @@ class Wrapped:
         return key, shapes
 
     def _prepare(
-        self, key: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...], batch: Batch, device: torch.device
+        self, key: tuple[Any, ...], shapes: Shapes, batch: Batch, device: torch.device
     ) -> Plan:
         if self.given_plan is not None:
             self._check_given(batch, device)
             return amended(self.given_plan, self.session.demotions)
-        for known in self._known.get(key, []):
-            tokens = known.tokens_of(shapes)
-            if tokens is not None:
-                stacks = {block.stack for block in known.profile.blocks}
-                lengths = dict.fromkeys(stacks, tokens)
-                return plan_with(known.profile, self.settings, self.session.demotions, tokens=lengths)
-        profile = self.profile(batch)
-        self._known.setdefault(key, []).append(_Known(profile, _length_at(profile, shapes), shapes))
-        return plan_with(profile, self.settings, self.session.demotions)
+        readings = self._known.get(key) or []
+        for reading in readings:
+            sizes = reading.sizes_of(shapes)
+            if sizes is not None and reading.knows(sizes):
+                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens)
+        if self._known and forwards_meet(self.model):
+            return self._plan_without_profiling(readings, shapes)
+        measured = self._measure(batch)
+        self._known.put(key, [*readings[-_MOST_SHAPES:], Reading(measured, shapes)])
+        return self._plan(measured.profile)
+
+    def _plan(self, profile: Profile, tokens: Mapping[int, int] | None = None) -> Plan:
+        return plan_with(profile, self.settings, self.session.demotions, tokens=tokens)
+
+    def _plan_without_profiling(self, readings: Sequence[Reading], shapes: Shapes) -> Plan:
+        """A plan for a batch that nothing is known about, where profiling would wait for the other ranks.
+
+        Every call finds its own sizes; what differs is the forecast, and how much is run again.
+        """
+        for reading in readings:
+            sizes = reading.sizes_of(shapes)
+            if sizes is not None:
+                self.session.note(f"{_ALONE}; its bytes at this batch size are estimates")
+                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens)
+        if readings:
+            self.session.note(f"{_ALONE}; its plan is that of another shape, stretched")
+            return self._plan(readings[-1].measured.profile)
+        self.session.note(f"{_ALONE}; in such steps every block is run again as a whole")
+        latest = self._known.latest()
+        assert latest is not None, "something was profiled"
+        return self._plan(cautious(latest[-1].measured.profile))
 
     def _check_given(self, batch: Batch, device: torch.device) -> None:
         assert self.given_plan is not None, "there is a plan to check"
@@ -206,12 +217,16 @@ class Wrapped:
 
     def profile(self, batch: Batch) -> Profile:
         """Measure the model on ``batch``."""
+        return self._measure(batch).profile
+
+    def _measure(self, batch: Batch) -> Measured:
+        self.profiled += 1
         args, kwargs = batch
 
         def run(observer: Callable[..., Any]) -> None:
             self.session.observer = lambda block, forward, a, k: observer(block.name, forward, a, k)
             try:
-                with self.session.turn(), _apart_from_other_ranks(self.model):
+                with self.session.turn(), apart_from_other_ranks(self.model):
                     # With its hooks: FSDP gathers parameters in one, users change arguments in others.
                     self.model._call_impl(*args, **kwargs)
             finally:
@@ -246,26 +261,6 @@ class Wrapped:
         for reason, names in reasons.items():
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.session.note(f"'{names[0]}'{others} cannot take policy '{plan.policy}': {reason}")
-
-
-@contextlib.contextmanager
-def _apart_from_other_ranks(model: nn.Module) -> Iterator[None]:
-    """A forward of a DistributedDataParallel inside does not wait for other ranks, whose batches may be known."""
-    switches = ("require_forward_param_sync", "require_backward_grad_sync")
-    before = {name: model.__dict__[name] for name in switches if isinstance(model, DistributedDataParallel)}
-    model.__dict__.update(dict.fromkeys(before, False))
-    try:
-        yield
-    finally:
-        model.__dict__.update(before)
-
-
-def _length_at(profile: Profile, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, int] | None:
-    tokens = profile.blocks[0].tokens
-    for leaf, shape in enumerate(shapes):
-        if shape.count(tokens) == 1:
-            return leaf, shape.index(tokens)
-    return None
 
 
 def find_wrapped(model: nn.Module) -> Wrapped | None:

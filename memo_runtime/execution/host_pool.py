@@ -128,6 +128,21 @@ class HostPool:
             if missing > 0:
                 self._grow(missing)
 
+    def fit(self, size_bytes: int) -> None:
+        """Like ``reserve``, for a plan that takes the place of another.
+
+        What is there stays where it is enough: pinning memory anew takes longer than a short step, and lengths may
+        change with every step. Where it is not, one slab of the new size replaces what is unused, so that a run of many
+        lengths holds what its largest plan needs and no more.
+
+        Raises:
+            HostLimitError: the limit is lower; what was unused was freed.
+        """
+        with self._lock:
+            if not aligned(size_bytes) <= self.reserved <= self.limit:
+                self.trim()
+            self.reserve(size_bytes)
+
     def take(self, size_bytes: int) -> Slot:
         """A slot of ``size_bytes``; a new slab where none has room.
 

@@ -87,7 +87,10 @@ class PlannedLayout:
         for number, action in enumerate(self.plan.actions):
             if action in (Action.KEEP, Action.REBUILD):
                 continue
-            pieces = locate(self._members(number, stash, call, captured), tokens)
+            members = self._members(number, stash, call, captured)
+            if len({(storage_key(member.tensor), member.tensor.dtype) for member in members}) > 1:
+                return None  # where it was profiled they shared their bytes
+            pieces = locate(members, tokens)
             if len(pieces) != 1:
                 return None
             found[number] = pieces[0]

@@ -112,8 +112,7 @@ class Session:
             pool = HostPool(plan.limits.host_bytes, pinned=device.type == "cuda")
             self._tools = Tools(device, pool, make_transfer(device))
         self._tools.pool.limit = plan.limits.host_bytes
-        self._tools.pool.trim()
-        self._tools.pool.reserve(plan.forecast.host_bytes)
+        self._tools.pool.fit(plan.forecast.host_bytes)
         self.plan = plan
         self._decisions = {
             block.name: (profile, block) for profile, block in zip(plan.profile.blocks, plan.blocks, strict=True)

@@ -133,7 +133,7 @@ def calibrate(
         )  # fmt: skip
     subject = _Subject(block, start.every_time(forward), call, leaf, name, stack)
     hidden = subject.hidden
-    limit = CROP_TOKENS.get(hidden.device.type, CROP_TOKENS["cpu"])
+    limit = crop_tokens(hidden.device.type)
     with start.kept(), torch.enable_grad():
         trial, reason = _search(subject, limit)
         if trial is None:
@@ -149,6 +149,33 @@ def calibrate(
             return _without_saves(subject, trial)
         profile = _unsliced(subject, trial, reason) if reason else _sliced(subject, trial)
     return replace(profile, stateful=start.wrote, draws=start.drew)
+
+
+def calibrate_again(
+    block: nn.Module, forward: Forward, call: BlockCall, known: BlockProfile, start: Start
+) -> BlockProfile | None:
+    """What ``known``'s block saves on ``call``, which differs from its own in the number of sequences.
+
+    Token dimensions are those of ``known``. None: it is not the same there, sliceable where it was not or not where it
+    was.
+
+    Raises:
+        CROP_ERRORS: whatever the block raises on ``call``.
+    """
+    subject = _Subject(block, start.every_time(forward), call, known.input_leaf, known.name, known.stack)
+    hidden = subject.hidden
+    with start.kept(), torch.enable_grad():
+        trial = _try(subject, known.token_dim, known.arguments, crop_tokens(hidden.device.type))
+        if not trial.whole.saved:
+            return None if known.groups else _without_saves(subject, trial)
+        if known.dynamic:
+            return _unsliced(subject, trial, known.reason)
+        return None if trial.slicing.reason else _sliced(subject, trial)
+
+
+def crop_tokens(device_type: str) -> int:
+    """Most tokens of a crop."""
+    return CROP_TOKENS.get(device_type, CROP_TOKENS["cpu"])
 
 
 def _base(subject: _Subject, trial: _Trial) -> BlockProfile:

@@ -1,8 +1,9 @@
-"""Fitting how a count grows with the sequence from a few lengths, exactly where it is a polynomial."""
+"""Fitting how a count grows with tokens, exactly where it is a polynomial, and carrying it to other batch sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from memo_runtime.records import Growth
@@ -33,6 +34,34 @@ def fit_counts(points: Sequence[tuple[int, int]]) -> Growth:
     linear = slope - quadratic * (x0 + x1)
     constant = y0 - linear * x0 - quadratic * x0 * x0
     return Growth(constant=_number(constant), linear=_number(linear), quadratic=_number(quadratic))
+
+
+def times(growth: Growth, ratio: Fraction) -> Growth:
+    """``growth`` for ``ratio`` times as many sequences; what does not depend on tokens (a launch) stays."""
+    return replace(
+        growth,
+        linear=_scaled(growth.linear, ratio),
+        quadratic=_scaled(growth.quadratic, ratio),
+    )
+
+
+def _scaled(value: float, ratio: Fraction) -> float:
+    # Whole numbers stay whole: bytes are counted, not estimated.
+    return _number(Fraction(value) * ratio)
+
+
+def line_through(a: Growth, b: Growth, share: Fraction) -> Growth:
+    """Coefficient by coefficient ``a`` at 0 and ``b`` at 1, continued to ``share``."""
+
+    def on_line(x: float, y: float) -> float:
+        return _number(Fraction(x) + (Fraction(y) - Fraction(x)) * share)
+
+    return replace(
+        a,
+        constant=on_line(a.constant, b.constant),
+        linear=on_line(a.linear, b.linear),
+        quadratic=on_line(a.quadratic, b.quadratic),
+    )
 
 
 def fit_seconds(points: Sequence[tuple[int, float]], *, curved: bool) -> Growth:

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.ranks import has_sharded_parts
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import OffloaderActiveError, ProfileError
@@ -26,13 +27,21 @@ from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.link import measure_link
 from memo_runtime.profiling.machine import device_memory, host_limit, usable_device_bytes
+from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.outside import outside_peak, outside_seconds
+from memo_runtime.profiling.rows import RowLaw, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start, cut_graphs, without_graph
 from memo_runtime.profiling.states import measure_states
 from memo_runtime.profiling.timing import time_block
 from memo_runtime.records import BlockProfile, Growth, Profile
 
 logger = logging.getLogger("memo_runtime")
+
+
+_SHARDED_PARTS = (
+    "modules inside it are sharded one by one, so that running it again would gather their parameters: shard the block "
+    "as a whole (fully_shard(block))"
+)
 
 
 class _AllSeenError(Exception):
@@ -55,12 +64,14 @@ class Observer:
     blocks: dict[str, NamedBlock]
     device: torch.device
     profiles: dict[str, BlockProfile] = field(default_factory=dict)
-    shared: dict[int, tuple[int, int]] = field(default_factory=dict)
-    timed: dict[object, BlockProfile] = field(default_factory=dict)
+    laws: dict[str, RowLaw] = field(default_factory=dict)
+    shared: dict[int, tuple[int, int, bool]] = field(default_factory=dict)
+    timed: dict[object, tuple[BlockProfile, RowLaw]] = field(default_factory=dict)
     allocated: int | None = None
     rows: int = 1
     hidden_bytes: int = 0
     may_stop: bool = True
+    crossed: bool = False
     _outputs: dict[object, bool] = field(default_factory=dict)
 
     def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,6 +88,8 @@ class Observer:
         return self._result(block, forward, call, self.profiles[name])
 
     def _profile(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        if has_sharded_parts(block.module):
+            return self._unprofiled(block, _SHARDED_PARTS)
         try:
             return self._measured(block, forward, call)
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
@@ -84,26 +97,33 @@ class Observer:
                 raise
             # The forward itself may run; what does not is running it again and again.
             reason = f"it could not be profiled: {type(error).__name__}: {str(error).strip()}"[:200].splitlines()[0]
-            return BlockProfile(
-                name=block.name, kind=type(block.module).__name__, stack=block.stack,
-                tokens=0, token_dim=0, input_leaf=0, reason=reason,
-            )  # fmt: skip
+            return self._unprofiled(block, reason)
+
+    def _unprofiled(self, block: NamedBlock, reason: str) -> BlockProfile:
+        self.laws[block.name] = RowLaw()
+        return BlockProfile(
+            name=block.name, kind=type(block.module).__name__, stack=block.stack,
+            tokens=0, token_dim=0, input_leaf=0, reason=reason,
+        )  # fmt: skip
 
     def _measured(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
         start = Start(_roots(block, call), self.device)
         profile = calibrate(block.module, forward, call, start, name=block.name, stack=block.stack)
         self._note_shared(call, profile)
+        # What one stack hands to another (an encoder's states) has a length of its own.
+        others = {other.tokens for other in self.profiles.values() if other.tokens and other.stack != block.stack}
+        handed = (tensor for leaf, tensor in call.tensors() if leaf != profile.input_leaf)
+        self.crossed = self.crossed or any(others.intersection(tensor.shape) for tensor in handed)
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
             self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
             self.hidden_bytes = hidden.numel() * hidden.element_size()
-        # Blocks that save the same cost the same: time one of each.
-        key = (type(block.module), profile.groups, profile.pins, profile.tokens, profile.dynamic)
+        # Blocks that save the same cost the same: time one of each, and see it at other numbers of sequences.
+        key = (type(block.module), profile.groups, profile.saved, profile.pins, profile.tokens, profile.dynamic)
         if key not in self.timed:
-            self.timed[key] = time_block(
-                block.module, forward, call, profile, start=start, device=self.device
-            )
-        model = self.timed[key]
+            timed = time_block(block.module, forward, call, profile, start=start, device=self.device)
+            self.timed[key] = timed, measure_rows(block.module, forward, call, profile, start)
+        model, self.laws[block.name] = self.timed[key]
         return replace(
             profile,
             forward_seconds=model.forward_seconds,
@@ -116,15 +136,19 @@ class Observer:
 
     def _note_shared(self, call: BlockCall, profile: BlockProfile) -> None:
         dims = {axes.leaf: len(axes.dims) for axes in profile.arguments}
+        hidden = call.leaves[profile.input_leaf] if profile.tokens else None
+        row_dim = row_dim_of(hidden, profile.token_dim) if isinstance(hidden, torch.Tensor) else None
+        rows = hidden.shape[row_dim] if isinstance(hidden, torch.Tensor) and row_dim is not None else 1
         for leaf, tensor in call.tensors():
             if leaf != profile.input_leaf:
-                self.shared[storage_key(tensor)] = (tensor.untyped_storage().nbytes(), dims.get(leaf, 0))
+                by_row = rows > 1 and row_dim is not None and tensor.shape[row_dim : row_dim + 1] == (rows,)
+                self.shared[storage_key(tensor)] = (tensor.untyped_storage().nbytes(), dims.get(leaf, 0), by_row)
 
-    def shared_growth(self, tokens: int) -> Growth:
-        """Bytes of the arguments that blocks share, by tokens."""
+    def shared_growth(self, tokens: int, *, by_row: bool = True) -> Growth:
+        """Bytes of the arguments that blocks share, by tokens; without those of single sequences if not ``by_row``."""
         by_dims = [0, 0, 0]
-        for size, dims in self.shared.values():
-            by_dims[min(dims, 2)] += size
+        for size, dims, grows in self.shared.values():
+            by_dims[min(dims, 2)] += size if by_row or not grows else 0
         tokens = max(1, tokens)
         return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
 
@@ -176,7 +200,7 @@ def profile_model(
     batch: tuple[tuple[Any, ...], dict[str, Any]],
     optimizer: torch.optim.Optimizer | None = None,
     tiled_loss: bool = False,
-) -> Profile:
+) -> Measured:
     """Measure ``model`` on ``batch``.
 
     Args:
@@ -208,7 +232,7 @@ def profile_model(
     host_bytes, host_source = host_limit()
     shared = observer.shared_growth(tokens)
     outside = max(0, (observer.allocated or start) - start - shared.at(tokens))
-    return Profile(
+    profile = Profile(
         fingerprint=make_fingerprint(
             model, [profile.name for profile in measured], batch_signature(*batch), device.type, name
         ),
@@ -228,6 +252,8 @@ def profile_model(
         outside_seconds=outside_seconds(model, measured, observer.rows),
         notes=_notes(measured),
     )
+    shared_by_all = observer.shared_growth(tokens, by_row=False)
+    return Measured(profile, observer.laws, shared_by_all, observer.crossed)
 
 
 def _notes(profiles: Sequence[BlockProfile]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
+from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
@@ -90,7 +91,9 @@ class _Timer:
     def median(self, tokens: int) -> _Sample:
         """Several samples at ``tokens``, after one that lets libraries choose their kernels."""
         warm_up = self.sample(tokens)
-        repeats = _REPEATS if warm_up.forward + warm_up.backward < _LONG_SECONDS else 1
+        # Ranks of a distributed run may gather parameters in every run: all of them make as many, whatever their times.
+        short = warm_up.forward + warm_up.backward < _LONG_SECONDS or several_ranks()
+        repeats = _REPEATS if short else 1
         return _median([self.sample(tokens) for _ in range(repeats)])
 
     def _backward(self, call: BlockCall, output: object) -> None:

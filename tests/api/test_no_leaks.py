@@ -59,11 +59,14 @@ def test_two_hundred_steps_are_as_the_second(policy: str) -> None:
     assert_nothing_held(model)
 
 
-def test_steps_of_changing_lengths_hold_what_the_last_one_needs() -> None:
+def test_steps_of_changing_lengths_hold_what_the_largest_one_needs() -> None:
+    """Pinning host memory anew for every length would take longer than the step."""
     model = memo.wrap(tower(2), **POLICIES["memo"])
+    most = 0
     for number in range(60):
         step(model, signal(tokens=(17, 40, 24)[number % 3]))
-        assert totals(model).host_bytes == totals(model).forecast.host_bytes
+        most = max(most, totals(model).forecast.host_bytes)
+        assert totals(model).host_bytes == most
         assert totals(model).peak_bytes == totals(model).forecast.peak_bytes
         assert totals(model).host_bytes_in_use == totals(model).stash_bytes == 0
 

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import memo_runtime as memo
+from memo_runtime.wrapping import find_wrapped
 from tests.api.towers import POLICIES, Tower, signal, tower
 
 RANKS = 2
@@ -36,7 +37,9 @@ _ROWS: Shapes = [((2, 24), (2, 24)), ((2, 24), (3, 24)), ((1, 24), (3, 24)), ((2
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train: ``parallel`` is "ddp" or "fsdp", ``order`` what comes first, "wrap" or "parallel"."""
+    """One way to train: ``parallel`` is "ddp", "fsdp", or "parts" (the modules inside blocks are sharded one by one),
+    ``order`` what comes first, "wrap" or "parallel".
+    """
 
     name: str
     parallel: str
@@ -45,6 +48,8 @@ class Case:
     shapes: tuple[Any, ...] = tuple(_SAME)
     options: tuple[tuple[str, Any], ...] = ()
     micro_batches: int = 1
+    #: (step, rank) in which a model is in evaluation mode: another kind of batch.
+    evaluates: tuple[tuple[int, int], ...] = ()
 
 
 _EVERY = [
@@ -71,10 +76,32 @@ _EVERY = [
     ),
 ]
 
-#: Batch sizes that are new to one rank and known to the other: only one of them profiles.
-_UNEVEN = Case("fsdp-batch sizes", "fsdp", "wrap", "memo", tuple(_ROWS))
+#: Shapes that are new to one rank and known to the other, or new to both in another way, from the first step on.
+_UNEVEN_SHAPES: dict[str, Shapes] = {
+    "batch sizes": _ROWS,
+    "one batch grows": [((2, 24), (2, 24)), ((3, 24), (2, 24))],
+    "lengths in every step": [((2, 24), (2, 40)), ((2, 31), (2, 17)), ((2, 63), (2, 24)), ((2, 5), (2, 90))],
+    "other in the first step": [((1, 24), (4, 33)), ((1, 24), (4, 33)), ((4, 33), (1, 24))],
+    "both in every step": [((3, 24), (1, 40)), ((2, 31), (5, 17)), ((1, 63), (2, 24))],
+}
+_UNEVEN = [
+    Case(f"{parallel}-{order} first-{name}-{policy}", parallel, order, policy, tuple(shapes), options)
+    for name, shapes in _UNEVEN_SHAPES.items()
+    for parallel, order, policy, options in (
+        ("fsdp", "wrap", "memo", ()),
+        ("fsdp", "parallel", "recompute", ()),
+        ("ddp", "wrap", "memo", ()),
+        ("ddp", "parallel", "memo", (("find_unused_parameters", True),)),
+    )
+] + [
+    Case("fsdp-new kind", "fsdp", "wrap", "recompute", tuple(_SAME * 2), evaluates=((1, 0), (2, 0), (3, 1))),
+    *(
+        Case(f"parts-{name}", "parts", "wrap", "memo", tuple(_UNEVEN_SHAPES[name]))
+        for name in ("batch sizes", "other in the first step")
+    ),
+]
 
-GROUPS = {"every": _EVERY, "uneven": [_UNEVEN]}
+GROUPS = {"every": _EVERY, "uneven": _UNEVEN}
 #: Seconds after which a process that waits for the other one has lost it.
 _PATIENCE = {"every": 20, "uneven": 5}
 
@@ -90,9 +117,12 @@ def _made(parallel: Callable[[Tower], nn.Module], case: Case) -> nn.Module:
     return made
 
 
-def _sharded(model: Tower) -> nn.Module:
+def _sharded(model: Tower, *, parts: bool) -> nn.Module:
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     for layer in model.layers:
+        if parts:
+            fully_shard(layer.qkv, mesh=mesh)
+            fully_shard(layer.mlp, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -103,7 +133,7 @@ def _without_sync(model: nn.Module, case: Case, last: bool) -> Iterator[None]:
         with model.no_sync():  # type: ignore[operator]
             yield
     else:
-        if case.parallel == "fsdp":
+        if case.parallel != "ddp":
             model.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
 
@@ -130,6 +160,7 @@ def _step(model: nn.Module, plain: nn.Module, case: Case, number: int, rank: int
             signal(rows=rows, tokens=tokens, seed=100 * number + 10 * micro + other)
             for other, (rows, tokens) in enumerate(case.shapes[number])
         ]
+        model.train((number, rank) not in case.evaluates)
         with _without_sync(model, case, last=micro == case.micro_batches - 1):
             model(batches[rank]).square().mean().backward()
         for batch in batches:
@@ -139,22 +170,33 @@ def _step(model: nn.Module, plain: nn.Module, case: Case, number: int, rank: int
 
 def _run(case: Case, rank: int) -> dict[str, Any]:
     def parallel(model: Tower) -> nn.Module:
-        if case.parallel == "fsdp":
-            return _sharded(model)
+        if case.parallel != "ddp":
+            return _sharded(model, parts=case.parallel == "parts")
         return DistributedDataParallel(model, **dict(case.options))
 
     model, plain = _made(parallel, case), tower()
     error = max(_step(model, plain, case, number, rank) for number in range(len(case.shapes)))
-    totals = memo.report(model).totals
+    report = memo.report(model)
+    totals = report.totals
     acted = (
         totals.bytes_to_host == totals.forecast.bytes_to_host > 0
         and totals.bytes_to_device == totals.forecast.bytes_to_device
         and totals.recomputed_flops == totals.forecast.recomputed_flops
     )
     held = totals.host_bytes_in_use + totals.stash_bytes + totals.open_copies
+    wrapped = find_wrapped(model)
+    assert wrapped is not None, "it is wrapped until here"
+    profiled = wrapped.profiled
     memo.unwrap(model)
     error = max(error, _step(model, plain, case, 0, rank))
-    return {"error": error, "acted": acted, "held": held, "rebuilt": totals.recomputed_flops}
+    return {
+        "native": sorted({block.reason for block in report.blocks if block.executor == "native"}),
+        "error": error,
+        "acted": acted,
+        "held": held,
+        "rebuilt": totals.recomputed_flops,
+        "profiled": profiled,
+    }
 
 
 def main(folder: Path, rank: int, group: str) -> None:
@@ -170,6 +212,7 @@ def main(folder: Path, rank: int, group: str) -> None:
         except Exception as error:
             outcomes[case.name] = {"failed": f"{type(error).__name__}: {error}"}
         (folder / f"{rank}.json").write_text(json.dumps(outcomes))
+    dist.barrier()  # gloo aborts a process whose peer has left
     dist.destroy_process_group()
 
 

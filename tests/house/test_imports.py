@@ -32,7 +32,8 @@ ALLOWED = {
     "execution": NOUNS | {"blocks", "capture", "native"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
-    "wrapping": NOUNS | STAGES | {"blocks", "integrations"},
+    "wrapping": NOUNS | STAGES | {"blocks", "integrations", "recent"},
+    "recent": set(),
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
     "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "soundness", "wrapping"},
     "cli": NOUNS

@@ -76,14 +76,18 @@ def _slice_start(tokens: int) -> int:
     return start if (tokens - start) % 2 else max(1, start - 1)
 
 
-def _try(subject: _Subject, token_dim: int, arguments: tuple[ArgumentAxes, ...], limit: int) -> _Trial:
+def _try(
+    subject: _Subject, token_dim: int, arguments: tuple[ArgumentAxes, ...], limit: int, unsliced: str = ""
+) -> _Trial:
+    """``unsliced``: why no slice is tried; "": one is."""
     hidden = subject.hidden
     tokens = min(hidden.shape[token_dim], limit)
-    lengths = Lengths(whole=tokens, start=_slice_start(tokens), batch=_batch_before(hidden, token_dim))
+    start = _slice_start(tokens) if tokens >= MIN_TOKENS else 0
+    lengths = Lengths(whole=tokens, start=start, batch=_batch_before(hidden, token_dim))
     call = subject.crop(arguments, tokens)
     whole = observe(subject.forward, call)
-    if whole.walked:
-        return _Trial(token_dim, arguments, lengths, call, whole, Slicing(reason=_INNER_AUTOGRAD))
+    if whole.walked or unsliced:
+        return _Trial(token_dim, arguments, lengths, call, whole, Slicing(reason=unsliced or _INNER_AUTOGRAD))
     slicing = find_slicing(subject.forward, call, whole, arguments, lengths)
     return _Trial(token_dim, arguments, lengths, call, whole, slicing)
 
@@ -165,7 +169,9 @@ def calibrate_again(
     subject = _Subject(block, start.every_time(forward), call, known.input_leaf, known.name, known.stack)
     hidden = subject.hidden
     with start.kept(), torch.enable_grad():
-        trial = _try(subject, known.token_dim, known.arguments, crop_tokens(hidden.device.type))
+        # One that is run again as a whole may have too few tokens for a slice, or be wrong on one.
+        unsliced = known.reason if known.dynamic else ""
+        trial = _try(subject, known.token_dim, known.arguments, crop_tokens(hidden.device.type), unsliced)
         if not trial.whole.saved:
             return None if known.groups else _without_saves(subject, trial)
         if known.dynamic:

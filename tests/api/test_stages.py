@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import memo_runtime as memo
+from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.persist import load_plan, load_profile, save
 from memo_runtime.profiling import model as profiling_model
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, step, totals
@@ -191,8 +192,49 @@ def test_check_leaves_the_model_and_its_wrap_alone() -> None:
     assert_trains_as(model, plain, signal())
 
 
-class _Wrong(nn.Module):
-    """A block whose backward is not that of its forward when it is run again: it counts its calls."""
+#: A global of the program, which a rerun cannot put back as it puts back what belongs to the block.
+_SCALE = [1.0]
+
+
+class _Scaled(nn.Module):
+    """Reads a global that its model changes when its forward ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (self.linear(x) * _SCALE[0]).sin()
+
+
+def _scaled(afterwards: float) -> nn.Module:
+    model = tower(2)
+    model.layers = nn.ModuleList(_Scaled() for _ in range(2)).double()
+    model.register_forward_pre_hook(lambda *_: _SCALE.__setitem__(0, 1.0))
+    model.register_forward_hook(lambda *_: _SCALE.__setitem__(0, afterwards))
+    return model
+
+
+def test_check_sees_a_block_that_cannot_be_run_again() -> None:
+    """Too small a difference for the values that a rerun is compared with, but not for a float64 gradient."""
+    model = _scaled(1 + 3e-10)
+    assert memo.check(model, signal(), policy="swap").ok  # nothing is run again
+    wrong = memo.check(model, signal(), policy="recompute")
+    assert not wrong.ok
+    assert wrong.worst_error > wrong.bound
+    assert wrong.worst_parameter.startswith(("first", "layers"))
+    assert str(wrong).startswith("check: NOT exact, the bound is 1e-12\nexercised: ")
+
+
+def test_a_global_that_changed_since_the_forward_is_an_error() -> None:
+    model = _scaled(2.0)
+    assert memo.check(model, signal(), policy="swap").ok
+    with pytest.raises(ReplayMismatchError, match=r"something that it reads changed since"):
+        memo.check(model, signal(), policy="recompute")
+
+
+class _Counting(nn.Module):
+    """Counts its calls, in an attribute that a rerun puts back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,14 +246,11 @@ class _Wrong(nn.Module):
         return x + (self.linear(x) * self.calls).sin()
 
 
-def test_check_sees_a_block_that_cannot_be_run_again() -> None:
+def test_check_of_a_block_that_counts_its_calls() -> None:
     model = tower(2)
-    model.layers = nn.ModuleList(_Wrong() for _ in range(2)).double()
-    wrong = memo.check(model, signal(), policy="recompute")
-    assert not wrong.ok
-    assert wrong.worst_error > wrong.bound
-    assert wrong.worst_parameter.startswith(("first", "layers"))
-    assert str(wrong).startswith("check: NOT exact, the bound is 1e-12\nexercised: ")
+    model.layers = nn.ModuleList(_Counting() for _ in range(2)).double()
+    assert memo.check(model, signal(), policy="recompute").ok
+    assert [layer.calls for layer in model.layers] == [0, 0]
 
 
 def test_plans_are_readable_and_json_is_json(tmp_path: Path) -> None:

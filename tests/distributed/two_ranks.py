@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -212,8 +213,21 @@ def main(folder: Path, rank: int, group: str) -> None:
         except Exception as error:
             outcomes[case.name] = {"failed": f"{type(error).__name__}: {error}"}
         (folder / f"{rank}.json").write_text(json.dumps(outcomes))
-    dist.barrier()  # gloo aborts a process whose peer has left
-    dist.destroy_process_group()
+    _leave(store, rank)
+
+
+def _leave(store: dist.FileStore, rank: int) -> None:
+    """End this process when the other one is done too.
+
+    Gloo aborts a process that still waits for one that has left, and a barrier of its own ends on one rank first: they
+    meet in the store, whose file stays. What the interpreter would tear down is left to the system.
+    """
+    store.set(f"done {rank}", "")
+    with contextlib.suppress(RuntimeError):  # the other one died: its outcomes are missing, which says so
+        store.wait([f"done {other}" for other in range(RANKS)], datetime.timedelta(seconds=60))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

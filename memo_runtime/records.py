@@ -176,7 +176,11 @@ class BlockProfile:
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
         forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
         recompute_flops: of a rerun of the whole block without pins.
-        forward_peak, backward_peak: transient device bytes beyond what is saved.
+        forward_peak, backward_peak: transient device bytes beyond what is saved; backward's contain the gradients of
+            the block's own parameters as they come. rerun_peak: of a rerun with pins whose tensors are dropped, when
+            all tokens are rebuilt. output: bytes of its results, whose gradient is there in backward.
+        gradients: bytes of the gradients of its own parameters; those that two blocks share count for the one that
+            goes backward first, those that are also used outside the blocks for neither.
         timed_tokens: longest length timed; seconds at other lengths are extrapolated from it.
     """
 
@@ -207,6 +211,9 @@ class BlockProfile:
     recompute_flops: Growth = field(default_factory=Growth)
     forward_peak: Growth = field(default_factory=Growth)
     backward_peak: Growth = field(default_factory=Growth)
+    rerun_peak: Growth = field(default_factory=Growth)
+    output: Growth = field(default_factory=Growth)
+    gradients: int = 0
     timed_tokens: int = 0
 
 
@@ -269,7 +276,8 @@ class Profile:
     Attributes:
         rows: sequences in the batch. device_bytes: usable device memory; host_bytes: usable host memory, and
             host_source says which limit that is. allocated_bytes: device bytes in use where the profile was taken
-            (parameters and whatever else is alive), 0 on CPU.
+            (parameters and whatever else is alive, libraries' workspaces included), 0 on CPU.
+        expandable: the device's allocator joins its free memory (expandable segments), so that it does not splinter.
         shared: bytes of block arguments that all blocks share (masks, rotary tables).
         outside_forward: device bytes alive across the stacks that belong to no block (embedding output, targets).
         outside_peak: device bytes that the head and loss need on top, after the last block.
@@ -288,6 +296,7 @@ class Profile:
     rows: int
     blocks: tuple[BlockProfile, ...]
     allocated_bytes: int = 0
+    expandable: bool = False
     shared: Growth = field(default_factory=Growth)
     outside_forward: Growth = field(default_factory=Growth)
     outside_peak: Growth = field(default_factory=Growth)
@@ -358,7 +367,8 @@ class Plan:
     """What happens to each byte of a training step. ``print(plan)`` is a table.
 
     ``policy`` and ``alpha`` are what was asked; ``profile`` is what the plan was made from, so that execution
-    needs nothing else.
+    needs nothing else. ``accumulating``: for steps that start with gradients already there; False: they come as
+    backward walks down.
     """
 
     policy: str
@@ -368,6 +378,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     forecast: Forecast
     floor_bytes: int = 0
+    accumulating: bool = False
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 

@@ -80,6 +80,7 @@ class Wrapped:
     #: How often the model was profiled: once for every kind of batch, whatever its shapes.
     profiled: int = 0
     _plans: Recent[Plan] = field(default_factory=lambda: Recent(_MOST_PLANS))
+    _accumulates: Recent[bool] = field(default_factory=lambda: Recent(_MOST_PLANS))
     _known: Recent[list[Reading]] = field(default_factory=lambda: Recent(_MOST_KINDS))
     _handle: Any = None
     _integration: Any = None
@@ -145,14 +146,26 @@ class Wrapped:
         key, shapes = self._signature(args, kwargs, device)
         # A plan made before a rerun was found wrong is not used again.
         found = tuple(self.session.demotions.items())
-        plan = self._plans.get((key, shapes, found))
+        accumulating = self._accumulates.get((key, shapes)) is not None or self._has_gradients()
+        plan = self._plans.get((key, shapes, found, accumulating))
         if plan is None:
-            plan = self._prepare(key, shapes, (args, kwargs), device)
-            self._plans.put((key, shapes, found), plan)
+            plan = self._prepare(key, shapes, (args, kwargs), device, accumulating=accumulating)
+            self._plans.put((key, shapes, found, accumulating), plan)
+        if accumulating:
+            # The fresh steps between keep that plan, which fits them too: plans do not change at every micro-batch.
+            self._accumulates.put((key, shapes), True)
         if plan is not self.session.plan:
             self.session.adopt(plan, device)
             self._announce(plan)
         self.session.begin_if_new()
+
+    def _has_gradients(self) -> bool:
+        """Gradients are there before this step's backward makes them; sharded ones (fully_shard) come another way."""
+        return any(
+            hasattr(p, "_local_tensor") or (p.is_leaf and p.grad is not None)
+            for p in self.model.parameters()
+            if p.requires_grad
+        )
 
     def _signature(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
@@ -170,26 +183,26 @@ class Wrapped:
         return key, shapes
 
     def _prepare(
-        self, key: tuple[Any, ...], shapes: Shapes, batch: Batch, device: torch.device
+        self, key: tuple[Any, ...], shapes: Shapes, batch: Batch, device: torch.device, *, accumulating: bool
     ) -> Plan:
         if self.given_plan is not None:
             self._check_given(batch, device)
-            return amended(self.given_plan, self.session.demotions)
+            return amended(self.given_plan, self.session.demotions, accumulating=accumulating)
         readings = self._known.get(key) or []
         for reading in readings:
             sizes = reading.sizes_of(shapes)
             if sizes is not None and reading.knows(sizes):
-                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens)
+                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens, accumulating=accumulating)
         if self._known and forwards_meet(self.model):
-            return self._plan_without_profiling(readings, shapes)
+            return self._plan_without_profiling(readings, shapes, accumulating=accumulating)
         measured = self._measure(batch)
         self._known.put(key, [*readings[-_MOST_SHAPES:], Reading(measured, shapes)])
-        return self._plan(measured.profile)
+        return self._plan(measured.profile, accumulating=accumulating)
 
-    def _plan(self, profile: Profile, tokens: Mapping[int, int] | None = None) -> Plan:
-        return plan_with(profile, self.settings, self.session.demotions, tokens=tokens)
+    def _plan(self, profile: Profile, tokens: Mapping[int, int] | None = None, *, accumulating: bool) -> Plan:
+        return plan_with(profile, self.settings, self.session.demotions, tokens=tokens, accumulating=accumulating)
 
-    def _plan_without_profiling(self, readings: Sequence[Reading], shapes: Shapes) -> Plan:
+    def _plan_without_profiling(self, readings: Sequence[Reading], shapes: Shapes, *, accumulating: bool) -> Plan:
         """A plan for a batch that nothing is known about, where profiling would wait for the other ranks.
 
         Every call finds its own sizes; what differs is the forecast, and how much is run again.
@@ -198,14 +211,14 @@ class Wrapped:
             sizes = reading.sizes_of(shapes)
             if sizes is not None:
                 self.session.note(f"{_ALONE}; its bytes at this batch size are estimates")
-                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens)
+                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens, accumulating=accumulating)
         if readings:
             self.session.note(f"{_ALONE}; its plan is that of another shape, stretched")
-            return self._plan(readings[-1].measured.profile)
+            return self._plan(readings[-1].measured.profile, accumulating=accumulating)
         self.session.note(f"{_ALONE}; in such steps every block is run again as a whole")
         latest = self._known.latest()
         assert latest is not None, "something was profiled"
-        return self._plan(cautious(latest[-1].measured.profile))
+        return self._plan(cautious(latest[-1].measured.profile), accumulating=accumulating)
 
     def _check_given(self, batch: Batch, device: torch.device) -> None:
         assert self.given_plan is not None, "there is a plan to check"

@@ -39,6 +39,7 @@ class Job:
 
     Attributes:
         budgets: device budget by length, for contenders that take one; a length without is unlimited.
+        own_budgets: they are another contender's peaks, so that one that is too small says nothing of longer lengths.
         host_budget: the same for host memory, at all lengths.
         sketch_at: length at which gradients are sketched; None: nowhere.
         deadline: Unix time at which nothing may be running any more; None: none.
@@ -48,6 +49,7 @@ class Job:
     settings: Settings
     lengths: tuple[int, ...]
     budgets: Mapping[int, int] = field(default_factory=dict)
+    own_budgets: bool = False
     host_budget: int | None = None
     sketch_at: int | None = None
     deadline: float | None = None

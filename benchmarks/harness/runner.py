@@ -139,10 +139,12 @@ class Runner:
     def missing(self, entry: Entry) -> tuple[int, ...]:
         """Lengths at which ``entry`` is still to be measured.
 
-        None after a row that is not ok. One with a budget from another contender runs where that one did.
+        None after a row that is not ok. One with a budget from another contender runs where that one did, and goes on
+        after a budget that was too small: the next length has another.
         """
         rows = self.file.of(entry.label)
-        if any(row["status"] != "ok" for row in rows):
+        harmless = ("ok",) if entry.budget_from is None else ("ok", "oom")
+        if any(row["status"] not in harmless for row in rows):
             return ()
         there = {row["seq_len"] for row in rows}
         possible = set(self.options.lengths) if entry.budget_from is None else set(self.budgets(entry))
@@ -159,6 +161,9 @@ class Runner:
                 break
             say(f"{entry.label}: {', '.join(f'{tokens:,}' for tokens in lengths)} tokens")
             self._walk(entry, lengths)
+            if entry.budget_from is not None and (left := self.missing(entry)) and left != lengths:
+                # Its process was killed for want of memory at one length, which is not the end of the others.
+                self._walk(entry, left)
         unfinished = [entry.label for entry in self.options.entries if self.missing(entry)]
         if unfinished:
             say(f"not all done in {self.options.minutes} minutes: {', '.join(unfinished)}; the same command goes on")
@@ -172,6 +177,7 @@ class Runner:
             settings=self.options.settings,
             lengths=lengths,
             budgets=budgets,
+            own_budgets=entry.budget_from is not None,
             host_budget=self.options.host_budget if entry.takes_budget else None,
             sketch_at=None if entry.name == "kernels" else self.options.lengths[0],
             deadline=self.deadline,
@@ -179,7 +185,7 @@ class Runner:
         child = Child(job)
         for measured in child:
             self._append(entry, measured, budgets)
-            if measured["status"] != "ok":
+            if measured["status"] != "ok" and not (job.own_budgets and measured["status"] == "oom"):
                 return
         failure = child.failure()
         if failure is not None:

@@ -1,7 +1,7 @@
 """A contender's process: reads a job from its standard input, writes a measurement per length to its output.
 
-Running out of memory is a measurement. The walk ends there, since longer lengths need more; it ends as well after an
-error, and where the next length would not be done in time.
+Running out of memory is a measurement. The walk ends there, since longer lengths need more, unless each length has a
+budget of its own; it ends as well after an error, and where the next length would not be done in time.
 """
 
 from __future__ import annotations
@@ -116,6 +116,16 @@ def _failure(tokens: int, error: BaseException, device: torch.device) -> Measure
     return facts
 
 
+def _measured(contender: Contender, job: Job, tokens: int) -> Measurement:
+    """What ``measure`` says; memory that a budget of this length alone was short of is a measurement too."""
+    try:
+        return measure(contender, job, tokens)
+    except Exception as error:
+        if not (job.own_budgets and ran_out(error)):
+            raise
+        return _failure(tokens, error, contender.device)
+
+
 class _Clock:
     """Decides whether another length can be done before the deadline."""
 
@@ -157,11 +167,12 @@ def walk(job: Job, out: TextIO) -> None:
             if not clock.allows(tokens):
                 return
             started = time.perf_counter()
-            facts = measure(contender, job, tokens)
+            facts = _measured(contender, job, tokens)
             emit(facts)
             contender.finish()
             release(device)
-            clock.note(facts, time.perf_counter() - started)
+            if facts["status"] == "ok":
+                clock.note(facts, time.perf_counter() - started)
     except Exception as error:  # whatever a contender does wrong is its result, and the others go on
         if not ran_out(error):
             traceback.print_exc()

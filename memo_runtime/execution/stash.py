@@ -232,6 +232,9 @@ class Stash:
         if self.rebuild is not None:
             with torch.profiler.record_function(f"memo::rebuild {self.name}"):
                 self.counters.recomputed_flops += self._rebuilt(self.rebuild)
+            for piece in self.pieces:
+                if not piece.users:  # only the rerun read it
+                    piece.drop_buffer()
         self._ready = True
 
     def _rebuilt(self, rebuild: Rebuild) -> int:

@@ -38,6 +38,7 @@ def plan_with(
     demotions: Mapping[str, Demotion],
     *,
     tokens: Mapping[int, int] | None = None,
+    accumulating: bool = False,
 ) -> Plan:
     """``make_plan`` from the corrected profile.
 
@@ -47,37 +48,47 @@ def plan_with(
     """
     right = corrected(profile, demotions)
     if right is profile:
-        return make_plan(profile, settings, tokens=tokens)
+        return make_plan(profile, settings, tokens=tokens, accumulating=accumulating)
     try:
-        return make_plan(right, settings, tokens=tokens)
+        return make_plan(right, settings, tokens=tokens, accumulating=accumulating)
     except PlanInfeasibleError as error:
         raise type(error)(f"{error}\n{_since(demotions)}") from error
 
 
-def amended(plan: Plan, demotions: Mapping[str, Demotion]) -> Plan:
+def amended(plan: Plan, demotions: Mapping[str, Demotion], *, accumulating: bool = False) -> Plan:
     """A given plan in which only the blocks of ``demotions`` run in another way, within the plan's own limits.
+
+    ``accumulating``: the step starts with gradients, which the plan may not have reckoned with.
 
     Raises:
         PlanInfeasibleError: that does not fit.
     """
     profile = corrected(plan.profile, demotions)
-    if profile is plan.profile:
+    accumulating = accumulating or plan.accumulating
+    if profile is plan.profile and accumulating == plan.accumulating:
         return plan
-    sheet = Sheet(profile, tuple(block.tokens for block in plan.blocks))
+    sheet = Sheet(profile, tuple(block.tokens for block in plan.blocks), accumulating=accumulating)
     choices = tuple(
         at_prefix(block, planned.prefix, planned.tokens) if _concerned(planned, demotions) else _choice(planned)
         for block, planned in zip(profile.blocks, plan.blocks, strict=True)
     )
     budgets = Budgets.recorded(plan.limits)
     if not fits(sheet, budgets, choices):
+        since = _since(demotions, accumulating=accumulating and not plan.accumulating)
         device, host = sheet.peak_bytes(choices), sheet.host_bytes(choices)
         raise PlanInfeasibleError(
             f"the given plan no longer fits its own limits: it needs {format_bytes(device)} on the device "
             f"({format_bytes(plan.limits.device_bytes)}, {plan.limits.device_source}) and {format_bytes(host)} of "
-            f"host memory ({format_bytes(budgets.host)}, {budgets.host_source})\n{_since(demotions)}\n"
+            f"host memory ({format_bytes(budgets.host)}, {budgets.host_source})\n{since}\n"
             "  would work: leave plan= out and give budgets, or plan again with a larger budget"
         )
-    return replace(plan, profile=profile, blocks=sheet.plans(choices), forecast=sheet.forecast(choices))
+    return replace(
+        plan,
+        profile=profile,
+        blocks=sheet.plans(choices),
+        forecast=sheet.forecast(choices),
+        accumulating=accumulating,
+    )
 
 
 def _concerned(planned: BlockPlan, demotions: Mapping[str, Demotion]) -> bool:
@@ -90,7 +101,7 @@ def _choice(planned: BlockPlan) -> Choice:
     return Choice(planned.executor, reason=planned.reason)
 
 
-def _since(demotions: Mapping[str, Demotion]) -> str:
+def _since(demotions: Mapping[str, Demotion], *, accumulating: bool = False) -> str:
     reasons: dict[str, list[str]] = {}
     for name, demotion in demotions.items():
         reasons.setdefault(demotion.reason, []).append(name)
@@ -98,4 +109,9 @@ def _since(demotions: Mapping[str, Demotion]) -> str:
         f"  since      '{names[0]}'{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
         for reason, names in reasons.items()
     ]
+    if accumulating:
+        lines.append(
+            "  since      the step starts with gradients, which the plan takes to come in backward: "
+            "zero_grad(set_to_none=True) before each forward"
+        )
     return "\n".join(lines)

@@ -8,16 +8,21 @@
 A block's *skeletal* bytes live while its forward runs, its *copies out* while the next one runs (on CUDA: the
 source of a copy stays alive until the copy is done; on CPU copies are synchronous), its *kept* bytes until
 its backward is over, and in backward all that it needs is there in *full*, beside the bytes that *land* for
-the nearest lower block that has copies.
+the nearest lower block that has copies. A rerun needs room of its own before backward does; what only the rerun
+reads is gone then.
+
+On a device with an allocator, gradients come as backward walks down: those outside the blocks (head, embedding)
+with the head, a block's own within its ``backward_peak``, those of the blocks above while a block goes backward,
+all of them at the end. In a step that starts with gradients (accumulation) all are there at every point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Forecast, Link, Profile
+from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Forecast, Link, Profile, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +31,21 @@ class Footprint:
 
     Attributes:
         skeletal: saved while its forward runs. outgoing: sources of its copies to the host. kept: stashed on
-            the device. full: all that its backward needs, fetched and rebuilt. landing: buffers of its fetch.
+            the device. full: all that its rerun and backward need, fetched and rebuilt. spent: what of that only
+            the rerun reads. landing: buffers of its fetch.
         copies: its backward fetches something. stashed: its stash is sorted when its forward ends, when what
             is kept has been copied and what it was copied from is still there.
         to_host, to_device: seconds of its copies alone. again: seconds of its rerun.
-        forward_peak, backward_peak: transient bytes beyond all these.
+        forward_peak, backward_peak: transient bytes beyond all these. end_peak: when its stash is sorted.
+        rerun_peak: in its rerun, with the gradient that waits for it; 0: it has none.
+        gradients: of its own parameters.
     """
 
     skeletal: int
     outgoing: int
     kept: int
     full: int
+    spent: int
     landing: int
     copies: bool
     stashed: bool
@@ -47,6 +56,9 @@ class Footprint:
     to_device: float
     forward_peak: int
     backward_peak: int
+    end_peak: int
+    rerun_peak: int
+    gradients: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +66,11 @@ class Course:
     """The highest points of a step.
 
     ``stash_peak`` counts what the runtime holds; ``device_peak`` adds what blocks, head and loss need while
-    they run, and was reached in ``phase`` ("forward", "end of forward", "backward", "head and loss") of block
-    ``index``.
+    they run and gradients, and was reached in ``phase`` ("forward", "end of forward", "rerun", "backward",
+    "head and loss", "end of backward") of block ``index``. ``gradients`` are the bytes of gradients there.
     """
 
+    gradients: int
     stash_peak: int
     device_peak: int
     index: int
@@ -72,18 +85,20 @@ def copy_seconds(size_bytes: float, rate: float) -> float:
 def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     """What ``block`` holds and takes when it runs as ``plan`` says."""
     tokens = plan.tokens
-    skeletal = outgoing = full = landing = 0
+    skeletal = outgoing = full = spent = landing = unsaved_input = 0
     copies = False
     for group, action in zip(block.groups, plan.actions, strict=True):
         if group.role in RESIDENT_ROLES:
             continue
         size = group.size.at(tokens)
         skeletal += size if group.saved else 0
+        unsaved_input += size if group.role is Role.INPUT and not group.saved else 0
         if action in (Action.HOST, Action.PREFIX, Action.TAIL):
             copies = True
             fetched = row_bytes(group, tokens - plan.prefix) if action is Action.TAIL else size
             full += fetched
             landing += fetched
+            spent += 0 if group.saved else fetched
             if action is not Action.PREFIX or plan.prefix > plan.device_rows:
                 outgoing += size
         elif action is Action.REBUILD and group.saved:
@@ -93,6 +108,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         outgoing=outgoing,
         kept=plan.bytes_kept,
         full=full,
+        spent=spent,
         landing=landing,
         copies=copies,
         stashed=plan.executor in (Executor.REPLAY, Executor.RECOMPUTE),
@@ -101,9 +117,31 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         again=_rerun_seconds(block, plan),
         to_host=copy_seconds(plan.bytes_to_host, link.to_host),
         to_device=copy_seconds(plan.bytes_to_device, link.to_device),
-        forward_peak=block.forward_peak.at(tokens),
+        # The caller holds a block's input until it has the result, whether or not autograd saves it.
+        forward_peak=block.forward_peak.at(tokens) + unsaved_input,
         backward_peak=block.backward_peak.at(tokens),
+        end_peak=block.output.at(tokens) + unsaved_input,
+        rerun_peak=rerun_bytes(block, plan),
+        gradients=block.gradients,
     )
+
+
+def rerun_bytes(block: BlockProfile, plan: BlockPlan) -> int:
+    """Transient bytes of a rerun, with the gradient of the block's result, which waits for it; 0: there is none."""
+    waiting = block.output.at(plan.tokens)
+    if plan.executor is Executor.REPLAY and 0 < plan.prefix < plan.tokens:
+        constant, per_row = rerun_line(block, plan.tokens)
+        return waiting + round(constant + per_row * (plan.tokens - plan.prefix))
+    if plan.executor is Executor.RECOMPUTE or (plan.executor is Executor.REPLAY and not plan.prefix):
+        # All that it makes is kept, as in the forward.
+        return waiting + block.forward_peak.at(plan.tokens)
+    return 0
+
+
+def rerun_line(block: BlockProfile, tokens: int) -> tuple[float, float]:
+    """(bytes, bytes per rebuilt row) that a rerun takes beside the buffers that its rows are written to."""
+    constant = block.rerun_peak.constant
+    return constant, (block.rerun_peak.exact(tokens) - constant) / max(1, tokens)
 
 
 def _rerun_seconds(block: BlockProfile, plan: BlockPlan) -> float:
@@ -120,25 +158,33 @@ class Surroundings:
 
     Attributes:
         asynchronous: copies run beside compute (CUDA).
-        base_bytes: on the device at every point: states, with gradients and optimizer in full; on CUDA also
-            what else was alive in the profiled step.
+        base_bytes: on the device at every point: states, with the optimizer's in full; on CUDA also what else was
+            alive in the profiled step. Gradients in full where they do not come ``gradual``ly.
+        gradual: gradients come as backward walks down, where an allocator counts (CUDA). On CPU, where bytes are
+            accounted, they are reserved at every point.
+        outside_gradients: of parameters outside the blocks, from the head's backward on; 0 if not gradual.
         outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU).
     """
 
     asynchronous: bool
     base_bytes: int
+    gradual: bool
+    outside_gradients: int
     outside_peak: int
     outside_seconds: float
 
     @classmethod
-    def of(cls, profile: Profile, tokens: int) -> Surroundings:
-        """Those of ``profile`` where the last stack is given ``tokens``."""
+    def of(cls, profile: Profile, tokens: int, *, accumulating: bool = False) -> Surroundings:
+        """Those of ``profile`` where the last stack is given ``tokens``; ``accumulating``: gradients are there."""
         states = profile.states
         asynchronous = profile.device_type != "cpu"
+        gradual = asynchronous and not accumulating
+        in_blocks = sum(block.gradients for block in profile.blocks)
         if asynchronous:
             base = (
                 profile.allocated_bytes
-                + max(0, states.gradients - states.gradients_present)
+                - states.gradients_present
+                + (0 if gradual else max(states.gradients, states.gradients_present))
                 + max(0, states.optimizer - states.optimizer_present)
                 + profile.shared.at(tokens)
                 + profile.outside_forward.at(tokens)
@@ -148,6 +194,8 @@ class Surroundings:
         return cls(
             asynchronous=asynchronous,
             base_bytes=base,
+            gradual=gradual,
+            outside_gradients=max(0, states.gradients - in_blocks) if gradual else 0,
             outside_peak=profile.outside_peak.at(tokens) if asynchronous else 0,
             outside_seconds=profile.outside_seconds.exact(tokens),
         )
@@ -169,34 +217,72 @@ class Surroundings:
 
 def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
     """Walk through one step of ``blocks`` in call order and find its highest points."""
-    points: list[tuple[int, int, int, str]] = []
+    points = [*_forward_points(around, blocks), *_backward_points(around, blocks)]
+    highest = max(points, key=lambda point: point.stash + point.transient + point.gradients)
+    return Course(
+        gradients=highest.gradients,
+        stash_peak=max(point.stash for point in points),
+        device_peak=highest.stash + highest.transient + highest.gradients,
+        index=highest.index,
+        phase=highest.phase,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    stash: int
+    transient: int
+    gradients: int
+    index: int
+    phase: str
+
+
+def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
     transient = 1 if around.asynchronous else 0
     kept = outgoing = 0
     for index, block in enumerate(blocks):
         stash = kept + outgoing + block.skeletal
-        points.append((stash, transient * block.forward_peak, index, "forward"))
+        yield _Point(stash, transient * block.forward_peak, 0, index, "forward")
         if block.stashed:
-            points.append((stash + block.kept, 0, index, "end of forward"))
+            yield _Point(stash + block.kept, transient * block.end_peak, 0, index, "end of forward")
         outgoing = block.outgoing if around.asynchronous else 0
         kept += block.kept
     # Compute waits for the last copies before it goes on to the head.
-    points.append((kept, around.outside_peak, max(0, len(blocks) - 1), "head and loss"))
-    landing = 0
-    backward: list[tuple[int, int, int, str]] = []
-    kept = 0
-    for index, block in enumerate(blocks):
+    last = max(0, len(blocks) - 1)
+    yield _Point(kept, around.outside_peak, around.outside_gradients, last, "head and loss")
+
+
+def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
+    """The points of backward, from the top."""
+    transient = 1 if around.asynchronous else 0
+    stashes = []
+    kept = landing = 0
+    for block in blocks:
         kept += block.kept
-        backward.append((kept + block.full + landing, transient * block.backward_peak, index, "backward"))
-        if block.copies:
-            landing = block.landing
-    points.extend(reversed(backward))
-    highest = max(points, key=lambda point: point[0] + point[1])
-    return Course(
-        stash_peak=max(point[0] for point in points),
-        device_peak=highest[0] + highest[1],
-        index=highest[2],
-        phase=highest[3],
-    )
+        stashes.append(kept + block.full + landing)
+        landing = block.landing if block.copies else landing
+    there = gradients_above(around, blocks)
+    for index in reversed(range(len(blocks))):
+        block, stash = blocks[index], stashes[index]
+        if block.rerun_peak or block.spent:
+            yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
+        yield _Point(stash - block.spent, transient * block.backward_peak, there[index], index, "backward")
+    yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
+
+
+def gradients_above(around: Surroundings, blocks: Sequence[Footprint]) -> list[int]:
+    """Bytes of gradients that are there when each block goes backward, its own not among them."""
+    above = around.outside_gradients
+    found = []
+    for block in reversed(blocks):
+        found.append(above)
+        above += block.gradients if around.gradual else 0
+    return found[::-1]
+
+
+def all_gradients(around: Surroundings, blocks: Sequence[Footprint]) -> int:
+    """Bytes of gradients at the end of backward that ``base_bytes`` does not contain."""
+    return around.outside_gradients + (sum(block.gradients for block in blocks) if around.gradual else 0)
 
 
 def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:

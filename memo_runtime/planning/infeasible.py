@@ -24,7 +24,7 @@ from memo_runtime.units import format_bytes
 
 def infeasible(sheet: Sheet, settings: Settings) -> PlanInfeasibleError:
     """The error for a request of which no stand-by fits: about the device first, then about the host."""
-    budgets = Budgets.of(sheet.profile, settings)
+    budgets = Budgets.of(sheet, settings)
     strategy, _ = strategy_for(settings, budgets)
     tried = list(strategy.stand_bys(sheet))
     on_device = [choices for choices in tried if not budgets.over_device(sheet.peak_bytes(choices))]
@@ -38,7 +38,7 @@ def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Seq
     needed = sheet.peak_bytes(choices)
     course = sheet.course(choices)
     name = sheet.blocks[course.index].name if sheet.blocks else "the model"
-    where = course.phase if course.phase == "head and loss" else f"{name}, {course.phase}"
+    where = course.phase if course.phase in ("head and loss", "end of backward") else f"{name}, {course.phase}"
     device = sheet.profile.device_name or sheet.profile.device_type
     allowed = f"{format_bytes(budgets.device or 0)} on {device} ({budgets.device_source})"
     lines = [
@@ -46,6 +46,7 @@ def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Seq
         f"short by {format_bytes(budgets.over_device(needed))}",
         f"  at         {where}, policy '{settings.policy}'",
         _floor_line(sheet),
+        *_accumulation_line(sheet, settings),
         *_suggestions(suggest.for_device(sheet, settings, tried), _no_length(sheet, budgets)),
     ]
     return PlanInfeasibleError("\n".join(lines))
@@ -64,6 +65,17 @@ def _host_error(
         *_suggestions(suggest.for_host(sheet, settings, tried), "nothing that was tried"),
     ]
     return HostLimitError("\n".join(lines))
+
+
+def _accumulation_line(sheet: Sheet, settings: Settings) -> list[str]:
+    """The cure for what only gradients that are there already make too large."""
+    if not sheet.accumulating or not suggest.is_feasible(sheet.where(accumulating=False), settings):
+        return []
+    gradients = format_bytes(sheet.profile.states.gradients)
+    return [
+        f"  since      this step starts with gradients ({gradients} of them at every point), and without them it fits: "
+        "zero_grad(set_to_none=True) before each forward, so no accumulation"
+    ]
 
 
 def _suggestions(found: Sequence[suggest.Suggestion], otherwise: str) -> list[str]:
@@ -87,10 +99,11 @@ def _floor_line(sheet: Sheet) -> str:
 def _floor_parts(sheet: Sheet, total: int) -> dict[str, int]:
     """What the floor consists of; bytes that add up to ``total``."""
     profile, states = sheet.profile, sheet.profile.states
+    gradients = sheet.course(floor_choices(sheet)).gradients if sheet.around.gradual else states.gradients
     parts = {
         "parameters": states.parameters,
         "buffers": states.buffers,
-        "gradients": states.gradients,
+        "gradients": gradients,
         f"optimizer ({states.optimizer_name}{', assumed' if states.assumed else ''})": states.optimizer,
     }
     if sheet.around.asynchronous:
@@ -98,6 +111,7 @@ def _floor_parts(sheet: Sheet, total: int) -> dict[str, int]:
         parts["shared arguments"] = profile.shared.at(tokens)
         parts["around the blocks"] = profile.outside_forward.at(tokens)
         # What else was alive in the profiled process; what the profile calls present is part of it.
-        parts["other tensors"] = max(0, sheet.around.base_bytes - sum(parts.values()))
+        there = sheet.around.base_bytes + (gradients if sheet.around.gradual else 0)
+        parts["other tensors"] = max(0, there - sum(parts.values()))
     parts["activations and workspace there"] = max(0, total - sum(parts.values()))
     return parts

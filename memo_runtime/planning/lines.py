@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memo_runtime.planning.actions import block_actions, slot_bytes, splits
+from memo_runtime.planning.forecast import rerun_line
 from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.sheet import Choice, Sheet
 from memo_runtime.records import HOST_ALIGNMENT, Action, BlockProfile, Executor
@@ -24,6 +25,8 @@ class Lines:
             rebuilt.
         host_slack: most that the alignment of slots adds. kept, outgoing, full, landing: as in ``Footprint``,
             without the rows that ``copied_per_rebuilt_row`` adds to the last two.
+        rerun_peak, rerun_peak_per_row: transient bytes of the rerun, in all and per rebuilt row.
+        spent: as in ``Footprint``, likewise without the rows that ``spent_per_rebuilt_row`` adds.
         rerun_per_row: seconds. jump: bytes copied as soon as the prefix is not empty.
     """
 
@@ -38,6 +41,10 @@ class Lines:
     outgoing: int
     full: int
     landing: int
+    spent: int
+    spent_per_rebuilt_row: float
+    rerun_peak: float
+    rerun_peak_per_row: float
     rerun_per_row: float
     jump: int
 
@@ -58,6 +65,8 @@ def lines_of(sheet: Sheet, index: int) -> Lines:
     )
     slots = sum(action in (Action.HOST, Action.PREFIX, Action.TAIL) for action in actions)
     tail_bytes = round(tail_row * (tokens - step))
+    # Rows that go to the host for the rerun alone are those that autograd does not read.
+    rerun_peak, rerun_peak_per_row = rerun_line(block, tokens)
     return Lines(
         tokens=tokens,
         step=step,
@@ -70,6 +79,10 @@ def lines_of(sheet: Sheet, index: int) -> Lines:
         outgoing=foot.outgoing,
         full=foot.full - tail_bytes,
         landing=foot.landing - tail_bytes,
+        spent=foot.spent - tail_bytes,
+        spent_per_rebuilt_row=tail_row,
+        rerun_peak=rerun_peak + block.output.at(tokens),
+        rerun_peak_per_row=rerun_peak_per_row,
         rerun_per_row=_slope(block, tokens),
         jump=sum(_jump_bytes(block, actions, tokens)),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memo_runtime.config import Settings
 from memo_runtime.planning.sheet import KEEP, Choice, Sheet
+from memo_runtime.planning.suggest import is_feasible
 from memo_runtime.records import Executor
 from memo_runtime.units import format_bytes
 
@@ -40,6 +42,19 @@ def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
     if timed:
         longest = max(sheet.lengths)
         yield f"seconds at {longest:,} tokens are extrapolated from {min(timed):,}"
+
+
+def note_on_accumulation(sheet: Sheet, settings: Settings) -> Iterator[str]:
+    """Whether a step that starts with gradients, as an accumulation's second micro-batch does, would be refused."""
+    if not sheet.around.gradual:
+        return
+    accumulating = sheet.where(accumulating=True)
+    if not is_feasible(accumulating, settings):
+        gradients = format_bytes(sheet.profile.states.gradients)
+        yield (
+            f"steps that start with gradients do not fit (accumulation, zero_grad(set_to_none=False)): {gradients} of "
+            "them would be there at every point, here they come as backward walks down"
+        )
 
 
 def _many(names: list[str]) -> str:

@@ -7,26 +7,29 @@ from collections.abc import Mapping
 from memo_runtime.config import Settings
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.limits import Budgets
-from memo_runtime.planning.notes import notes_on
+from memo_runtime.planning.notes import note_on_accumulation, notes_on
 from memo_runtime.planning.policies import decide
 from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.planning.treatment import floor_choices
 from memo_runtime.records import Plan, Profile
 
 
-def make_plan(profile: Profile, settings: Settings, *, tokens: Mapping[int, int] | None = None) -> Plan:
+def make_plan(
+    profile: Profile, settings: Settings, *, tokens: Mapping[int, int] | None = None, accumulating: bool = False
+) -> Plan:
     """Decide what happens to each byte of a training step. Pure: the same arguments give the same plan.
 
     Args:
         profile: what was measured. settings: policy and budgets.
         tokens: length of a sequence by stack index; stacks that are not named keep their profiled length.
+        accumulating: for steps that start with gradients already there.
 
     Raises:
         PlanRequestError: knobs that do not go with this profile, or a policy that is not built.
         BlockFallbackError: ``strict`` and a block cannot take the policy.
         PlanInfeasibleError: the step does not fit in device memory. HostLimitError: nor in host memory.
     """
-    sheet = Sheet(profile, lengths_of(profile, tokens))
+    sheet = Sheet(profile, lengths_of(profile, tokens), accumulating=accumulating)
     decision = decide(sheet, settings)
     if decision is None:
         raise infeasible(sheet, settings)
@@ -34,9 +37,10 @@ def make_plan(profile: Profile, settings: Settings, *, tokens: Mapping[int, int]
         policy=settings.policy.value,
         alpha=settings.alpha,
         profile=profile,
-        limits=Budgets.of(profile, settings).record(profile),
+        limits=Budgets.of(sheet, settings).record(profile),
         blocks=sheet.plans(decision.choices),
         forecast=sheet.forecast(decision.choices),
         floor_bytes=sheet.peak_bytes(floor_choices(sheet)),
-        notes=(*decision.notes, *notes_on(sheet, decision.choices)),
+        accumulating=accumulating,
+        notes=(*decision.notes, *notes_on(sheet, decision.choices), *note_on_accumulation(sheet, settings)),
     )

@@ -25,7 +25,7 @@ def decide(sheet: Sheet, settings: Settings) -> Decision | None:
     """
     if settings.keep_last is not None:
         kept_blocks(sheet, settings.keep_last)
-    budgets = Budgets.of(sheet.profile, settings)
+    budgets = Budgets.of(sheet, settings)
     strategy, notes = strategy_for(settings, budgets)
     decision = strategy.decide(sheet, budgets)
     if decision is None:

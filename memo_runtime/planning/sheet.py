@@ -62,21 +62,31 @@ def lengths_of(profile: Profile, tokens: Mapping[int, int] | None) -> tuple[int,
 
 @dataclass(slots=True)
 class Sheet:
-    """Totals of ``profile`` where block i is given ``lengths[i]`` tokens."""
+    """Totals of ``profile`` where block i is given ``lengths[i]`` tokens.
+
+    ``accumulating``: of steps that start with gradients already there.
+    """
 
     profile: Profile
     lengths: tuple[int, ...]
     kinds: tuple[int, ...] = ()
+    accumulating: bool = False
     around: Surroundings = field(init=False)
     _known: dict[tuple[int, int, Choice], tuple[BlockPlan, Footprint]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.around = Surroundings.of(self.profile, self.lengths[-1] if self.lengths else 0)
+        self.around = Surroundings.of(
+            self.profile, self.lengths[-1] if self.lengths else 0, accumulating=self.accumulating
+        )
         self.kinds = self.kinds or kinds_of(self.profile.blocks)
 
     def at(self, lengths: tuple[int, ...]) -> Sheet:
         """The same profile at other lengths."""
-        return Sheet(self.profile, lengths, self.kinds)
+        return Sheet(self.profile, lengths, self.kinds, self.accumulating)
+
+    def where(self, *, accumulating: bool) -> Sheet:
+        """The same lengths in steps that start with gradients, or without."""
+        return Sheet(self.profile, self.lengths, self.kinds, accumulating)
 
     @property
     def blocks(self) -> tuple[BlockProfile, ...]:

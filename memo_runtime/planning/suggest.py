@@ -35,7 +35,7 @@ class Suggestion:
 
 def is_feasible(sheet: Sheet, settings: Settings) -> bool:
     """Whether ``decide`` would find a plan, without looking for the best one."""
-    budgets = Budgets.of(sheet.profile, settings)
+    budgets = Budgets.of(sheet, settings)
     strategy, _ = strategy_for(settings, budgets)
     return strategy.first_fitting(sheet, budgets) is not None
 
@@ -111,7 +111,7 @@ def _lengths(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
 
 def _budgets(sheet: Sheet, settings: Settings, tried: Sequence[Choices], knob: str) -> Iterator[Suggestion]:
     """The smallest budget of one kind under which a plan keeps the other."""
-    budgets = Budgets.of(sheet.profile, settings)
+    budgets = Budgets.of(sheet, settings)
     if knob == "budget":
         needs = [sheet.peak_bytes(c) for c in tried if not budgets.over_host(sheet.host_bytes(c))]
     else:

@@ -23,7 +23,14 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from memo_runtime.planning.forecast import Footprint, copy_seconds, to_device_cover, to_host_cover
+from memo_runtime.planning.forecast import (
+    Footprint,
+    all_gradients,
+    copy_seconds,
+    gradients_above,
+    to_device_cover,
+    to_host_cover,
+)
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.lines import Lines, lines_of
 from memo_runtime.planning.rounding import granule, round_prefix, whole_granules
@@ -116,16 +123,18 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     crowded: set[int] = set()
     kept = outgoing = 0
     for index, foot in enumerate(feet):
-        at_end = foot.kept if foot.stashed else 0
+        at_end = foot.kept + transient * foot.end_peak if foot.stashed else 0
         if kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end) > room:
             crowded.add(index - 1)
         outgoing = foot.outgoing if sheet.around.asynchronous else 0
         kept += foot.kept
     kept = landing = 0
     lower = -1
+    there = gradients_above(sheet.around, feet)
     for index, foot in enumerate(feet):
         kept += foot.kept
-        if kept + foot.full + landing + transient * foot.backward_peak > room:
+        peak = max(transient * foot.rerun_peak, transient * foot.backward_peak - foot.spent)
+        if kept + foot.full + landing + peak + there[index] > room:
             crowded.add(lower)
         if foot.copies:
             landing, lower = foot.landing, index
@@ -136,7 +145,16 @@ def _least(foot: Footprint, line: Lines | None) -> Footprint:
     """``foot`` with the least that its block holds at any prefix that is not empty."""
     if line is None:
         return foot
-    return replace(foot, outgoing=line.outgoing, full=line.full, landing=line.landing, kept=line.kept, copies=True)
+    return replace(
+        foot,
+        outgoing=line.outgoing,
+        full=line.full,
+        spent=line.spent,
+        landing=line.landing,
+        kept=line.kept,
+        copies=True,
+        rerun_peak=round(line.rerun_peak),
+    )
 
 
 @dataclass(slots=True)
@@ -200,6 +218,13 @@ class _Program:
         rows = line.tokens * (1 - self._prefix(index)) + line.step
         return line.copied_per_rebuilt_row * rows
 
+    def _rerun_bytes(self, index: int, foot: Footprint) -> Any:
+        """Transient bytes of the block's rerun, with a granule for rounding."""
+        if index not in self.lines:
+            return foot.rerun_peak
+        line = self.lines[index]
+        return line.rerun_peak + line.rerun_peak_per_row * (line.tokens * (1 - self._prefix(index)) + line.step)
+
     def _copied(self, index: int) -> Any:
         line = self.lines[index]
         host = line.copied_per_host_row * line.tokens * self._host[index]
@@ -227,6 +252,7 @@ class _Program:
         kept: Any = 0
         outgoing = 0
         landing: Any = 0
+        there = gradients_above(around, feet)
         for index, foot in enumerate(feet):
             forward = outgoing + foot.skeletal + transient * foot.forward_peak
             self._hold(kept + scale * (forward - room))
@@ -237,15 +263,20 @@ class _Program:
                 after = self._variable(f"kept_{index}")
                 self._problem += after == kept + scale * foot.kept + rows * self._device[index]
             if foot.stashed:
-                self._hold(after + scale * (outgoing + foot.skeletal - room))
+                self._hold(after + scale * (outgoing + foot.skeletal + transient * foot.end_peak - room))
             kept = after
             fetched = self._rebuilt_bytes(index) if index in self.lines else 0
-            backward = foot.full + fetched + landing + transient * foot.backward_peak
-            self._hold(kept + scale * (backward - room))
+            backward = foot.full + fetched + landing + there[index]
+            if index in self.lines or foot.rerun_peak or foot.spent:
+                self._hold(kept + scale * (backward + transient * self._rerun_bytes(index, foot) - room))
+            # What autograd does not read is gone again: all of the rows that are copied to be rebuilt from.
+            read = backward - fetched - foot.spent
+            self._hold(kept + scale * (read + transient * foot.backward_peak - room))
             if foot.copies:
                 landing = foot.landing + fetched
             outgoing = foot.outgoing if around.asynchronous else 0
-        self._hold(kept + scale * (around.outside_peak - room))
+        self._hold(kept + scale * (around.outside_peak + around.outside_gradients - room))
+        self._hold(scale * (all_gradients(around, feet) - room))
 
     def _hold(self, excess: Any) -> None:
         """``excess`` must not be positive."""

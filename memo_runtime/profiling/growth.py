@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -98,6 +99,33 @@ def _through_three(points: Sequence[tuple[int, float]]) -> Growth | None:
     if min(quadratic, linear, constant) < 0:
         return None
     return Growth(constant=constant, linear=linear, quadratic=quadratic)
+
+
+#: Slopes this close are one: allocators round what they hand out.
+_SAME_SLOPE = 0.05
+
+
+def fit_peak(points: Sequence[tuple[int, int]], *, curved: bool) -> Growth:
+    """An upper bound of a peak of memory by tokens, from peaks at up to three lengths.
+
+    A peak is the largest of many sums that grow with the tokens. Where one of them is the largest at all lengths, what
+    in it does not grow (gradients of weights) is told from what does. Where another takes over in between, or with a
+    single length, all is taken to grow in proportion, which is never less. ``curved``: something grows with the square.
+    """
+    unique = sorted((tokens, max(0, count)) for tokens, count in dict(points).items())[-3:]
+    if not unique:
+        return Growth()
+    (tokens, count) = unique[-1]
+    if curved and len(unique) == 3:
+        fitted = fit_counts(unique)
+        if fitted.quadratic > 0 and fitted.linear >= 0 and fitted.constant >= 0:
+            return fitted
+    slopes = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in itertools.pairwise(unique)]
+    steepest = max(slopes, default=0.0)
+    straight = len(slopes) == 2 and abs(slopes[1] - slopes[0]) <= _SAME_SLOPE * steepest
+    if curved or not straight or steepest * tokens > count:
+        return polynomial_bytes(count, tokens, 2 if curved else 1)
+    return Growth(constant=count - steepest * tokens, linear=steepest)
 
 
 def polynomial_bytes(size_bytes: int, tokens: int, dims: int, multiple: int = 1) -> Growth:

@@ -10,7 +10,7 @@ import torch
 
 from memo_runtime.records import Link
 
-_BYTES = {"cuda": 256 * 1024**2, "cpu": 32 * 1024**2}
+_BYTES = {"cuda": 64 * 1024**2, "cpu": 32 * 1024**2}
 _REPEATS = 5
 
 

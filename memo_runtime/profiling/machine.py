@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import psutil
 import torch
 
@@ -29,6 +32,34 @@ def device_memory(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
         return "cpu", 0
     return torch.cuda.get_device_name(device), int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def settle_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Let matrix products, forward and backward, take their workspaces: they stay, and belong to no block."""
+    if device.type == "cuda" and dtype.is_floating_point:
+        with torch.enable_grad():
+            weight = torch.zeros(64, 64, dtype=dtype, device=device, requires_grad=True)
+            # From a thread of autograd's own, which has other handles, and so other workspaces.
+            torch.autograd.grad((weight @ weight).sum(), weight)
+        torch.cuda.synchronize(device)
+
+
+def allocated_after(device: torch.device) -> int:
+    """Bytes that are allocated once the profile's own are free, which are given back to the device; 0 on CPU.
+
+    What is cached is of the profile's shapes, and would splinter the memory of the steps that follow.
+    """
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_allocated(device))
+
+
+def joins_free_memory(device: torch.device) -> bool:
+    """Whether PyTorch's allocator uses expandable segments on ``device``."""
+    settings = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return device.type == "cuda" and "expandable_segments:true" in settings.lower().replace(" ", "")
 
 
 def usable_device_bytes(device: torch.device) -> int:

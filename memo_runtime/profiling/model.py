@@ -26,12 +26,19 @@ from memo_runtime.errors import OffloaderActiveError, ProfileError
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.link import measure_link
-from memo_runtime.profiling.machine import device_memory, host_limit, usable_device_bytes
+from memo_runtime.profiling.machine import (
+    allocated_after,
+    device_memory,
+    host_limit,
+    joins_free_memory,
+    settle_libraries,
+    usable_device_bytes,
+)
 from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.outside import outside_peak, outside_seconds
 from memo_runtime.profiling.rows import RowLaw, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start, cut_graphs, without_graph
-from memo_runtime.profiling.states import measure_states
+from memo_runtime.profiling.states import gradients_of_blocks, measure_states
 from memo_runtime.profiling.timing import time_block
 from memo_runtime.records import BlockProfile, Growth, Profile
 
@@ -131,6 +138,8 @@ class Observer:
             rerun_seconds=model.rerun_seconds,
             forward_peak=model.forward_peak,
             backward_peak=model.backward_peak,
+            rerun_peak=model.rerun_peak,
+            output=model.output,
             timed_tokens=model.timed_tokens,
         )
 
@@ -214,6 +223,7 @@ def profile_model(
         ProfileError: the forward failed, or called none of the blocks.
     """
     device = model_device(model)
+    settle_libraries(device, next((p.dtype for p in model.parameters()), torch.float32))
     start = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     observer = Observer({block.name: block for block in blocks}, device)
     # A root under FSDP reshards in a post-forward hook: it must run to its end.
@@ -226,10 +236,13 @@ def profile_model(
             f"{type(model).__name__} was called and none of its blocks was "
             f"({', '.join(block.name for block in blocks[:3])}, ...): name those that its forward uses with blocks="
         )
-    measured = tuple(observer.profiles[b.name] for b in blocks if b.name in observer.profiles)
+    seen = [(b.name, b.module) for b in blocks if b.name in observer.profiles]
+    gradients = gradients_of_blocks(model, seen)
+    measured = tuple(replace(observer.profiles[name], gradients=gradients[name]) for name, _ in seen)
     tokens = max(profile.tokens for profile in measured)
     name, _ = device_memory(device)
     host_bytes, host_source = host_limit()
+    link = measure_link(device)
     shared = observer.shared_growth(tokens)
     outside = max(0, (observer.allocated or start) - start - shared.at(tokens))
     profile = Profile(
@@ -241,11 +254,13 @@ def profile_model(
         device_bytes=usable_device_bytes(device),
         host_bytes=host_bytes,
         host_source=host_source,
-        link=measure_link(device),
+        link=link,
         states=measure_states(model, optimizer, device.type),
         rows=observer.rows,
         blocks=measured,
-        allocated_bytes=start,
+        # More than at the start: libraries took further workspaces.
+        allocated_bytes=max(start, allocated_after(device)),
+        expandable=joins_free_memory(device),
         shared=shared,
         outside_forward=Growth(linear=outside / max(1, tokens)),
         outside_peak=outside_peak(model, measured, observer.rows, observer.hidden_bytes, tiled_loss=tiled_loss),

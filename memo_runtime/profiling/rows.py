@@ -70,6 +70,8 @@ class RowLaw:
             rerun_seconds=times(profile.rerun_seconds, ratio),
             forward_peak=times(profile.forward_peak, ratio),
             backward_peak=times(profile.backward_peak, ratio),
+            rerun_peak=times(profile.rerun_peak, ratio),
+            output=times(profile.output, ratio),
         )
 
 

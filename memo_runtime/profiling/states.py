@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,33 @@ from memo_runtime.records import ModelStates
 def _bytes(tensor: torch.Tensor) -> int:
     local = getattr(tensor, "_local_tensor", tensor)
     return int(local.numel() * local.element_size())
+
+
+def gradient_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of the gradient that ``parameter`` will have; 0 for one that is frozen."""
+    if not parameter.requires_grad:
+        return 0
+    local = getattr(parameter, "_local_tensor", parameter)
+    dtype = (getattr(parameter, "grad_dtype", None) if parameter.is_leaf else None) or local.dtype
+    return int(local.numel() * dtype.itemsize)
+
+
+def gradients_of_blocks(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, int]:
+    """Bytes of gradients by block name, each parameter's once.
+
+    Args:
+        blocks: (name, module) in call order. What two of them share counts for the one that goes backward first, what
+            is also used outside them for none: such gradients are there from the head on.
+    """
+    inside = tuple(f"{name}." for name, _ in blocks)
+    named = model.named_parameters(remove_duplicate=False)
+    counted = {id(parameter) for name, parameter in named if not name.startswith(inside)}
+    found = {}
+    for name, block in reversed(blocks):
+        own = {id(parameter): parameter for parameter in block.parameters() if id(parameter) not in counted}
+        counted |= set(own)
+        found[name] = sum(gradient_bytes(parameter) for parameter in own.values())
+    return found
 
 
 def _state_bytes(state: Any, device_type: str) -> int:
@@ -61,8 +89,8 @@ def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, de
     """
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    gradients = sum(_bytes(p) for p in trainable)
-    assumed, name, total, present = True, "AdamW", 2 * gradients, 0
+    gradients = sum(gradient_bytes(p) for p in trainable)
+    assumed, name, total, present = True, "AdamW", 2 * sum(_bytes(p) for p in trainable), 0
     if optimizer is not None:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimizers
         present = sum(_state_bytes(state, device_type) for state in inner.state.values())

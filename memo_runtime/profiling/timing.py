@@ -19,7 +19,7 @@ from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
-from memo_runtime.profiling.growth import fit_seconds, polynomial_bytes
+from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.observe import CROP_ERRORS
 from memo_runtime.profiling.start import Start
 from memo_runtime.records import BlockProfile, Growth, Role
@@ -43,6 +43,8 @@ class _Sample:
     rerun: float
     forward_peak: int = 0
     backward_peak: int = 0
+    rerun_peak: int = 0
+    output: int = 0
 
 
 @dataclass(slots=True)
@@ -83,10 +85,13 @@ class _Timer:
         outputs: list[object] = []
         forward = self.seconds(lambda: outputs.append(self.forward(*args, **kwargs)))
         forward_peak = peak.take()
+        output = _output_bytes(outputs[0]) if self.device.type == "cuda" else 0
         backward = self.seconds(lambda: self._backward(call, outputs.pop()))
         backward_peak = peak.take()
+        self._captured(call, tokens)
+        peak = _Peak(self.device)
         rerun = self._rerun(call, tokens)
-        return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak)
+        return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak, peak.take(), output)
 
     def median(self, tokens: int) -> _Sample:
         """Several samples at ``tokens``, after one that lets libraries choose their kernels."""
@@ -98,7 +103,7 @@ class _Timer:
 
     def _backward(self, call: BlockCall, output: object) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire."""
-        outputs = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        outputs = _results(output)
         inputs = [t for _, t in call.tensors() if t.requires_grad]
         inputs += [p for p in self.block.parameters() if p.requires_grad]
         if not outputs or not inputs:
@@ -167,11 +172,23 @@ def _median(samples: list[_Sample]) -> _Sample:
         statistics.median(s.rerun for s in samples),
         max(s.forward_peak for s in samples),
         max(s.backward_peak for s in samples),
+        max(s.rerun_peak for s in samples),
+        samples[0].output,
     )
 
 
-def _skeletal(profile: BlockProfile, tokens: int) -> int:
-    stay = (Role.PARAMETER, Role.SHARED)
+def _results(output: object) -> list[torch.Tensor]:
+    """Tensors of a result that have a gradient."""
+    return [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def _output_bytes(output: object) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _results(output))
+
+
+def _saved(profile: BlockProfile, tokens: int) -> int:
+    """Bytes that the block itself makes and saves: its input was there before."""
+    stay = (Role.PARAMETER, Role.SHARED, Role.INPUT)
     return sum(group.size.at(tokens) for group in profile.groups if group.saved and group.role not in stay)
 
 
@@ -203,17 +220,21 @@ def time_block(
             # Weights of the size of the sequence, for one: it runs at its own length and at no other.
             medians = [timer.median(profile.tokens)]
     top = medians[-1]
-    held = _skeletal(profile, top.tokens)
+    curved = any(group.size.quadratic for group in profile.groups)
+
+    def peak(of: Callable[[_Sample], int], *, saved: bool = True) -> Growth:
+        """Beyond what is saved for backward, if that is there."""
+        points = [(s.tokens, of(s) - (_saved(profile, s.tokens) if saved else 0)) for s in medians]
+        return fit_peak(points, curved=curved)
+
     return replace(
         profile,
         forward_seconds=fit_seconds([(s.tokens, s.forward) for s in medians], curved=True),
         backward_seconds=fit_seconds([(s.tokens, s.backward) for s in medians], curved=True),
         rerun_seconds=fit_seconds([(s.tokens, s.rerun) for s in medians], curved=False),
-        forward_peak=_linear(top.forward_peak - held, top.tokens),
-        backward_peak=_linear(top.backward_peak - held, top.tokens),
+        forward_peak=peak(lambda s: s.forward_peak),
+        backward_peak=peak(lambda s: s.backward_peak),
+        rerun_peak=peak(lambda s: s.rerun_peak, saved=False),
+        output=polynomial_bytes(top.output, top.tokens, 1),
         timed_tokens=top.tokens,
     )
-
-
-def _linear(count: int, tokens: int) -> Growth:
-    return polynomial_bytes(max(0, count), tokens, 1)

@@ -121,6 +121,27 @@ def test_a_budget_from_another_is_there_where_that_one_ran(scripted, make_runner
     assert found.file.find("memo-auto@selective", 96) is None
 
 
+def test_a_budget_from_another_that_is_too_small_is_not_the_end(scripted, make_runner):
+    scripted([ok(48), ok(96)])
+    make_runner("selective").run()
+    scripted([{"status": "oom", "seq_len": 48, "error": "PlanInfeasibleError: this step does not fit"}, ok(96)])
+    found = make_runner("selective,memo-auto@selective")
+    assert found.run() == 0
+    rows = [(row["seq_len"], row["status"]) for row in found.file.of("memo-auto@selective")]
+    assert rows == [(48, "oom"), (96, "ok")]
+
+
+def test_a_process_killed_at_one_budget_goes_on_with_the_next(scripted, make_runner):
+    scripted([ok(48), ok(96)])
+    make_runner("selective").run()
+    jobs = scripted([], {"status": "oom", "error": "killed by signal 9"})
+    found = make_runner("selective,memo-auto@selective")
+    assert found.run() == 0
+    rows = [(row["seq_len"], row["status"]) for row in found.file.of("memo-auto@selective")]
+    assert rows == [(48, "oom"), (96, "oom")]
+    assert jobs is None or all(job.own_budgets for job in jobs)
+
+
 def test_a_process_that_ends_badly_is_a_row(scripted, make_runner):
     scripted([ok(48)], {"status": "error", "error": "the process ended with signal 11"})
     found = make_runner("unwrapped")

@@ -63,6 +63,15 @@ def test_running_out_of_memory_is_a_result_and_ends_the_walk(monkeypatch, make_j
     assert type(error).__name__ in rows[1]["error"]
 
 
+def test_a_budget_that_is_too_small_is_not_the_end_where_each_length_has_its_own(monkeypatch, make_job):
+    steps = {8: PlanInfeasibleError("it does not fit in 3 MiB"), 16: 0.0, 32: torch.OutOfMemoryError("x"), 64: 0.0}
+    job = make_job("unwrapped", tuple(steps), budgets={8: 1, 16: 2, 32: 3, 64: 4}, own_budgets=True)
+    rows = measured(monkeypatch, job, steps)
+    assert [(row["seq_len"], row["status"]) for row in rows] == [(8, "oom"), (16, "ok"), (32, "oom"), (64, "ok")]
+    wrong = measured(monkeypatch, job, {**steps, 16: KeyError("x")})
+    assert [(row["seq_len"], row["status"]) for row in wrong] == [(8, "oom"), (16, "error")]
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not match"), PlanMismatchError("other model"), KeyError("x")]
 )

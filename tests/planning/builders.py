@@ -77,6 +77,9 @@ def llama_block(number=0, *, stack=0, tokens=131072, groups=None, hidden=2048, m
         recompute_flops=Growth(linear=dense, quadratic=2 * hidden),
         forward_peak=Growth(linear=2 * hidden * 2),
         backward_peak=Growth(linear=4 * hidden * 2),
+        rerun_peak=Growth(linear=(4 * mlp + hidden) * 2),
+        output=Growth(linear=hidden * 2),
+        gradients=120 * 10**6,
         timed_tokens=tokens,
     )
     return replace(block, **changes)

@@ -74,9 +74,41 @@ def host_bytes(profile, plan):
     return sum(-(-size // 64) * 64 for index in range(len(plan)) for size in copied(profile, plan, index))
 
 
-def peaks(profile, plan):
+def spent(profile, plan, index):
+    """What only a rerun reads, which is there for it alone."""
+    total = 0
+    for group, action, size in groups_of(profile, plan, index):
+        if not group.saved and action is Action.HOST:
+            total += size
+        elif not group.saved and action is Action.TAIL:
+            total += round(group.size.linear * (plan[index].tokens - plan[index].prefix))
+    return total
+
+
+def input_beside(profile, plan, index):
+    """The block's input, where autograd does not save it: the caller holds it while the block runs."""
+    groups = groups_of(profile, plan, index)
+    return sum(size for group, _, size in groups if group.role is Role.INPUT and not group.saved)
+
+
+def rerun(profile, plan, index):
+    """Transient bytes of a rerun, beside its buffers; None: there is none."""
+    block, planned = profile.blocks[index], plan[index]
+    waiting = block.output.at(planned.tokens)
+    if planned.executor is Executor.RECOMPUTE or (planned.executor is Executor.REPLAY and planned.prefix == 0):
+        return waiting + block.forward_peak.at(planned.tokens)
+    if planned.executor is Executor.REPLAY and planned.prefix < planned.tokens:
+        growing = block.rerun_peak.exact(planned.tokens) - block.rerun_peak.constant
+        return waiting + round(block.rerun_peak.constant + growing / planned.tokens * (planned.tokens - planned.prefix))
+    return None
+
+
+def peaks(profile, plan, accumulating=False):
     """(stash peak, device peak) by the definition of every point of the step."""
     cuda = profile.device_type != "cpu"
+    walked = cuda and not accumulating
+    gradients = [block.gradients for block in profile.blocks]
+    outside = max(0, profile.states.gradients - sum(gradients))
     count = len(plan)
     stash, device = [], []
     for i in range(count):
@@ -85,25 +117,36 @@ def peaks(profile, plan):
         if cuda and i:
             held += outgoing(profile, plan, i - 1)
         stash.append(held)
-        device.append(held + (profile.blocks[i].forward_peak.at(plan[i].tokens) if cuda else 0))
+        beside = input_beside(profile, plan, i)
+        device.append(held + (profile.blocks[i].forward_peak.at(plan[i].tokens) + beside if cuda else 0))
         if plan[i].executor in (Executor.REPLAY, Executor.RECOMPUTE):
             # Its stash is made while the tensors that it is made from are still there.
             stash.append(held + kept(profile, plan, i))
-            device.append(held + kept(profile, plan, i))
+            result = profile.blocks[i].output.at(plan[i].tokens)
+            device.append(held + kept(profile, plan, i) + (result + beside if cuda else 0))
     everything = sum(kept(profile, plan, j) for j in range(count))
     tokens = plan[-1].tokens if count else 0
     stash.append(everything)
-    device.append(everything + (profile.outside_peak.at(tokens) if cuda else 0))
+    head = outside if walked else 0
+    device.append(everything + head + (profile.outside_peak.at(tokens) if cuda else 0))
     for i in reversed(range(count)):
         held = sum(kept(profile, plan, j) for j in range(i + 1)) + full(profile, plan, i)
         lower = [j for j in range(i) if has_copies(profile, plan, j)]
         if lower:
             held += landing(profile, plan, lower[-1])
+        above = outside + sum(gradients[i + 1 :]) if walked else 0
         stash.append(held)
-        device.append(held + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
+        again = rerun(profile, plan, i)
+        if again is not None:
+            device.append(held + above + (again if cuda else 0))
+        held -= spent(profile, plan, i)
+        device.append(held + above + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
+    device.append(outside + sum(gradients) if walked else 0)
     states = profile.states
     if cuda:
-        base = profile.allocated_bytes + states.gradients - states.gradients_present
+        base = profile.allocated_bytes - states.gradients_present
+        if accumulating:
+            base += max(states.gradients, states.gradients_present)
         base += states.optimizer - states.optimizer_present
         base += profile.shared.at(tokens) + profile.outside_forward.at(tokens)
     else:

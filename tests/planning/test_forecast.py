@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from memo_runtime.config import make_settings
+from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Executor, Growth, Link, ModelStates, Role
 from tests.planning import reference
@@ -29,6 +30,9 @@ def small_block(number, **changes):
         rerun_seconds=Growth(linear=1 / TOKENS),
         forward_peak=Growth(constant=7),
         backward_peak=Growth(constant=11),
+        rerun_peak=Growth(constant=2),
+        output=Growth(constant=3),
+        gradients=200,
         **changes,
     )
 
@@ -61,14 +65,15 @@ def forecast_of(profile, **settings):
     return make_plan(profile, make_settings(**settings)).forecast
 
 
-BASE = 5000 + 700 + 1500 + 50 + 60
+#: Without gradients: 300 of 1000 were there, 600 are the blocks'.
+BASE = 5000 - 300 + 1500 + 50 + 60
 
 
 def test_everything_kept():
     forecast = forecast_of(small_profile(), policy="none")
     assert forecast.stash_peak_bytes == 3 * 120 * TOKENS
-    # Head and loss need more than a block's backward does: 70 beyond 11.
-    assert forecast.peak_bytes == BASE + 3 * 120 * TOKENS + 70
+    # Head and loss need more than a block's backward does: 70 beyond 11, both with the 400 outside the blocks.
+    assert forecast.peak_bytes == BASE + 3 * 120 * TOKENS + 400 + 70
     assert forecast.step_seconds == 3 * 6 + 3
     assert forecast.bytes_to_host == forecast.host_bytes == forecast.recomputed_flops == 0
 
@@ -77,7 +82,8 @@ def test_everything_swapped_holds_two_blocks():
     forecast = forecast_of(small_profile(), policy="swap", keep_last=0)
     # Forward: the block's own bytes beside the copies of the block before; backward: full beside landing.
     assert forecast.stash_peak_bytes == 2 * 120 * TOKENS
-    assert forecast.peak_bytes == BASE + 2 * 120 * TOKENS + 11
+    # The second block has the gradients of the third beside it; its own are within the 11.
+    assert forecast.peak_bytes == BASE + 2 * 120 * TOKENS + 400 + 200 + 11
     assert forecast.bytes_to_host == forecast.bytes_to_device == 3 * 120 * TOKENS
     # One second per copy: hidden by 2 s forward and 4 s backward, but nothing hides those of the last block.
     assert forecast.step_seconds == 3 * 6 + 3 + 2
@@ -95,7 +101,7 @@ def test_a_kept_block_above_hides_the_fetch():
     assert swapped.step_seconds == 2 * 6 + 3
     # Kept bytes of the last block, and the first block landing already.
     assert swapped.stash_peak_bytes == 2 * 120 * TOKENS
-    assert swapped.peak_bytes == BASE + 2 * 120 * TOKENS + 11
+    assert swapped.peak_bytes == BASE + 2 * 120 * TOKENS + 600 + 11
 
 
 def test_a_slow_link_shows_in_each_direction():
@@ -126,7 +132,44 @@ def test_states_that_are_there_already_are_not_counted_twice():
             optimizer_present=2000,
         )
     )  # fmt: skip
-    assert forecast_of(there, policy="none").peak_bytes == 5000 + 110 + 3 * 120 * TOKENS + 70
+    accumulating = make_plan(there, make_settings(policy="none"), accumulating=True)
+    assert accumulating.accumulating
+    assert accumulating.forecast.peak_bytes == 5000 + 110 + 3 * 120 * TOKENS + 70
+    assert forecast_of(there, policy="none").peak_bytes == 4000 + 110 + 3 * 120 * TOKENS + 400 + 70
+
+
+def test_gradients_that_are_there_count_at_every_point():
+    plan = make_plan(small_profile(), make_settings(policy="swap", keep_last=0), accumulating=True)
+    assert plan.forecast.peak_bytes == BASE + 1000 + 2 * 120 * TOKENS + 11
+
+
+def test_where_gradients_are_large_the_end_of_backward_is_the_highest_point():
+    states = ModelStates(parameters=1000, buffers=10, gradients=10**9 + 600, optimizer=2000)
+    block = replace(small_block(0), gradients=10**9)
+    profile = profile_of(
+        [block], states=states, allocated_bytes=5000, shared=Growth(), outside_forward=Growth(), outside_peak=Growth()
+    )
+    assert forecast_of(profile, policy="none").peak_bytes == 5000 + 2000 + 10**9 + 600
+    with pytest.raises(PlanInfeasibleError, match=r"at +end of backward"):
+        forecast_of(profile, policy="none", budget="900MB")
+
+
+def test_what_only_the_rerun_reads_is_gone_when_backward_starts():
+    block = small_block(0)
+    unsaved = replace(block, groups=(group(Role.INPUT, 10, saved=False), *block.groups[2:]))
+    profile = replace(small_profile(1), blocks=(replace(unsaved, backward_peak=Growth(constant=10**6)),))
+    forecast = forecast_of(profile, policy="recompute", keep_last=0)
+    assert forecast.stash_peak_bytes == 120 * TOKENS
+    assert forecast.peak_bytes == BASE + 110 * TOKENS + 800 + 10**6
+
+
+def test_a_rerun_of_a_part_needs_room_for_what_it_makes():
+    block = replace(small_block(0), rerun_peak=Growth(constant=5, linear=500))
+    profile = replace(small_profile(2), blocks=(block, replace(block, name="last")))
+    plan = make_plan(profile, make_settings(policy="memo", alpha=0.25, keep_last=1))
+    rebuilt = TOKENS - plan.blocks[0].prefix
+    assert 0 < rebuilt < TOKENS
+    assert plan.forecast.peak_bytes == BASE + 120 * TOKENS + 600 + 200 + 500 * rebuilt + 5 + 3
 
 
 def test_a_recomputed_block_is_run_again_as_a_whole():

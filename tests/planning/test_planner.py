@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from memo_runtime.config import Policy, Settings, make_settings
-from memo_runtime.errors import BlockFallbackError, MemoError, NotBuiltError
+from memo_runtime.errors import BlockFallbackError, MemoError, NotBuiltError, PlanInfeasibleError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import PlanRequestError
-from memo_runtime.records import Executor, ModelStates, Role
-from memo_runtime.units import GiB
+from memo_runtime.records import Executor, Growth, ModelStates, Role
+from memo_runtime.units import GiB, format_bytes
 from tests.planning.builders import (
     group,
     llama_block,
@@ -248,9 +248,34 @@ def test_notes_say_which_sizes_are_estimates():
 def test_a_plan_states_its_limits_and_its_floor():
     planned = plan(SHORT, policy="swap", host_budget="1TiB")
     assert (planned.limits.host_bytes, planned.limits.host_source) == (1024 * GiB, "host_budget")
-    assert (planned.limits.device_bytes, planned.limits.device_source) == (79 * GiB, "memory of H100")
+    splinters = 3 * (SHORT.outside_peak.at(SHORT.blocks[0].tokens) // 3)
+    assert planned.limits.device_bytes == 79 * GiB - splinters
+    said = planned.limits.device_source
+    assert said == f"memory of H100, less {format_bytes(splinters)} that large tensors splinter"
     floor = plan(SHORT, policy="recompute", keep_last=0)
     assert planned.floor_bytes == floor.forecast.peak_bytes
+
+
+def test_the_default_limit_leaves_room_for_what_the_largest_tensors_splinter():
+    asked = make_settings(policy="recompute")
+
+    def limit(profile, **how):
+        return make_plan(profile, replace(asked, **how)).limits
+
+    profile = llama_profile(4, outside_peak=Growth())
+    # An MLP's result: 131,072 tokens of 8,192 numbers of two bytes.
+    assert limit(profile).device_bytes == 79 * GiB - 3 * 2 * GiB
+    assert limit(profile, budget=79 * GiB).device_bytes == 79 * GiB
+    joined = limit(replace(profile, expandable=True))
+    assert (joined.device_bytes, joined.device_source) == (79 * GiB, "memory of H100")
+    # Never more than a quarter.
+    small = llama_profile(4, outside_peak=Growth(), tokens=32768, device_bytes=20 * GiB)
+    assert limit(small).device_bytes == 20 * GiB - 3 * GiB // 2
+    logits = replace(small, outside_peak=Growth(constant=9 * GiB))
+    assert limit(logits, budget=40 * GiB).device_bytes == 40 * GiB
+    with pytest.raises(PlanInfeasibleError, match=r"15\.00 GiB on H100 \(memory of H100, less 5\.00 GiB"):
+        limit(logits)
+    assert limit(on_cpu(profile)).device_source.startswith("not limited")
 
 
 def test_a_plan_is_a_table_and_survives_a_file(tmp_path):

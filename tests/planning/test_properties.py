@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memo_runtime.config import make_settings
-from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.rounding import granule
 from memo_runtime.records import Action, Executor, Growth, Link, ModelStates, Role
@@ -43,6 +43,9 @@ def blocks(draw, number, groups_of_block):
         rerun_seconds=Growth(constant=draw(st.floats(0, 1e-3)), linear=draw(st.floats(0, 1e-4))),
         forward_peak=Growth(linear=draw(SIZES)),
         backward_peak=Growth(linear=draw(SIZES)),
+        rerun_peak=Growth(constant=draw(SIZES), linear=draw(SIZES)),
+        output=Growth(linear=draw(SIZES)),
+        gradients=draw(st.integers(0, 2 * 10**7)),
     )
 
 
@@ -56,10 +59,14 @@ def profiles(draw):
         shape = tuple(draw(st.sampled_from(shapes)))
         block = draw(blocks(number, shape))
         chosen.append(type(block)(**{**_fields(block), "tokens": tokens}))
+    gradients = sum(block.gradients for block in chosen) + draw(st.integers(0, 2 * 10**7))
+    present = draw(st.sampled_from([0, 0, gradients // 3, gradients]))
     profile = profile_of(
         chosen,
-        states=ModelStates(parameters=10**5, buffers=100, gradients=10**5, optimizer=2 * 10**5),
-        allocated_bytes=10**5,
+        states=ModelStates(
+            parameters=10**5, buffers=100, gradients=gradients, optimizer=2 * 10**5, gradients_present=present
+        ),
+        allocated_bytes=10**5 + present,
         outside_forward=Growth(linear=draw(SIZES)),
         outside_peak=Growth(linear=draw(SIZES)),
         link=Link(to_host=draw(st.floats(1e6, 1e12)), to_device=draw(st.floats(1e6, 1e12))),
@@ -78,12 +85,15 @@ def requests(draw):
     if policy in ("memo", "replay") and draw(st.booleans()):
         asked["alpha"] = draw(st.floats(0, 1))
     if draw(st.booleans()):
+        asked["accumulating"] = True
+    if draw(st.booleans()):
         asked["keep_last"] = draw(st.integers(0, 1))
     return asked
 
 
 def settings_of(**asked):
     """Settings with budgets to the byte: a bare number of a few bytes would be taken for a forgotten unit."""
+    asked.pop("accumulating", None)
     sizes = {name: f"{asked[name]}B" for name in ("budget", "host_budget") if isinstance(asked.get(name), int)}
     return make_settings(**{**asked, **sizes})
 
@@ -109,19 +119,38 @@ FAST = settings(
 @FAST
 @given(profiles(), requests(), st.data())
 def test_a_plan_keeps_both_budgets_or_its_refusal_helps(profile, asked, data):
+    accumulating = asked.get("accumulating", False)
     asked = {**asked, **budgets_for(profile, data.draw)}
     try:
-        plan = make_plan(profile, settings_of(**asked))
+        plan = make_plan(profile, settings_of(**asked), accumulating=accumulating)
     except PlanInfeasibleError as error:
         check_suggestions(profile, asked, str(error))
         return
     assert plan.forecast.peak_bytes <= asked["budget"]
     assert plan.forecast.host_bytes <= asked["host_budget"]
     check_plan(profile, plan)
+    check_the_other_kind_of_step(profile, asked, plan)
+
+
+def check_the_other_kind_of_step(profile, asked, plan):
+    """A plan of fresh steps says whether accumulation would be refused; one for accumulation fits fresh steps too."""
+    if plan.accumulating or profile.device_type == "cpu":
+        make_plan(profile, settings_of(**asked), accumulating=False)
+        return
+    refused = any("steps that start with gradients do not fit" in note for note in plan.notes)
+    try:
+        make_plan(profile, settings_of(**asked), accumulating=True)
+    except PlanInfeasibleError as error:
+        refusal = error
+        helps = isinstance(refusal, HostLimitError) or "zero_grad(set_to_none=True) before each" in str(refusal)
+    else:
+        refusal, helps = None, True
+    assert refused == (refusal is not None)
+    assert helps, refusal
 
 
 def check_plan(profile, plan):
-    stash, peak = reference.peaks(profile, plan.blocks)
+    stash, peak = reference.peaks(profile, plan.blocks, plan.accumulating)
     assert (plan.forecast.stash_peak_bytes, plan.forecast.peak_bytes) == (stash, peak)
     assert plan.forecast.host_bytes == reference.host_bytes(profile, plan.blocks)
     for block, planned in zip(profile.blocks, plan.blocks, strict=True):
@@ -145,7 +174,8 @@ def check_suggestions(profile, asked, text):
         again = {**asked, **change}
         if "policy" in change and "alpha" not in change:
             again.pop("alpha", None)
-        make_plan(profile, settings_of(**again), tokens={0: tokens} if tokens else None)
+        accumulating = asked.get("accumulating", False)
+        make_plan(profile, settings_of(**again), tokens={0: tokens} if tokens else None, accumulating=accumulating)
 
 
 @settings(max_examples=25, deadline=None)

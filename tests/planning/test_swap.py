@@ -14,7 +14,7 @@ from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.sheet import KEEP, Choice, Sheet, lengths_of
 from memo_runtime.planning.swap import solve_prefixes
 from memo_runtime.planning.treatment import at_fraction
-from memo_runtime.records import Executor, Growth, Link, Role
+from memo_runtime.records import Executor, Growth, Link, ModelStates, Role
 from memo_runtime.units import GiB
 from tests.planning.builders import group, llama_block, llama_groups, llama_profile, on_cpu, profile_of
 
@@ -38,7 +38,11 @@ def toy_profile(*, slow_link=1.0, device_type="cuda", tail=False):
                 backward_seconds=Growth(linear=1.5 / TOKENS),
                 rerun_seconds=Growth(linear=(0.5 + 0.2 * number) / TOKENS),
                 forward_peak=Growth(),
-                backward_peak=Growth(),
+                # A rerun of most rows takes more than backward does, of few rows less.
+                backward_peak=Growth(linear=60),
+                rerun_peak=Growth(constant=2000, linear=48),
+                output=Growth(linear=16),
+                gradients=30_000,
             )
         )
     rate = 140 * TOKENS / slow_link
@@ -49,6 +53,8 @@ def toy_profile(*, slow_link=1.0, device_type="cuda", tail=False):
         outside_forward=Growth(),
         outside_seconds=Growth(constant=0.3),
         shared=Growth(),
+        states=ModelStates(parameters=10**5, buffers=0, gradients=100_000, optimizer=0),
+        allocated_bytes=10**5,
     )
     return profile if device_type == "cuda" else on_cpu(profile, link=Link(to_host=rate, to_device=rate))
 
@@ -78,7 +84,7 @@ def brute_force(sheet, budgets, *, device_rows):
 
 
 def budgets_of(profile, device, host):
-    return Budgets.of(profile, make_settings(budget=device, host_budget=host))
+    return Budgets.of(sheet_of(profile), make_settings(budget=device, host_budget=host))
 
 
 CASES = [

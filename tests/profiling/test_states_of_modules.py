@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
+from memo_runtime.profiling.states import gradients_of_blocks, measure_states
 
 
 class Remembering(nn.Module):
@@ -60,3 +61,37 @@ def test_profiling_leaves_the_state_as_it_was():
     before = model.layers[0].state
     memo.profile(model, torch.randn(2, 16, 8))
     assert model.layers[0].state is before
+
+
+class Sharing(nn.Module):
+    """A frozen parameter, one that two blocks share, one that a block shares with the head, and a float64 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}) for _ in range(3))
+        self.head = nn.Linear(8, 8)
+        self.layers[0]["a"].weight = self.layers[2]["a"].weight
+        self.layers[1]["a"].weight = self.head.weight
+        self.layers[1]["b"].weight.requires_grad_(False)
+        self.layers[0]["b"].double()
+
+
+def test_gradients_belong_to_the_block_that_goes_backward_first() -> None:
+    model = Sharing()
+    found = gradients_of_blocks(model, [(f"layers.{i}", layer) for i, layer in enumerate(model.layers)])
+    weight, bias = 64 * 4, 8 * 4
+    assert found == {
+        "layers.0": bias + 2 * (weight + bias),
+        "layers.1": 2 * bias,
+        "layers.2": 2 * (weight + bias),
+    }
+    states = measure_states(model, None, "cpu")
+    assert states.gradients - sum(found.values()) == weight + bias
+    assert states.gradients == sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_profile_tells_the_gradients_of_each_block() -> None:
+    model = Recurrent()
+    profile = memo.profile(model, torch.randn(2, 24, 8))
+    assert [block.gradients for block in profile.blocks] == [72 * 4] * 3
+    assert profile.states.gradients == 3 * 72 * 4

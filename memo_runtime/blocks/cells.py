@@ -2,6 +2,7 @@
 
     attributes      vars(object), a module's _parameters, _buffers and _modules among them; __slots__
     containers      dict, list, set, deque
+    hooks           of a module, all its tables together
     arrays          of NumPy, by value
 
 Reading copies references, never what they point to. Writing touches only what differs.
@@ -188,6 +189,46 @@ class SlotsCell:
     def values(self, content: dict[str, Any]) -> list[tuple[str, Any]]:
         """Values with their names."""
         return [(f"{self.label}.{name}", value) for name, value in content.items()]
+
+
+#: Hooks that a call of a module runs. Those of state_dict and its like are no part of a forward.
+_HOOK_TABLES = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+
+
+class HooksCell:
+    """The hooks of a module: what a forward registers goes with the attribute that says it was registered."""
+
+    __slots__ = ("_tables", "holder", "label")
+
+    def __init__(self, label: str, attributes: dict[str, Any]) -> None:
+        self.label = label
+        found = (attributes.get(name) for name in _HOOK_TABLES)
+        self._tables = [table for table in found if isinstance(table, dict)]
+        # One of the tables: the attributes are the holder of another cell.
+        self.holder = self._tables[0] if self._tables else self._tables
+
+    def read(self) -> list[tuple[Any, ...]]:
+        """The members of every table; nothing where no table has any, which is the usual case."""
+        return [tuple(table.items()) for table in self._tables] if any(self._tables) else []
+
+    def same(self, before: list[tuple[Any, ...]]) -> bool:
+        """The same hooks in the same order."""
+        return self.read() == before
+
+    def write(self, before: list[tuple[Any, ...]]) -> None:
+        """Give every table the hooks that it had; it stays the same table, in which handles find their hook."""
+        for table, members in zip(self._tables, before or [()] * len(self._tables), strict=True):
+            if tuple(table.items()) != members:
+                table.clear()
+                table.update(members)
+
+    def values(self, content: list[tuple[Any, ...]]) -> list[tuple[str, Any]]:
+        """None: functions are not entered."""
+        return []
 
 
 class ArrayCell:

@@ -1,7 +1,7 @@
 """What a block can reach and change: a bounded walk from modules and arguments to cells, tensors and generators.
 
 Nearest first, so that what a bound leaves out is what is farthest away. Not entered: functions and their closures,
-objects of the standard library and of PyTorch (modules aside), hooks, and the runtime's own.
+objects of the standard library and of PyTorch (modules aside), and the runtime's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memo_runtime.blocks.cells import ArrayCell, Cell, DictCell, SequenceCell, SetCell, SlotsCell
+from memo_runtime.blocks.cells import ArrayCell, Cell, DictCell, HooksCell, SequenceCell, SetCell, SlotsCell
 
 #: Bounds of a walk, so that a module that holds its trainer, or a data set, costs no more than this.
 _MOST_CELLS = 8192
@@ -28,7 +28,7 @@ _MOST_ELEMENTS = 1 << 16
 
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, range, slice))
 _TABLES = ("_parameters", "_buffers", "_modules")
-#: Attributes of every module that are no state of its forward: hook tables and their like.
+#: Attributes of every module that are not entered: hook tables, which are a cell of their own, and their like.
 _NOT_STATE = frozenset(vars(nn.Module())) - {"training", *_TABLES}
 _STATEFUL_LIBRARY = ("types", "collections")
 #: Modules whose attributes mirror what their engine holds elsewhere: put back, the two would disagree.
@@ -143,7 +143,7 @@ def _container_cell(label: str, value: Any) -> Cell:
 
 
 class _ModuleCell(DictCell):
-    """Attributes of a module; its tables are cells of their own, and its hooks are no state."""
+    """Attributes of a module; its tables are cells of their own, and so are its hooks."""
 
     __slots__ = ()
 
@@ -161,4 +161,4 @@ def _module_cells(label: str, module: nn.Module) -> list[Cell]:
     if _is_engine(type(module)):  # type: ignore[arg-type]
         return cells
     own = [DictCell(label, module.__dict__[name]) for name in ("_parameters", "_buffers") if name in module.__dict__]
-    return [_ModuleCell(label, module.__dict__), *own, *cells]
+    return [_ModuleCell(label, module.__dict__), HooksCell(label, module.__dict__), *own, *cells]

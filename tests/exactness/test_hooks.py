@@ -1,0 +1,94 @@
+"""Hooks inside of blocks are state as attributes are: a rerun has those of its forward, and nothing leaves more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.exactness.test_state import WAYS, WIDTH, Tower, assert_close, gradients, pair, sequence
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+class HooksItself(Mlp):
+    """Registers a hook once, in its first forward, as Hugging Face models do for what they collect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            self.up.register_forward_hook(lambda _, __, out: out * 1.5)
+            self.hooked = True
+        return super().forward(x)
+
+
+def hooks(model: nn.Module) -> list[int]:
+    """How many hooks every module inside of a block has."""
+    inner = [m for layer in model.layers for m in layer.modules() if m is not layer]
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in inner]
+
+
+@pytest.mark.parametrize(("policy", "alpha"), WAYS)
+def test_a_block_that_registers_hooks_in_its_first_forward(policy, alpha):
+    plain, wrapped = pair(HooksItself, policy, alpha)
+    for _ in range(3):
+        for model in (plain, wrapped):
+            model.zero_grad(set_to_none=True)
+            model(sequence()).backward()
+        assert hooks(wrapped) == hooks(plain) == [1, 0] * 3
+        assert_close(gradients(wrapped), gradients(plain))
+
+
+def _removed(model: Tower) -> Callable[[], Any]:
+    """Hooks of the forward, removed before backward."""
+    handles = [layer.up.register_forward_hook(lambda _, __, out: out * 1.5) for layer in model.layers]
+    handles += [
+        layer.down.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] + 0.5,), kwargs), with_kwargs=True)
+        for layer in model.layers
+    ]
+    return lambda: [handle.remove() for handle in handles]
+
+
+def _added(model: Tower) -> Callable[[], Any]:
+    """Hooks that the forward did not have."""
+    return lambda: [layer.up.register_forward_hook(lambda _, __, out: out * 9.0) for layer in model.layers]
+
+
+def _once(model: Tower) -> Callable[[], Any]:
+    """Hooks that remove themselves when they are called."""
+    for layer in model.layers:
+        def hook(_: Any, __: Any, out: Tensor, layer: nn.Module = layer) -> Tensor:
+            layer.handle.remove()
+            return out * 1.5
+
+        layer.__dict__["handle"] = layer.up.register_forward_hook(hook)
+    return lambda: None
+
+
+@pytest.mark.parametrize("change", [_removed, _added, _once], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(("policy", "alpha"), WAYS)
+def test_hooks_are_those_of_the_forward(change: Callable[[Tower], Callable[[], Any]], policy, alpha):
+    for first in (True, False):  # the step that profiles, and one that does not
+        found, left = [], []
+        for model in pair(Mlp, policy, alpha):
+            if not first:
+                model(sequence()).backward()
+                model.zero_grad(set_to_none=True)
+            after = change(model)
+            loss = model(sequence())
+            after()
+            loss.backward()
+            found.append(gradients(model))
+            left.append(hooks(model))
+        assert left[0] == left[1]
+        assert any(left[0]) == (change is _added)
+        assert_close(found[1], found[0])

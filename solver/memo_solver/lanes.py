@@ -29,8 +29,10 @@ CANONICAL_NODES = 8_000
 SHAKEN_NODES = 80_000
 PYTHON_NODES = 3_000
 """Nodes a second, roughly, times the share of a lane that each search gets."""
-TIGHT_SLACK = 0.02
+TIGHT_SLACK = 0.08
 """Mean slack below which the valley search gets most of the time: it is made for that."""
+PERFECT_SLACK = 0.02
+"""Mean slack below which CP-SAT still decides, late, what the valley search does not: it keeps its lane."""
 CPSAT_DETERMINISTIC = 0.06
 """CP-SAT's deterministic seconds per second."""
 IMPORT_SECONDS = 2.0
@@ -130,7 +132,11 @@ def build_lanes(
         return [_own_searches(question, params, compiled, seconds=0.1)]
     seconds = ROUND_SECONDS * ROUND_GROWTH ** (question.round_index - 1)
     own = _own_searches(question, params, compiled, seconds=seconds)
-    exact = _cpsat_lanes(question, params, seconds=seconds)
+    lucky = question.round_index > 1 and PERFECT_SLACK <= question.mean_slack < TIGHT_SLACK
+    exact = _cpsat_lanes(question, params, seconds=seconds * (0.25 if lucky else 1.0))
+    if exact and lucky:
+        # What CP-SAT has not decided by now it seldom does; another seed of the valley search more often.
+        exact[0] = [*_valley_searches(question, params, compiled, seconds=1.5 * seconds, lane=1), *exact[0]]
     lanes = [own, *exact]
     if params.threads >= 3 and compiled is not None:
         lanes = [own[:1], own[1:], *exact]
@@ -144,14 +150,9 @@ def build_lanes(
 def _own_searches(
     question: Question, params: SolveParams, compiled: native.NativeSection | None, *, seconds: float
 ) -> list[Task]:
-    tasks = []
     section = question.section
     tight = question.mean_slack < TIGHT_SLACK
-    if compiled is not None and all(alignment == 1 for alignment in section.alignment):
-        seed = params.seed * 1000 + question.round_index
-        nodes = VALLEY_NODES * (3 if tight else 1)
-        valley = _Valley(question, seed, int(nodes * seconds), compiled)
-        tasks.append(Task(name="valley search", run=valley))
+    tasks = _valley_searches(question, params, compiled, seconds=seconds, lane=0)
     nodes = CANONICAL_NODES if compiled is not None else PYTHON_NODES // 5
     if tight and compiled is not None:
         nodes //= 4
@@ -159,9 +160,20 @@ def _own_searches(
         canonical = _Canonical(question, order, int(nodes * seconds), compiled)
         tasks.append(Task(name=f"canonical search {number}", run=canonical))
     if compiled is not None and question.round_index > 0:
-        share = seconds / 8 if tight else seconds
+        share = seconds / (8 if question.mean_slack < PERFECT_SLACK else 16) if tight else seconds
         tasks += _shaken_searches(question, params, compiled, seconds=share)
     return tasks
+
+
+def _valley_searches(
+    question: Question, params: SolveParams, compiled: native.NativeSection | None, *, seconds: float, lane: int
+) -> list[Task]:
+    """One valley search, or none where it cannot be; each lane and round has its own seed."""
+    if compiled is None or any(alignment != 1 for alignment in question.section.alignment):
+        return []
+    seed = params.seed * 1000 + question.round_index + 100 * lane
+    nodes = VALLEY_NODES * (3 if question.mean_slack < TIGHT_SLACK else 1)
+    return [Task(name="valley search", run=_Valley(question, seed, int(nodes * seconds), compiled))]
 
 
 def _shaken_searches(

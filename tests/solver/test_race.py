@@ -3,9 +3,9 @@ import time
 
 import pytest
 
-from memo_solver import SolveParams, cpsat, lanes
+from memo_solver import SolveParams, cpsat, lanes, native
 from memo_solver.errors import MissingSolverError
-from memo_solver.instances import random_requests
+from memo_solver.instances import planted_packing, random_requests
 from memo_solver.outcome import Outcome, SearchResult, StopFlag
 from memo_solver.params import Switch
 from memo_solver.race import Task, race
@@ -86,3 +86,24 @@ def test_short_limits_do_not_import_ortools(monkeypatch):
     assert lanes._cpsat_lanes(question(1.0), SolveParams(num_threads=2, cpsat=Switch.ON), seconds=1.0) != []
     monkeypatch.setattr(cpsat, "imported", lambda: True)
     assert lanes._cpsat_lanes(question(1.0), SolveParams(num_threads=2), seconds=1.0) != []
+
+
+@pytest.mark.skipif(not native.native_status().available, reason="the compiled search is not built")
+def test_from_round_two_tight_sections_get_a_second_valley_search_with_another_seed():
+    section = split(planted_packing(60, seed=1))[0]
+    compiled = native.NativeSection(section)
+
+    def valleys(round_index, capacity):
+        asked = lanes.Question(
+            section=section, capacity=capacity, round_index=round_index, deadline=time.monotonic() + 60
+        )
+        built = lanes.build_lanes(asked, SolveParams(num_threads=2, seed=3), compiled)
+        return [task.run.seed for lane in built for task in lane[:1] if task.name == "valley search"]
+
+    full = max(section.loads())
+    tight = full + full // 20
+    assert len(valleys(1, tight)) == 1
+    assert len(valleys(2, 2 * full)) == len(valleys(2, full)) == 1
+    seeds = [*valleys(1, tight), *valleys(2, tight), *valleys(3, tight)]
+    assert len(seeds) == 5
+    assert len(set(seeds)) == 5

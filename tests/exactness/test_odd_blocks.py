@@ -1,0 +1,168 @@
+"""Blocks whose forward depends on what earlier forwards left, over several optimizer steps."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import memo_runtime as memo
+from tests.exactness.compare import Way, relative_error, take_gradients
+from tests.exactness.hand_written import WIDTH, Attention
+from tests.exactness.test_state import WAYS
+
+TOKENS, STEPS = 40, 5
+
+
+class Averaging(Attention):
+    """A running mean as a buffer that is written to before its use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1)
+        return super().forward(x - self.mean)
+
+
+class Assigning(Averaging):
+    """The same as a buffer that is exchanged after its use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = Attention.forward(self, x - self.mean)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        return y
+
+
+class EverySecond(Attention):
+    """Another path every second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.extra = 0, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = super().forward(x)
+        return y if self.calls % 2 else y + torch.tanh(self.extra(y))
+
+
+class Caching(Attention):
+    """A table that is filled in the first forward of each length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[1]
+        if tokens not in self.cache:
+            self.cache[tokens] = torch.sin(torch.arange(tokens, dtype=x.dtype)[:, None] / torch.arange(1, WIDTH + 1))
+        return super().forward(x + self.cache[tokens])
+
+
+class Skipped(Attention):
+    """Left out at random, by Python's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.0 if random.random() < 0.4 else super().forward(x)
+
+
+class SpectralNorm(Attention):
+    """A power iteration in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(super().forward(x))
+
+
+class Adapter(Attention):
+    """A frozen layer with a low-rank one beside it, behind dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.first, self.second, self.dropout = nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.second(self.first(self.dropout(x)))
+
+
+class PerTensorScale(Attention):
+    """Rounded to a grid that the largest value of all tokens sets, with a straight-through gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.detach().abs().max() / 127
+        return super().forward(x + ((x / scale).round() * scale - x).detach())
+
+
+class Model(nn.Module):
+    """Three blocks; ``tied``: two share their attention."""
+
+    def __init__(self, kind: type[nn.Module], *, tied: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(kind() for _ in range(3))
+        if tied:
+            for name, child in self.layers[0].named_children():
+                setattr(self.layers[2], name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean() + 1e-3 * x.sum()
+
+
+def model_of(kind: type[nn.Module], **settings: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(kind, **settings).double().train()
+
+
+def assert_trains_alike(plain: Model, wrapped: Model) -> None:
+    """Losses, gradients and all state, step by step; the last step is shorter."""
+    models = (plain, wrapped)
+    optimizers = [torch.optim.SGD((p for p in m.parameters() if p.requires_grad), lr=0.05) for m in models]
+    for step in range(STEPS):
+        tokens = TOKENS if step < STEPS - 1 else TOKENS - 7
+        x = torch.randn(2, tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        losses, gradients = [], []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(10 + step)
+            random.seed(10 + step)
+            loss = model(x)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            gradients.append(take_gradients(model))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-11)
+        assert relative_error(gradients[1], gradients[0]) <= 1e-11
+    now = plain.state_dict(), wrapped.state_dict()
+    assert now[0].keys() == now[1].keys()
+    assert all(torch.allclose(now[1][name], now[0][name], rtol=1e-10, atol=1e-12) for name in now[0])
+
+
+KINDS = [Averaging, Assigning, EverySecond, Caching, Skipped, SpectralNorm, Adapter, PerTensorScale]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("policy", "alpha"), WAYS)
+def test_blocks_that_go_on_from_their_last_forward(kind: type[nn.Module], policy: str, alpha: float | None) -> None:
+    wrapped = memo.wrap(model_of(kind), policy=policy, alpha=alpha, keep_last=0)
+    assert_trains_alike(model_of(kind), wrapped)
+    assert any(block.bytes_to_host for block in memo.report(wrapped).blocks)
+
+
+@pytest.mark.parametrize(("policy", "alpha"), WAYS)
+def test_blocks_that_share_modules(policy: str, alpha: float | None) -> None:
+    wrapped = Way(policy, alpha).wrap(model_of(Attention, tied=True))
+    assert_trains_alike(model_of(Attention, tied=True), wrapped)

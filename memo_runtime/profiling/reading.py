@@ -53,7 +53,8 @@ class Reading:
         rows: dict[int, int] = {}
         tokens: dict[int, int] = {}
         explained: set[tuple[int, int]] = set()
-        unseen = False
+        # A block whose input was empty says nothing about other shapes.
+        unseen = any(not block.tokens for block in self.measured.profile.blocks)
         for stack, rows_there, tokens_there in self._stacks():
             old_rows, old_tokens = rows_there[0], tokens_there[0]
             row_places, token_places = self._places(old_rows, old_tokens)

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.tiled_ranks import CASES, RANKS
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_plain_model(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'solver'}"}
     command = [sys.executable, "-m", "tests.distributed.tiled_ranks", str(tmp_path)]

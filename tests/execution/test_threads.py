@@ -130,9 +130,7 @@ def test_backward_in_another_thread_than_forward():
     plain = tower(Part)
     model = wrapped(plain, "memo", 0.37)
     loss = model(sequence())
-    assert_close(
-        in_thread(lambda: torch.autograd.grad(loss, list(model.parameters()))), gradients(plain, sequence())
-    )
+    assert_close(in_thread(lambda: torch.autograd.grad(loss, list(model.parameters()))), gradients(plain, sequence()))
 
 
 def test_a_thread_that_died_in_its_step_or_whose_block_raised_is_in_nobodys_way():

@@ -35,7 +35,9 @@ def hidden(tokens=29, rows=3):
     return torch.randn(rows, tokens, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 def test_exact(kind, alpha):
     block = double(kind)

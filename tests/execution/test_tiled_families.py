@@ -40,6 +40,9 @@ _OLD = ("llama", "qwen3", "gpt2", "gemma3", "bert", "vit", "t5", "llama-eager")
 _ALL = {name: FAMILIES[name] for name in _OLD} | _MORE
 
 
+pytestmark = pytest.mark.slow  # minutes; test_tiled.py has the same paths on one block each
+
+
 @pytest.fixture(autouse=True)
 def _norms_in_double(monkeypatch):
     """Gemma's norms compute in float32, where sums over tiles differ in the last bits of float32."""

@@ -123,7 +123,7 @@ UP = [(1, 24), (3, 24), (2, 24), (5, 31), (1, 31)]
 DOWN = [(3, 33), (1, 33), (3, 24), (2, 47), (7, 5)]
 
 
-@pytest.mark.parametrize("shapes", [UP, DOWN], ids=["up", "down"])
+@pytest.mark.parametrize("shapes", [UP, pytest.param(DOWN, marks=pytest.mark.slow)], ids=["up", "down"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", [Block, PositionBias, Table, TimeFirst], ids=lambda kind: kind.__name__)
 def test_one_profile_serves_all_batch_sizes(kind: type[nn.Module], policy: str, shapes: list[tuple[int, int]]) -> None:

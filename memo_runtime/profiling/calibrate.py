@@ -209,19 +209,18 @@ def _shorter(trial: _Trial) -> tuple[int, ...]:
 
 def _whole_flops(subject: _Subject, trial: _Trial) -> tuple[Growth, Growth]:
     """(FLOPs of a forward, FLOPs of a rerun without pins)."""
-    tokens = trial.lengths.whole
-    forward = [(tokens, trial.whole.flops)]
-    rerun = [(tokens, observe(subject.forward, trial.call, last=_last(subject, trial.whole)).flops)]
+    seen = [(trial.lengths.whole, trial.whole)]
     for length in _shorter(trial) if trial.lengths.start else ():
-        call = subject.crop(trial.arguments, length)
         try:
-            observation = observe(subject.forward, call)
-            rerun_observation = observe(subject.forward, call, last=_last(subject, observation))
+            seen.append((length, observe(subject.forward, subject.crop(trial.arguments, length))))
         except CROP_ERRORS:
             continue
-        forward.append((length, observation.flops))
-        rerun.append((length, rerun_observation.flops))
-    return fit_counts(forward), fit_counts(rerun)
+    # A rerun is the forward up to its last save: no run of its own is needed to count it.
+    ends = [
+        whole.flops if _last(subject, whole) in (None, -1) else whole.flops_to_last_save for _, whole in seen
+    ]
+    reruns = [(length, count) for (length, _), count in zip(seen, ends, strict=True)]
+    return fit_counts([(length, whole.flops) for length, whole in seen]), fit_counts(reruns)
 
 
 def _without_saves(subject: _Subject, trial: _Trial) -> BlockProfile:

@@ -53,6 +53,7 @@ class Observation:
     saved: list[torch.Tensor] = field(default_factory=list)
     operators: list[OperatorRecord] = field(default_factory=list)
     flops: int = 0
+    flops_to_last_save: int = 0  # where a rerun may end
     walked: bool = False  # the forward went backward itself
 
     def walk(self) -> None:
@@ -117,10 +118,14 @@ def observe(
     mode = ObservingMode(values or {})
     observation = Observation()
     device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
+
+    def see(_: int, tensor: torch.Tensor) -> None:
+        observation.saved.append(tensor)
+        observation.flops_to_last_save = mode.flops
+
     with AutocastState.current(device).uncached().restored():
         run_again(
-            forward, call, lambda _, tensor: observation.saved.append(tensor), mode=mode, last=last,
-            on_walk=observation.walk,
+            forward, call, see, mode=mode, last=last, on_walk=observation.walk,
         )  # fmt: skip
     observation.operators = mode.operators
     observation.flops = mode.flops

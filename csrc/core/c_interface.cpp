@@ -16,6 +16,7 @@
 #include "thread_engine.hpp"
 
 static_assert(sizeof(memo_core_copy) == sizeof(memo_core::Copy), "one layout on both sides");
+static_assert(sizeof(memo_core_request) == 24, "copies lie behind it without a gap, as memo_runtime packs them");
 
 namespace memo_core {
 namespace {
@@ -94,16 +95,17 @@ Direction checked(std::int32_t direction) {
   return static_cast<Direction>(direction);
 }
 
-std::int64_t submit(std::int64_t engine, std::int32_t direction, const Copy* copies, std::int64_t count,
-                    std::uint64_t stream, const char* name) {
+std::int64_t submit(const memo_core_request& request, const char* name) {
   std::int64_t ticket = 0;
   const Status status = guarded([&] {
-    const Direction where = checked(direction);
-    if (count < 0) throw Failure(Status::invalid, "a negative number of copies");
-    const std::shared_ptr<Engine> target = all().engines.get(engine);
+    const Direction where = checked(request.direction);
+    if (request.count < 0) throw Failure(Status::invalid, "a negative number of copies");
+    const auto* copies = reinterpret_cast<const Copy*>(&request + 1);
+    const std::shared_ptr<Engine> target = all().engines.get(request.engine);
     Work work;
-    for (std::int64_t i = 0; i < count; ++i) plan_copy(copies[i], all().table, work);
-    ticket = target->submit(where, std::move(work), stream, name ? name : "");
+    work.pieces.reserve(static_cast<std::size_t>(request.count));
+    for (std::int32_t i = 0; i < request.count; ++i) plan_copy(copies[i], all().table, work);
+    ticket = target->submit(where, std::move(work), request.stream, name ? name : "");
   });
   return status == Status::ok ? ticket : -static_cast<std::int64_t>(status);
 }
@@ -202,17 +204,7 @@ std::int32_t memo_core_engine_num_open(std::int64_t engine, std::int64_t* count)
   return status_of([&] { *count = all().engines.get(engine)->num_open(); });
 }
 
-std::int64_t memo_core_copy_one(std::int64_t engine, std::int32_t direction, std::uint64_t host, std::uint64_t device,
-                                std::uint64_t width, std::uint64_t height, std::uint64_t host_pitch,
-                                std::uint64_t device_pitch, std::uint64_t stream, const char* name) {
-  const Copy copy{host, device, width, height, host_pitch, device_pitch};
-  return submit(engine, direction, &copy, 1, stream, name);
-}
-
-std::int64_t memo_core_copy_many(std::int64_t engine, std::int32_t direction, const memo_core_copy* copies,
-                                 std::int64_t count, std::uint64_t stream, const char* name) {
-  return submit(engine, direction, reinterpret_cast<const Copy*>(copies), count, stream, name);
-}
+std::int64_t memo_core_submit(const memo_core_request* request, const char* name) { return submit(*request, name); }
 
 std::int32_t memo_core_wait(std::int64_t engine, std::int64_t ticket, std::uint64_t stream) {
   return status_of([&] { all().engines.get(engine)->wait(ticket, stream); });

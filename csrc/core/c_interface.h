@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define MEMO_CORE_INTERFACE_VERSION 1
+#define MEMO_CORE_INTERFACE_VERSION 2
 #define MEMO_CORE_EXPORT __attribute__((visibility("default")))
 
 typedef struct {
@@ -33,6 +33,15 @@ typedef struct {
   uint64_t host_pitch;
   uint64_t device_pitch;
 } memo_core_copy;
+
+/* Behind it in memory: `count` of memo_core_copy. One piece of memory for all arguments, since each argument of a call
+ * costs a caller in Python about as much as the call. */
+typedef struct {
+  int64_t engine;
+  uint64_t stream;   /* the copies start when it has reached this point */
+  int32_t direction; /* 0 to the host, 1 to the device */
+  int32_t count;
+} memo_core_request;
 
 MEMO_CORE_EXPORT int32_t memo_core_interface_version(void);
 /* Copies the text of this thread's last error, cut to `size` with its end; returns its length. */
@@ -66,13 +75,9 @@ MEMO_CORE_EXPORT int32_t memo_core_engine_drain(int64_t engine);
 MEMO_CORE_EXPORT int32_t memo_core_engine_stream(int64_t engine, int32_t direction, uint64_t* stream);
 MEMO_CORE_EXPORT int32_t memo_core_engine_num_open(int64_t engine, int64_t* count);
 
-/* `direction`: 0 to the host, 1 to the device. `stream`: the copies start when it has reached this point. `name`: for
- * the error, should they fail. */
-MEMO_CORE_EXPORT int64_t memo_core_copy_one(int64_t engine, int32_t direction, uint64_t host, uint64_t device,
-                                            uint64_t width, uint64_t height, uint64_t host_pitch,
-                                            uint64_t device_pitch, uint64_t stream, const char* name);
-MEMO_CORE_EXPORT int64_t memo_core_copy_many(int64_t engine, int32_t direction, const memo_core_copy* copies,
-                                             int64_t count, uint64_t stream, const char* name);
+/* Starts the copies of `request`. `name`: for the error, should they fail. The caller vouches for the device ends: that
+ * they are memory of the engine's device. */
+MEMO_CORE_EXPORT int64_t memo_core_submit(const memo_core_request* request, const char* name);
 MEMO_CORE_EXPORT int32_t memo_core_wait(int64_t engine, int64_t ticket, uint64_t stream);
 MEMO_CORE_EXPORT int32_t memo_core_cancel(int64_t engine, int64_t ticket, uint64_t stream, int32_t* prevented);
 MEMO_CORE_EXPORT int32_t memo_core_done(int64_t engine, int64_t ticket, int32_t* done);

@@ -100,7 +100,8 @@ void plan_copy(const Copy& copy, const SlabTable& slabs, Work& work) {
       ++row;
     }
   }
-  work.slabs.push_back(std::move(slab));
+  // Copies of one submission mostly share a slab.
+  if (work.slabs.empty() || work.slabs.back() != slab) work.slabs.push_back(std::move(slab));
 }
 
 }  // namespace memo_core

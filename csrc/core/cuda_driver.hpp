@@ -26,8 +26,6 @@ constexpr unsigned kCuEventDisableTiming = 2;
 constexpr unsigned kCuHostRegisterPortable = 1;
 constexpr unsigned kCuMemoryHost = 1;
 constexpr unsigned kCuMemoryDevice = 2;
-constexpr int kCuPointerMemoryType = 2;
-constexpr int kCuPointerDeviceOrdinal = 9;
 constexpr std::size_t kCuMaxPitch = (std::size_t{1} << 31) - 1;
 
 struct CuMemcpy2D {  // CUDA_MEMCPY2D_v2
@@ -70,7 +68,6 @@ struct CuMemcpy2D {  // CUDA_MEMCPY2D_v2
   X(copy_2d, "cuMemcpy2DAsync_v2", (const CuMemcpy2D*, CuStream))                     \
   X(host_register, "cuMemHostRegister_v2", (void*, std::size_t, unsigned))            \
   X(host_unregister, "cuMemHostUnregister", (void*))                                  \
-  X(pointer_attribute, "cuPointerGetAttribute", (void*, int, CuPointer))              \
   X(error_name, "cuGetErrorName", (CuResult, const char**))
 
 // An opened driver; never closed, since a driver cannot be unloaded safely.

@@ -1,7 +1,5 @@
 #include "cuda_engine.hpp"
 
-#include <algorithm>
-
 namespace memo_core {
 namespace {
 
@@ -44,28 +42,12 @@ CuEvent CudaEngine::take_event() {
   return event;
 }
 
-// The first byte has to belong to this engine's device, and the last to one. Each question costs time in every copy.
-void CudaEngine::check_device(const Piece& piece) const {
-  const std::uint64_t last = piece.device + span(piece.width, piece.height, piece.device_pitch) - 1;
-  unsigned type = 0;
-  int ordinal = -1;
-  if (driver_.pointer_attribute(&type, kCuPointerMemoryType, last) != kCuSuccess || type != kCuMemoryDevice ||
-      driver_.pointer_attribute(&ordinal, kCuPointerDeviceOrdinal, piece.device) != kCuSuccess) {
-    throw Failure(Status::out_of_range, "the device side of a copy reaches memory that is not on a device");
-  }
-  if (ordinal != device_->ordinal()) {
-    throw Failure(Status::wrong_device, "the tensor is on cuda:" + std::to_string(ordinal) +
-                                            ", and this engine copies for cuda:" + std::to_string(device_->ordinal()));
-  }
-}
-
 std::int64_t CudaEngine::submit(Direction direction, Work work, std::uint64_t stream, std::string name) {
   for (const auto& slab : work.slabs) {
     if (!slab->pinned()) throw Failure(Status::invalid, "the slab is not pinned, so a copy would hold up the host");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   const ContextGuard guard(*device_);
-  for (const Piece& piece : work.pieces) check_device(piece);
   Ticket ticket{direction, std::move(name), {}, take_event(), std::move(work.slabs)};
   ticket.failure = enqueue(direction, work, handle(stream), ticket.event);
   return tickets_.add(std::move(ticket));

@@ -43,7 +43,6 @@ class CudaEngine : public Engine {
 
   CuStream stream_of(Direction direction) const { return direction == Direction::to_host ? out_ : in_; }
   CuEvent take_event();
-  void check_device(const Piece& piece) const;
   std::string enqueue(Direction direction, const Work& work, CuStream compute, CuEvent event);
   CuResult copy(Direction direction, const Piece& piece) const;
   CuResult copy_rows(Direction direction, const Piece& piece) const;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 
 from memo_runtime.errors import CopyUseError
 from memo_runtime.native.engine import CopyEngine, Pair, Ticket
-from memo_runtime.native.library import CUDA_DRIVER, CopyRecord, Library, SlabInfo
+from memo_runtime.native.library import CUDA_DRIVER, Library, SlabInfo, packing
 from memo_runtime.native.runs import six_numbers
 from memo_runtime.native.slab import Slab
 
@@ -149,28 +148,21 @@ class CompiledEngine(CopyEngine):
     def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket:
         if self.closed:
             raise CopyUseError("the copy engine was closed")
-        records = [self._record(out, *pair) for pair in pairs]
-        direction = 0 if out else 1
-        if len(records) == 1:
-            number = self._library.copy_one(self._handle, direction, *records[0], self._stream(), name.encode())
-        else:
-            array = (CopyRecord * len(records))(*itertools.starmap(CopyRecord, records))
-            number = self._library.copy_many(
-                self._handle, direction, array, len(records), self._stream(), name.encode()
-            )
+        numbers: list[int] = []
+        for source, target in pairs:
+            host, device = (target, source) if out else (source, target)
+            if device.device != self.device:
+                self._check_device(device)
+            numbers += six_numbers(host, device)
+        count = len(pairs)
+        request = packing(count).pack(self._handle, self._stream(), 0 if out else 1, count, *numbers)
+        number = self._library.submit(request, name.encode())
         if number < 0:
             raise self._library.error(-number)
         if out and self._at_once:
             self._wait(number)
             number = None
         return Ticket(self, number, pairs, name)
-
-    def _record(self, out: bool, source: torch.Tensor, target: torch.Tensor) -> tuple[int, int, int, int, int, int]:
-        """The copy as the core's six numbers."""
-        host, device = (target, source) if out else (source, target)
-        if device.device != self.device:
-            self._check_device(device)
-        return six_numbers(host, device)
 
     def _wait(self, number: int) -> None:
         status = self._library.wait(self._handle, number, self._stream())

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memo_runtime.errors import CopyError, CopyUseError, NativeUnavailableError, PinningError
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 CUDA_DRIVER = "libcuda.so.1"
 _LIBRARY = Path(__file__).with_name("_core.so")
 
@@ -51,8 +52,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "engine_drain": (_I32, (_I64,)),
     "engine_stream": (_I32, (_I64, _I32, _POINTER)),
     "engine_num_open": (_I32, (_I64, _POINTER)),
-    "copy_one": (_I64, (_I64, _I32, _U64, _U64, _U64, _U64, _U64, _U64, _U64, _TEXT)),
-    "copy_many": (_I64, (_I64, _I32, _POINTER, _I64, _U64, _TEXT)),
+    "submit": (_I64, (_TEXT, _TEXT)),
     "wait": (_I32, (_I64, _I64, _U64)),
     "cancel": (_I32, (_I64, _I64, _U64, _POINTER)),
     "done": (_I32, (_I64, _I64, _POINTER)),
@@ -72,17 +72,14 @@ class SlabInfo(ctypes.Structure):
     )
 
 
-class CopyRecord(ctypes.Structure):
-    """``memo_core_copy``: ``height`` runs of ``width`` bytes at a distance of a pitch on either side."""
+@functools.lru_cache(maxsize=256)
+def packing(count: int) -> struct.Struct:
+    """How a ``memo_core_request`` of ``count`` copies lies in memory.
 
-    _fields_ = (
-        ("host", _U64),
-        ("device", _U64),
-        ("width", _U64),
-        ("height", _U64),
-        ("host_pitch", _U64),
-        ("device_pitch", _U64),
-    )
+    Engine, stream, direction and count; then six numbers of each copy: host, device, width, height, host pitch, device
+    pitch. Packed bytes go over as they are: filling ctypes structures would take a microsecond for each copy.
+    """
+    return struct.Struct(f"=qQii{6 * count}Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +115,8 @@ class Library:
         except AttributeError as error:
             raise NativeUnavailableError(f"lacks a function, build it again: {error}") from None
         self._handle = handle
-        # The three calls of every copy, without a look-up by name.
-        self.copy_one = handle.memo_core_copy_one
-        self.copy_many = handle.memo_core_copy_many
+        # The two calls of every copy, without a look-up by name.
+        self.submit = handle.memo_core_submit
         self.wait = handle.memo_core_wait
 
     def call(self, name: str, *arguments: Any) -> None:

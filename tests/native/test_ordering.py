@@ -128,12 +128,13 @@ def test_a_source_that_is_modified_under_its_copy_is_told(rig):
     rig.engine.drain()
 
 
-def test_memory_of_another_device_is_refused(rig):
+def test_memory_that_the_driver_does_not_know_is_an_error_at_the_wait(rig):
     slab = rig.slab(SIZE)
-    with pytest.raises(CopyUseError, match="the tensor is on cuda:1, and this engine copies for cuda:0"):
-        rig.engine.to_host(rig.fake.tensor(SIZE, device=1), slab.memory)
-    with pytest.raises(CopyUseError, match="not on a device"):
-        rig.engine.to_host(torch.zeros(SIZE, dtype=torch.uint8), slab.memory)
+    ticket = rig.engine.to_host(torch.zeros(SIZE, dtype=torch.uint8), slab.memory, name="layers.1")
+    with pytest.raises(CopyError, match=r"'layers\.1' to the host failed: CUDA_ERROR_INVALID_VALUE"):
+        ticket.wait()
+    with pytest.raises(CopyUseError, match="the tensor is on meta, and this engine copies for cpu"):
+        rig.engine.to_host(torch.zeros(SIZE, dtype=torch.uint8, device="meta"), slab.memory)
     assert rig.engine.open_copies == 0
 
 

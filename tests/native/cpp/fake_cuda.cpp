@@ -274,12 +274,6 @@ FAKE int cuMemHostUnregister(void* pointer) {
   state().registered.erase(found);
   return 0;
 }
-FAKE int cuPointerGetAttribute(void* data, int attribute, std::uint64_t pointer) {
-  int device = 0;
-  if (!on_device(pointer, 1, &device)) return kInvalidValue;
-  if (attribute == 2) return *static_cast<unsigned*>(data) = 2, 0;
-  return *static_cast<int*>(data) = device, 0;
-}
 FAKE int cuGetErrorName(int code, const char** name) {
   static const std::map<int, const char*> names = {{kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},
                                                    {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},

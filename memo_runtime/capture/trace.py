@@ -5,8 +5,9 @@ never called, nothing is allocated, and hooks of the live module (FSDP's, a prof
 inputs of the graph: at each call they are read from the live module.
 
 The trace is the one that ``torch.export`` makes in its non-strict mode, before autograd, so composite operators
-(``linear``, ``scaled_dot_product_attention``) stay whole. ``export`` itself is not used: it wants real tensors to
-make fake ones of, and turns a length that a block only compares with a constant into an error.
+(``linear``) stay whole, and attention is never run (``attention.py``): no kernel's conditions are part of it.
+``export`` itself is not used: it wants real tensors to make fake ones of, and turns a length that a block only compares
+with a constant into an error.
 
 Note [What a trace cannot see]
 Custom backwards and tensor hooks leave no operator, and a hook of an inner module runs at trace time only. All three
@@ -39,6 +40,7 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.errors import CaptureRefusedError
@@ -127,13 +129,14 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
     hint = _hint(block, call, dims, tokens)
     arguments = [_fake_leaf(call.leaves[index], dims.get(index, ()), mode, hint) for index in leaves]
     symbol = _symbol_of(arguments[leaves.index(call.input_leaf)], dims[call.input_leaf][0])  # type: ignore[index, arg-type]
+    _look_for_functions(block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, hint)
     runner = _Runner(copied, states, leaves, call)
-    runner.look_for_functions(fakes, arguments, mode)
     autocast = AutocastState.current(arguments[0].device.type).uncached()
     with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored():
         module = _run_trace(runner, fakes, arguments)
     if shape_env.replacements.get(symbol) is not None or runner.output is None:
-        raise CaptureRefusedError("forward", "it holds for one number of tokens only")
+        raise CaptureRefusedError("forward", _only_length(shape_env, symbol))
+    named_again(module.graph)
     inputs = (node for node in module.graph.nodes if node.op == "placeholder")
     for node, fake in zip(inputs, [*fakes, *arguments], strict=True):
         node.meta[NEEDS_GRAD] = fake.requires_grad
@@ -213,12 +216,13 @@ def _hint(block: nn.Module, call: BlockCall, dims: Mapping[int, tuple[int, ...]]
 
 def _fake_leaf(leaf: torch.Tensor, dims: tuple[int, ...], mode: FakeTensorMode, hint: int) -> torch.Tensor:
     shape = [hint if dim in dims else int(size) for dim, size in enumerate(leaf.shape)]
+    symbolic = mode.shape_env is not None
     sizes = [DimDynamic.DUCK if dim in dims else DimDynamic.STATIC for dim in range(leaf.dim())]
     order = sorted(range(leaf.dim()), key=lambda dim: (-int(leaf.stride()[dim]), dim))
     meta = torch.empty([shape[dim] for dim in order], dtype=leaf.dtype, device="meta")
     meta = meta.permute([order.index(dim) for dim in range(leaf.dim())])
-    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    fake: Any = mode.from_tensor(meta, static_shapes=False, symbolic_context=context)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes) if symbolic else None
+    fake: Any = mode.from_tensor(meta, static_shapes=not symbolic, symbolic_context=context)
     fake.fake_device = leaf.device
     if leaf.requires_grad:
         with mode, torch.enable_grad():
@@ -261,31 +265,49 @@ class _Runner:
         leaves, self.output = _pytree.tree_flatten(out)
         return leaves
 
-    def look_for_functions(self, states: list[torch.Tensor], tensors: list[torch.Tensor], mode: Any) -> None:
-        """Run once with autograd and look at the nodes of its graph."""
-        try:
-            with mode, _NoTensorHooks(), torch.enable_grad():
-                outputs = self(states, [tensor.clone() for tensor in tensors])
-        except CaptureRefusedError:
-            raise
-        except Exception as error:
-            raise _refusal(error) from error
-        pending: list[Any] = [out.grad_fn for out in outputs if isinstance(out, torch.Tensor)]
-        seen = set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
-                what = type(node).__name__.removesuffix("Backward")
-                raise CaptureRefusedError(f"autograd.Function '{what}'", "its own backward would be lost")
-            pending.extend(parent for parent, _ in node.next_functions)
+
+def _look_for_functions(
+    block: nn.Module, call: BlockCall, states: Sequence[str], dims: Mapping[int, tuple[int, ...]], hint: int
+) -> None:
+    """Run once with autograd, at one length, and look at the nodes of its graph.
+
+    In a fake mode of its own: conditions that operators set on the length there are none of the trace's.
+    """
+    mode = FakeTensorMode()
+    copied, fakes = _fake_copy(block, mode, states)
+    arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
+    try:
+        with mode, _NoTensorHooks(), torch.enable_grad():
+            outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
+    except CaptureRefusedError:
+        raise
+    except Exception as error:
+        raise _refusal(error) from error
+    pending: list[Any] = [out.grad_fn for out in outputs if isinstance(out, torch.Tensor)]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            what = type(node).__name__.removesuffix("Backward")
+            raise CaptureRefusedError(f"autograd.Function '{what}'", "its own backward would be lost")
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def _only_length(shape_env: ShapeEnv, symbol: Any) -> str:
+    """Why a trace holds for one length: the condition that says so, and who asked."""
+    asked = [guard for guard in shape_env.guards if symbol in guard.expr.free_symbols]
+    where = f": {asked[-1].expr} was asked by {asked[-1].sloc}" if asked else ""
+    return f"it holds for one number of tokens only{where}"
 
 
 def _run_trace(runner: _Runner, states: list[torch.Tensor], tensors: list[torch.Tensor]) -> fx.GraphModule:
     try:
-        module: fx.GraphModule = make_fx(runner, tracing_mode="real", pre_dispatch=True)(states, tensors)
+        module: fx.GraphModule = make_fx(
+            runner, decomposition_table=STAND_INS, tracing_mode="real", pre_dispatch=True
+        )(states, tensors)
     except CaptureRefusedError:
         raise
     except Exception as error:

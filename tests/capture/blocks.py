@@ -69,6 +69,13 @@ class ByLength(Attention):
         return super().forward(x / x.shape[1])
 
 
+class OneLength(Attention):
+    """Takes another way for the number of tokens that it is traced with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x if x.shape[1] == 29 else x)
+
+
 class Frequencies(Attention):
     """Its embedding's gradient counts how often a number occurs in the batch."""
 

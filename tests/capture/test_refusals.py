@@ -27,7 +27,7 @@ REFUSED = {
     hand_written.TupleOutput: ("aten.mean", "all elements"),
     hand_written.Convolution: ("aten.conv1d", "not known"),
     hand_written.CustomFunction: ("autograd.Function 'Doubling'", "backward"),
-    hand_written.Routed: ("forward", "cannot be traced"),
+    hand_written.Routed: ("aten.nonzero.default", "depends on data"),
 }
 
 
@@ -70,6 +70,11 @@ def test_the_live_module_is_neither_run_nor_changed():
     capture(block, call_of())
     assert {name: (id(one), one._version, one.grad) for name, one in block.named_parameters()} == before
     assert {key: id(value) for key, value in block.__dict__.items()} == attributes
+
+
+def test_a_block_for_one_length_is_refused_by_what_asked():
+    with pytest.raises(CaptureRefusedError, match=r"one number of tokens only: Eq\(.*, 29\) was asked by .*blocks\.py"):
+        capture(blocks.OneLength(), call_of())
 
 
 def test_one_token_is_refused():

@@ -1,10 +1,12 @@
 """How captured blocks are cut, and when a capture holds."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.axes import NotTokenWiseError, TokenSymbol, at, reshaped
@@ -36,6 +38,16 @@ def test_a_block_is_cut_at_its_mixer():
     assert names(last).count("aten.linear") == 3
     assert {node.op for node in last.sources} == {"placeholder", "call_function"}
     assert mixer.node in last.sources
+
+
+def test_no_kernel_of_attention_is_asked_while_a_block_is_traced(monkeypatch):
+    """Which kernel serves a size is a condition on it; on CUDA some of them held for one length only."""
+    trace = importlib.import_module("memo_runtime.capture.trace")
+    monkeypatch.setattr(trace, "_look_for_functions", lambda *_: None)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):  # which no CPU has: attention would raise
+        found = capture(hand_written.Attention(), call_of())
+    assert isinstance(found.stages.stages[1], Mixer)
+    assert found.traced.guards == ()
 
 
 def test_a_value_that_crosses_a_cut_is_made_again_in_the_segment_that_uses_it():

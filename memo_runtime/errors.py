@@ -40,6 +40,14 @@ class PlanFileError(MemoError, ValueError):
     """A profile or plan file cannot be read: missing, corrupt, or of another schema version."""
 
 
+class TraceError(MemoError, RuntimeError):
+    """A training step could not be turned into a trace, or a trace has not what was asked of it."""
+
+
+class TraceFileError(MemoError, ValueError):
+    """A trace file cannot be read: missing, corrupt, or of another schema version."""
+
+
 class OutputError(MemoError, OSError):
     """A file that was asked for cannot be written."""
 

@@ -28,6 +28,8 @@ ALLOWED = {
     "native": NOUNS,
     "profiling": NOUNS | {"blocks", "native"},
     "planning": NOUNS,
+    "traces": NOUNS,
+    "recording": NOUNS | {"traces", "profiling"},
     "capture": NOUNS | {"blocks"},
     "execution": NOUNS | {"blocks", "capture", "native"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
@@ -55,7 +57,9 @@ ALLOWED = {
 #: (file, imported part): records print themselves as tables, when asked to.
 LAZY_EXCEPTIONS = {("records", "reporting")}
 
-WITHOUT_TORCH = {"errors", "units", "config", "records", "persist", "soundness", "reporting", "planning", "__init__"}
+WITHOUT_TORCH = {
+    "errors", "units", "config", "records", "persist", "soundness", "reporting", "planning", "traces", "__init__",
+}  # fmt: skip
 SOLVERS = {"ortools", "pulp", "memo_solver"}
 MAY_SOLVE = {"planning", "cli"}
 

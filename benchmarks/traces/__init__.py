@@ -1,0 +1,1 @@
+"""Records the allocator's traces of real training steps on a GPU."""

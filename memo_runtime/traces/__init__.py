@@ -1,0 +1,1 @@
+"""What a training step asked its allocator for: the value, its file, and reading an allocator's history. No torch."""

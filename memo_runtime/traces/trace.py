@@ -1,0 +1,186 @@
+"""A trace: every request for memory of a run, in the order in which the allocator saw them.
+
+Time is counted in events. Each tick is one allocation or one free, so that lifetimes alone give the exact
+sequence back, which is what the simulator replays:
+
+    tick      0      1      2      3      4
+    event   +a     +b     -a     +c     -b          a: [0, 2)  b: [1, 4)  c: [3, 5)
+
+Lifetimes are half-open; what is never freed ends at ``ticks``. A span is a stretch of the run, such as the
+forward of one block; marks sit between ticks, so a span [2, 4) holds the events 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """What a span is."""
+
+    STEP = "step"  # one whole training step
+    FORWARD = "forward"  # of a block
+    RERUN = "rerun"  # of a block, inside its backward
+    BACKWARD = "backward"  # of a block: from the gradient of its result to that of its input
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """``size`` bytes, as requested, allocated at event ``lower`` and free again from event ``upper`` on."""
+
+    lower: int
+    upper: int
+    size: int
+    stream: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The events [lower, upper) of one phase; ``block`` is "" where the phase belongs to none."""
+
+    phase: Phase
+    block: str
+    lower: int
+    upper: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What PyTorch's own allocator counted over the same run.
+
+    ``allocated_peak`` counts rounded blocks, ``reserved_peak`` segments, both in bytes; ``retries`` how often it gave
+    back its cache and asked the device again; ``num_segments`` those that it held at the end.
+    """
+
+    allocated_peak: int
+    reserved_peak: int
+    retries: int
+    num_segments: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Requests of a run in order of allocation, and its spans in order of their begin.
+
+    Attributes:
+        ticks: number of events. streams are numbered as they appear, 0 first.
+        measured: of a run on a device; None where no allocator was asked.
+        expandable: the run had expandable segments. capacity_bytes: what the device had for it, 0 if unknown.
+        provenance: words on how the trace came about (model, policy, tokens, torch, device, date, ...).
+    """
+
+    ticks: int
+    requests: tuple[TraceRequest, ...]
+    spans: tuple[Span, ...] = ()
+    measured: Measured | None = None
+    expandable: bool = False
+    capacity_bytes: int = 0
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def events(self) -> Iterator[tuple[int, bool]]:
+        """(index of the request, whether it is allocated) for every tick in order."""
+        at: list[tuple[int, bool]] = [(-1, False)] * self.ticks
+        for index, request in enumerate(self.requests):
+            at[request.lower] = (index, True)
+            if request.upper < self.ticks:
+                at[request.upper] = (index, False)
+        return iter(at)
+
+    def steps(self) -> tuple[Span, ...]:
+        """The spans of whole steps."""
+        return tuple(span for span in self.spans if span.phase is Phase.STEP)
+
+    def inside(self, window: Span) -> tuple[Span, ...]:
+        """Spans that lie within ``window``, itself left out."""
+        return tuple(s for s in self.spans if s is not window and window.lower <= s.lower and s.upper <= window.upper)
+
+    def fault(self) -> str | None:
+        """What cannot be true of this trace, naming the field; None if all is well."""
+        seen = bytearray(self.ticks)
+        for index, request in enumerate(self.requests):
+            if request.size < 0 or request.stream < 0:
+                return f"requests[{index}] has size {request.size} and stream {request.stream}; both are at least 0"
+            if not 0 <= request.lower < request.upper <= self.ticks:
+                return f"requests[{index}] lives [{request.lower}, {request.upper}) and there are {self.ticks} ticks"
+            for tick in (request.lower, request.upper):
+                if tick < self.ticks and seen[tick]:
+                    return f"requests[{index}] has its event at tick {tick}, where another one is"
+                if tick < self.ticks:
+                    seen[tick] = 1
+        if not all(seen):
+            return f"tick {seen.index(0)} is no request's"
+        for index, span in enumerate(self.spans):
+            if not 0 <= span.lower <= span.upper <= self.ticks:
+                return f"spans[{index}] is [{span.lower}, {span.upper}) and there are {self.ticks} ticks"
+        return None
+
+
+@dataclass(slots=True)
+class TraceBuilder:
+    """Collects allocations, frees and marks as they happen, and numbers them at the end."""
+
+    _events: list[tuple[int, bool]] = field(default_factory=list)
+    _before: list[int] = field(default_factory=list)
+    _sizes: list[int] = field(default_factory=list)
+    _streams: list[int] = field(default_factory=list)
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _open: list[tuple[Phase, str, int]] = field(default_factory=list)
+    _spans: list[tuple[Phase, str, int, int]] = field(default_factory=list)
+
+    def allocate(self, size: int, stream: int = 0, *, before: bool = False) -> int:
+        """A new request; ``before``: it was there when recording began. Returns its number for ``free``."""
+        number = len(self._sizes)
+        self._sizes.append(size)
+        self._streams.append(self._numbers.setdefault(stream, len(self._numbers)))
+        if before:
+            self._before.append(number)
+        else:
+            self._events.append((number, True))
+        return number
+
+    def free(self, number: int) -> None:
+        """Request ``number`` is free from now on."""
+        self._events.append((number, False))
+
+    def begin(self, phase: Phase, block: str = "") -> None:
+        """A span begins."""
+        self._open.append((phase, block, len(self._events)))
+
+    def end(self, phase: Phase, block: str = "") -> None:
+        """The span that began last with these words ends; one that never began is left out."""
+        for at in range(len(self._open) - 1, -1, -1):
+            if self._open[at][:2] == (phase, block):
+                _, _, lower = self._open.pop(at)
+                self._spans.append((phase, block, lower, len(self._events)))
+                return
+
+    def build(
+        self,
+        *,
+        measured: Measured | None = None,
+        expandable: bool = False,
+        capacity_bytes: int = 0,
+        provenance: dict[str, str] | None = None,
+    ) -> Trace:
+        """The trace so far; spans that did not end are left out."""
+        events = [*((number, True) for number in self._before), *self._events]
+        shift, ticks = len(self._before), len(events)
+        lower, upper = [0] * len(self._sizes), [ticks] * len(self._sizes)
+        for tick, (number, allocates) in enumerate(events):
+            (lower if allocates else upper)[number] = tick
+        requests = [
+            TraceRequest(*values) for values in zip(lower, upper, self._sizes, self._streams, strict=True)
+        ]
+        spans = [Span(phase, block, a + shift, b + shift) for phase, block, a, b in self._spans]
+        return Trace(
+            ticks=ticks,
+            requests=tuple(sorted(requests, key=lambda request: request.lower)),
+            spans=tuple(sorted(spans, key=lambda span: (span.lower, -span.upper))),
+            measured=measured,
+            expandable=expandable,
+            capacity_bytes=capacity_bytes,
+            provenance=dict(provenance or {}),
+        )

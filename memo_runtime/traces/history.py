@@ -19,6 +19,8 @@ from memo_runtime.traces.trace import Phase, TraceBuilder
 #: Bytes of the two requests of a mark. Both round to one block of 512, so that a mark never asks for a new segment of
 #: its own size.
 MARK = (331, 443)
+#: Segments go back to the device only when the program asks for it, or when memory ran short.
+_GIVEN_BACK = ("segment_free", "segment_unmap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,13 @@ def read_history(
     for block in alive:
         reader.allocation(block["address"], block["requested_size"], block["stream"], before=True)
     # A block is free for others once its streams are done with it, which is when it is "completed".
-    events = [e for e in entries if e["action"] in ("alloc", "free_completed")]
+    events = [e for e in entries if e["action"] in ("alloc", "free_completed", *_GIVEN_BACK)]
     at = 0
     while at < len(events):
         entry = events[at]
-        if entry["action"] == "free_completed":
+        if entry["action"] in _GIVEN_BACK:
+            reader.builder.release()
+        elif entry["action"] == "free_completed":
             reader.free(entry["addr"])
         elif _is_mark(events[at : at + 2]):
             at += 1

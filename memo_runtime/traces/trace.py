@@ -67,6 +67,7 @@ class Trace:
 
     Attributes:
         ticks: number of events. streams are numbered as they appear, 0 first.
+        releases: ticks before which the program gave all cached memory back (``torch.cuda.empty_cache``).
         measured: of a run on a device; None where no allocator was asked.
         expandable: the run had expandable segments. capacity_bytes: what the device had for it, 0 if unknown.
         provenance: words on how the trace came about (model, policy, tokens, torch, device, date, ...).
@@ -75,6 +76,7 @@ class Trace:
     ticks: int
     requests: tuple[TraceRequest, ...]
     spans: tuple[Span, ...] = ()
+    releases: tuple[int, ...] = ()
     measured: Measured | None = None
     expandable: bool = False
     capacity_bytes: int = 0
@@ -115,6 +117,9 @@ class Trace:
         for index, span in enumerate(self.spans):
             if not 0 <= span.lower <= span.upper <= self.ticks:
                 return f"spans[{index}] is [{span.lower}, {span.upper}) and there are {self.ticks} ticks"
+        for index, tick in enumerate(self.releases):
+            if not 0 <= tick <= self.ticks:
+                return f"releases[{index}] is {tick} and there are {self.ticks} ticks"
         return None
 
 
@@ -129,6 +134,7 @@ class TraceBuilder:
     _numbers: dict[int, int] = field(default_factory=dict)
     _open: list[tuple[Phase, str, int]] = field(default_factory=list)
     _spans: list[tuple[Phase, str, int, int]] = field(default_factory=list)
+    _releases: list[int] = field(default_factory=list)
 
     def allocate(self, size: int, stream: int = 0, *, before: bool = False) -> int:
         """A new request; ``before``: it was there when recording began. Returns its number for ``free``."""
@@ -144,6 +150,11 @@ class TraceBuilder:
     def free(self, number: int) -> None:
         """Request ``number`` is free from now on."""
         self._events.append((number, False))
+
+    def release(self) -> None:
+        """The program gives all cached memory back."""
+        if self._releases[-1:] != [len(self._events)]:
+            self._releases.append(len(self._events))
 
     def begin(self, phase: Phase, block: str = "") -> None:
         """A span begins."""
@@ -179,6 +190,8 @@ class TraceBuilder:
             ticks=ticks,
             requests=tuple(sorted(requests, key=lambda request: request.lower)),
             spans=tuple(sorted(spans, key=lambda span: (span.lower, -span.upper))),
+            # Memory that ran short was given back by the allocator, not by the program.
+            releases=() if measured and measured.retries else tuple(tick + shift for tick in self._releases),
             measured=measured,
             expandable=expandable,
             capacity_bytes=capacity_bytes,

@@ -2,7 +2,7 @@
 
     {"memo_runtime": "trace", "schema_version": 1, "ticks": 6,
      "requests": {"lower": [0, 1, 2], "lifetime": [2, 3, 3], "size": [512, 4096, 512], "stream": [0, 0, 0]},
-     "spans": [{"phase": "step", "block": "", "lower": 0, "upper": 6}],
+     "spans": [{"phase": "step", "block": "", "lower": 0, "upper": 6}], "releases": [],
      "measured": {"allocated_peak": 8192, "reserved_peak": 2097152, "retries": 0, "num_segments": 1},
      "expandable": false, "capacity_bytes": 0, "provenance": {"model": "llama-8b"}}
 
@@ -29,8 +29,8 @@ SCHEMA_VERSION = 1
 _COLUMNS = ("lower", "lifetime", "size", "stream")
 _MEASURED = ("allocated_peak", "reserved_peak", "retries", "num_segments")
 _FIELDS = (
-    "memo_runtime", "schema_version", "ticks", "requests", "spans", "measured", "expandable", "capacity_bytes",
-    "provenance",
+    "memo_runtime", "schema_version", "ticks", "requests", "spans", "releases", "measured", "expandable",
+    "capacity_bytes", "provenance",
 )  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def _content(trace: Trace) -> dict[str, Any]:
             "stream": [request.stream for request in trace.requests],
         },
         "spans": [{"phase": s.phase.value, "block": s.block, "lower": s.lower, "upper": s.upper} for s in trace.spans],
+        "releases": list(trace.releases),
         "measured": None if measured is None else {name: getattr(measured, name) for name in _MEASURED},
         "expandable": trace.expandable,
         "capacity_bytes": trace.capacity_bytes,
@@ -137,6 +138,7 @@ def _build(content: dict[str, Any]) -> Trace:
         ticks=_integer(content, "ticks", ""),
         requests=tuple(TraceRequest(a, a + life, number, own) for a, life, number, own in rows),
         spans=tuple(_span(entry, f"spans[{index}]") for index, entry in enumerate(spans)),
+        releases=tuple(_integers(content, "releases", "")),
         measured=_measured(content["measured"]),
         expandable=content["expandable"],
         capacity_bytes=_integer(content, "capacity_bytes", ""),

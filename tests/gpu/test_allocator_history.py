@@ -7,6 +7,7 @@ from torch import nn
 from memo_runtime.errors import TraceError
 from memo_runtime.recording.allocator import AllocatorRecorder
 from memo_runtime.recording.marks import marked
+from memo_runtime.simulation.replay import simulate
 from memo_runtime.traces.trace import Phase
 
 pytestmark = pytest.mark.gpu
@@ -51,6 +52,14 @@ def test_the_history_is_whole_and_agrees_with_the_allocators_counters():
     # Requests are rounded to 512 bytes; what of a large block is below 1 MiB is not split off.
     assert peak <= measured.allocated_peak <= 1.02 * peak + (1 << 20)
     assert measured.allocated_peak <= measured.reserved_peak <= trace.capacity_bytes
+
+
+def test_the_simulator_reserves_what_the_allocator_reserves():
+    trace = record(steps=3)
+    found, measured = simulate(trace), trace.measured
+    assert found.retries == measured.retries == 0
+    assert found.allocated_peak == pytest.approx(measured.allocated_peak, rel=0.005)
+    assert found.reserved_peak == pytest.approx(measured.reserved_peak, rel=0.02, abs=2 << 20)
 
 
 def test_steps_are_alike_and_blocks_are_marked():

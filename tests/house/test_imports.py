@@ -29,6 +29,7 @@ ALLOWED = {
     "profiling": NOUNS | {"blocks", "native"},
     "planning": NOUNS,
     "traces": NOUNS,
+    "simulation": NOUNS | {"traces"},
     "recording": NOUNS | {"traces", "profiling"},
     "capture": NOUNS | {"blocks"},
     "execution": NOUNS | {"blocks", "capture", "native"},
@@ -58,7 +59,8 @@ ALLOWED = {
 LAZY_EXCEPTIONS = {("records", "reporting")}
 
 WITHOUT_TORCH = {
-    "errors", "units", "config", "records", "persist", "soundness", "reporting", "planning", "traces", "__init__",
+    "errors", "units", "config", "records", "persist", "soundness", "reporting", "planning", "traces", "simulation",
+    "__init__",
 }  # fmt: skip
 SOLVERS = {"ortools", "pulp", "memo_solver"}
 MAY_SOLVE = {"planning", "cli"}

@@ -4,7 +4,7 @@ import pytest
 
 from memo_runtime.errors import TraceError
 from memo_runtime.traces.history import MARK, MarkWords, read_history
-from memo_runtime.traces.trace import Phase, Span, TraceRequest
+from memo_runtime.traces.trace import Measured, Phase, Span, TraceRequest
 
 
 def alloc(address, size, stream=0):
@@ -61,3 +61,15 @@ def test_a_history_that_lost_its_beginning_is_refused():
         read_history(freed(4096))
     with pytest.raises(TraceError, match="1 marks were made and 0"):
         read_history([alloc(1, 10)], marks=[MarkWords(True, Phase.STEP, "")])
+
+
+def test_cached_memory_that_was_given_back_is_noted_once():
+    gone = [{"action": "segment_free", "addr": n, "size": 2 << 20, "stream": 0} for n in (0, 1)]
+    builder = read_history([alloc(4096, 10), *freed(4096), *gone, alloc(4096, 20)])
+    assert builder.build().releases == (2,)
+
+
+def test_memory_that_ran_short_was_not_given_back_by_the_program():
+    builder = read_history([alloc(1, 1), {"action": "segment_unmap", "addr": 0, "size": 1, "stream": 0}])
+    measured = Measured(allocated_peak=1, reserved_peak=1, retries=1, num_segments=1)
+    assert builder.build(measured=measured).releases == ()

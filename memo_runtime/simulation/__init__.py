@@ -1,0 +1,1 @@
+"""What PyTorch's caching allocator would do with a trace. Needs neither torch nor a device."""

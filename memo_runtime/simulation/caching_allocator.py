@@ -162,9 +162,8 @@ class CachingAllocator:
 
     def _expanded(self, pool: Pool, size: int, stream: int) -> Block | None:
         block = self._with_room(pool, size, stream)
-        if not block.mapped:
-            if not self._map(block, min(block.size, size)):
-                return None
+        if not block.mapped and not self._map(block, min(block.size, size)):
+            return None
         while block.size < size:
             following = block.after
             assert following is not None and not following.mapped, "there was room behind it"

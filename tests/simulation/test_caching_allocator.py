@@ -1,5 +1,6 @@
 """The rules one by one, and against the same rules written down in another way."""
 
+import itertools
 import random
 
 import pytest
@@ -140,7 +141,7 @@ def test_blocks_in_use_never_overlap_and_the_capacity_holds(seed, expandable):
             # Then it is full: not even without what is free in segments that are used.
             assert allocator.counters.reserved + size > 700 * MIB
         ranges = sorted((block.start, block.start + block.size) for block in live)
-        assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
         assert sum(block.size for block in live) == allocator.counters.allocated <= allocator.counters.reserved
         assert allocator.counters.reserved <= 700 * MIB
 

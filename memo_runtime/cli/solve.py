@@ -6,7 +6,12 @@ Nothing of the solver is imported before the verb runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,15 +72,40 @@ def solve(
         with ProgressLine() as line:
             solution = run(loaded.problem, params, progress=line)
         if output is not None and solution.placement is not None:
-            write_placement(solution.placement, output)
+            with _uninterrupted():
+                write_placement(solution.placement, output)
     except MemoSolverError as error:
         typer.echo(f"memo: {error}", err=True)
         raise typer.Exit(ExitCode.USAGE) from error
-    if as_json:
-        typer.echo(json.dumps(summary_json(solution)))
-    else:
-        typer.echo(summary_text(solution, written_to=output))
+    except KeyboardInterrupt:
+        typer.echo("memo: interrupted before there was an answer", err=True)
+        raise
+    _answer(json.dumps(summary_json(solution)) if as_json else summary_text(solution, written_to=output))
     raise typer.Exit(_exit_code(solution))
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Another Ctrl-C waits until the placement is on the disk: it takes a moment, and the answer would be lost."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _answer(text: str) -> None:
+    """Print the answer. A reader that has gone (``| head``) changes nothing about it; a full disk is said."""
+    try:
+        typer.echo(text)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer has nowhere to go; Python would complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        typer.echo(f"memo: the answer cannot be printed: {error.strerror or error}", err=True)
+        raise typer.Exit(ExitCode.USAGE) from error
 
 
 def _exit_code(solution: Solution) -> ExitCode:

@@ -23,7 +23,7 @@ class ProgressLine:
     """One line on stderr with incumbent, bound, gap and time; silent when stderr is no terminal."""
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._last = 0.0
 
     def __enter__(self) -> ProgressLine:
@@ -91,7 +91,8 @@ def summary_text(solution: Solution, *, written_to: Path | None) -> str:
     if proof is not None and proof.request_ids and solution.placement is None:
         shown = ", ".join(proof.request_ids[:8])
         more = f" and {len(proof.request_ids) - 8} more" if len(proof.request_ids) > 8 else ""
-        lines.append(f"# proof: at time {proof.time} these need {proof.bound}: {shown}{more}")
+        what = "proof" if solution.status.value == "infeasible" else "bound"
+        lines.append(f"# {what}: at time {proof.time} these need {proof.bound}: {shown}{more}")
     elif proof is not None and solution.placement is None:
         lines.append(f"# bound proved by: {proof.reason}")
     lines += [f"#   {s.name:24} {format_seconds(s.seconds):>10}  {s.note}" for s in solution.stages]

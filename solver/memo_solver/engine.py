@@ -106,7 +106,12 @@ class _Solve:
         except KeyboardInterrupt:
             self.interrupted = True
             self._close_stage("interrupted", "")
-        return self._solution()
+        try:
+            return self._solution()
+        except KeyboardInterrupt:
+            # Ctrl-C during the last validation: what was found is not lost to it. A second one ends it.
+            self.interrupted = True
+            return self._solution()
 
     def _refuse_by_load(self) -> Solution | None:
         """Answer at once when the requests alive at one time exceed the capacity."""
@@ -197,6 +202,7 @@ class _Solve:
 
     def _run_exact(self) -> None:
         used: set[str] = set()
+        asked = False
         for round_index in range(MAX_ROUNDS):
             open_states = self._above_target()
             if not open_states or self._too_small() or time.monotonic() >= self.deadline:
@@ -206,8 +212,9 @@ class _Solve:
                 break
             for state in exact:
                 self._search_down(state, round_index, used)
-        if used:
-            self._close_stage("exact search", ", ".join(sorted(used)))
+            asked = True
+        if asked:
+            self._close_stage("exact search", ", ".join(sorted(used)) or "undecided")
         if self._above_target() and not self._too_small() and self.problem.requests:
             self._polish()
 

@@ -159,6 +159,9 @@ def squeaky_wheel(
     best: tuple[int, list[int], list[int]] | None = None
     num_passes = stale = 0
     while num_passes < max_passes:
+        # A pass over few requests does not look at the clock, so each but the first does before it begins.
+        if num_passes > 0 and (stop.is_set() or time.monotonic() >= deadline):
+            break
         offsets = first_fit(section, current, stop=stop, deadline=deadline)
         if offsets is None:
             break

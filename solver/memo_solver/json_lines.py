@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memo_solver.errors import FileFormatError
+from memo_solver.integers import read_integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class _Walker:
         self.text = text
         self.path = path
         self.at = 0
-        self._decoder = json.JSONDecoder(object_pairs_hook=_unique)
+        self._decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=read_integer)
         self._counted_to = 0
         self._line = 1
 

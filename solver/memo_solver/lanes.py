@@ -118,7 +118,7 @@ class _CpSat:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    """OR-Tools is there and cannot be imported; that is said once, and the other searches go on."""
+    """OR-Tools is missing or broken; that is said once, and the other searches go on."""
     logging.getLogger("memo_solver").warning("searching without CP-SAT: OR-Tools cannot be imported: %s", reason)
 
 
@@ -193,7 +193,10 @@ def _shaken_searches(
 
 
 def _cpsat_lanes(question: Question, params: SolveParams, *, seconds: float) -> list[list[Task]]:
-    if params.cpsat is Switch.OFF or (params.cpsat is Switch.AUTO and not cpsat.available()):
+    if params.cpsat is Switch.OFF:
+        return []
+    if params.cpsat is Switch.AUTO and not cpsat.available():
+        _warn_once("it is not installed: pip install ortools")
         return []
     if params.cpsat is Switch.AUTO and not cpsat.imported() and question.seconds_left < IMPORT_SECONDS:
         return []  # importing it would hold the interpreter past the limit

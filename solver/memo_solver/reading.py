@@ -13,19 +13,20 @@ and field.
 from __future__ import annotations
 
 import csv
+import difflib
 import io
-import re
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from memo_solver.errors import FileFormatError, InputError
+from memo_solver.integers import is_integer, read_integer, shown
 from memo_solver.json_lines import JsonRow, read_json_rows
 from memo_solver.records import MAX_VALUE, Placement, Problem, Request
 from memo_solver.validator import find_violation
 
 REQUIRED = ("id", "lower", "upper", "size")
 OPTIONAL = ("alignment", "offset")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,20}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,8 @@ def parse(data: bytes, *, path: str, capacity: int | None = None) -> Loaded:
 
 
 def _decode(data: bytes, path: str) -> str:
+    if data.startswith(b"\x1f\x8b"):
+        raise FileFormatError("is compressed (gzip): unpack it first", path=path, line=None, field=None)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -117,7 +120,7 @@ def _header(fields: list[str], path: str, line: int) -> list[str]:
     known = ", ".join((*REQUIRED, *(f"[{name}]" for name in OPTIONAL)))
     for name in columns:
         if name not in REQUIRED and name not in OPTIONAL:
-            message = f"unknown column '{name[:60]}'; the columns are {known}"
+            message = f"unknown column '{name[:60]}'{_meant(name)}; the columns are {known}"
             raise FileFormatError(message, path=path, line=line, field=name[:60])
         if columns.count(name) > 1:
             message = "column given more than once"
@@ -127,6 +130,15 @@ def _header(fields: list[str], path: str, line: int) -> list[str]:
             message = f"missing column; the columns are {known}"
             raise FileFormatError(message, path=path, line=line, field=name)
     return columns
+
+
+def _meant(name: str) -> str:
+    """What the writer of an unknown column may have had in mind."""
+    for delimiter, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if name.count(delimiter) >= len(REQUIRED) - 1:
+            return f" (separated by {called}: commas are needed)"
+    near = difflib.get_close_matches(name.lower(), (*REQUIRED, *OPTIONAL), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _from_csv(fields: list[str], columns: list[str], path: str, line: int) -> _Row:
@@ -142,12 +154,13 @@ def _from_csv(fields: list[str], columns: list[str], path: str, line: int) -> _R
         value = values[name]
         if not value and name == "offset":
             numbers[name] = None
-        elif not _INTEGER.match(value):
+        elif not is_integer(value):
             message = f"an integer is needed, got '{value[:60]}'"
             raise FileFormatError(message, path=path, line=line, field=name)
         else:
-            numbers[name] = int(value)
+            numbers[name] = read_integer(value)
     return _row(values["id"], numbers, path, line)
+
 
 
 def _from_json(row: JsonRow, path: str) -> _Row:
@@ -162,7 +175,7 @@ def _from_json(row: JsonRow, path: str) -> _Row:
     if type(identity) is int:
         identity = str(identity)
     if not isinstance(identity, str):
-        message = f"a text or an integer is needed, got {str(identity)[:60]}"
+        message = f"a text or an integer is needed, got {_brief(identity)}"
         raise FileFormatError(message, path=path, line=row.line, field="id")
     numbers: dict[str, int | None] = {}
     for name, value in row.values.items():
@@ -173,9 +186,14 @@ def _from_json(row: JsonRow, path: str) -> _Row:
         elif type(value) is int:
             numbers[name] = value
         else:
-            message = f"an integer is needed, got {str(value)[:60]}"
+            message = f"an integer is needed, got {_brief(value)}"
             raise FileFormatError(message, path=path, line=row.line, field=name)
     return _row(identity, numbers, path, row.line)
+
+
+def _brief(value: object) -> str:
+    """A JSON value as JSON writes it, cut short."""
+    return json.dumps(value)[:60]
 
 
 def _row(identity: str, numbers: dict[str, int | None], path: str, line: int) -> _Row:
@@ -186,10 +204,12 @@ def _row(identity: str, numbers: dict[str, int | None], path: str, line: int) ->
 
     if not identity:
         raise fail("id", "an id is needed")
+    if not _is_text(identity):
+        raise fail("id", f"{ascii(identity)[:60]} holds half a character (a lone surrogate)")
     given = {name: value for name, value in numbers.items() if value is not None}
     for name, value in given.items():
         if not -MAX_VALUE <= value <= MAX_VALUE:
-            raise fail(name, f"{value} does not fit in 64 bits (at most 2^63 - 1)")
+            raise fail(name, f"{shown(value)} does not fit in 64 bits (at most 2^63 - 1)")
     if given["size"] < 0:
         raise fail("size", f"size {given['size']} is negative")
     if given["upper"] < given["lower"]:
@@ -204,6 +224,11 @@ def _row(identity: str, numbers: dict[str, int | None], path: str, line: int) ->
         alignment=given.get("alignment", 1),
     )
     return _Row(request=request, offset=given.get("offset"), line=line)
+
+
+def _is_text(identity: str) -> bool:
+    """Whether it can be written to a file: JSON can smuggle in lone surrogates."""
+    return identity.isascii() or not any("\ud800" <= character <= "\udfff" for character in identity)
 
 
 def _assemble(rows: list[_Row], path: str, capacity: int | None) -> Loaded:

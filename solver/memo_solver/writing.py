@@ -1,7 +1,8 @@
 """Writes placements; a half-written file never replaces a good one.
 
 The text goes to a temporary file in the same folder, is flushed to the disk,
-and takes the name in one step (`os.replace`), which is atomic on POSIX.
+and takes the name in one step (`os.replace`), which is atomic on POSIX. A link
+is followed, so that it stays a link; a device or pipe is written to, never replaced.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import csv
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from memo_solver.errors import InputError
 from memo_solver.records import Placement, Problem
+
+_MAX_LINKS = 40
+_OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
+"""Where the system lists the open files of a program: /dev/stdout leads there."""
 
 
 def format_csv(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
@@ -66,36 +72,74 @@ def write_placement(placement: Placement, path: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise before the work begins when a file cannot be made beside `path`."""
-    target = Path(path)
+    """Raise before the work begins when `path` cannot be written."""
+    try:
+        _check(path, _target(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _check(path: str | Path, target: Path) -> None:
     if target.is_dir():
-        raise InputError(f"{target}: cannot be written: it is a folder")
+        raise InputError(f"{path}: cannot be written: it is a folder")
+    if _is_stream(target):
+        if not os.access(target, os.W_OK):
+            raise InputError(f"{path}: cannot be written: no permission")
+        return
     if not target.parent.is_dir():
-        raise InputError(f"{target}: cannot be written: there is no folder {target.parent}")
+        raise InputError(f"{path}: cannot be written: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):
-        raise InputError(f"{target}: cannot be written: no permission in {target.parent}")
+        raise InputError(f"{path}: cannot be written: no permission in {target.parent}")
 
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Give `path` the text in one step, or leave what was there untouched."""
-    target = Path(path)
+    content = text.encode("utf-8")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        target = _target(path)
+        if _is_stream(target):
+            target.write_bytes(content)
+        else:
+            _replace(target, content)
     except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _target(path: str | Path) -> Path:
+    """The file that `path` means, behind links."""
+    step, links = os.path.abspath(path), 0
+    while os.path.islink(step):
+        folder, links = os.path.realpath(os.path.dirname(step)), links + 1
+        if links > _MAX_LINKS:
+            raise InputError(f"{path}: cannot be written: a loop of links")
+        if _OPEN_FILES.fullmatch(folder):
+            # An open file of this program: a new file in its place would be lost with its old name.
+            if os.path.isfile(step):
+                raise InputError(f"{path}: cannot be written: it is redirected to a file; name that file")
+            return Path(step)
+        step = os.path.join(folder, os.readlink(step))
+    return Path(step)
+
+
+def _is_stream(target: Path) -> bool:
+    """Whether it is a device, pipe or socket."""
+    return target.exists() and not target.is_file() and not target.is_dir()
+
+
+def _replace(target: Path, content: bytes) -> None:
+    # A short prefix: the name beside it may be as long as names can be.
+    handle, name = tempfile.mkstemp(prefix=".memo-", dir=target.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         os.chmod(name, mode)
         os.replace(name, target)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
-        if isinstance(error, OSError):
-            raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
         raise
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -67,13 +68,40 @@ def test_what_is_not_found_in_the_time_exits_with_4(tmp_path):
         (["--time-limit", "soon"], "is not a time"),
         (["--time-limit", "0s"], "above 0"),
         (["-o", "/nonexistent/out.csv"], "no folder"),
+        (["-o", "x" * 300], "too long"),
         (["--colour"], "No such option"),
+        (["--capcity", "5"], "Possible options: --capacity"),
     ],
 )
 def test_usage_errors_exit_with_2_and_say_what_would_work(trace, arguments, word):
     done = memo(trace, *arguments)
     assert done.returncode == 2
     assert word in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_device_is_written_to_and_stays_one(trace):
+    done = memo(trace, "-o", "/dev/null")
+    assert done.returncode == 0, done.stderr
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_reader_that_has_gone_changes_nothing(trace, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "memo_runtime", "solve", str(trace), "-o", str(tmp_path / "out.csv")]
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_placement(tmp_path / "out.csv").peak == 6
+
+
+def test_a_full_disk_below_stdout_is_said(trace):
+    command = [sys.executable, "-m", "memo_runtime", "solve", str(trace)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "cannot be printed" in done.stderr
     assert "Traceback" not in done.stderr
 
 

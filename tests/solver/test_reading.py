@@ -1,3 +1,5 @@
+import gzip
+
 import pytest
 
 from memo_solver import read_placement, read_problem, write_placement
@@ -28,6 +30,10 @@ GOOD = "id,lower,upper,size\na,0,4,3\nb,2,6,3\n"
         ("id,lower,upper,size,offset\na,0,4,3,0\nb,0,4,3,\n", 3, "offset"),
         ("id,lower,upper,size,offset\na,0,4,3,0\nb,0,4,3,2\n", 3, "offset"),
         ('id,lower,upper,size\n"a,0,4,3\n', 2, None),
+        ("id,lower,upper,size\na,0,4," + 5000 * "9" + "\n", 2, "size"),
+        ("id,lower,upper,size\na,0,4,-" + 5000 * "9" + "\n", 2, "size"),
+        ("id,lower,upper,size\na,0,4,1e3\n", 2, "size"),
+        ("id,lower,upper,size\na,0,4,nan\n", 2, "size"),
         ("id,lower,upper,size\nb,0,4,\N{ARABIC-INDIC DIGIT THREE}\n", 2, "size"),
     ],
 )
@@ -46,6 +52,9 @@ def test_csv_mistakes_name_line_and_field(text, line, field):
          3, "id"),
         ('{"requests": [\n{"id": "a", "lower": 0, "upper": 4, "size": 1.5}]}', 2, "size"),
         ('{"requests": [\n{"id": "a", "lower": 0, "upper": 4, "size": true}]}', 2, "size"),
+        ('[\n{"id": "a", "lower": 0, "upper": 4, "size": ' + 5000 * "9" + "}]", 2, "size"),
+        ('[{"id": "a", "lower": 0, "upper": 4, "size": NaN}]', 1, "size"),
+        ('[{"id": "\\ud800", "lower": 0, "upper": 4, "size": 1}]', 1, "id"),
         ('[{"id": "a", "lower": 0, "upper": 4, "size": 1, "x": 2}]', 1, "x"),
         ('[{"id": "a", "id": "b", "lower": 0, "upper": 4, "size": 1}]', 1, None),
         ('{"requests": [], "capacity": "9"}', 1, "capacity"),
@@ -75,6 +84,31 @@ def test_an_empty_file_is_a_problem_without_requests(path, data):
 def test_what_is_no_text_is_refused_with_its_line():
     with pytest.raises(FileFormatError, match="line 2: not UTF-8"):
         parse(b"id,lower,upper,size\n\xff\xfe", path="x.csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "hint"),
+    [
+        ("id;lower;upper;size", "separated by semicolons"),
+        ("id\tlower\tupper\tsize", "separated by tabs"),
+        ("id,lower,uper,size", "did you mean 'upper'"),
+        ("id,lower,upper,Size", "did you mean 'size'"),
+    ],
+)
+def test_an_unknown_column_says_what_may_have_been_meant(header, hint):
+    with pytest.raises(FileFormatError, match=hint):
+        parse(header.encode(), path="x.csv")
+
+
+def test_a_compressed_file_is_named_as_one():
+    with pytest.raises(FileFormatError, match="gzip"):
+        parse(gzip.compress(GOOD.encode()), path="x.csv")
+
+
+def test_zeros_in_front_are_no_size():
+    text = f"id,lower,upper,size\na,-{40 * '0'},4,+{40 * '0'}3\n"
+    (request,) = parse(text.encode(), path="x.csv").problem.requests
+    assert (request.lower, request.size) == (0, 3)
 
 
 def test_a_capacity_below_the_largest_request_names_it():

@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -6,6 +7,7 @@ from hypothesis import strategies as st
 
 from memo_solver import Problem, Request, SolveParams, Status, solve, validate
 from memo_solver.instances import loose_packing, planted_packing, random_requests
+from memo_solver.lanes import _warn_once
 from memo_solver.native import native_status
 from memo_solver.params import Switch
 from tests.solver.brute_force import optimum, peak_load
@@ -148,3 +150,40 @@ def test_thousands_of_sections_stay_within_the_time():
     solution = solve(Problem(requests=requests), SolveParams(time_limit_seconds=30, num_threads=2))
     assert (solution.status, solution.peak) == (Status.OPTIMAL, 7)
     assert solution.seconds < 20
+
+
+def test_few_requests_without_the_compiled_search_keep_the_time_limit():
+    # Alignments that no placement can meet below twice the load: the repair would go on for a minute.
+    huge = 2**63
+    problem = Problem(requests=(Request("a", 0, 4, 3, huge - 1), Request("b", 0, 4, 3, huge - 2)))
+    start = time.monotonic()
+    solution = solve(problem, SolveParams(time_limit_seconds=1.0, native=Switch.OFF, cpsat=Switch.OFF))
+    assert time.monotonic() - start < 3.0
+    assert solution.peak >= huge
+
+
+def test_ctrl_c_during_the_last_validation_keeps_the_placement(monkeypatch):
+    calls = []
+
+    def validate_once_interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        validate(*arguments)
+
+    monkeypatch.setattr("memo_solver.engine.validate", validate_once_interrupted)
+    solution = solve(planted_packing(30, seed=1), PARAMS)
+    assert (solution.interrupted, len(calls)) == (True, 2)
+    assert solution.placement is not None
+
+
+def test_an_undecided_search_without_or_tools_says_so_once_and_has_a_time_of_its_own(monkeypatch, caplog):
+    monkeypatch.setattr("memo_solver.cpsat.available", lambda: False)
+    _warn_once.cache_clear()
+    problem = loose_packing(300, seed=5, slack=0.05)
+    for _ in range(2):
+        solution = solve(problem, SolveParams(time_limit_seconds=0.6, native=Switch.OFF))
+        assert "exact search" in [stage.name for stage in solution.stages]
+    assert [record.message for record in caplog.records] == [
+        "searching without CP-SAT: OR-Tools cannot be imported: it is not installed: pip install ortools"
+    ]

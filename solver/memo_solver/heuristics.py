@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memo_solver import first_fit, native
+from memo_solver import first_fit
 from memo_solver.orders import heuristic_names
 from memo_solver.outcome import Outcome, SearchResult, StopFlag
 from memo_solver.params import SolveParams
@@ -48,10 +48,9 @@ class _Budget:
 class _Repair:
     """One order with its repair, as a search of the race: undecided unless it reaches the target."""
 
-    section: Section
-    compiled: native.NativeSection | None
-    order: list[int]
-    num_fixed: int
+    state: SectionState
+    name: str
+    """Of the order. It is made when its turn comes: sorting then goes on beside the compiled passes."""
     target: int
     max_passes: int
     seed: int
@@ -59,19 +58,22 @@ class _Repair:
     results: list[SearchResult]
 
     def __call__(self, stop: StopFlag) -> SearchResult:
+        if time.monotonic() >= self.deadline:
+            return SearchResult(outcome=Outcome.LIMIT)
+        state, order = self.state, self.state.order(self.name)
         seconds = max(self.deadline - time.monotonic(), 0.0)
-        if self.compiled is not None:
-            result = self.compiled.squeaky_wheel(
-                self.order, num_fixed=self.num_fixed, target=self.target,
+        if state.compiled is not None:
+            result = state.compiled.squeaky_wheel(
+                order, num_fixed=len(state.fixed), target=self.target,
                 max_passes=self.max_passes, seed=self.seed, stop=stop, seconds=seconds,
             )  # fmt: skip
         else:
             result = first_fit.squeaky_wheel(
-                self.section, self.order, num_fixed=self.num_fixed, target=self.target,
+                state.section, order, num_fixed=len(state.fixed), target=self.target,
                 max_passes=self.max_passes, seed=self.seed, stop=stop, seconds=seconds,
             )  # fmt: skip
         self.results.append(result)
-        if result.offsets is None or peak_of(self.section, result.offsets) > self.target:
+        if result.offsets is None or peak_of(state.section, result.offsets) > self.target:
             return SearchResult(outcome=Outcome.LIMIT, effort=result.effort)
         return result
 
@@ -102,8 +104,7 @@ def improve(
         # A placement must exist even when the time is over at once: one pass, no deadline.
         # In this thread, as there may be thousands of sections.
         first = _Repair(
-            section, state.compiled, state.order(names[0]), len(state.fixed), target, 1,
-            params.seed, float("inf"), results,
+            state, names[0], target, 1, params.seed, float("inf"), results,
         )  # fmt: skip
         first(StopFlag())
         if results[0].offsets is not None and state.offer(results[0].offsets):
@@ -138,10 +139,9 @@ def _run(
     for lane, group in enumerate(groups):
         tasks = []
         for number, name in enumerate(group):
-            order = state.order(name)
             repair = _Repair(
-                state.section, state.compiled, order, len(state.fixed), budget.target, budget.passes,
-                budget.seed + 101 * lane + number, budget.deadline, results[lane],
+                state, name, budget.target, budget.passes, budget.seed + 101 * lane + number,
+                budget.deadline, results[lane],
             )  # fmt: skip
             tasks.append(Task(name=name, run=repair))
         lanes.append(tasks)

@@ -19,14 +19,14 @@ def heuristic_names() -> list[str]:
     return ["contention", "contention-area", "size", "area", "duration", "start"]
 
 
-def heuristic_order(section: Section, name: str) -> list[int]:
-    """One of the orders of `heuristic_names`."""
+def heuristic_order(section: Section, name: str, peak: list[int]) -> list[int]:
+    """One of the orders of `heuristic_names`; `peak` is the section's contention."""
     size, width = section.size, _widths(section)
     keys: list[_Key]
     if name == "contention":
-        keys = [(-p, -s) for p, s in zip(contention(section), size, strict=True)]
+        keys = [(-p, -s) for p, s in zip(peak, size, strict=True)]
     elif name == "contention-area":
-        keys = [(-p, -s * w) for p, s, w in zip(contention(section), size, width, strict=True)]
+        keys = [(-p, -s * w) for p, s, w in zip(peak, size, width, strict=True)]
     elif name == "size":
         keys = [(-s, -w) for s, w in zip(size, width, strict=True)]
     elif name == "area":
@@ -71,4 +71,4 @@ def _widths(section: Section) -> list[int]:
 
 
 def _sorted(keys: list[_Key]) -> list[int]:
-    return sorted(range(len(keys)), key=lambda i: (keys[i], i))
+    return sorted(range(len(keys)), key=keys.__getitem__)  # stable: equal keys stay in order of position

@@ -21,7 +21,7 @@ times are any integers that order the events.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memo_solver.errors import InputError
 
@@ -56,12 +56,12 @@ class Request:
         """Refuse values that no placement could honour, naming the field."""
         if type(self.id) is not str or not self.id:
             raise InputError(f"id must be a non-empty text, got {self.id!r}")
-        for field in ("lower", "upper", "size", "alignment"):
-            value = getattr(self, field)
+        for name in ("lower", "upper", "size", "alignment"):
+            value = getattr(self, name)
             if type(value) is not int:
-                raise InputError(f"request '{self.id}': {field} must be an integer, got {value!r}")
+                raise InputError(f"request '{self.id}': {name} must be an integer, got {value!r}")
             if not -MAX_VALUE <= value <= MAX_VALUE:
-                raise InputError(f"request '{self.id}': {field} {value} does not fit in 64 bits")
+                raise InputError(f"request '{self.id}': {name} {value} does not fit in 64 bits")
         if self.upper < self.lower:
             raise InputError(
                 f"request '{self.id}': upper {self.upper} is below lower {self.lower}; "
@@ -87,11 +87,12 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Refuse duplicate ids and a capacity that cannot hold the largest request."""
-        seen: set[str] = set()
-        for request in self.requests:
-            if request.id in seen:
-                raise InputError(f"id '{request.id}' is used by more than one request")
-            seen.add(request.id)
+        seen = {request.id for request in self.requests}
+        if len(seen) < len(self.requests):
+            for request in self.requests:
+                if request.id not in seen:
+                    raise InputError(f"id '{request.id}' is used by more than one request")
+                seen.remove(request.id)
         if self.capacity is None:
             return
         if type(self.capacity) is not int or not 0 <= self.capacity <= MAX_VALUE:
@@ -112,12 +113,14 @@ class Placement:
 
     problem: Problem
     offsets: tuple[int, ...]
+    peak: int = field(init=False, compare=False, repr=False)
+    """Highest end address (0 when nothing is placed)."""
 
-    @property
-    def peak(self) -> int:
-        """Highest end address (0 when nothing is placed)."""
+    def __post_init__(self) -> None:
+        """Work out the peak once: it is asked for often."""
         pairs = zip(self.problem.requests, self.offsets, strict=True)
-        return max((offset + r.size for r, offset in pairs if not r.is_empty), default=0)
+        ends = [offset + r.size for r, offset in pairs if r.size > 0 and r.lower < r.upper]
+        object.__setattr__(self, "peak", max(ends, default=0))
 
     def by_id(self) -> dict[str, int]:
         """Offset of each request, keyed by its id."""

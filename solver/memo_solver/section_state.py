@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memo_solver import native
-from memo_solver.bounds import ALIVE_TOGETHER, ReachableHeights, load_bound
+from memo_solver.bounds import ALIVE_TOGETHER, ReachableHeights, contention, load_bound
 from memo_solver.orders import heuristic_order
 from memo_solver.records import Problem, Proof
 from memo_solver.sections import Section
@@ -17,6 +17,7 @@ class SectionState:
         self.fixed = fixed
         """Requests that every order places first, in this order (see cyclic.py)."""
         self._orders: dict[str, list[int]] = {}
+        self._contention: list[int] | None = None
         self.compiled = native.NativeSection(section) if use_native else None
         load = load_bound(section)
         self._load = load
@@ -47,7 +48,9 @@ class SectionState:
             last = len(rank)
             return sorted(range(len(offsets)), key=lambda i: (rank.get(i, last), offsets[i], i))
         if name not in self._orders:
-            order = heuristic_order(self.section, name)
+            if self._contention is None:
+                self._contention = contention(self.section)
+            order = heuristic_order(self.section, name, self._contention)
             fixed = set(self.fixed)
             self._orders[name] = [*self.fixed, *(i for i in order if i not in fixed)]
         return self._orders[name]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memo_solver.errors import InvalidPlacementError
-from memo_solver.records import Problem
+from memo_solver.records import Problem, Request
 
 
 class Rule(enum.Enum):
@@ -47,16 +47,20 @@ def find_violation(
         return Violation(rule=Rule.COUNT, request_ids=(), detail=detail)
     limit = problem.capacity if capacity is None else capacity
     for request, offset in zip(problem.requests, offsets, strict=True):
-        where = f"'{request.id}' at offset {offset}"
         if offset < 0:
-            return Violation(rule=Rule.NEGATIVE, request_ids=(request.id,), detail=where)
+            return _alone(Rule.NEGATIVE, request, offset, "")
         if offset % request.alignment != 0:
-            detail = f"{where}, alignment {request.alignment}"
-            return Violation(rule=Rule.ALIGNMENT, request_ids=(request.id,), detail=detail)
-        if limit is not None and not request.is_empty and offset + request.size > limit:
-            detail = f"{where} ends at {offset + request.size}, capacity {limit}"
-            return Violation(rule=Rule.CAPACITY, request_ids=(request.id,), detail=detail)
+            return _alone(Rule.ALIGNMENT, request, offset, f", alignment {request.alignment}")
+        if limit is not None and offset + request.size > limit and not request.is_empty:
+            end = offset + request.size
+            return _alone(Rule.CAPACITY, request, offset, f" ends at {end}, capacity {limit}")
     return _find_overlap(problem, offsets)
+
+
+def _alone(rule: Rule, request: Request, offset: int, detail: str) -> Violation:
+    return Violation(
+        rule=rule, request_ids=(request.id,), detail=f"'{request.id}' at offset {offset}{detail}"
+    )
 
 
 def _find_overlap(problem: Problem, offsets: Sequence[int]) -> Violation | None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memo_solver import Problem, Request, cpsat, first_fit, native, python_search
+from memo_solver.bounds import contention
 from memo_solver.instances import planted_packing, random_requests
 from memo_solver.orders import exact_orders, heuristic_names, heuristic_order
 from memo_solver.outcome import Outcome, StopFlag
@@ -33,7 +34,7 @@ def placed(problem, section, offsets, capacity):
 def test_repair_gives_the_same_placement_as_its_twin(name, num_fixed, alignment):
     problem = random_requests(80, seed=3, max_alignment=alignment)
     for section in split(problem):
-        order = heuristic_order(section, name)
+        order = heuristic_order(section, name, contention(section))
         limits = {"num_fixed": num_fixed, "target": 0, "max_passes": 20, "seed": 5, **LONG}
         compiled = native.NativeSection(section).squeaky_wheel(order, **limits)
         assert compiled == first_fit.squeaky_wheel(section, order, **limits)

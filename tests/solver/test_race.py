@@ -52,22 +52,34 @@ def test_a_lane_of_lower_rank_is_waited_for_because_it_may_win():
     assert seconds >= 0.3
 
 
+@pytest.fixture
+def told():
+    """What the package logs, from a state in which it has said nothing yet."""
+    lanes._warn_once.cache_clear()
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("memo_solver").addHandler(handler)
+    yield messages
+    logging.getLogger("memo_solver").removeHandler(handler)
+    lanes._warn_once.cache_clear()
+
+
+def test_missing_ortools_is_said_once(monkeypatch, told):
+    monkeypatch.setattr(cpsat, "available", lambda: False)
+    for _ in range(2):
+        assert lanes._cpsat_lanes(question(), SolveParams(num_threads=2), seconds=1.0) == []
+    assert told == ["searching without CP-SAT: OR-Tools cannot be imported: it is not installed: pip install ortools"]
+
+
 def broken():
     raise MissingSolverError("OR-Tools is missing") from ImportError("libstdc++ is too old")
 
 
-def test_ortools_that_cannot_be_imported_is_said_once_and_done_without(monkeypatch):
+def test_ortools_that_cannot_be_imported_is_said_once_and_done_without(monkeypatch, told):
     monkeypatch.setattr(cpsat, "_import", broken)
-    lanes._warn_once.cache_clear()
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("memo_solver").addHandler(handler)
-    try:
-        (lane,) = lanes._cpsat_lanes(question(), SolveParams(num_threads=2), seconds=1.0)
-        results = [task.run(StopFlag()) for task in lane]
-    finally:
-        logging.getLogger("memo_solver").removeHandler(handler)
+    (lane,) = lanes._cpsat_lanes(question(), SolveParams(num_threads=2), seconds=1.0)
+    results = [task.run(StopFlag()) for task in lane]
     assert {result.outcome for result in results} == {Outcome.LIMIT}
     assert told == ["searching without CP-SAT: OR-Tools cannot be imported: libstdc++ is too old"]
     (lane,) = lanes._cpsat_lanes(question(), SolveParams(num_threads=2, cpsat=Switch.ON), seconds=1.0)

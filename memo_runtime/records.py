@@ -363,6 +363,19 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedRequest:
+    """Where one request of the step lives: ``size`` bytes at ``offset`` of the arena, from event ``lower`` until just
+    before event ``upper`` of the step.
+    """
+
+    id: str
+    lower: int
+    upper: int
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What happens to each byte of a training step. ``print(plan)`` is a table.
 

@@ -27,7 +27,7 @@ ALLOWED = {
     "reporting": {"records", "units", "errors"},
     "native": NOUNS,
     "profiling": NOUNS | {"blocks", "native"},
-    "planning": NOUNS,
+    "planning": NOUNS | {"traces"},
     "traces": NOUNS,
     "simulation": NOUNS | {"traces"},
     "recording": NOUNS | {"traces", "profiling"},

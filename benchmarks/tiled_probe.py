@@ -25,13 +25,12 @@ from benchmarks.harness.contenders.base import Contender, Training
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
 from benchmarks.harness.memory import release
-from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, original_forward
+from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
-from memo_runtime.execution.transfer import make_transfer
 
 _WARM = 2
 _HOST_LIMIT = 96 << 30
@@ -50,8 +49,8 @@ class Tiled(Training):
     def install(self) -> None:
         """Put tiles in place of every block's forward."""
         if self.host:
-            pool = HostPool(_HOST_LIMIT, pinned=self.device.type == "cuda")
-            self.swap = TiledSwap(self.device, pool, make_transfer(self.device))
+            tools = Tools(self.device, _HOST_LIMIT)
+            self.swap = TiledSwap(self.device, tools.pool, tools.engine)
         for number, layer in enumerate(self.subject.layers, start=1):
             tiled = TiledBlock(
                 layer,

@@ -18,6 +18,10 @@ SCHEMA_VERSION = 1
 #: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
 HOST_ALIGNMENT = 64
 
+#: The fetch of the block below waits until a block in backward has freed this many times what lands. What is free by
+#: then also makes room for gradients inside the block that are larger than those it began with.
+FETCH_MARGIN = 2
+
 #: Groups smaller than this stay on the device: a copy costs more than the bytes are worth.
 MIN_SWAP_BYTES = 1024
 
@@ -448,6 +452,8 @@ class Report:
     totals: Totals
     states: ModelStates | None
     notes: tuple[str, ...] = ()
+    #: Who copies between device and host, and why.
+    copies: str = ""
 
     def __str__(self) -> str:
         from memo_runtime.reporting.report_table import report_table

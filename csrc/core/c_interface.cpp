@@ -104,7 +104,11 @@ std::int64_t submit(const memo_core_request& request, const char* name) {
     const std::shared_ptr<Engine> target = all().engines.get(request.engine);
     Work work;
     work.pieces.reserve(static_cast<std::size_t>(request.count));
-    for (std::int32_t i = 0; i < request.count; ++i) plan_copy(copies[i], all().table, work);
+    work.ends.reserve(static_cast<std::size_t>(request.count));
+    for (std::int32_t i = 0; i < request.count; ++i) {
+      plan_copy(copies[i], all().table, work);
+      work.ends.push_back(work.pieces.size());
+    }
     ticket = target->submit(where, std::move(work), request.stream, name ? name : "");
   });
   return status == Status::ok ? ticket : -static_cast<std::int64_t>(status);

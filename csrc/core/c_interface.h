@@ -75,7 +75,7 @@ MEMO_CORE_EXPORT int32_t memo_core_engine_drain(int64_t engine);
 MEMO_CORE_EXPORT int32_t memo_core_engine_stream(int64_t engine, int32_t direction, uint64_t* stream);
 MEMO_CORE_EXPORT int32_t memo_core_engine_num_open(int64_t engine, int64_t* count);
 
-/* Starts the copies of `request`. `name`: for the error, should they fail. The caller vouches for the device ends: that
+/* Starts the copies of `request`. `name`: for the error, should one fail; it may have a line for each copy. The caller vouches for the device ends: that
  * they are memory of the engine's device. */
 MEMO_CORE_EXPORT int64_t memo_core_submit(const memo_core_request* request, const char* name);
 MEMO_CORE_EXPORT int32_t memo_core_wait(int64_t engine, int64_t ticket, uint64_t stream);

@@ -34,9 +34,10 @@ struct Piece {
   std::size_t device_pitch;
 };
 
-// Pieces, and the slabs that have to stay until they are copied.
+// Pieces, and the slabs that have to stay until they are copied. `ends`: how many pieces there are with each copy.
 struct Work {
   std::vector<Piece> pieces;
+  std::vector<std::size_t> ends;
   std::vector<std::shared_ptr<Slab>> slabs;
 };
 

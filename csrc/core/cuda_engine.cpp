@@ -1,5 +1,7 @@
 #include "cuda_engine.hpp"
 
+#include <algorithm>
+
 namespace memo_core {
 namespace {
 
@@ -49,18 +51,25 @@ std::int64_t CudaEngine::submit(Direction direction, Work work, std::uint64_t st
   const std::lock_guard<std::mutex> lock(mutex_);
   const ContextGuard guard(*device_);
   Ticket ticket{direction, std::move(name), {}, take_event(), std::move(work.slabs)};
-  ticket.failure = enqueue(direction, work, handle(stream), ticket.event);
+  std::size_t begun = 0;
+  ticket.failure = enqueue(direction, work, handle(stream), ticket.event, &begun);
+  if (!ticket.failure.empty()) {
+    const auto after = std::lower_bound(work.ends.begin(), work.ends.end(), std::max<std::size_t>(begun, 1));
+    ticket.name = line_of(ticket.name, static_cast<std::size_t>(after - work.ends.begin()));
+  }
   return tickets_.add(std::move(ticket));
 }
 
 // An empty text where everything is on its way. After a failure the event stands behind what was begun, so that
-// whoever waits is still behind it.
-std::string CudaEngine::enqueue(Direction direction, const Work& work, CuStream compute, CuEvent event) {
+// whoever waits is still behind it. `begun`: pieces that the driver was asked for, the last one in vain after a failure.
+std::string CudaEngine::enqueue(Direction direction, const Work& work, CuStream compute, CuEvent event,
+                                std::size_t* begun) {
   const CuStream stream = stream_of(direction);
   CuResult result = driver_.event_record(ready_, compute);
   if (result == kCuSuccess) result = driver_.stream_wait_event(stream, ready_, 0);
   for (const Piece& piece : work.pieces) {
     if (result != kCuSuccess) break;
+    ++*begun;
     result = copy(direction, piece);
   }
   const CuResult recorded = driver_.event_record(event, stream);

@@ -43,7 +43,7 @@ class CudaEngine : public Engine {
 
   CuStream stream_of(Direction direction) const { return direction == Direction::to_host ? out_ : in_; }
   CuEvent take_event();
-  std::string enqueue(Direction direction, const Work& work, CuStream compute, CuEvent event);
+  std::string enqueue(Direction direction, const Work& work, CuStream compute, CuEvent event, std::size_t* begun);
   CuResult copy(Direction direction, const Piece& piece) const;
   CuResult copy_rows(Direction direction, const Piece& piece) const;
 

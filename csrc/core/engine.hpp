@@ -68,6 +68,14 @@ class Tickets {
   std::map<std::int64_t, T> open_;
 };
 
+// Line `number` of `text`; all of it where it has no more lines than one.
+inline std::string line_of(const std::string& text, std::size_t number) {
+  if (text.find('\n') == std::string::npos) return text;
+  std::size_t begin = 0;
+  for (; number > 0 && text.find('\n', begin) != std::string::npos; --number) begin = text.find('\n', begin) + 1;
+  return text.substr(begin, text.find('\n', begin) - begin);
+}
+
 inline std::string described(Direction direction, const std::string& name) {
   return "copying " + (name.empty() ? std::string("a tensor") : "'" + name + "'") +
          (direction == Direction::to_host ? " to the host" : " to the device") + " failed";

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from memo_runtime.cli.findings import Device, HostMemory
-from memo_runtime.profiling.link import measure_link
+from memo_runtime.profiling.link import link_facts
 from memo_runtime.profiling.machine import host_limit
 from memo_runtime.reporting.mfu import peak_flops
 
@@ -25,9 +27,9 @@ def host_memory() -> HostMemory:
 def describe(device: torch.device) -> Device:
     """Facts and measured link rates of ``device``; never raises."""
     try:
-        link = measure_link(device)
+        facts_of_link = asdict(link_facts(device))
         if device.type == "cpu":
-            return Device(name="cpu", kind="cpu", to_host=link.to_host, to_device=link.to_device)
+            return Device(name="cpu", kind="cpu", **facts_of_link)
         facts = torch.cuda.get_device_properties(device)
         peak = peak_flops(facts.name)
         return Device(
@@ -36,8 +38,7 @@ def describe(device: torch.device) -> Device:
             memory_bytes=facts.total_memory,
             capability=f"{facts.major}.{facts.minor}",
             peak_flops=None if peak is None else peak.flops,
-            to_host=link.to_host,
-            to_device=link.to_device,
+            **facts_of_link,
         )
     except Exception as error:  # a device that fails is a line of the answer
         return Device(name=str(device), kind=device.type, error=f"{type(error).__name__}: {error}")

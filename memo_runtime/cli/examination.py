@@ -120,13 +120,17 @@ def _devices(found: Findings) -> str:
             "" if device.memory_bytes is None else format_bytes(device.memory_bytes),
             _rate(device.to_host),
             _rate(device.to_device),
+            _rate(device.both),
+            _rate(device.pinning),
+            "" if device.submit_seconds is None else f"{device.submit_seconds * 1e6:.1f} us",
             "" if device.peak_flops is None else f"{device.peak_flops / 1e12:.1f} TFLOP/s",
             device.error,
         )
         for device in found.devices
     ]
-    header = ("device", "kind", "memory", "to host", "to device", "bf16 peak", "error")
-    return table(header, rows, text_columns=(0, 1, 6))
+    header = ("device", "kind", "memory", "to host", "to device", "both", "pinning", "a copy", "bf16 peak", "error")
+    who = [f"{device.name}: copies by {device.copies}" for device in found.devices if device.copies]
+    return "\n".join([table(header, rows, text_columns=(0, 1, 9)), *who])
 
 
 def _host(host: HostMemory | None) -> str:

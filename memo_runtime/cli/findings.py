@@ -30,7 +30,11 @@ class SelfTests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device; rates are bytes per second; ``error`` is empty where it works."""
+    """One device; rates are bytes per second; ``error`` is empty where it works.
+
+    ``both`` is the rate of both directions together, ``pinning`` that of making pinned memory, ``submit_seconds`` the
+    host's time for one copy, ``copies`` who makes them and why.
+    """
 
     name: str
     kind: str
@@ -39,6 +43,10 @@ class Device:
     peak_flops: float | None = None
     to_host: float | None = None
     to_device: float | None = None
+    both: float | None = None
+    pinning: float | None = None
+    submit_seconds: float | None = None
+    copies: str = ""
     error: str = ""
 
 

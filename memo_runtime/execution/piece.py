@@ -11,9 +11,9 @@ import torch
 
 from memo_runtime.blocks.grouping import whole
 from memo_runtime.blocks.region import Region, View
-from memo_runtime.execution.host_pool import HostPool, Slot
 from memo_runtime.execution.ledger import Ledger
-from memo_runtime.execution.transfer import Ticket, Transfer
+from memo_runtime.native.engine import Pair
+from memo_runtime.native.pool import HostPool, Slot
 from memo_runtime.records import Action
 
 
@@ -24,7 +24,6 @@ class Piece:
         "_buffer",
         "_device_rows",
         "_held",
-        "_in",
         "_ledger",
         "_slot",
         "action",
@@ -34,8 +33,8 @@ class Piece:
         "dtype",
         "exact",
         "indices",
+        "lost",
         "modified",
-        "out",
         "prefix",
         "rebuilt",
         "region",
@@ -56,8 +55,9 @@ class Piece:
         self.rows = (0, 0)
         self.prefix = 0
         self.dtype = torch.uint8
-        self.out: Ticket | None = None
         self.modified = False
+        #: Why its copy to the host was not made; empty where it was.
+        self.lost = ""
         #: Nothing is rebuilt: every tensor comes back with the strides that it had, so that kernels give the same bits.
         self.exact = False
         self.bytes_out = 0
@@ -67,7 +67,6 @@ class Piece:
         self._slot: Slot | None = None
         self._device_rows: torch.Tensor | None = None
         self._buffer: torch.Tensor | None = None
-        self._in: Ticket | None = None
         self._held = 0
 
     # ---- forward
@@ -98,16 +97,16 @@ class Piece:
         if self.bytes_out:
             self._slot = pool.take(self.bytes_out)
 
-    def send(self, flat: torch.Tensor, transfer: Transfer) -> None:
-        """Start the copy to the host."""
-        if self._slot is not None and self.region is not None:
-            self.out = transfer.to_host(self.region.rows(flat, *self.rows), self._host_rows())
+    def outgoing(self, flat: torch.Tensor) -> Pair | None:
+        """The copy to the host that ``store`` decided on; None where nothing goes there."""
+        if self._slot is None or self.region is None:
+            return None
+        return self.region.rows(flat, *self.rows), self._host_rows()
 
-    def sent(self) -> None:
-        """Make compute wait for the copy to the host and let go of its source."""
-        if self.out is not None:
-            self.modified = not self.out.release()
-            self.out = None
+    @property
+    def label(self) -> str:
+        """Which of the block's tensors it is, for errors."""
+        return f"saved tensor {self.indices[0]}" if self.indices else "input or result of an operator"
 
     def _host_rows(self) -> torch.Tensor:
         assert self._slot is not None and self.region is not None, "the piece was stored"
@@ -121,10 +120,29 @@ class Piece:
         """The piece's buffer is on the device."""
         return self._buffer is not None
 
-    def fetch(self, transfer: Transfer, device: torch.device) -> None:
-        """Start the copy back, into a buffer on the device."""
+    @property
+    def landing_bytes(self) -> int:
+        """Device bytes that ``land`` would take."""
         if self.region is None or self._buffer is not None:
-            return
+            return 0
+        start, stop = self.rows
+        tokens = stop - start if self.action == Action.TAIL else self.region.tokens
+        return self.region.outer * tokens * self.region.inner * self.dtype.itemsize
+
+    @property
+    def full_bytes(self) -> int:
+        """Device bytes that it takes in backward, fetched or rebuilt."""
+        return self.landing_bytes or self._held or (self.size_bytes if self.action == Action.REBUILD else 0)
+
+    @property
+    def held_bytes(self) -> int:
+        """Device bytes that it holds for backward."""
+        return self._held
+
+    def land(self, device: torch.device) -> Pair | None:
+        """Make the buffer on the device; returns the copy that fills it, None where no copy has to."""
+        if self.region is None or self._buffer is not None:
+            return None
         start, stop = self.rows
         if self.action == Action.TAIL:
             self.region_of_tail()
@@ -133,12 +151,11 @@ class Piece:
         self._hold(self._buffer.numel() * self._buffer.element_size())
         if self._device_rows is not None:
             self.region.rows(self._buffer, 0, self._device_rows.shape[1]).copy_(self._device_rows)
-        if self._slot is not None:
-            target = self.region.rows(self._buffer, 0, stop - start) if self.action == Action.TAIL else (
-                self.region.rows(self._buffer, start, stop)
-            )  # fmt: skip
-            self._in = transfer.to_device(self._host_rows(), target)
-            self.bytes_in = self.bytes_out
+        self.bytes_in = self.bytes_out
+        if self._slot is None:
+            return None
+        first, last = (0, stop - start) if self.action == Action.TAIL else (start, stop)
+        return self._host_rows(), self.region.rows(self._buffer, first, last)
 
     def region_of_tail(self) -> None:
         """Make the region that of the stashed tail alone, once."""
@@ -146,12 +163,6 @@ class Piece:
         start, stop = self.rows
         if self.region.tokens != stop - start:
             self.region = self.region.cut(start, stop)
-
-    def arrived(self) -> None:
-        """Make compute wait for the copy back."""
-        if self._in is not None:
-            self._in.wait()
-            self._in = None
 
     def view(self, position: int) -> torch.Tensor:
         """View number ``position`` of the region over the buffer."""
@@ -188,7 +199,6 @@ class Piece:
 
     def drop_buffer(self) -> None:
         """Free what is on the device for backward; the stashed rows stay and can be fetched again."""
-        self.arrived()
         self._buffer = None
         self.rebuilt.clear()
         self.written.clear()
@@ -204,7 +214,6 @@ class Piece:
     def close(self) -> None:
         """Give everything back."""
         self.drop_buffer()
-        self.sent()
         self._slot = None
         self._device_rows = None
         self._ledger.drop(self.bytes_kept)

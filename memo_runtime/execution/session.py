@@ -4,13 +4,15 @@ The session is the only place that knows the order of blocks. Streams and lifeti
 
 * a block's copies to the host start at its ``commit`` and are released (compute waits, sources are freed) when the
   next block but one enters, so the skeletal tensors of two blocks are alive at a time: MEMO's two rounding buffers;
-* in backward, the first tensor asked of a block fetches it, and starts the fetch of the block below.
+* in backward, the first tensor asked of a block fetches it, and the fetch of the block below starts then or when there
+  is room for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import weakref
 from collections import deque
@@ -23,15 +25,13 @@ import torch
 from torch import nn
 
 from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.execution.batch import Outgoing
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
-from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
-from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash, Tools
-from memo_runtime.execution.transfer import make_transfer
 from memo_runtime.execution.turn import Turn
 from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Forecast, Plan, Report, Totals
 
@@ -70,7 +70,7 @@ class Session:
         self._tools: Tools | None = None
         self._step: StepCounters | None = None
         self.last_stash: weakref.ref[Stash] | None = None
-        self._in_flight: deque[tuple[int, list[Piece]]] = deque()
+        self._in_flight: deque[tuple[int, Outgoing]] = deque()
         self._witnessed: set[tuple[str, int, int]] = set()
         self._ready: deque[weakref.ref[Stash]] = deque()
 
@@ -108,9 +108,8 @@ class Session:
         Raises:
             HostLimitError: the host memory cannot be had; the plan before stays in force.
         """
-        if self._tools is None or self._tools.device != device:
-            pool = HostPool(plan.limits.host_bytes, pinned=device.type == "cuda")
-            self._tools = Tools(device, pool, make_transfer(device))
+        if self._tools is None or self._tools.device != device or self._tools.process != os.getpid():
+            self._tools = Tools(device, plan.limits.host_bytes)
         self._tools.pool.limit = plan.limits.host_bytes
         self._tools.pool.fit(plan.forecast.host_bytes)
         self.plan = plan
@@ -132,7 +131,7 @@ class Session:
         """Pool, copies and ledger of the device."""
         if self._tools is None:
             device = next((p.device for b in self.blocks for p in b.block.parameters()), torch.device("cpu"))
-            self._tools = Tools(device, HostPool(0, pinned=device.type == "cuda"), make_transfer(device))
+            self._tools = Tools(device, 0)
         return self._tools
 
     # ---- step
@@ -171,6 +170,10 @@ class Session:
 
     def begin(self) -> None:
         """A new forward pass starts: nothing of an earlier one is in order before it."""
+        if self._tools is not None and self._tools.process != os.getpid():
+            device, self._tools = self._tools.device, None
+            if self.plan is not None:
+                self.adopt(self.plan, device)
         self._step = StepCounters(Clock(self.tools.device))
         self.steps += 1
         self.last_stash = None
@@ -207,25 +210,20 @@ class Session:
 
     def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
         """Block number ``position`` has finished its forward: start its copies."""
-        copied = []
         with torch.profiler.record_function(f"memo::offload {stash.name}"):
-            for piece, flat in sorted_.outgoing:
-                piece.send(flat, self.tools.transfer)
-                stash.counters.bytes_to_host += piece.bytes_out
-                copied.append(piece)
+            outgoing = stash.send(sorted_.outgoing)
         stash.settle()
         stash.lower = self.last_stash
         stash.before_backward = partial(self._before_backward, step=self.step)
         stash.on_mismatch = self._demote
         self.last_stash = weakref.ref(stash)
-        self._in_flight.append((position, copied))
+        self._in_flight.append((position, outgoing))
         self.step.clock.touch()
 
     def _release_copies(self, before: int | None = None) -> None:
         """Let compute wait for the copies of blocks below position ``before`` (None: of all) and free their sources."""
         while self._in_flight and (before is None or self._in_flight[0][0] < before):
-            for piece in self._in_flight.popleft()[1]:
-                piece.sent()
+            self._in_flight.popleft()[1].sent()
 
     def _before_backward(self, stash: Stash, step: StepCounters) -> None:
         self.backward_started(step)
@@ -342,10 +340,17 @@ class Session:
             stash_bytes=tools.ledger.current,
             host_bytes=tools.pool.reserved,
             host_bytes_in_use=tools.pool.in_use,
-            open_copies=tools.transfer.open_copies,
+            open_copies=tools.engine.open_copies,
             step_seconds=step.clock.seconds() if step else 0.0,
             steps=self.steps,
             forecast=forecast,
         )
         notes = (*self._notes, *(self.plan.notes if self.plan is not None else ()))
-        return Report(policy=self.policy, blocks=blocks, totals=totals, states=states, notes=tuple(notes))
+        return Report(
+            policy=self.policy,
+            blocks=blocks,
+            totals=totals,
+            states=states,
+            notes=tuple(notes),
+            copies=tools.backend.description,
+        )

@@ -2,8 +2,8 @@
 
     forward:   autograd hands over every tensor that it saves (``pack``); when the block is done, ``commit`` sorts them
                into pieces and starts the copies
-    backward:  the first ``unpack`` fetches the pieces, starts the fetch of the block below, and runs the block again
-               on the tokens that were not stashed; later ones hand out views
+    backward:  the first ``unpack`` fetches the pieces and runs the block again on the tokens that were not stashed;
+               later ones hand out views, and start the fetch of the block below (``FETCH_MARGIN``)
 
 Autograd holds only ``Holder`` objects, and they hold the stash: when the graph is freed, after backward or because
 a step was abandoned, everything goes back by itself. ``backward(retain_graph=True)`` fetches and rebuilds again.
@@ -11,17 +11,21 @@ a step was abandoned, everything goes back by itself. ``backward(retain_graph=Tr
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from memo_runtime.errors import ReplayMismatchError, StateChangedError
-from memo_runtime.execution.host_pool import HostPool
+from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError
+from memo_runtime.execution.batch import Incoming, Outgoing
 from memo_runtime.execution.ledger import Ledger
 from memo_runtime.execution.piece import Piece
-from memo_runtime.execution.transfer import Transfer
+from memo_runtime.native.backend import Backend, choose_backend
+from memo_runtime.native.engine import Pair
+from memo_runtime.native.pool import HostPool
+from memo_runtime.records import FETCH_MARGIN
 
 #: What a block raises when it does not take a slice of its tokens. Classes of their own say something else: no memory
 #: left, a broken device, an error of the user's.
@@ -46,13 +50,21 @@ class Rebuild(Protocol):
 
 
 class Tools:
-    """What all stashes of one device share."""
+    """What all stashes of one device share: host memory, copies, and the count of what they hold.
 
-    def __init__(self, device: torch.device, pool: HostPool, transfer: Transfer) -> None:
+    Args:
+        device: where the blocks compute. host_bytes: most host memory.
+        backend: makes slabs and the copy engine; None: by ``MEMO_NATIVE``.
+    """
+
+    def __init__(self, device: torch.device, host_bytes: int, backend: Backend | None = None) -> None:
         self.device = device
-        self.pool = pool
-        self.transfer = transfer
+        self.backend = backend or choose_backend(device)
+        self.pool = HostPool(host_bytes, self.backend)
+        self.engine = self.backend.engine()
         self.ledger = Ledger()
+        #: A forked child has no copying threads and none of the driver's state.
+        self.process = os.getpid()
 
 
 class Holder:
@@ -94,6 +106,9 @@ class Stash:
         #: The forward itself went backward through what it saved (torch.autograd.grad inside).
         self.walked = False
         self._ready = False
+        self._out: Outgoing | None = None
+        self._in: list[Incoming] = []
+        self._fetch_below_at: int | None = None
         self._kept_bytes = 0
         self._skeletal_bytes = 0
         self._settled = False
@@ -140,6 +155,17 @@ class Stash:
         self._skeletal_bytes = count
         self.tools.ledger.hold(count)
 
+    def send(self, outgoing: list[tuple[Piece, torch.Tensor]]) -> Outgoing:
+        """Start the copies to the host of pieces with the elements that they lie in."""
+        pairs: list[tuple[Piece, Pair]] = []
+        for piece, flat in outgoing:
+            pair = piece.outgoing(flat)
+            if pair is not None:
+                pairs.append((piece, pair))
+                self.counters.bytes_to_host += piece.bytes_out
+        self._out = Outgoing(self.tools.engine, pairs, self.name)
+        return self._out
+
     def settle(self) -> None:
         """The forward is done and the copies are made or under way: let go of the live tensors."""
         for index, (tensor, version) in enumerate(zip(self.pending, self.versions, strict=True)):
@@ -176,6 +202,8 @@ class Stash:
             return holder.kept
         if not self._ready:
             self._make_ready()
+        if self._fetch_below_at is not None:
+            self._fetch_below()
         piece = holder.piece
         if piece is None:
             raise ReplayMismatchError(
@@ -212,23 +240,37 @@ class Stash:
         return tensor
 
     def fetch(self) -> None:
-        """Start the copies back."""
-        for piece in self.pieces:
-            before = piece.present
-            piece.fetch(self.tools.transfer, self.tools.device)
-            if piece.present and not before:
-                self.counters.bytes_to_device += piece.bytes_in
+        """Start the copies back of what is not there; what only the rerun read is not wanted again."""
+        if self._ready or all(not piece.landing_bytes for piece in self.pieces):
+            return
+        if self._out is not None:
+            self._out.sent()
+        pairs: list[tuple[Piece, Pair]] = []
+        with torch.profiler.record_function(f"memo::fetch {self.name}"):
+            for piece in self.pieces:
+                before = piece.present
+                pair = piece.land(self.tools.device)
+                if pair is not None:
+                    pairs.append((piece, pair))
+                if piece.present and not before:
+                    self.counters.bytes_to_device += piece.bytes_in
+            self._in.append(Incoming(self.tools.engine, pairs, self.name))
 
     def _make_ready(self) -> None:
         if self.before_backward is not None:
             self.before_backward(self)
-        with torch.profiler.record_function(f"memo::fetch {self.name}"):
-            self.fetch()
-            for piece in self.pieces:
-                piece.arrived()
-            lower = self.lower() if self.lower is not None else None
-            if lower is not None:
-                lower.fetch()
+        for piece in self.pieces:
+            if piece.lost:
+                raise CopyError(piece.lost)
+        self.fetch()
+        try:
+            for incoming in self._in:
+                incoming.arrived()
+        except CopyError:
+            self.drop()
+            raise
+        self._in.clear()
+        self._plan_fetch_below()
         if self.rebuild is not None:
             with torch.profiler.record_function(f"memo::rebuild {self.name}"):
                 self.counters.recomputed_flops += self._rebuilt(self.rebuild)
@@ -236,6 +278,27 @@ class Stash:
                 if not piece.users:  # only the rerun read it
                     piece.drop_buffer()
         self._ready = True
+
+    def _plan_fetch_below(self) -> None:
+        """Fetch the block below now, or when this one has freed enough for what lands (``FETCH_MARGIN``)."""
+        lower = self.lower() if self.lower is not None else None
+        if lower is None:
+            return
+        landing = sum(piece.landing_bytes for piece in lower.pieces)
+        own = sum(piece.full_bytes for piece in self.pieces if piece.users)
+        if FETCH_MARGIN * landing > own:
+            lower.fetch()
+        else:
+            self._fetch_below_at = own - FETCH_MARGIN * landing
+
+    def _fetch_below(self) -> None:
+        """Start the fetch that was put off, if there is room for it by now."""
+        assert self._fetch_below_at is not None, "it was put off"
+        if sum(piece.held_bytes for piece in self.pieces) <= self._fetch_below_at:
+            self._fetch_below_at = None
+            lower = self.lower() if self.lower is not None else None
+            if lower is not None:
+                lower.fetch()
 
     def _rebuilt(self, rebuild: Rebuild) -> int:
         try:
@@ -261,10 +324,20 @@ class Stash:
     def drop(self) -> None:
         """Free what was fetched and rebuilt; a later backward through the same graph makes it again."""
         self._ready = False
+        self._fetch_below_at = None
+        self._forget_incoming()
         for piece in self.pieces:
             piece.drop_buffer()
 
+    def _forget_incoming(self) -> None:
+        for incoming in self._in:
+            incoming.unwanted()
+        self._in.clear()
+
     def __del__(self) -> None:
+        if self._out is not None:
+            self._out.sent()
+        self._forget_incoming()
         for piece in self.pieces:
             piece.close()
         self.tools.ledger.drop(self._kept_bytes if self._settled else self._skeletal_bytes)

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import torch
 
 from memo_runtime.errors import StateChangedError
-from memo_runtime.execution.host_pool import HostPool, Slot
-from memo_runtime.execution.transfer import Ticket, Transfer
+from memo_runtime.native.engine import CopyEngine, Ticket
+from memo_runtime.native.pool import HostPool, Slot
 
 
 class _Copy:
@@ -100,7 +100,7 @@ class TiledSwap:
         transfer: copies.
     """
 
-    def __init__(self, device: torch.device, pool: HostPool, transfer: Transfer) -> None:
+    def __init__(self, device: torch.device, pool: HostPool, transfer: CopyEngine) -> None:
         self.device = device
         self.pool = pool
         self.transfer = transfer

@@ -37,12 +37,20 @@ class Backend(ABC):
 
     Attributes:
         name: ``native`` or ``torch``. device: where the device ends of copies are; slabs are pinned where it is a GPU.
+        reason: why it is this one.
     """
 
     name: str
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, reason: str = "") -> None:
         self.device = device
+        self.reason = reason
+
+    @property
+    def description(self) -> str:
+        """For reports: who copies, and why."""
+        who = "the native core" if self.name == "native" else "PyTorch"
+        return f"{who} ({self.reason})" if self.reason else who
 
     @abstractmethod
     def slab(self, size_bytes: int, *, allow_partial: bool = False) -> Slab:
@@ -66,8 +74,10 @@ class CompiledBackend(Backend):
 
     name = "native"
 
-    def __init__(self, device: torch.device, *, core: Library | None = None, driver: str = CUDA_DRIVER) -> None:
-        super().__init__(device)
+    def __init__(
+        self, device: torch.device, reason: str = "", *, core: Library | None = None, driver: str = CUDA_DRIVER
+    ) -> None:
+        super().__init__(device, reason)
         self._library = core or library()
         self._card: Card | None = None
         self._processors = len(os.sched_getaffinity(0))
@@ -99,8 +109,8 @@ class TorchBackend(Backend):
 
     name = "torch"
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, reason: str = "") -> None:
+        super().__init__(device, reason)
         if device.type == "cuda" and device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
 
@@ -122,11 +132,11 @@ def choose_backend(device: torch.device, mode: str | None = None) -> Backend:
     """
     chosen = native_mode(mode)
     if chosen is NativeMode.OFF:
-        return TorchBackend(device)
+        return TorchBackend(device, "MEMO_NATIVE=off")
     try:
-        return CompiledBackend(device)
+        return CompiledBackend(device, f"MEMO_NATIVE={chosen.value}")
     except NativeUnavailableError as error:
         if chosen is NativeMode.ON:
             raise
         logger.info("copies go through PyTorch: %s", error)
-        return TorchBackend(device)
+        return TorchBackend(device, str(error))

@@ -5,6 +5,8 @@
     ticket.release()     the same where nobody has waited yet, then lets go of both ends; False: source was modified
     ticket.cancel()      nobody wants the result
 
+Many copies go under one ticket (``many_to_host``, ``many_to_device``): one submission, and one event for all of them.
+
 Copies of one direction run in the order of their submission, the two directions beside each other. The host end lies
 in a slab that is open. Neither call waits on the host where there is a GPU. Both ends stay alive until the ticket is
 used up: memory that is freed earlier would be reused under the copy. A ticket that is dropped cancels itself.
@@ -62,10 +64,17 @@ class Ticket:
         try:
             if self._open:
                 self.wait()
-            pairs = zip(self._held, self._versions, strict=True)
-            return all(source._version == version for (source, _), version in pairs)
+            return not self.changed()
         finally:
             self._held, self._versions = (), []
+
+    def changed(self) -> tuple[int, ...]:
+        """Which sources were modified in place since they were submitted, by their place among the copies.
+
+        To be asked before ``release``, which lets go of them.
+        """
+        pairs = zip(self._held, self._versions, strict=True)
+        return tuple(place for place, ((source, _), version) in enumerate(pairs) if source._version != version)
 
     def cancel(self) -> bool:
         """Nobody wants the result; both ends may be used again by what the current stream does next.
@@ -87,7 +96,7 @@ class Ticket:
 
     def _use(self) -> None:
         if not self._open:
-            what = f"'{self.name}'" if self.name else "a tensor"
+            what = f"'{self.name.splitlines()[0]}'" if self.name else "a tensor"
             raise CopyUseError(f"the copy of {what} was waited for or cancelled before: a ticket serves once")
         self._open = False
 
@@ -118,11 +127,11 @@ class CopyEngine(ABC):
         return self._submit(False, ((source, target),), name)
 
     def many_to_host(self, pairs: Iterable[Pair], *, name: str = "") -> Ticket:
-        """Many copies to the host, (source, target) each, under one ticket."""
+        """Many copies to the host, (source, target) each, under one ticket; ``name`` may have a line for each."""
         return self._submit(True, tuple(pairs), name)
 
     def many_to_device(self, pairs: Iterable[Pair], *, name: str = "") -> Ticket:
-        """Many copies to the device, (source, target) each, under one ticket."""
+        """Many copies to the device, (source, target) each, under one ticket; ``name`` may have a line for each."""
         return self._submit(False, tuple(pairs), name)
 
     @property

@@ -109,6 +109,21 @@ class HostPool:
                     format_bytes(aligned(size_bytes)), format_bytes(self.reserved),
                 )  # fmt: skip
 
+    def fit(self, size_bytes: int) -> None:
+        """Like ``reserve``, for a plan that takes the place of another.
+
+        What is there stays where it is enough: pinning memory anew takes longer than a short step, and lengths may
+        change with every step. Where it is not, one slab of the new size replaces what is unused, so that a run of many
+        lengths holds what its largest plan needs and no more.
+
+        Raises:
+            HostLimitError: as ``reserve``; what was unused was freed.
+        """
+        with self._lock:
+            if not aligned(size_bytes) <= self.reserved <= self.limit:
+                self.trim()
+            self.reserve(size_bytes)
+
     def take(self, size_bytes: int) -> Slot:
         """A slot of ``size_bytes``; a new slab where none has room.
 
@@ -146,9 +161,11 @@ class HostPool:
     def _grow(self, size: int, *, partly: bool) -> Slab | None:
         if self.reserved + size > self.limit:
             raise HostLimitError(
-                f"the step needs {format_bytes(size)} more host memory than the {format_bytes(self.reserved)} that are "
-                f"reserved, and {format_bytes(self.limit)} is the limit. A plan counts one forward pass between two "
-                "backward passes; for more, or for longer sequences, raise host_budget or lower alpha"
+                f"the step asks for {format_bytes(size)} of host memory beyond the {format_bytes(self.reserved)} that "
+                f"are reserved ({format_bytes(self.in_use)} in use), and {format_bytes(self.limit)} is the limit. A "
+                "plan counts one forward pass between two backward passes, of the lengths and tensors that it was "
+                f"made for. Would work: host_budget of at least {format_bytes(self.reserved + size)}, going backward "
+                "before the next forward, a larger keep_last, or policy='recompute'"
             )
         wanted = self._within_cgroup(size, partly=partly)
         if wanted <= 0:

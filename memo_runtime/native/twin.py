@@ -171,25 +171,28 @@ class TorchEngine(CopyEngine):
         if self.closed:
             raise CopyUseError("the copy engine was closed")
         checked = []
-        for source, target in pairs:
+        names = name.split("\n")
+        for place, (source, target) in enumerate(pairs):
             self._check_device(source if out else target)
             one, other = matched(source, target)
             if one.width and one.height:
                 TorchSlab.check(other if out else one)
-                checked.append((source, target, one, other))
+                checked.append((names[min(place, len(names) - 1)], source, target, one, other))
         if not self._streams:
-            for source, target, _, _ in checked:
+            for _, source, target, _, _ in checked:
                 target.copy_(source)
             return Ticket(self, None, pairs, name)
         stream = self._streams[0 if out else 1]
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        failure = ""
+        failure, begun = "", 0
         with torch.cuda.stream(stream):
             try:
-                for source, target, one, other in checked:
+                for _, source, target, one, other in checked:
+                    begun += 1
                     self._copy(stream, source, target, (one, other))
             except RuntimeError as error:  # what CUDA refused belongs to whoever waits for it
-                failure = f"copying {repr(name) if name else 'a tensor'} failed: {error}"
+                copied = checked[begun - 1][0]
+                failure = f"copying {repr(copied) if copied else 'a tensor'} failed: {error}"
             event = torch.cuda.Event()
             event.record(stream)
         with self._lock:

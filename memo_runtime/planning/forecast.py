@@ -8,8 +8,9 @@
 A block's *skeletal* bytes live while its forward runs, its *copies out* while the next one runs (on CUDA: the
 source of a copy stays alive until the copy is done; on CPU copies are synchronous), its *kept* bytes until
 its backward is over, and in backward all that it needs is there in *full*, beside the bytes that *land* for
-the nearest lower block that has copies. A rerun needs room of its own before backward does; what only the rerun
-reads is gone then.
+the nearest lower block that has copies. Where those are few beside what the block frees as it goes, they come when that
+is free, and take no room of their own (``put_off``). A rerun needs room of its own before backward does; what only the
+rerun reads is gone then.
 
 On a device with an allocator, gradients come as backward walks down: those outside the blocks (head, embedding)
 with the head, a block's own within its ``backward_peak``, those of the blocks above while a block goes backward,
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Forecast, Link, Profile, Role
+from memo_runtime.records import FETCH_MARGIN, Action, BlockPlan, BlockProfile, Executor, Forecast, Link, Profile, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +260,7 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
     kept = landing = 0
     for block in blocks:
         kept += block.kept
-        stashes.append(kept + block.full + landing)
+        stashes.append(kept + block.full + (0 if put_off(block, landing) else landing))
         landing = block.landing if block.copies else landing
     there = gradients_above(around, blocks)
     for index in reversed(range(len(blocks))):
@@ -268,6 +269,11 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
             yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
         yield _Point(stash - block.spent, transient * block.backward_peak, there[index], index, "backward")
     yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
+
+
+def put_off(block: Footprint, landing: int) -> bool:
+    """Whether what lands for the block below waits until ``block`` has freed room for it."""
+    return FETCH_MARGIN * landing <= block.full - block.spent
 
 
 def gradients_above(around: Surroundings, blocks: Sequence[Footprint]) -> list[int]:

@@ -28,6 +28,7 @@ from memo_runtime.planning.forecast import (
     all_gradients,
     copy_seconds,
     gradients_above,
+    put_off,
     to_device_cover,
     to_host_cover,
 )
@@ -73,8 +74,12 @@ def solve_prefixes(
             by_kind[sheet.kind(index)] = lines_of(sheet, index)
     lines = {index: by_kind[sheet.kind(index)] for index in sorted(free)}
     found: list[tuple[float, int, tuple[Choice, ...]]] = []
+    tried: list[set[int]] = []
     for chosen in _line_ups(lines):
         open_blocks = _with_room(sheet, budgets, base, chosen)
+        if set(open_blocks) in tried:
+            continue
+        tried.append(set(open_blocks))
         rows = _Program(sheet, budgets, base, open_blocks, device_rows).solve() if open_blocks else None
         choices = None if rows is None else _rounded(sheet, budgets, base, rows)
         if choices is not None:
@@ -97,9 +102,15 @@ def _sliceable(sheet: Sheet, index: int) -> bool:
 
 
 def _line_ups(lines: dict[int, Lines]) -> list[dict[int, Lines]]:
-    """All blocks; and, where some copy much more as soon as they have a prefix, all but those."""
+    """All blocks; where some copy much more as soon as they have a prefix, all but those; and the upper ones alone.
+
+    What lands for a block without a prefix needs no room of its own, so that where there is little, a prefix for the
+    upper blocks may buy more than one for all.
+    """
     calm = {index: line for index, line in lines.items() if not line.jump}
-    return [lines] if len(calm) == len(lines) or not calm else [lines, calm]
+    found = [lines] if len(calm) == len(lines) or not calm else [lines, calm]
+    upper = list(lines.items())
+    return found + [dict(upper[-count:]) for count in sorted({len(upper) // 2, 1} - {0, len(upper)}, reverse=True)]
 
 
 def _with_room(sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines]) -> dict[int, Lines]:
@@ -134,7 +145,8 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     for index, foot in enumerate(feet):
         kept += foot.kept
         peak = max(transient * foot.rerun_peak, transient * foot.backward_peak - foot.spent)
-        if kept + foot.full + landing + peak + there[index] > room:
+        arriving = 0 if put_off(foot, landing) else landing
+        if kept + foot.full + arriving + peak + there[index] > room:
             crowded.add(lower)
         if foot.copies:
             landing, lower = foot.landing, index
@@ -266,7 +278,9 @@ class _Program:
                 self._hold(after + scale * (outgoing + foot.skeletal + transient * foot.end_peak - room))
             kept = after
             fetched = self._rebuilt_bytes(index) if index in self.lines else 0
-            backward = foot.full + fetched + landing + there[index]
+            # What depends on a variable is never few beside what a block frees.
+            waits = isinstance(landing, int) and put_off(foot, landing)
+            backward = foot.full + fetched + (0 if waits else landing) + there[index]
             if index in self.lines or foot.rerun_peak or foot.spent:
                 self._hold(kept + scale * (backward + transient * self._rerun_bytes(index, foot) - room))
             # What autograd does not read is gone again: all of the rows that are copied to be rebuilt from.

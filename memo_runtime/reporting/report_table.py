@@ -19,7 +19,8 @@ def report_table(report: Report) -> str:
     steps = report.totals.steps
     done = {0: "no step yet", 1: "after 1 step"}.get(steps, f"after {steps} steps")
     title = f"report: policy {report.policy}, {done}"
-    return "\n".join([title, "", *_blocks(report), "", _totals(report), *notes_text(report.notes)])
+    copies = [f"copies by {report.copies}"] if report.copies else []
+    return "\n".join([title, "", *_blocks(report), "", _totals(report), *copies, *notes_text(report.notes)])
 
 
 def _key(block: BlockReport) -> tuple[object, ...]:

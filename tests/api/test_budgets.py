@@ -11,7 +11,7 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.errors import ArgumentError, BlockFallbackError, HostLimitError, PlanInfeasibleError
-from memo_runtime.execution import host_pool
+from memo_runtime.native.backend import CompiledBackend, TorchBackend
 from memo_runtime.planning.sheet import PlanRequestError
 from memo_runtime.units import parse_bytes
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, refused, step, totals
@@ -22,13 +22,14 @@ from tests.api.towers import HIDDEN, POLICIES, signal, tower
 def slabs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the host memory that was allocated, as it comes."""
     made: list[int] = []
-    original = host_pool._Slab.__init__
+    for backend in (CompiledBackend, TorchBackend):
+        original = backend.slab
 
-    def counting(self: Any, size_bytes: int, pinned: bool) -> None:
-        made.append(size_bytes)
-        original(self, size_bytes, pinned)
+        def counting(self: Any, size_bytes: int, *, allow_partial: bool = False, make: Any = original) -> Any:
+            made.append(size_bytes)
+            return make(self, size_bytes, allow_partial=allow_partial)
 
-    monkeypatch.setattr(host_pool._Slab, "__init__", counting)
+        monkeypatch.setattr(backend, "slab", counting)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
-from memo_runtime.errors import HostLimitError
+from memo_runtime.errors import HostLimitError, PinningError
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, refused, step
 from tests.api.towers import POLICIES, Tower, signal, tower
 
@@ -271,19 +271,20 @@ def test_an_interrupted_accumulation_goes_on() -> None:
 @pytest.mark.parametrize("steps", [0, 1])
 def test_host_memory_that_cannot_be_had(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system has less than the limit says: the allocation itself fails."""
-    from memo_runtime.execution import host_pool
+    from memo_runtime.native.backend import CompiledBackend, TorchBackend
 
     model, plain = memo.wrap(tower(), **POLICIES["memo"]), tower()
     for _ in range(steps):
         step(model, signal(tokens=17))
 
-    def none_left(self: Any, size_bytes: int, pinned: bool) -> None:
-        raise HostLimitError("no memory")
+    def none_left(self: Any, size_bytes: int, *, allow_partial: bool = False) -> None:
+        raise PinningError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(host_pool._Slab, "__init__", none_left)
-        refused(HostLimitError, step, model, signal(tokens=40))
-        refused(HostLimitError, step, model, signal(tokens=40))
+        for backend in (CompiledBackend, TorchBackend):
+            patch.setattr(backend, "slab", none_left)
+        refused(PinningError, step, model, signal(tokens=40))
+        refused(PinningError, step, model, signal(tokens=40))
     assert_nothing_held(model)
     for tokens in (40, 17):
         assert_trains_as(model, plain, signal(tokens=tokens))

@@ -34,6 +34,8 @@ def test_json_has_everything_that_is_promised(monkeypatch, found):
     cpu = told["devices"][0]
     assert cpu["name"] == "cpu"
     assert cpu["to_host"] > 0
+    assert 0 < cpu["submit_seconds"] < 1
+    assert cpu["copies"].startswith(("the native core (MEMO_NATIVE=", "PyTorch ("))
     assert told["native"][0]["state"] in ("ok", "unavailable")
     assert told["native"][0]["detail"]
 
@@ -44,7 +46,8 @@ KEYS = {
     "system": "python platform processors",
     "packages": "name version loads needed detail",
     "host": "limit_bytes source",
-    "devices": "name kind memory_bytes capability peak_flops to_host to_device error",
+    "devices": "name kind memory_bytes capability peak_flops "
+    "to_host to_device both pinning submit_seconds copies error",
     "native": "name state detail",
     "selftest": "ok devices",
     "selftest.devices": "device ok loss_difference gradient_error bytes_to_host recomputed_flops error",
@@ -64,6 +67,7 @@ def test_text_says_the_same(monkeypatch, found):
     result = doctor(monkeypatch, found)
     assert "doctor: everything needed works" in result.stdout
     assert "host memory" in result.stdout
+    assert "cpu: copies by " in result.stdout
     assert "self-test" in result.stdout
 
 

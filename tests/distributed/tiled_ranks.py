@@ -19,13 +19,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.install import install_forward, original_forward
+from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
-from memo_runtime.execution.transfer import make_transfer
 from tests.exactness.hand_written import WIDTH, Attention, Stack
 
 RANKS = 2
@@ -45,7 +44,8 @@ def _batch(rank: int, step: int) -> Tensor:
 def _install(model: Stack) -> None:
     cpu = torch.device("cpu")
     programs = ProgramCache(run_eagerly)
-    swap = TiledSwap(cpu, HostPool(1 << 24, pinned=False), make_transfer(cpu))
+    tools = Tools(cpu, 1 << 24)
+    swap = TiledSwap(cpu, tools.pool, tools.engine)
     for block in model.blocks:
         tiled = TiledBlock(block, tile=6, programs=programs, forward=original_forward(block), swap=swap)
         install_forward(block, tiled)

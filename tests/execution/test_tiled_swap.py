@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from memo_runtime.errors import HostLimitError, StateChangedError
-from memo_runtime.execution.host_pool import HostPool, aligned
+from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_swap import TiledSwap, is_dense
-from memo_runtime.execution.transfer import CpuTransfer, Ticket, make_transfer
+from memo_runtime.native.backend import TorchBackend
+from memo_runtime.native.engine import Ticket
+from memo_runtime.native.pool import HostPool, aligned
+from memo_runtime.native.twin import TorchEngine
 from tests.capture import blocks
 from tests.exactness import hand_written
 from tests.exactness.hand_written import HEADS, WIDTH
@@ -23,7 +26,13 @@ CPU = torch.device("cpu")
 
 
 def swap_of(limit=1 << 30):
-    return TiledSwap(CPU, HostPool(limit, pinned=False), make_transfer(CPU))
+    tools = Tools(CPU, limit)
+    return TiledSwap(CPU, tools.pool, tools.engine)
+
+
+def swap_on(engine):
+    """A swap with ``engine`` for its copies."""
+    return TiledSwap(CPU, HostPool(1 << 20, TorchBackend(CPU)), engine)
 
 
 def stack(kind=hand_written.Attention, count=3):
@@ -91,16 +100,17 @@ def test_inputs_are_freed_and_shared_arguments_stay():
 
 
 def test_a_block_fetches_for_the_one_below_before_it_computes():
-    class Recorded(CpuTransfer):
+    class Recorded(TorchEngine):
         def __init__(self):
+            super().__init__(CPU)
             self.sources = []
 
-        def to_device(self, source, target):
+        def to_device(self, source, target, *, name=""):
             self.sources.append(source.data_ptr())
-            return super().to_device(source, target)
+            return super().to_device(source, target, name=name)
 
     transfer = Recorded()
-    swap = TiledSwap(CPU, HostPool(1 << 20, pinned=False), transfer)
+    swap = swap_on(transfer)
     entries = [swap.store({0: torch.full((4, 4), float(number))}) for number in range(3)]
     assert torch.equal(entries[2].take()[0], torch.full((4, 4), 2.0))
     assert len(transfer.sources) == 2
@@ -118,13 +128,12 @@ def test_an_input_changed_while_it_is_copied_is_an_error():
         def release(self):
             return False
 
-    class Slow(CpuTransfer):
-        def to_host(self, source, target):
-            super().to_host(source, target)
-            return Late()
+    class Slow(TorchEngine):
+        def to_host(self, source, target, *, name=""):
+            return Late(self, None, ((source, target),), name)
 
     layers = stack(count=2)
-    swap = TiledSwap(CPU, HostPool(1 << 20, pinned=False), Slow())
+    swap = swap_on(Slow(CPU))
     with pytest.raises(StateChangedError, match="changed in place while it was copied"):
         step(layers, tiles(layers, swap))
 

@@ -7,13 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from memo_runtime.execution.host_pool import HostPool
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
+from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
-from memo_runtime.execution.transfer import make_transfer
 from tests.exactness.hand_written import WIDTH, Attention
 from tests.execution.tiles import call_of, run, worst
 
@@ -103,7 +102,8 @@ def test_swapped_blocks_have_the_gradients_of_blocks_that_stay():
         return [hidden], torch.autograd.grad(hidden.float().square().mean(), wanted)
 
     expected = step(None)
-    swap = TiledSwap(device, HostPool(1 << 30, pinned=True), make_transfer(device))
+    tools = Tools(device, 1 << 30)
+    swap = TiledSwap(device, tools.pool, tools.engine)
     for _ in range(5):
         found = step(swap)
         assert worst(found[0], expected[0]) < 1e-2

@@ -133,7 +133,10 @@ def peaks(profile, plan, accumulating=False):
         held = sum(kept(profile, plan, j) for j in range(i + 1)) + full(profile, plan, i)
         lower = [j for j in range(i) if has_copies(profile, plan, j)]
         if lower:
-            held += landing(profile, plan, lower[-1])
+            comes = landing(profile, plan, lower[-1])
+            # What is little beside what the block frees comes when that is free.
+            waits = 2 * comes <= full(profile, plan, i) - spent(profile, plan, i)
+            held += 0 if waits else comes
         above = outside + sum(gradients[i + 1 :]) if walked else 0
         stash.append(held)
         again = rerun(profile, plan, i)

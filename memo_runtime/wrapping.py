@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,8 +31,10 @@ from memo_runtime.planning.demotion import amended, plan_with
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.machine import device_memory
 from memo_runtime.profiling.measured import Measured, cautious
-from memo_runtime.profiling.model import NamedBlock, model_device, profile_model
+from memo_runtime.profiling.model import model_device, profile_model
+from memo_runtime.profiling.more_rows import look_at_rows
 from memo_runtime.profiling.reading import Reading, Shapes
+from memo_runtime.profiling.walk import NamedBlock, Run
 from memo_runtime.recent import Recent
 from memo_runtime.records import Plan, Profile
 from memo_runtime.units import format_bytes, format_seconds
@@ -189,8 +191,10 @@ class Wrapped:
             self._check_given(batch, device)
             return amended(self.given_plan, self.session.demotions, accumulating=accumulating)
         readings = self._known.get(key) or []
-        for reading in readings:
+        for number, reading in enumerate(readings):
             sizes = reading.sizes_of(shapes)
+            if sizes is not None and reading.measured.left_for_later(sizes.rows) and not forwards_meet(self.model):
+                reading = readings[number] = self._with_rows(reading, batch)
             if sizes is not None and reading.knows(sizes):
                 return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens, accumulating=accumulating)
         if self._known and forwards_meet(self.model):
@@ -234,6 +238,26 @@ class Wrapped:
 
     def _measure(self, batch: Batch) -> Measured:
         self.profiled += 1
+        return profile_model(
+            self.model,
+            self._named(),
+            self._runner(batch),
+            batch=batch,
+            optimizer=self.optimizer,
+            tiled_loss=self._tiles_loss and "labels" in batch[1],
+            rows_at_once=forwards_meet(self.model),
+        )
+
+    def _with_rows(self, reading: Reading, batch: Batch) -> Reading:
+        blocks, run = self._named(), self._runner(batch)
+        return replace(
+            reading, measured=look_at_rows(self.model, blocks, run, batch=batch, measured=reading.measured)
+        )
+
+    def _named(self) -> list[NamedBlock]:
+        return [NamedBlock(ref.name, ref.stack, ref.module) for ref in self.refs]
+
+    def _runner(self, batch: Batch) -> Run:
         args, kwargs = batch
 
         def run(observer: Callable[..., Any]) -> None:
@@ -245,15 +269,7 @@ class Wrapped:
             finally:
                 self.session.observer = None
 
-        blocks = [NamedBlock(ref.name, ref.stack, ref.module) for ref in self.refs]
-        return profile_model(
-            self.model,
-            blocks,
-            run,
-            batch=batch,
-            optimizer=self.optimizer,
-            tiled_loss=self._tiles_loss and "labels" in kwargs,
-        )
+        return run
 
     def _announce(self, plan: Plan) -> None:
         forecast = plan.forecast

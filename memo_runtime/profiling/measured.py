@@ -31,6 +31,14 @@ class Measured:
         law = self.laws[block.name]
         return law.rows if law.row_dim is not None else None
 
+    def block(self, name: str) -> BlockProfile:
+        """The profile of one block."""
+        return next(block for block in self.profile.blocks if block.name == name)
+
+    def left_for_later(self, rows: Mapping[int, int]) -> bool:
+        """Stacks that have other numbers of sequences now, ``rows``, were only seen with their own."""
+        return any(not self.laws[block.name].seen for block in self.profile.blocks if block.stack in rows)
+
     def certain(self, rows: Mapping[int, int]) -> bool:
         """Sizes at ``rows`` sequences, for the stacks that have others now, follow from measured ones."""
         return all(

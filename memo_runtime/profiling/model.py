@@ -1,30 +1,25 @@
-"""Profiling a model: one pass that reaches every block with its real arguments and measures each.
+"""Profiling a model: one pass that reaches every block with its real arguments (profiling/walk.py) and measures each.
 
-The model's forward runs on the user's batch; where it calls a block, the block is calibrated and timed on a crop of
-the arguments, and then skipped where its result has the shape of its input: no activation of the target length is
-ever saved. The pass ends when the last block was seen. What it changed is put back.
+The first block of a kind is calibrated and timed on a crop of its arguments, those like it are compared with it. How a
+kind changes with the number of sequences is looked at in a pass of its own, when a batch with another number comes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.ranks import has_sharded_parts
-from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import OffloaderActiveError, ProfileError
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
+from memo_runtime.profiling.likeness import Example
 from memo_runtime.profiling.link import measure_link
 from memo_runtime.profiling.machine import (
     allocated_after,
@@ -36,10 +31,11 @@ from memo_runtime.profiling.machine import (
 )
 from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.outside import outside_peak, outside_seconds
-from memo_runtime.profiling.rows import RowLaw, measure_rows, row_dim_of
-from memo_runtime.profiling.start import Start, cut_graphs, without_graph
+from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
+from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.states import gradients_of_blocks, measure_states
 from memo_runtime.profiling.timing import time_block
+from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of
 from memo_runtime.records import BlockProfile, Growth, Profile
 
 logger = logging.getLogger("memo_runtime")
@@ -51,25 +47,14 @@ _SHARDED_PARTS = (
 )
 
 
-class _AllSeenError(Exception):
-    """Every block was profiled."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamedBlock:
-    """A block to profile: its name, stack, module and own forward."""
-
-    name: str
-    stack: int
-    module: nn.Module
-
-
 @dataclass(slots=True)
-class Observer:
-    """Stands in for the forward of every block during the pass."""
+class Observer(Walk):
+    """Profiles every block on its first call.
 
-    blocks: dict[str, NamedBlock]
-    device: torch.device
+    ``rows_at_once``: how each kind of block changes with the number of sequences is measured in the same pass.
+    """
+
+    rows_at_once: bool = False
     profiles: dict[str, BlockProfile] = field(default_factory=dict)
     laws: dict[str, RowLaw] = field(default_factory=dict)
     shared: dict[int, tuple[int, int, bool]] = field(default_factory=dict)
@@ -77,22 +62,19 @@ class Observer:
     allocated: int | None = None
     rows: int = 1
     hidden_bytes: int = 0
-    may_stop: bool = True
     crossed: bool = False
-    _outputs: dict[object, bool] = field(default_factory=dict)
-
-    def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Profile block ``name`` on its first call and give a result of the right shape."""
-        block = self.blocks[name]
-        call = BlockCall.of(args, kwargs)
+    _examples: list[Example] = field(default_factory=list)
+    def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        """Profile ``block`` if this is its first call."""
         if self.allocated is None and self.device.type == "cuda":
             self.allocated = torch.cuda.memory_allocated(self.device)
-        if name not in self.profiles:
-            self.profiles[name] = self._profile(block, forward, call)
-        last = len(self.profiles) == len(self.blocks) and self.may_stop
-        if last:
-            raise _AllSeenError
-        return self._result(block, forward, call, self.profiles[name])
+        if block.name not in self.profiles:
+            self.profiles[block.name] = self._profile(block, forward, call)
+        return self.profiles[block.name]
+
+    def is_done(self) -> bool:
+        """Every block was called."""
+        return len(self.profiles) == len(self.blocks)
 
     def _profile(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
         if has_sharded_parts(block.module):
@@ -114,8 +96,10 @@ class Observer:
         )  # fmt: skip
 
     def _measured(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
-        start = Start(_roots(block, call), self.device)
-        profile = calibrate(block.module, forward, call, start, name=block.name, stack=block.stack)
+        start = Start(roots_of(block, call), self.device)
+        profile = calibrate(
+            block.module, forward, call, start, name=block.name, stack=block.stack, examples=self._examples
+        )
         self._note_shared(call, profile)
         # What one stack hands to another (an encoder's states) has a length of its own.
         others = {other.tokens for other in self.profiles.values() if other.tokens and other.stack != block.stack}
@@ -125,11 +109,11 @@ class Observer:
             hidden = call.leaves[profile.input_leaf]
             self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
             self.hidden_bytes = hidden.numel() * hidden.element_size()
-        # Blocks that save the same cost the same: time one of each, and see it at other numbers of sequences.
+        # Blocks that save the same cost the same: one of each is timed, and seen at other numbers of sequences.
         key = (type(block.module), profile.groups, profile.saved, profile.pins, profile.tokens, profile.dynamic)
         if key not in self.timed:
             timed = time_block(block.module, forward, call, profile, start=start, device=self.device)
-            self.timed[key] = timed, measure_rows(block.module, forward, call, profile, start)
+            self.timed[key] = timed, self._law(block, forward, call, profile, start)
         model, self.laws[block.name] = self.timed[key]
         return replace(
             profile,
@@ -142,6 +126,13 @@ class Observer:
             output=model.output,
             timed_tokens=model.timed_tokens,
         )
+
+    def _law(
+        self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
+    ) -> RowLaw:
+        if self.rows_at_once:
+            return measure_rows(block.module, forward, call, profile, start)
+        return later_rows(call, profile)
 
     def _note_shared(self, call: BlockCall, profile: BlockProfile) -> None:
         dims = {axes.leaf: len(axes.dims) for axes in profile.arguments}
@@ -161,40 +152,6 @@ class Observer:
         tokens = max(1, tokens)
         return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
 
-    def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:
-        key = (type(block.module), profile.groups, profile.tokens)
-        hidden = call.leaves[profile.input_leaf] if profile.tokens else None
-        if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
-            return hidden
-        args, kwargs = call.arguments()
-        roots = _roots(block, call)
-        before = reach(roots)
-        # With grad, so that each result tells whether it has one, and with nothing saved if the forward does not walk
-        # its graph (of a block that could not be profiled that is not known).
-        walks = profile.inner_autograd or not profile.tokens
-        hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
-        with torch.enable_grad(), hooks:
-            output = forward(*args, **kwargs)
-        # What a block leaves elsewhere, blocks behind it may read: such a block is run each time.
-        self._outputs[key] = not cut_graphs(before, roots) and (
-            isinstance(output, torch.Tensor)
-            and isinstance(hidden, torch.Tensor)
-            and output.shape == hidden.shape
-            and output.dtype == hidden.dtype
-        )
-        return _pytree.tree_map(without_graph, output)
-
-
-def _roots(block: NamedBlock, call: BlockCall) -> list[tuple[str, Any]]:
-    """Everything that a call of ``block`` may change."""
-    arguments = call.original if call.original is not None else call.leaves
-    return [(block.name, block.module), ("its arguments", arguments)]
-
-
-def _never(_: Any) -> torch.Tensor:
-    raise AssertionError("the graph of a profiled forward is never walked backward")
-
-
 def model_device(model: nn.Module) -> torch.device:
     """Device of the model's parameters; the CPU for a model without any."""
     parameter = next(model.parameters(), None)
@@ -204,20 +161,21 @@ def model_device(model: nn.Module) -> torch.device:
 def profile_model(
     model: nn.Module,
     blocks: Sequence[NamedBlock],
-    run: Callable[[Callable[..., Any]], None],
+    run: Run,
     *,
-    batch: tuple[tuple[Any, ...], dict[str, Any]],
+    batch: Batch,
     optimizer: torch.optim.Optimizer | None = None,
     tiled_loss: bool = False,
+    rows_at_once: bool = False,
 ) -> Measured:
     """Measure ``model`` on ``batch``.
 
     Args:
         model: the model, with ``blocks`` inside.
-        run: called with an observer; must run the model's forward on the batch such that every block's forward calls
-            ``observer(name, own_forward, args, kwargs)`` and yields its result.
+        run: runs the model's forward on the batch.
         batch: (args, kwargs) of the model call. optimizer: whose state to reserve for.
         tiled_loss: the head and loss run by tiles, so that logits take no memory to speak of.
+        rows_at_once: no later pass can look at other numbers of sequences.
 
     Raises:
         ProfileError: the forward failed, or called none of the blocks.
@@ -225,12 +183,8 @@ def profile_model(
     device = model_device(model)
     settle_libraries(device, next((p.dtype for p in model.parameters()), torch.float32))
     start = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    observer = Observer({block.name: block for block in blocks}, device)
-    # A root under FSDP reshards in a post-forward hook: it must run to its end.
-    observer.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
-    roots = [(type(model).__name__, model), ("the batch", batch)]
-    with Start(roots, device, clone=True).kept(), torch.enable_grad(), contextlib.suppress(_AllSeenError):
-        run(observer)
+    observer = Observer({block.name: block for block in blocks}, device, rows_at_once=rows_at_once)
+    observer.over(model, batch, run)
     if not observer.profiles:
         raise ProfileError(
             f"{type(model).__name__} was called and none of its blocks was "

@@ -9,6 +9,9 @@ dimensions of size one broadcast and merge, and a block may save other storages 
     profiled at r > 1:     1    r    r + 1      the line of r and r + 1; 1 itself
 
 Where a single row is not on the line, the next number after it is measured too, to see whether it is one.
+
+Most runs see one batch size, so all this waits for a batch of another, whose own number is then measured as well. Only
+where a forward is a collective of all ranks it cannot wait, since no rank may run one alone.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.rerun import Forward
-from memo_runtime.profiling.calibrate import calibrate_again, crop_tokens
+from memo_runtime.profiling.calibrate import calibrate_again
 from memo_runtime.profiling.growth import line_through, times
 from memo_runtime.profiling.observe import CROP_ERRORS
 from memo_runtime.profiling.start import Start
+from memo_runtime.profiling.trial import crop_tokens
 from memo_runtime.records import BlockProfile, Pin, SavedTensor, TensorGroup, TokenAxis
 
 
@@ -38,6 +42,8 @@ class RowLaw:
         rows: of the profiled call.
         points: the block calibrated at other rows. line: two rows between and beyond which everything is linear.
         certain: every point that can be compared lies on the line; False: sizes at other rows are estimates.
+        seen: other rows were looked at; False: not yet.
+        dims: which dimension of which argument (leaf) has as many, where the profiled call has several and so tells.
     """
 
     row_dim: int | None = None
@@ -45,6 +51,8 @@ class RowLaw:
     points: dict[int, BlockProfile] = field(default_factory=dict)
     line: tuple[int, int] | None = None
     certain: bool = False
+    seen: bool = True
+    dims: dict[int, int] = field(default_factory=dict)
 
     def at(self, profile: BlockProfile, rows: int) -> BlockProfile:
         """``profile``, which is of this law's rows, for a batch of ``rows``."""
@@ -80,33 +88,63 @@ def row_dim_of(hidden: torch.Tensor, token_dim: int) -> int | None:
     return next((dim for dim in range(hidden.dim() - 1) if dim != token_dim), None)
 
 
+def later_rows(call: BlockCall, profile: BlockProfile) -> RowLaw:
+    """The law of a block that was profiled on ``call``, of which only that number of rows is known so far."""
+    hidden = call.leaves[profile.input_leaf] if profile.tokens else None
+    row_dim = row_dim_of(hidden, profile.token_dim) if isinstance(hidden, torch.Tensor) else None
+    if not isinstance(hidden, torch.Tensor) or row_dim is None:
+        return RowLaw(certain=hidden is not None)
+    rows = hidden.shape[row_dim]
+    dims = next(_row_dims(call, profile, row_dim)) if rows > 1 else {}
+    return RowLaw(row_dim, rows, seen=False, dims=dims)
+
+
 def measure_rows(
     block: nn.Module, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
 ) -> RowLaw:
     """The law of a block that was just profiled on ``call`` from ``start``; it is calibrated at other rows."""
-    if not profile.tokens:
-        return RowLaw()
-    hidden = call.leaves[profile.input_leaf]
-    row_dim = row_dim_of(hidden, profile.token_dim)
-    if row_dim is None:
-        return RowLaw(certain=True)
-    rows = hidden.shape[row_dim]
-    line = (2, 3) if rows == 1 else (rows, rows + 1)
-    bench = _Bench(block, forward, call, profile, start, row_dim)
-    for at in sorted({1, *line} - {rows}):
+    law = later_rows(call, profile)
+    if law.row_dim is None:
+        return law
+    return _measured(_Bench(block, forward, call, profile, start, law.row_dim), law.rows, {law.rows: profile})
+
+
+def measure_beside(
+    block: nn.Module, forward: Forward, call: BlockCall, known: BlockProfile, law: RowLaw, start: Start
+) -> RowLaw:
+    """``law`` of a block whose profile is ``known``, measured with a ``call`` of another number of rows."""
+    unknown = replace(law, seen=True)
+    try:
+        here = calibrate_again(block, forward, call, known, start)
+    except CROP_ERRORS:
+        return unknown
+    beside = later_rows(call, here) if here is not None else unknown
+    if here is None or beside.row_dim is None:
+        return unknown
+    bench = _Bench(block, forward, call, here, start, beside.row_dim, law.dims)
+    return _measured(bench, law.rows, {law.rows: known, beside.rows: here})
+
+
+def _measured(bench: _Bench, rows: int, known: Mapping[int, BlockProfile]) -> RowLaw:
+    """The law of a block that is profiled at ``rows``; what is not among ``known`` rows is looked at."""
+    several = sorted(number for number in known if number > 1) or [2]
+    line = (several[0], several[1] if len(several) > 1 else several[0] + 1)
+    for at in sorted({1, *line} - known.keys()):
         bench.look(at)
-    points = bench.points
-    if not _on_one_line({rows: profile, **points}, *line):
-        return RowLaw(row_dim, rows, points, None, certain=False)
+    points = {**bench.points, **known}
+    others = {number: point for number, point in points.items() if number != rows}
+    if not _on_one_line(points, *line):
+        return RowLaw(bench.row_dim, rows, others, None)
     # Two points are always on a line: a third one tells.
     third = 1
-    if not _on_one_line({rows: profile, **points}, line[0], third):
+    if not _on_one_line(points, line[0], third):
         third = line[1] + 1
         bench.look(third)
-    at_all = {rows: profile, **points}
-    predicted = _on_line(at_all, line, third) if third in at_all else None
-    certain = bench.agreed and predicted is not None and _same(predicted, at_all[third])
-    return RowLaw(row_dim, rows, points, line, certain)
+        points = {**bench.points, **known}
+    predicted = _on_line(points, line, third) if third in points else None
+    certain = bench.agreed and predicted is not None and _same(predicted, points[third])
+    others = {number: point for number, point in points.items() if number != rows}
+    return RowLaw(bench.row_dim, rows, others, line, certain)
 
 
 def _on_one_line(points: Mapping[int, BlockProfile], *rows: int) -> bool:
@@ -124,6 +162,7 @@ class _Bench:
     profile: BlockProfile
     start: Start
     row_dim: int
+    dims: Mapping[int, int] = field(default_factory=dict)
     points: dict[int, BlockProfile] = field(default_factory=dict)
     agreed: bool = True
 
@@ -143,7 +182,8 @@ class _Bench:
         tokens = min(self.profile.tokens, crop_tokens(hidden.device.type))
         crop = self.call.cut(self.profile.arguments, 0, tokens)
         found: list[BlockProfile] = []
-        for dims in _row_dims(crop, self.profile, self.row_dim):
+        ways = iter([dict(self.dims)]) if self.dims else _row_dims(crop, self.profile, self.row_dim)
+        for dims in ways:
             other = crop.replaced({leaf: _repeated(crop.leaves[leaf], dim, rows) for leaf, dim in dims.items()})
             try:
                 answer = calibrate_again(self.block, self.forward, other, self.profile, self.start)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,13 +36,13 @@ _UNFILLED = ("empty", "new_empty", "zeros", "new_zeros", "ones", "new_ones", "fu
 
 @dataclass(slots=True)
 class Slicing:
-    """What a rerun on a slice needs, or why there is none."""
+    """What a rerun on a slice needs, or why there is none; ``verdicts`` are of the operators that were asked alone."""
 
     pins: dict[PinKey, PinKind] = field(default_factory=dict)
     axes: dict[tuple[PinKey, int], TokenAxis | None] = field(default_factory=dict)
     squares: dict[tuple[PinKey, int], tuple[int, ...]] = field(default_factory=dict)
     saved: list[Match] = field(default_factory=list)
-    arguments: tuple[ArgumentAxes, ...] = ()
+    verdicts: dict[PinKey, Verdict] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -206,7 +206,7 @@ def find_slicing(
     forward: Forward, call: BlockCall, whole: Observation, arguments: tuple[ArgumentAxes, ...], lengths: Lengths
 ) -> Slicing:
     """Pins with which ``forward`` on tokens [start, whole) of ``call`` saves the tail of what ``whole`` saved."""
-    slicing = Slicing(pins=named_pins(whole), arguments=arguments)
+    slicing = Slicing(pins=named_pins(whole))
     shapes: dict[PinKey, tuple[torch.Size | None, ...]] = {}
     tail_call = call.cut(arguments, lengths.start, lengths.whole)
     if slicing.pins:
@@ -216,7 +216,6 @@ def find_slicing(
         except CROP_ERRORS as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
-    verdicts: dict[PinKey, Verdict] = {}
     for _ in range(_MAX_ROUNDS):
         _find_axes(whole, shapes, slicing, lengths)
         values = tail_values(whole, slicing, lengths)
@@ -225,7 +224,7 @@ def find_slicing(
         except CROP_ERRORS as error:
             slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
             return slicing
-        faults, slicing.reason = _find_faults(whole, part, lengths, verdicts)
+        faults, slicing.reason = _find_faults(whole, part, lengths, slicing.verdicts)
         faults = {key: kind for key, kind in faults.items() if key not in slicing.pins}
         if slicing.reason:
             return slicing
@@ -235,6 +234,25 @@ def find_slicing(
         slicing.pins.update(faults)
     slicing.reason = f"its operators still mixed tokens after {_MAX_ROUNDS} rounds of pinning"
     return slicing
+
+
+def slice_alike(
+    forward: Forward, call: BlockCall, whole: Observation, known: Slicing, arguments: tuple[ArgumentAxes, ...],
+    lengths: Lengths,
+) -> Slicing | None:
+    """What ``known`` says of a block whose operators are those of ``whole``, seen in one run; None: not of this one.
+
+    An operator that was asked alone is not asked again: its arguments have the same shapes and numbers.
+    """  # fmt: skip
+    slicing = replace(known, saved=[], verdicts=dict(known.verdicts))
+    values = tail_values(whole, slicing, lengths)
+    tail_call = call.cut(arguments, lengths.start, lengths.whole)
+    part = observe(forward, tail_call, values, last=len(whole.saved) - 1)
+    faults, reason = _find_faults(whole, part, lengths, slicing.verdicts)
+    if reason or faults.keys() - slicing.pins.keys():
+        return None
+    slicing = _check_saved(slicing, whole, part, lengths)
+    return None if slicing.reason else slicing
 
 
 def _first_line(error: Exception) -> str:

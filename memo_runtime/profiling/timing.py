@@ -26,8 +26,10 @@ from memo_runtime.records import BlockProfile, Growth, Role
 
 #: Longest length timed where the block will run at more.
 _LONGEST = {"cuda": 8192, "cpu": 512}
-_REPEATS = 3
-#: Runs longer than this are not repeated: they are steady by themselves.
+#: Most samples at one length, and how much two that follow each other may differ to be taken for steady.
+_MOST_SAMPLES = 4
+_STEADY = 0.05
+#: Runs longer than this are repeated once: what libraries prepare in the first is small beside them.
 _LONG_SECONDS = 0.5
 
 
@@ -94,12 +96,13 @@ class _Timer:
         return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak, peak.take(), output)
 
     def median(self, tokens: int) -> _Sample:
-        """Several samples at ``tokens``, after one that lets libraries choose their kernels."""
-        warm_up = self.sample(tokens)
+        """Samples at ``tokens`` until two agree, without the first if it does not: libraries choose kernels in it."""
         # Ranks of a distributed run may gather parameters in every run: all of them make as many, whatever their times.
-        short = warm_up.forward + warm_up.backward < _LONG_SECONDS or several_ranks()
-        repeats = _REPEATS if short else 1
-        return _median([self.sample(tokens) for _ in range(repeats)])
+        together = several_ranks()
+        samples = [self.sample(tokens), self.sample(tokens)]
+        while len(samples) < _MOST_SAMPLES and (together or not _steady(*samples[-2:])):
+            samples.append(self.sample(tokens))
+        return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:])
 
     def _backward(self, call: BlockCall, output: object) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire."""
@@ -162,6 +165,12 @@ class _Peak:
         peak = torch.cuda.max_memory_allocated(self._device) - self._base
         self._reset()
         return max(0, peak)
+
+
+def _steady(a: _Sample, b: _Sample) -> bool:
+    """Two samples of one length agree, or are so long that they need not."""
+    pairs = [(a.forward, b.forward), (a.backward, b.backward), (a.rerun, b.rerun)]
+    return b.forward + b.backward > _LONG_SECONDS or all(abs(x - y) <= _STEADY * max(x, y) for x, y in pairs)
 
 
 def _median(samples: list[_Sample]) -> _Sample:

@@ -1,0 +1,131 @@
+"""Blocks that are like one that was calibrated: two short runs show it, where calibrating takes eight.
+
+Most blocks of a stack differ in their weights alone. Such a block runs the same operators on the same shapes, with the
+same numbers beside them. So it costs the same FLOPs, and what its operators are by themselves (profiling/alone.py) is
+known. What depends on values is looked at again: a slice is run with the pins of the known block, every operator's
+result and every saved tensor is compared with the whole's, and what it saves has to be stored as the known block's is.
+Where anything differs the block is calibrated by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memo_runtime.profiling.inventory import take_inventory
+from memo_runtime.profiling.observe import CROP_ERRORS, Observation
+from memo_runtime.profiling.slicing import Slicing, slice_alike
+from memo_runtime.profiling.trial import Subject, Trial, rerun_end, run_whole
+from memo_runtime.profiling.unsliced import unsliced
+from memo_runtime.records import ArgumentAxes, BlockProfile
+
+#: A run without values: every operator with its arguments and results, and every saved tensor.
+Sketch = tuple[tuple[tuple[object, ...], ...], tuple[object, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A calibrated block, as later ones are compared with it.
+
+    Attributes:
+        structure: what has to agree before anything is run. sketch: of its run on a crop.
+        reason: why no slice of it is tried; "": slices are made as ``slicing`` says.
+    """
+
+    structure: tuple[object, ...]
+    profile: BlockProfile
+    sketch: Sketch
+    slicing: Slicing
+    reason: str
+
+    @classmethod
+    def of(cls, structure: tuple[object, ...], profile: BlockProfile, trial: Trial, reason: str) -> Example:
+        """The block of ``profile``, made from ``trial``, of which no tensor is kept."""
+        return cls(structure, profile, _sketch(trial.whole), replace(trial.slicing, saved=[]), reason)
+
+
+def structure_of(subject: Subject) -> tuple[object, ...]:
+    """Classes, parameters and arguments of a block, without names, values or how long it takes."""
+    block, call = subject.block, subject.call
+    return (
+        subject.stack,
+        subject.input_leaf,
+        tuple((name, type(module), module.training) for name, module in block.named_modules()),
+        tuple((name, _look(parameter)) for name, parameter in block.named_parameters()),
+        call.signature(),
+        tuple((leaf, tuple(tensor.shape)) for leaf, tensor in call.tensors()),
+    )
+
+
+def like_one_of(examples: Iterable[Example], subject: Subject) -> BlockProfile | None:
+    """The profile of ``subject`` if it is like one of ``examples``, which have its structure; None: like none."""
+    wholes: dict[tuple[int, tuple[ArgumentAxes, ...]], Trial] = {}
+    for example in examples:
+        axes = example.profile.token_dim, example.profile.arguments
+        try:
+            if axes not in wholes:
+                wholes[axes] = run_whole(subject, *axes)
+            profile = _like(example, subject, wholes[axes])
+        except CROP_ERRORS:
+            continue
+        if profile is not None:
+            return profile
+    return None
+
+
+def _like(example: Example, subject: Subject, trial: Trial) -> BlockProfile | None:
+    known, whole = example.profile, trial.whole
+    if whole.walked or bool(whole.saved) != bool(known.groups):
+        return None
+    if known.dynamic:
+        return _like_as_a_whole(example, subject, trial)
+    if _sketch(whole) != example.sketch:
+        return None
+    same = replace(known, name=subject.name)
+    if not whole.saved:
+        return same
+    arguments, lengths = trial.arguments, trial.lengths
+    slicing = slice_alike(subject.forward, trial.call, whole, example.slicing, arguments, lengths)
+    if slicing is None:
+        return None
+    found = take_inventory(
+        subject.block, trial.call, whole, slicing, input_leaf=subject.input_leaf, token_dim=trial.token_dim
+    )
+    stored = (tuple(found.saved), tuple(found.groups), tuple(found.pins))
+    return same if stored == (known.saved, known.groups, known.pins) else None
+
+
+def _like_as_a_whole(example: Example, subject: Subject, trial: Trial) -> BlockProfile | None:
+    """Where sizes depend on data, as with routed experts: no slice is tried, which is always exact."""
+    known, whole = example.profile, trial.whole
+    operators, _ = example.sketch
+    if {record.key[0] for record in whole.operators} != {operator[0] for operator in operators}:
+        return None
+    tokens = trial.lengths.whole
+    counts = known.forward_flops.at(tokens), known.recompute_flops.at(tokens)
+    known_flops = known.forward_flops, known.recompute_flops
+    same_flops = counts == (whole.flops, rerun_end(subject, whole))
+    trial.slicing = Slicing(reason=example.reason)
+    return unsliced(subject, trial, example.reason, flops=known_flops if same_flops else None)
+
+
+def _sketch(observation: Observation) -> Sketch:
+    operators = tuple(
+        (*record.key, *map(_look, _pytree.tree_leaves((record.args, record.kwargs))), *map(_look, record.outputs))
+        for record in observation.operators
+    )
+    return operators, tuple(_look(tensor) for tensor in observation.saved)
+
+
+def _look(value: Any) -> object:
+    """``value`` without what it holds, if it is a tensor; plain numbers and settings as they are."""
+    if isinstance(value, torch.Tensor):
+        strides = value.stride() if value.layout == torch.strided else None
+        return tuple(value.shape), strides, value.layout, value.dtype, value.device, value.requires_grad
+    plain = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+    # A number may be one that is not equal to itself.
+    return repr(value) if isinstance(value, plain) else type(value)

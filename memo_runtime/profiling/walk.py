@@ -1,0 +1,110 @@
+"""One pass of a model's forward that reaches every block with its real arguments and computes as little as it can.
+
+Where the forward calls a block, the block is looked at on a crop of the arguments, and then skipped where its result
+has the shape of its input: no activation of the target length is ever saved. The pass ends when nothing is left to see.
+What it changed is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.reach import reach
+from memo_runtime.blocks.rerun import Forward
+from memo_runtime.profiling.start import Start, cut_graphs, without_graph
+from memo_runtime.records import BlockProfile
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+#: Runs the model's forward such that every block's calls ``observer(name, own_forward, args, kwargs)`` for its result.
+Run = Callable[[Callable[..., Any]], None]
+
+
+class _AllSeenError(Exception):
+    """Nothing is left to see."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedBlock:
+    """A block to profile: its name, stack, module and own forward."""
+
+    name: str
+    stack: int
+    module: nn.Module
+
+
+@dataclass(slots=True)
+class Walk(ABC):
+    """Stands in for the forward of every block during the pass."""
+
+    blocks: dict[str, NamedBlock]
+    device: torch.device
+    may_stop: bool = True
+    _outputs: dict[object, bool] = field(default_factory=dict)
+
+    @abstractmethod
+    def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        """Look at a block that is being called; what is known of it."""
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Nothing is left to see."""
+
+    def over(self, model: nn.Module, batch: Batch, run: Run) -> None:
+        """Walk through ``model`` on ``batch``."""
+        # A root under FSDP reshards in a post-forward hook: it must run to its end.
+        self.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
+        roots = [(type(model).__name__, model), ("the batch", batch)]
+        with Start(roots, self.device, clone=True).kept(), torch.enable_grad(), contextlib.suppress(_AllSeenError):
+            run(self)
+
+    def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at block ``name`` and give a result of the right shape."""
+        block = self.blocks[name]
+        call = BlockCall.of(args, kwargs)
+        profile = self.look(block, forward, call)
+        if self.may_stop and self.is_done():
+            raise _AllSeenError
+        return self._result(block, forward, call, profile)
+
+    def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:
+        key = (type(block.module), profile.groups, profile.tokens)
+        hidden = call.leaves[profile.input_leaf] if profile.tokens else None
+        if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
+            return hidden
+        args, kwargs = call.arguments()
+        roots = roots_of(block, call)
+        before = reach(roots)
+        # With grad, so that each result tells whether it has one, and with nothing saved if the forward does not walk
+        # its graph (of a block that could not be profiled that is not known).
+        walks = profile.inner_autograd or not profile.tokens
+        hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
+        with torch.enable_grad(), hooks:
+            output = forward(*args, **kwargs)
+        # What a block leaves elsewhere, blocks behind it may read: such a block is run each time.
+        self._outputs[key] = not cut_graphs(before, roots) and (
+            isinstance(output, torch.Tensor)
+            and isinstance(hidden, torch.Tensor)
+            and output.shape == hidden.shape
+            and output.dtype == hidden.dtype
+        )
+        return _pytree.tree_map(without_graph, output)
+
+
+def roots_of(block: NamedBlock, call: BlockCall) -> list[tuple[str, Any]]:
+    """Everything that a call of ``block`` may change."""
+    arguments = call.original if call.original is not None else call.leaves
+    return [(block.name, block.module), ("its arguments", arguments)]
+
+
+def _never(_: Any) -> torch.Tensor:
+    raise AssertionError("the graph of a profiled forward is never walked backward")

@@ -23,7 +23,7 @@ from memo_runtime.config import Loss, Policy, Settings
 from memo_runtime.errors import MemoError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
-from memo_runtime.execution.install import install_pre_hook, place, remove_pre_hook, take_back
+from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
 from memo_runtime.execution.session import Session
 from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
@@ -48,6 +48,8 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 _MOST_PLANS = 64
 _MOST_KINDS = 16
 _MOST_SHAPES = 7
+#: How often a kind of batch is profiled anew for a block that came late, which need not come again.
+_MOST_TRIES = 3
 _ALONE = "a batch of a new kind or shape came while parameters are sharded, so it was not profiled"
 
 
@@ -84,6 +86,9 @@ class Wrapped:
     _plans: Recent[Plan] = field(default_factory=lambda: Recent(_MOST_PLANS))
     _accumulates: Recent[bool] = field(default_factory=lambda: Recent(_MOST_PLANS))
     _known: Recent[list[Reading]] = field(default_factory=lambda: Recent(_MOST_KINDS))
+    #: By kind of batch, how often the profile was made for blocks that it lacked; and the kind of the step before.
+    _tries: Recent[Counter[str]] = field(default_factory=lambda: Recent(_MOST_KINDS))
+    _kind: tuple[Any, ...] | None = None
     _handle: Any = None
     _integration: Any = None
 
@@ -146,6 +151,7 @@ class Wrapped:
         refuse_active_hooks()
         device = model_device(self.model)
         key, shapes = self._signature(args, kwargs, device)
+        self._meet_strangers(key, shapes, (args, kwargs))
         # A plan made before a rerun was found wrong is not used again.
         found = tuple(self.session.demotions.items())
         accumulating = self._accumulates.get((key, shapes)) is not None or self._has_gradients()
@@ -160,6 +166,29 @@ class Wrapped:
             self.session.adopt(plan, device)
             self._announce(plan)
         self.session.begin_if_new()
+
+    def _meet_strangers(self, key: tuple[Any, ...], shapes: Shapes, batch: Batch) -> None:
+        """The step before called blocks that its profile lacks: a batch of that kind is profiled with them."""
+        same_kind, self._kind = key == self._kind, key
+        strangers, self.session.strangers = self.session.strangers, set()
+        tries = self._tries.get(key) or Counter()
+        new = {name for name in strangers if tries[name] < _MOST_TRIES}
+        # Of another kind, they are met again when two batches of that kind follow each other.
+        if not new or not same_kind or self.given_plan is not None or forwards_meet(self.model):
+            return
+        tries.update(new)
+        self._tries.put(key, tries)
+        measured = self._measure(batch, before=self._measured_at(key, shapes))
+        self._known.put(key, [Reading(measured, shapes)])
+        self._plans = Recent(_MOST_PLANS)
+
+    def _measured_at(self, key: tuple[Any, ...], shapes: Shapes) -> Measured | None:
+        """What is known at ``shapes`` with the measured number of sequences."""
+        for reading in self._known.get(key) or []:
+            sizes = reading.sizes_of(shapes)
+            if sizes is not None and not sizes.rows and reading.knows(sizes):
+                return reading.measured.at_tokens(sizes.tokens)
+        return None
 
     def _has_gradients(self) -> bool:
         """Gradients are there before this step's backward makes them; sharded ones (fully_shard) come another way."""
@@ -236,7 +265,7 @@ class Wrapped:
         """Measure the model on ``batch``."""
         return self._measure(batch).profile
 
-    def _measure(self, batch: Batch) -> Measured:
+    def _measure(self, batch: Batch, *, before: Measured | None = None) -> Measured:
         self.profiled += 1
         return profile_model(
             self.model,
@@ -246,6 +275,7 @@ class Wrapped:
             optimizer=self.optimizer,
             tiled_loss=self._tiles_loss and "labels" in batch[1],
             rows_at_once=forwards_meet(self.model),
+            before=before,
         )
 
     def _with_rows(self, reading: Reading, batch: Batch) -> Reading:
@@ -255,7 +285,7 @@ class Wrapped:
         )
 
     def _named(self) -> list[NamedBlock]:
-        return [NamedBlock(ref.name, ref.stack, ref.module) for ref in self.refs]
+        return [NamedBlock(ref.name, ref.stack, ref.module, original_forward(ref.module)) for ref in self.refs]
 
     def _runner(self, batch: Batch) -> Run:
         args, kwargs = batch

@@ -24,6 +24,11 @@ def forwards_meet(model: nn.Module) -> bool:
     return several_ranks() and any(_is_sharded(module) for module in model.modules())
 
 
+def is_gathered(block: nn.Module) -> bool:
+    """Parameters of ``block`` are gathered when it is called, and are not there otherwise."""
+    return any(_is_sharded(module) for module in block.modules())
+
+
 def has_sharded_parts(block: nn.Module) -> bool:
     """A module inside ``block`` gathers its own parameters, and frees them when it is done.
 

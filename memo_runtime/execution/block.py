@@ -96,6 +96,8 @@ class BlockForward:
         else:
             args, kwargs = call.arguments()
             counters.reason = plan.reason if plan is not None else session.no_plan_reason
+            if plan is None:
+                session.strangers.add(self.name)
         counters.executor = executor
         if executor in (Executor.KEEP, Executor.NATIVE) or plan is None or profile is None:
             output = self._untouched(forward, args, kwargs, plan)

@@ -58,6 +58,8 @@ class Session:
         self.strict = strict
         #: What reruns have shown, by block; plans made from now on take it into account.
         self.demotions: dict[str, Demotion] = {}
+        #: Blocks that were called and that the plan does not have; whoever plans next takes note of them.
+        self.strangers: set[str] = set()
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
         self._turn = Turn()
         self._here = threading.local()

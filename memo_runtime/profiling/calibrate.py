@@ -67,7 +67,7 @@ def calibrate(
         profile = like_one_of([example for example in examples if example.structure == structure], subject)
         if profile is None:
             profile, trial, reason = _calibrated(subject)
-            examples.append(Example.of(structure, profile, trial, reason))
+            examples.append(Example.of(subject, profile, trial, reason))
     return replace(profile, stateful=start.wrote, draws=start.drew)
 
 

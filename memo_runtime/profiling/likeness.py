@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree
 
+from memo_runtime.blocks.call import BlockCall
 from memo_runtime.profiling.inventory import take_inventory
 from memo_runtime.profiling.observe import CROP_ERRORS, Observation
 from memo_runtime.profiling.slicing import Slicing, slice_alike
@@ -23,6 +25,7 @@ from memo_runtime.profiling.trial import Subject, Trial, rerun_end, run_whole
 from memo_runtime.profiling.unsliced import unsliced
 from memo_runtime.records import ArgumentAxes, BlockProfile
 
+Structure = tuple[object, ...]
 #: A run without values: every operator with its arguments and results, and every saved tensor.
 Sketch = tuple[tuple[tuple[object, ...], ...], tuple[object, ...]]
 
@@ -32,30 +35,42 @@ class Example:
     """A calibrated block, as later ones are compared with it.
 
     Attributes:
-        structure: what has to agree before anything is run. sketch: of its run on a crop.
+        make: classes and parameters, and structure: arguments too; they have to agree before anything is run.
+        sketch: of its run on a crop, which was called with ``call``.
         reason: why no slice of it is tried; "": slices are made as ``slicing`` says.
     """
 
-    structure: tuple[object, ...]
+    make: Structure
+    structure: Structure
+    call: BlockCall
     profile: BlockProfile
     sketch: Sketch
     slicing: Slicing
     reason: str
 
     @classmethod
-    def of(cls, structure: tuple[object, ...], profile: BlockProfile, trial: Trial, reason: str) -> Example:
-        """The block of ``profile``, made from ``trial``, of which no tensor is kept."""
-        return cls(structure, profile, _sketch(trial.whole), replace(trial.slicing, saved=[]), reason)
+    def of(cls, subject: Subject, profile: BlockProfile, trial: Trial, reason: str) -> Example:
+        """The block of ``profile``, made from ``trial``, of which no tensor but the arguments is kept."""
+        slicing = replace(trial.slicing, saved=[])
+        make = make_of(subject.block, subject.stack)
+        return cls(make, structure_of(subject), trial.call, profile, _sketch(trial.whole), slicing, reason)
 
 
-def structure_of(subject: Subject) -> tuple[object, ...]:
-    """Classes, parameters and arguments of a block, without names, values or how long it takes."""
-    block, call = subject.block, subject.call
+def make_of(block: nn.Module, stack: int) -> Structure:
+    """Classes and parameters of a block, without names or values."""
     return (
-        subject.stack,
-        subject.input_leaf,
+        stack,
         tuple((name, type(module), module.training) for name, module in block.named_modules()),
         tuple((name, _look(parameter)) for name, parameter in block.named_parameters()),
+    )
+
+
+def structure_of(subject: Subject) -> Structure:
+    """What a block is made of and what it is called with, without names or values."""
+    call = subject.call
+    return (
+        *make_of(subject.block, subject.stack),
+        subject.input_leaf,
         call.signature(),
         tuple((leaf, tuple(tensor.shape)) for leaf, tensor in call.tensors()),
     )
@@ -85,7 +100,7 @@ def _like(example: Example, subject: Subject, trial: Trial) -> BlockProfile | No
         return _like_as_a_whole(example, subject, trial)
     if _sketch(whole) != example.sketch:
         return None
-    same = replace(known, name=subject.name)
+    same = replace(known, name=subject.name, tokens=subject.hidden.shape[trial.token_dim])
     if not whole.saved:
         return same
     arguments, lengths = trial.arguments, trial.lengths

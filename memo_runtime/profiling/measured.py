@@ -31,9 +31,9 @@ class Measured:
         law = self.laws[block.name]
         return law.rows if law.row_dim is not None else None
 
-    def block(self, name: str) -> BlockProfile:
-        """The profile of one block."""
-        return next(block for block in self.profile.blocks if block.name == name)
+    def block(self, name: str) -> BlockProfile | None:
+        """The profile of one block; None: it was not called."""
+        return next((block for block in self.profile.blocks if block.name == name), None)
 
     def left_for_later(self, rows: Mapping[int, int]) -> bool:
         """Stacks that have other numbers of sequences now, ``rows``, were only seen with their own."""
@@ -67,6 +67,14 @@ class Measured:
             outside_peak=times(profile.outside_peak, to_last),
             outside_seconds=times(profile.outside_seconds, to_last),
         )
+
+    def at_tokens(self, tokens: Mapping[int, int]) -> Measured:
+        """The same where the sequences of stack i have ``tokens[i]`` tokens; others stay."""
+        blocks = tuple(
+            replace(block, tokens=tokens.get(block.stack, block.tokens)) if block.tokens else block
+            for block in self.profile.blocks
+        )
+        return replace(self, profile=replace(self.profile, blocks=blocks))
 
     def _ratio(self, block: BlockProfile, rows: Mapping[int, int]) -> Fraction:
         old = self.laws[block.name].rows

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.ranks import has_sharded_parts
+from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import OffloaderActiveError, ProfileError
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
-from memo_runtime.profiling.likeness import Example
+from memo_runtime.profiling.likeness import Example, like_one_of, make_of
 from memo_runtime.profiling.link import measure_link
 from memo_runtime.profiling.machine import (
     allocated_after,
@@ -35,7 +35,8 @@ from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_di
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.states import gradients_of_blocks, measure_states
 from memo_runtime.profiling.timing import time_block
-from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of
+from memo_runtime.profiling.trial import Subject
+from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of, unprofiled
 from memo_runtime.records import BlockProfile, Growth, Profile
 
 logger = logging.getLogger("memo_runtime")
@@ -64,6 +65,7 @@ class Observer(Walk):
     hidden_bytes: int = 0
     crossed: bool = False
     _examples: list[Example] = field(default_factory=list)
+
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
         """Profile ``block`` if this is its first call."""
         if self.allocated is None and self.device.type == "cuda":
@@ -90,10 +92,37 @@ class Observer(Walk):
 
     def _unprofiled(self, block: NamedBlock, reason: str) -> BlockProfile:
         self.laws[block.name] = RowLaw()
-        return BlockProfile(
-            name=block.name, kind=type(block.module).__name__, stack=block.stack,
-            tokens=0, token_dim=0, input_leaf=0, reason=reason,
-        )  # fmt: skip
+        return unprofiled(block, reason)
+
+    def finish(self) -> None:
+        """Blocks of a stack that the forward left out (layer drop) are compared with those that it called."""
+        stacks = {profile.stack for profile in self.profiles.values()}
+        for block in self.blocks.values():
+            if block.name not in self.profiles and block.stack in stacks and not is_gathered(block.module):
+                self._compare(block)
+        self._examples.clear()
+
+    def carry_over(self, before: Measured) -> None:
+        """Take what ``before`` knows of blocks that were not called this time."""
+        for profile in before.profile.blocks:
+            if profile.name not in self.profiles:
+                self.profiles[profile.name], self.laws[profile.name] = profile, before.laws[profile.name]
+
+    def _compare(self, block: NamedBlock) -> None:
+        make = make_of(block.module, block.stack)
+        for example in self._examples:
+            if example.make != make or not example.profile.tokens:
+                continue
+            call, leaf = example.call, example.profile.input_leaf
+            start = Start(roots_of(block, call), self.device)
+            forward = start.every_time(block.forward)
+            with start.kept():
+                found = like_one_of([example], Subject(block.module, forward, call, leaf, block.name, block.stack))
+            if found is not None:
+                found = replace(found, tokens=example.profile.tokens, stateful=start.wrote, draws=start.drew)
+                model, self.laws[block.name] = self.timed[_kind_of(block, example.profile)]
+                self.profiles[block.name] = _with_times_of(model, found)
+                return
 
     def _measured(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
         start = Start(roots_of(block, call), self.device)
@@ -110,22 +139,12 @@ class Observer(Walk):
             self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
             self.hidden_bytes = hidden.numel() * hidden.element_size()
         # Blocks that save the same cost the same: one of each is timed, and seen at other numbers of sequences.
-        key = (type(block.module), profile.groups, profile.saved, profile.pins, profile.tokens, profile.dynamic)
+        key = _kind_of(block, profile)
         if key not in self.timed:
             timed = time_block(block.module, forward, call, profile, start=start, device=self.device)
             self.timed[key] = timed, self._law(block, forward, call, profile, start)
         model, self.laws[block.name] = self.timed[key]
-        return replace(
-            profile,
-            forward_seconds=model.forward_seconds,
-            backward_seconds=model.backward_seconds,
-            rerun_seconds=model.rerun_seconds,
-            forward_peak=model.forward_peak,
-            backward_peak=model.backward_peak,
-            rerun_peak=model.rerun_peak,
-            output=model.output,
-            timed_tokens=model.timed_tokens,
-        )
+        return _with_times_of(model, profile)
 
     def _law(
         self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
@@ -152,6 +171,25 @@ class Observer(Walk):
         tokens = max(1, tokens)
         return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
 
+def _kind_of(block: NamedBlock, profile: BlockProfile) -> object:
+    """Equal for blocks that save the same."""
+    return type(block.module), profile.groups, profile.saved, profile.pins, profile.tokens, profile.dynamic
+
+
+def _with_times_of(model: BlockProfile, profile: BlockProfile) -> BlockProfile:
+    return replace(
+        profile,
+        forward_seconds=model.forward_seconds,
+        backward_seconds=model.backward_seconds,
+        rerun_seconds=model.rerun_seconds,
+        forward_peak=model.forward_peak,
+        backward_peak=model.backward_peak,
+        rerun_peak=model.rerun_peak,
+        output=model.output,
+        timed_tokens=model.timed_tokens,
+    )
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Device of the model's parameters; the CPU for a model without any."""
     parameter = next(model.parameters(), None)
@@ -167,6 +205,7 @@ def profile_model(
     optimizer: torch.optim.Optimizer | None = None,
     tiled_loss: bool = False,
     rows_at_once: bool = False,
+    before: Measured | None = None,
 ) -> Measured:
     """Measure ``model`` on ``batch``.
 
@@ -176,6 +215,7 @@ def profile_model(
         batch: (args, kwargs) of the model call. optimizer: whose state to reserve for.
         tiled_loss: the head and loss run by tiles, so that logits take no memory to speak of.
         rows_at_once: no later pass can look at other numbers of sequences.
+        before: what was measured on a batch of these shapes, for the blocks that this one does not call.
 
     Raises:
         ProfileError: the forward failed, or called none of the blocks.
@@ -190,6 +230,8 @@ def profile_model(
             f"{type(model).__name__} was called and none of its blocks was "
             f"({', '.join(block.name for block in blocks[:3])}, ...): name those that its forward uses with blocks="
         )
+    if before is not None:
+        observer.carry_over(before)
     seen = [(b.name, b.module) for b in blocks if b.name in observer.profiles]
     gradients = gradients_of_blocks(model, seen)
     measured = tuple(replace(observer.profiles[name], gradients=gradients[name]) for name, _ in seen)

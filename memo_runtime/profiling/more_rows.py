@@ -13,7 +13,7 @@ from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.model import model_device
 from memo_runtime.profiling.rows import RowLaw, measure_beside
 from memo_runtime.profiling.start import Start
-from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of
+from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of, unprofiled
 from memo_runtime.records import BlockProfile
 
 
@@ -27,7 +27,10 @@ class _Look(Walk):
 
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
         """Measure the law of the block's kind, unless that is done."""
-        law, profile = self.measured.laws[block.name], self.measured.block(block.name)
+        profile = self.measured.block(block.name)
+        if profile is None:
+            return unprofiled(block, "it was not called when the model was profiled")
+        law = self.measured.laws[block.name]
         if not law.seen and id(law) not in self.found and not call.is_empty:
             start = Start(roots_of(block, call), self.device)
             self.found[id(law)] = measure_beside(block.module, forward, call, profile, law, start)
@@ -36,6 +39,9 @@ class _Look(Walk):
     def is_done(self) -> bool:
         """One block of every kind was looked at."""
         return all(law.seen or id(law) in self.found for law in self.measured.laws.values())
+
+    def finish(self) -> None:
+        """Kinds that this batch does not call stay as they are: they are looked at when a batch calls them."""
 
 
 def look_at_rows(

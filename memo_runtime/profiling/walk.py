@@ -40,6 +40,7 @@ class NamedBlock:
     name: str
     stack: int
     module: nn.Module
+    forward: Forward
 
 
 @dataclass(slots=True)
@@ -64,8 +65,14 @@ class Walk(ABC):
         # A root under FSDP reshards in a post-forward hook: it must run to its end.
         self.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
         roots = [(type(model).__name__, model), ("the batch", batch)]
-        with Start(roots, self.device, clone=True).kept(), torch.enable_grad(), contextlib.suppress(_AllSeenError):
-            run(self)
+        with Start(roots, self.device, clone=True).kept(), torch.enable_grad():
+            with contextlib.suppress(_AllSeenError):
+                run(self)
+            self.finish()
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The forward is over; what it did not call can be looked at."""
 
     def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at block ``name`` and give a result of the right shape."""
@@ -98,6 +105,14 @@ class Walk(ABC):
             and output.dtype == hidden.dtype
         )
         return _pytree.tree_map(without_graph, output)
+
+
+def unprofiled(block: NamedBlock, reason: str) -> BlockProfile:
+    """The profile of a block that is left alone."""
+    return BlockProfile(
+        name=block.name, kind=type(block.module).__name__, stack=block.stack,
+        tokens=0, token_dim=0, input_leaf=0, reason=reason,
+    )  # fmt: skip
 
 
 def roots_of(block: NamedBlock, call: BlockCall) -> list[tuple[str, Any]]:

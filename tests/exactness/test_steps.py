@@ -22,13 +22,11 @@ from tests.exactness.compare import (
     assert_same,
     assert_trade,
     model_loss,
-    output_loss,
     plan_of,
     run_step,
     take_gradients,
     weighted,
 )
-from tests.exactness.hand_written import Attention, Stack, sequence
 from tests.exactness.models import FAMILIES, text
 
 three_ways = pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
@@ -252,38 +250,6 @@ def test_an_exception_in_a_step_leaves_clean_state(way: Way) -> None:
 
 def _fail(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-@three_ways
-def test_a_block_that_was_not_called_when_profiled(way: Way) -> None:
-    """Layer drop: it runs as it is, and the report says why; the others keep their plan."""
-    torch.manual_seed(0)
-    plain, wrapped = (Dropping(*(Attention() for _ in range(3))).double() for _ in range(2))
-    wrapped.load_state_dict(plain.state_dict())
-    way.wrap(wrapped)
-    for dropped in (2, None, 0):
-        plain.dropped = wrapped.dropped = dropped
-        want, got = (run_step(model, {"x": sequence()}, output_loss) for model in (plain, wrapped))
-        assert_same(got, want, way)
-        called = {block.name: block for block in memo.report(wrapped).blocks}
-        assert len(called) == 3 - (dropped is not None)
-        assert called["blocks.1"].bytes_to_host > 0
-        if dropped != 2:
-            assert "not called when the model was profiled" in called["blocks.2"].reason
-        assert_clean(wrapped)
-
-
-class Dropping(Stack):
-    """Leaves one block out."""
-
-    dropped: int | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.embed(x)
-        for index, block in enumerate(self.blocks):
-            if index != self.dropped:
-                hidden = block(hidden)
-        return self.head(hidden)
 
 
 @three_ways

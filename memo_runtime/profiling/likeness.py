@@ -103,8 +103,10 @@ def _like(example: Example, subject: Subject, trial: Trial) -> BlockProfile | No
     same = replace(known, name=subject.name, tokens=subject.hidden.shape[trial.token_dim])
     if not whole.saved:
         return same
-    arguments, lengths = trial.arguments, trial.lengths
-    slicing = slice_alike(subject.forward, trial.call, whole, example.slicing, arguments, lengths)
+    slicing = slice_alike(
+        subject.forward, trial.call, whole,
+        known=example.slicing, arguments=trial.arguments, lengths=trial.lengths,
+    )  # fmt: skip
     if slicing is None:
         return None
     found = take_inventory(

@@ -47,12 +47,14 @@ def settle_libraries(device: torch.device, dtype: torch.dtype) -> None:
 def allocated_after(device: torch.device) -> int:
     """Bytes that are allocated once the profile's own are free, which are given back to the device; 0 on CPU.
 
-    What is cached is of the profile's shapes, and would splinter the memory of the steps that follow.
+    What is cached is of the profile's shapes, and would splinter the memory of the steps that follow. The peak that is
+    counted from here on is the steps'.
     """
     if device.type != "cuda":
         return 0
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     return int(torch.cuda.memory_allocated(device))
 
 

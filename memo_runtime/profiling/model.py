@@ -62,7 +62,7 @@ class Observer(Walk):
     timed: dict[object, tuple[BlockProfile, RowLaw]] = field(default_factory=dict)
     allocated: int | None = None
     rows: int = 1
-    hidden_bytes: int = 0
+    hidden: torch.Tensor | None = None
     crossed: bool = False
     _examples: list[Example] = field(default_factory=list)
 
@@ -137,11 +137,13 @@ class Observer(Walk):
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
             self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
-            self.hidden_bytes = hidden.numel() * hidden.element_size()
+            self.hidden = hidden.detach()
         # Blocks that save the same cost the same: one of each is timed, and seen at other numbers of sequences.
         key = _kind_of(block, profile)
         if key not in self.timed:
-            timed = time_block(block.module, forward, call, profile, start=start, device=self.device)
+            timed = time_block(
+                block.module, forward, call, profile, start=start, device=self.device, load=not self.timed
+            )
             self.timed[key] = timed, self._law(block, forward, call, profile, start)
         model, self.laws[block.name] = self.timed[key]
         return _with_times_of(model, profile)
@@ -239,6 +241,10 @@ def profile_model(
     name, _ = device_memory(device)
     host_bytes, host_source = host_limit()
     link = measure_link(device)
+    hidden, observer.hidden = observer.hidden, None
+    hidden_bytes = hidden.numel() * hidden.element_size() if hidden is not None else 0
+    seconds = outside_seconds(model, measured, observer.rows, hidden, tiled_loss=tiled_loss)
+    del hidden
     shared = observer.shared_growth(tokens)
     outside = max(0, (observer.allocated or start) - start - shared.at(tokens))
     profile = Profile(
@@ -259,8 +265,8 @@ def profile_model(
         expandable=joins_free_memory(device),
         shared=shared,
         outside_forward=Growth(linear=outside / max(1, tokens)),
-        outside_peak=outside_peak(model, measured, observer.rows, observer.hidden_bytes, tiled_loss=tiled_loss),
-        outside_seconds=outside_seconds(model, measured, observer.rows),
+        outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
+        outside_seconds=seconds,
         notes=_notes(measured),
     )
     shared_by_all = observer.shared_growth(tokens, by_row=False)

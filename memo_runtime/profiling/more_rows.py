@@ -33,7 +33,7 @@ class _Look(Walk):
         law = self.measured.laws[block.name]
         if not law.seen and id(law) not in self.found and not call.is_empty:
             start = Start(roots_of(block, call), self.device)
-            self.found[id(law)] = measure_beside(block.module, forward, call, profile, law, start)
+            self.found[id(law)] = measure_beside(block.module, forward, call, start, known=profile, law=law)
         return profile
 
     def is_done(self) -> bool:

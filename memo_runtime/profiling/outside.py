@@ -1,15 +1,21 @@
-"""What lies outside the blocks: the final norm, the head and the loss, estimated from the model's shape.
+"""What lies outside the blocks: the final norm, the head and the loss.
 
-These are estimates until a step was seen; the plan says so.
+Their bytes are estimated from the model's shape until a step was seen; the plan says so. Their time is measured where
+the runtime itself runs them, by tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import nn
 
+from memo_runtime.losses import linear_cross_entropy
+from memo_runtime.profiling.growth import fit_seconds, times
+from memo_runtime.profiling.stopwatch import seconds_of
 from memo_runtime.records import BlockProfile, Growth
 
 #: Copies of the last hidden state alive at once around the final norm and the loss: the state itself, its gradient,
@@ -19,6 +25,8 @@ _HIDDEN_COPIES = {2: 9, 4: 5, 8: 5}
 _BARE_COPIES = 2
 #: Bytes of one tile of logits with its gradient, when the loss runs by tiles.
 _TILE_BYTES = 512 * 1024**2
+#: Most tokens on which head and loss are timed.
+_HEAD_TOKENS = {"cuda": 8192, "cpu": 256}
 
 
 def _around(model: nn.Module, profiles: Sequence[BlockProfile]) -> Iterator[nn.Module]:
@@ -59,12 +67,58 @@ def outside_peak(
     return Growth(linear=per_token + rows * features * 2 * (item + 4))
 
 
-def outside_seconds(model: nn.Module, profiles: Sequence[BlockProfile], rows: int) -> Growth:
-    """Seconds of the head, forward and backward, at the rate that the blocks' own products reached."""
+def outside_seconds(
+    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden: torch.Tensor | None, *, tiled_loss: bool
+) -> Growth:
+    """Seconds of the head and loss, forward and backward, by tokens.
+
+    By tiles they are timed, on as many tokens as ``hidden``, the input of the first block, has at most; otherwise the
+    head is taken to run at the rate that the blocks' own products reached.
+    """
+    heads = list(_heads(model, profiles))
+    if tiled_loss and heads and hidden is not None:
+        head = max(heads, key=lambda linear: linear.out_features)
+        measured = _time_tiles(head, rows, hidden)
+        if measured is not None:
+            return measured
     timed = [p for p in profiles if p.timed_tokens and p.forward_seconds.exact(p.timed_tokens) > 0]
     if not timed:
         return Growth()
     flops = timed[0].forward_flops.exact(timed[0].timed_tokens)
     seconds = timed[0].forward_seconds.exact(timed[0].timed_tokens)
-    weights = sum(head.in_features * head.out_features for head in _heads(model, profiles))
+    weights = sum(head.in_features * head.out_features for head in heads)
     return Growth(linear=6 * rows * weights * seconds / max(flops, 1.0))
+
+
+def _time_tiles(head: nn.Linear, rows: int, like: torch.Tensor) -> Growth | None:
+    """Seconds by tokens of one of ``rows`` sequences; None where the head cannot be run alone."""
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    # Sharded, freed or quantised weights are none that can be multiplied with.
+    usable = (
+        not hasattr(weight, "_local_tensor")
+        and weight.is_floating_point()
+        and tuple(weight.shape) == (head.out_features, like.shape[-1])
+        and weight.untyped_storage().nbytes() > 0
+        and weight.device == like.device
+    )
+    if not usable:
+        return None
+    weight.requires_grad_(head.weight.requires_grad)
+    most = min(_HEAD_TOKENS.get(like.device.type, _HEAD_TOKENS["cpu"]), like.numel() // head.in_features)
+    points = []
+    for tokens in sorted({max(1, most // 2), most}):
+        hidden = like.reshape(-1, head.in_features)[:tokens].to(weight.dtype, copy=True).requires_grad_()
+        target = torch.zeros(tokens, dtype=torch.int64, device=like.device)
+        wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+
+        def run(hidden: torch.Tensor = hidden, target: torch.Tensor = target, wanted: Any = wanted) -> None:
+            torch.autograd.grad(linear_cross_entropy(hidden, weight, target, bias=bias), wanted)
+
+        try:
+            with torch.enable_grad():
+                samples = [seconds_of(run, like.device) for _ in range(3)]
+        except torch.OutOfMemoryError:
+            return None
+        # The first run chooses kernels.
+        points.append((tokens, min(samples[1:])))
+    return times(fit_seconds(points, curved=False), Fraction(rows))

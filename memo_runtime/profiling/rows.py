@@ -110,7 +110,7 @@ def measure_rows(
 
 
 def measure_beside(
-    block: nn.Module, forward: Forward, call: BlockCall, known: BlockProfile, law: RowLaw, start: Start
+    block: nn.Module, forward: Forward, call: BlockCall, start: Start, *, known: BlockProfile, law: RowLaw
 ) -> RowLaw:
     """``law`` of a block whose profile is ``known``, measured with a ``call`` of another number of rows."""
     unknown = replace(law, seen=True)

@@ -237,13 +237,18 @@ def find_slicing(
 
 
 def slice_alike(
-    forward: Forward, call: BlockCall, whole: Observation, known: Slicing, arguments: tuple[ArgumentAxes, ...],
+    forward: Forward,
+    call: BlockCall,
+    whole: Observation,
+    *,
+    known: Slicing,
+    arguments: tuple[ArgumentAxes, ...],
     lengths: Lengths,
 ) -> Slicing | None:
     """What ``known`` says of a block whose operators are those of ``whole``, seen in one run; None: not of this one.
 
     An operator that was asked alone is not asked again: its arguments have the same shapes and numbers.
-    """  # fmt: skip
+    """
     slicing = replace(known, saved=[], verdicts=dict(known.verdicts))
     values = tail_values(whole, slicing, lengths)
     tail_call = call.cut(arguments, lengths.start, lengths.whole)

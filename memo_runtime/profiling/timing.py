@@ -1,13 +1,14 @@
 """Timing one block: forward, backward, and a rerun with its mixers replaced, at three lengths.
 
-On CUDA the transient memory of the block is measured in the same runs.
+On CUDA the transient memory of the block is measured in the same runs. A device that has just woken up runs faster
+than one under load, so it works for a while before anything is timed for a step of long sequences.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,9 +21,12 @@ from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
-from memo_runtime.profiling.observe import CROP_ERRORS
+from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
+from memo_runtime.profiling.observe import CROP_ERRORS, observe
 from memo_runtime.profiling.start import Start
-from memo_runtime.records import BlockProfile, Growth, Role
+from memo_runtime.profiling.stopwatch import seconds_of, synchronize
+from memo_runtime.profiling.trial import crop_tokens
+from memo_runtime.records import BlockProfile, Growth, PinKind, Role
 
 #: Longest length timed where the block will run at more.
 _LONGEST = {"cuda": 8192, "cpu": 512}
@@ -31,6 +35,8 @@ _MOST_SAMPLES = 4
 _STEADY = 0.05
 #: Runs longer than this are repeated once: what libraries prepare in the first is small beside them.
 _LONG_SECONDS = 0.5
+#: Work before blocks of long sequences are timed.
+_LOAD_SECONDS = {"cuda": 1.0}
 
 
 def _nothing() -> None:
@@ -69,15 +75,19 @@ class _Timer:
     def seconds(self, run: Callable[[], object]) -> float:
         """Seconds of ``run`` on an idle device."""
         self.start.set()
-        self._synchronize()
-        start = time.perf_counter()
-        run()
-        self._synchronize()
-        return time.perf_counter() - start
+        return seconds_of(run, self.device)
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def load(self, tokens: int) -> None:
+        """Keep the device busy until it has the speed that it keeps."""
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < _LOAD_SECONDS.get(self.device.type, 0.0):
+            call = self.crop(tokens)
+            args, kwargs = call.arguments()
+            outputs = [self.forward(*args, **kwargs)]
+            self._backward(call, outputs.pop())
+            synchronize(self.device)
+            if several_ranks():
+                return
 
     def sample(self, tokens: int) -> _Sample:
         """One forward, backward and rerun at ``tokens``."""
@@ -131,6 +141,23 @@ class _Timer:
             run_again(self.forward, call, lambda *_: None, mode=ReplayMode(values), last=last, on_walk=on_walk)
 
         return self.seconds(again)
+
+    def attention(self, lengths: Sequence[int]) -> Mapping[int, Attention]:
+        """Seconds of the block's attention at each of ``lengths``.
+
+        Empty where the last, at which the block will run, is no longer than the others, and where tokens are mixed by
+        something else.
+        """
+        wanted = {(pin.op, pin.call) for pin in self.profile.pins if pin.kind == PinKind.MIXER}
+        if not wanted or lengths[-1] <= max(lengths[:-1]) or not self.profile.arguments:
+            return {}
+        self.start.set()
+        crop = self.crop(min(lengths[0], crop_tokens(self.device.type)))
+        records = observe(self.forward, crop).by_key()
+        mixers = [records[key] for key in wanted if key in records]
+        if len(mixers) < len(wanted) or not all(map(is_attention, mixers)):
+            return {}
+        return time_attention(mixers, lengths)
 
     def _captured(self, call: BlockCall, tokens: int) -> Mapping[PinKey, Values]:
         """What pins hold at this length, from one run for all samples."""
@@ -207,13 +234,30 @@ def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
     return tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
 
 
+def _seconds(medians: Sequence[_Sample], of: Callable[[_Sample], float], attention: Mapping[int, float]) -> Growth:
+    """Seconds by tokens; ``attention``: what of them is attention, at the medians' lengths and at a longer one."""
+    points = [(sample.tokens, of(sample)) for sample in medians]
+    rest = [(tokens, seconds - attention.get(tokens, 0.0)) for tokens, seconds in points]
+    if not attention or min(seconds for _, seconds in rest) <= 0:
+        return fit_seconds(points, curved=True)
+    longest = max(attention)
+    return replace(fit_seconds(rest, curved=False), quadratic=attention[longest] / longest**2)
+
+
 def time_block(
-    block: nn.Module, forward: Forward, call: BlockCall, profile: BlockProfile, *, start: Start, device: torch.device
+    block: nn.Module,
+    forward: Forward,
+    call: BlockCall,
+    profile: BlockProfile,
+    *,
+    start: Start,
+    device: torch.device,
+    load: bool,
 ) -> BlockProfile:
     """``profile`` with seconds and transient peaks filled in, measured on a crop of ``call``.
 
     Every run begins at ``start``, whose setting up is not timed, and the state is that one afterwards. A block that
-    cannot be cropped is timed at full length.
+    cannot be cropped is timed at full length. ``load``: the device was not busy before.
     """
     if not profile.tokens:
         return profile
@@ -222,12 +266,15 @@ def time_block(
     lengths = (profile.tokens,) if whole_only else lengths_to_time(profile.tokens, device.type)
     with start.kept(), torch.enable_grad():
         try:
+            if load and lengths[-1] < profile.tokens:
+                timer.load(lengths[-1])
             medians = [timer.median(tokens) for tokens in lengths]
         except CROP_ERRORS:
             if profile.sliceable or lengths == (profile.tokens,):
                 raise
             # Weights of the size of the sequence, for one: it runs at its own length and at no other.
             medians = [timer.median(profile.tokens)]
+        attention = timer.attention([*(sample.tokens for sample in medians), profile.tokens])
     top = medians[-1]
     curved = any(group.size.quadratic for group in profile.groups)
 
@@ -238,8 +285,8 @@ def time_block(
 
     return replace(
         profile,
-        forward_seconds=fit_seconds([(s.tokens, s.forward) for s in medians], curved=True),
-        backward_seconds=fit_seconds([(s.tokens, s.backward) for s in medians], curved=True),
+        forward_seconds=_seconds(medians, lambda s: s.forward, {n: a.forward for n, a in attention.items()}),
+        backward_seconds=_seconds(medians, lambda s: s.backward, {n: a.backward for n, a in attention.items()}),
         rerun_seconds=fit_seconds([(s.tokens, s.rerun) for s in medians], curved=False),
         forward_peak=peak(lambda s: s.forward_peak),
         backward_peak=peak(lambda s: s.backward_peak),

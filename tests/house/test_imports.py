@@ -2,6 +2,7 @@
 
 errors, units <- config <- records <- persist
 blocks, losses, planning, reporting, native -> the nouns  profiling, execution -> blocks, native, the nouns
+profiling -> losses
 execution -> capture -> blocks, the nouns
 planning -> memo_solver                                   wrapping, checking, api -> the three stages
 """
@@ -26,7 +27,7 @@ ALLOWED = {
     "losses": NOUNS,
     "reporting": {"records", "units", "errors"},
     "native": NOUNS,
-    "profiling": NOUNS | {"blocks", "native"},
+    "profiling": NOUNS | {"blocks", "losses", "native"},
     "planning": NOUNS | {"traces"},
     "traces": NOUNS,
     "simulation": NOUNS | {"traces"},

@@ -1,0 +1,94 @@
+"""Timing attention at the length that it will have, where its block is timed at shorter ones only.
+
+The time of a block without its attention grows in proportion to the tokens. That of attention grows with their square,
+at a rate that rises until the device is full and falls again at lengths that no short run shows. Its inputs are small,
+though: queries, keys and values of one group of heads take little memory and a fraction of the time at any length.
+
+    block at 8K, 16K, 32K  -  attention at 8K, 16K, 32K  =  the rest, on a line
+    attention at 128K: one group of heads, times the groups
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from memo_runtime.blocks.operators import base_name
+from memo_runtime.profiling.observe import OperatorRecord
+from memo_runtime.profiling.stopwatch import seconds_of
+
+#: Operators that take queries, keys and values as [rows, heads, tokens, features] in front of everything else.
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
+#: Query rows (heads times tokens) that keep a device busy: fewer groups of heads are not timed.
+_BUSY_ROWS = {"cuda": 2**18, "cpu": 2**8}
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Seconds of attention."""
+
+    forward: float
+    backward: float
+
+
+def is_attention(record: OperatorRecord) -> bool:
+    """Whether ``record`` can be run at other lengths: no mask or bias, which are as large as all scores."""
+    if base_name(record.key[0]) not in _ATTENTION or len(record.args) < 3 or len(record.inputs) != 3:
+        return False
+    q, k, v = record.args[:3]
+    tensors = all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 for tensor in (q, k, v))
+    return tensors and q.shape[2] == k.shape[2] == v.shape[2] and q.shape[1] % k.shape[1] == 0
+
+
+def time_attention(records: Sequence[OperatorRecord], lengths: Sequence[int]) -> Mapping[int, Attention]:
+    """Seconds of all ``records`` together, forward and backward, at each of ``lengths``."""
+    found = {}
+    for tokens in lengths:
+        each = [_time(record, tokens) for record in records]
+        found[tokens] = Attention(sum(one.forward for one in each), sum(one.backward for one in each))
+    return found
+
+
+def _time(record: OperatorRecord, tokens: int) -> Attention:
+    q, k, _ = record.args[:3]
+    device, groups, per_group = q.device, k.shape[1], q.shape[1] // k.shape[1]
+    busy = _BUSY_ROWS.get(device.type, _BUSY_ROWS["cpu"])
+    timed = min(groups, -(-busy // (tokens * per_group)))
+    tensors = [_stretched(tensor, tokens, timed * tensor.shape[1] // groups) for tensor in record.args[:3]]
+    # The first run chooses kernels.
+    samples = [_sample(record, tensors, device) for _ in range(3)][1:]
+    times = q.shape[0] * groups / timed
+    return Attention(
+        min(sample.forward for sample in samples) * times, min(sample.backward for sample in samples) * times
+    )
+
+
+def _sample(record: OperatorRecord, tensors: Sequence[torch.Tensor], device: torch.device) -> Attention:
+    outputs: list[torch.Tensor] = []
+    with torch.enable_grad():
+        forward = seconds_of(lambda: outputs.append(_result(record, tensors)), device)
+        gradient = outputs[0].detach()
+        backward = seconds_of(lambda: torch.autograd.grad(outputs.pop(), tensors, gradient), device)
+    return Attention(forward, backward)
+
+
+def _result(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    out = record.func(*tensors, *record.args[3:], **record.kwargs)
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    assert isinstance(result, torch.Tensor), "attention yields a tensor first"
+    return result
+
+
+def _stretched(tensor: torch.Tensor, tokens: int, heads: int) -> torch.Tensor:
+    """One row and ``heads`` heads of ``tensor``, its tokens repeated, in the usual order of memory."""
+    by_token = tensor.detach()[0, :heads].transpose(0, 1)
+    repeats = -(-tokens // by_token.shape[0])
+    made = by_token.repeat(repeats, 1, 1)[:tokens].contiguous()
+    return made.transpose(0, 1)[None].requires_grad_()

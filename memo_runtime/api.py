@@ -48,7 +48,7 @@ from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan, Profile, Report
 from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import parse_tokens, show_value
-from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped, policy_from_outside
+from memo_runtime.wrapping import Batch, Wrapped, all_wrapped, find_wrapped, make_wrapped, policy_from_outside
 
 __all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "unwrap", "wrap"]
 
@@ -156,13 +156,15 @@ def wrap(
 
 def _is_wrapped_so(model: nn.Module, wanted: Wrapped) -> bool:
     """Whether ``model`` is wrapped already, exactly as ``wanted``."""
-    existing = find_wrapped(model)
-    if existing is not None:
+    inside = all_wrapped(model)
+    if inside:
+        existing = next(iter(inside.values()))
         if existing.model is model and existing.same_as(wanted):
             return True
+        others = f" (and so are {len(inside) - 1} more models inside it)" if len(inside) > 1 else ""
         raise AlreadyWrappedError(
-            f"{type(existing.model).__name__} is wrapped already with {existing}; asked for {type(model).__name__}: "
-            f"{wanted}; call memo.unwrap(model) first"
+            f"{type(existing.model).__name__} is wrapped already with {existing}{others}; asked for "
+            f"{type(model).__name__}: {wanted}; call memo.unwrap(model) first"
         )
     outer = policy_from_outside(model)
     if outer is not None:
@@ -204,10 +206,9 @@ def _count_blocks(model: nn.Module) -> str:
 
 
 def unwrap(model: Model) -> Model:
-    """Undo ``wrap`` and return ``model``. An unwrapped model is returned as it is."""
+    """Undo ``wrap``, of ``model`` or of all models inside it, and return ``model``; an unwrapped one as it is."""
     check_model(model, "unwrap")
-    wrapped = find_wrapped(model)
-    if wrapped is not None:
+    for wrapped in all_wrapped(model).values():
         wrapped.remove()
     return model
 

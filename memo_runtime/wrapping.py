@@ -20,7 +20,7 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Loss, Policy, Settings
-from memo_runtime.errors import MemoError
+from memo_runtime.errors import ArgumentError, MemoError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
@@ -322,13 +322,26 @@ class Wrapped:
             self.session.note(f"'{names[0]}'{others} cannot take policy '{plan.policy}': {reason}")
 
 
+def all_wrapped(model: nn.Module) -> dict[str, Wrapped]:
+    """What ``wrap`` put into ``model`` or into models inside it, by module name ("" is ``model`` itself)."""
+    found = {name: module.__dict__.get(ATTRIBUTE) for name, module in model.named_modules()}
+    return {name: wrapped for name, wrapped in found.items() if isinstance(wrapped, Wrapped)}
+
+
 def find_wrapped(model: nn.Module) -> Wrapped | None:
-    """What ``wrap`` put into ``model`` or into a model inside it (DDP, FSDP, PEFT, torch.compile wrappers)."""
-    for module in model.modules():
-        wrapped = module.__dict__.get(ATTRIBUTE)
-        if isinstance(wrapped, Wrapped):
-            return wrapped
-    return None
+    """What ``wrap`` put into ``model`` or into the one model inside it (DDP, FSDP, PEFT, torch.compile wrappers).
+
+    Raises:
+        ArgumentError: there are several wrapped models inside.
+    """
+    found = all_wrapped(model)
+    if len(found) > 1:
+        names = list(found)
+        raise ArgumentError(
+            f"{type(model).__name__} holds {len(found)} wrapped models ({', '.join(names)}), each with a plan and a "
+            f"report of its own: give one of them, such as model.{names[0]}"
+        )
+    return next(iter(found.values()), None)
 
 
 def policy_from_outside(model: nn.Module) -> str | None:

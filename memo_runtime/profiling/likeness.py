@@ -1,10 +1,10 @@
 """Blocks that are like one that was calibrated: two short runs show it, where calibrating takes eight.
 
 Most blocks of a stack differ in their weights alone. Such a block runs the same operators on the same shapes, with the
-same numbers beside them. So it costs the same FLOPs, and what its operators are by themselves (profiling/alone.py) is
-known. What depends on values is looked at again: a slice is run with the pins of the known block, every operator's
-result and every saved tensor is compared with the whole's, and what it saves has to be stored as the known block's is.
-Where anything differs the block is calibrated by itself.
+same numbers beside them. So it costs the same FLOPs, and what most of its operators are by themselves
+(profiling/alone.py) is known. What depends on values is looked at again: a slice is run with the pins of the known
+block, every operator's result and every saved tensor is compared with the whole's, and what it saves has to be stored
+as the known block's is. Where anything differs the block is calibrated by itself.
 """
 
 from __future__ import annotations

@@ -236,6 +236,15 @@ def find_slicing(
     return slicing
 
 
+def _needs_no_values(record: OperatorRecord) -> bool:
+    """Shapes and numbers alone say whether this operator mixes tokens.
+
+    With indices and masks their values do, and another library's operator may begin as the identity (a scan).
+    """
+    floats = all(tensor.is_floating_point() or tensor.is_complex() for tensor in record.inputs)
+    return floats and record.key[0].startswith("aten.")
+
+
 def slice_alike(
     forward: Forward,
     call: BlockCall,
@@ -247,9 +256,12 @@ def slice_alike(
 ) -> Slicing | None:
     """What ``known`` says of a block whose operators are those of ``whole``, seen in one run; None: not of this one.
 
-    An operator that was asked alone is not asked again: its arguments have the same shapes and numbers.
+    An operator that was asked alone is not asked again where its values cannot matter: its arguments have the same
+    shapes and numbers.
     """
-    slicing = replace(known, saved=[], verdicts=dict(known.verdicts))
+    records = whole.by_key()
+    verdicts = {key: verdict for key, verdict in known.verdicts.items() if _needs_no_values(records[key])}
+    slicing = replace(known, saved=[], verdicts=verdicts)
     values = tail_values(whole, slicing, lengths)
     tail_call = call.cut(arguments, lengths.start, lengths.whole)
     part = observe(forward, tail_call, values, last=len(whole.saved) - 1)

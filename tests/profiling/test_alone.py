@@ -31,6 +31,12 @@ def leak(x: Tensor, weight: float) -> Tensor:
     return _shift(x, weight)
 
 
+@torch.library.custom_op("memo_alone::leak_by", mutates_args=())
+def leak_by(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, by a weight that no shape shows."""
+    return _shift(x, float(weight))
+
+
 @torch.library.custom_op("memo_alone::half_leak", mutates_args=())
 def half_leak(x: Tensor, weight: float) -> Tensor:
     """The same, in bfloat16 alone."""
@@ -58,6 +64,10 @@ for _operator in (leak, half_leak):
         lambda ctx, gradient: (_unshift(gradient, ctx.weight), None),
         setup_context=lambda ctx, inputs, output: setattr(ctx, "weight", inputs[1]),
     )
+leak_by.register_autograd(
+    lambda ctx, gradient: (_unshift(gradient, ctx.weight), None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "weight", float(inputs[1])),
+)
 half_scale.register_autograd(
     lambda ctx, gradient: (gradient * ctx.weight, None),
     setup_context=lambda ctx, inputs, output: setattr(ctx, "weight", inputs[1]),
@@ -142,3 +152,21 @@ def test_nothing_of_a_transformer_layer_is_taken_for_a_mixer_but_attention(dtype
     memo.wrap(model, policy="memo", alpha=0.37, keep_last=0)
     model(sequence().to(dtype).detach()).float().square().mean().backward()
     assert all("scaled_dot_product" in name for name in pinned(model))
+
+
+class Learned(Block):
+    def __init__(self, weight: float) -> None:
+        super().__init__("leak_by")
+        self.register_buffer("weight", torch.tensor(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(functional.gelu(torch.ops.memo_alone.leak_by(self.first(x), self.weight)))
+
+
+def test_an_operator_that_begins_as_the_identity_in_one_block_is_asked_again_in_the_next():
+    """What is known of an equal block's operators is not taken over where values decide."""
+    torch.manual_seed(0)
+    model = tower("leak")
+    model.layers = nn.ModuleList([Learned(0.0), Learned(0.005), Learned(0.0)]).bfloat16()
+    found = [block.pins for block in memo.profile(model, (sequence(),)).blocks]
+    assert [len(pins) for pins in found] == [0, 1, 0]

@@ -10,6 +10,8 @@ import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memo_runtime.blocks.region import shrink
+
 
 @dataclass(frozen=True, slots=True)
 class AutocastState:
@@ -57,7 +59,7 @@ class BufferState:
     @classmethod
     def current(cls, tensors: Iterable[torch.Tensor]) -> BufferState:
         """The values at this point."""
-        return cls(tuple((tensor, tensor.detach().clone()) for tensor in tensors))
+        return cls(tuple((tensor, shrink(tensor.detach()).clone()) for tensor in tensors))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -68,14 +70,16 @@ class BufferState:
         """Make them the current values; no dispatch mode sees that."""
         with torch.no_grad(), _disable_current_modes():
             for buffer, value in self.values:
-                if buffer.shape == value.shape:
+                # Expanded dimensions cannot be written to: one element stands for all.
+                memory = shrink(buffer.detach())
+                if memory.shape == value.shape:
                     # Every value set here is undone after the rerun: to autograd the buffer was not written to.
                     with _unsafe_preserve_version_counter(buffer):
-                        buffer.copy_(value)
+                        memory.copy_(value)
 
     def changed(self) -> bool:
         """The buffers have other values now."""
-        return any(not torch.equal(buffer, value) for buffer, value in self.values)
+        return any(not torch.equal(shrink(buffer), value) for buffer, value in self.values)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ class View:
         if self.spread is None:
             return packed_view
         wide = torch.empty_strided(self.size, self.spread, dtype=flat.dtype, device=flat.device)
-        shrink(wide).copy_(shrink(packed_view))
+        shrink(wide).copy_(_first_along(packed_view, self.spread))
         return wide
 
 
@@ -122,8 +122,13 @@ def tail(
 
 def shrink(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with expanded dimensions (stride 0) cut to one element."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
+    return _first_along(tensor, tensor.stride())
+
+
+def _first_along(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The first element of ``tensor`` along each dimension of stride 0."""
+    for dim, stride in enumerate(strides):
+        if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
 
@@ -152,8 +157,10 @@ def _layout(tensor: torch.Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
 
 
 def _token_stride(tensor: torch.Tensor, axis: TokenAxis, tokens: int) -> int | None:
-    """Elements between two tokens, or None where the other dimensions do not nest around it."""
+    """Elements between two tokens; None where other dimensions do not nest around it, or one element stands for all."""
     inner = tensor.stride(axis.dim) * axis.inner
+    if inner <= 0:
+        return None
     block = tokens * inner
     for dim, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if size <= 1 or step == 0 or dim == axis.dim:
@@ -163,7 +170,7 @@ def _token_stride(tensor: torch.Tensor, axis: TokenAxis, tokens: int) -> int | N
                 return None
         elif step * (size - 1) >= inner:
             return None
-    return inner if inner > 0 else None
+    return inner
 
 
 def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | None], tokens: int) -> Region | None:
@@ -193,16 +200,15 @@ def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | Non
 def compact_region(tensor: torch.Tensor, axis: TokenAxis | None, tokens: int) -> tuple[Region, torch.Tensor]:
     """(region, packed copy) of one tensor whose memory has gaps; expanded dimensions stay expanded.
 
-    The copy has its dimensions in the same memory order wherever tokens can be cut in it: kernels of backward choose
-    by strides.
+    Not the one along which it is to be cut: there the copy has every element. It has its dimensions in the same memory
+    order wherever tokens can be cut in it: kernels of backward choose by strides.
     """
-    small = shrink(tensor)
-    if axis is not None and small.shape[axis.dim] != tensor.shape[axis.dim]:
-        axis = None
+    strides = [step if axis is None or dim != axis.dim else 1 for dim, step in enumerate(tensor.stride())]
+    small = _first_along(tensor, strides)
     dense = packed(small)
     region = dense_region([dense], [axis], tokens)
     if region is None:
-        dense = small.contiguous()
+        dense = small.clone(memory_format=torch.contiguous_format)
         region = dense_region([dense], [axis], tokens)
     assert region is not None, "a contiguous tensor can be cut along any dimension"
     (view,) = region.views

@@ -28,12 +28,20 @@ class Inventory:
     pins: list[Pin]
 
 
-def _size(size_bytes: int, tokens: int, found: Match | None, axis: TokenAxis | None) -> Growth:
+def _axis(tensor: torch.Tensor, found: Match) -> TokenAxis | None:
+    """Where ``tensor`` is cut; nowhere if one element stands for all tokens (``gate.expand_as(x)``)."""
+    return found.axis if found.axis is not None and tensor.stride(found.axis.dim) else None
+
+
+def _size(
+    size_bytes: int, tokens: int, matches: Sequence[tuple[torch.Tensor, Match]], axis: TokenAxis | None
+) -> Growth:
+    """How the bytes of one piece grow, given what lies in it; expanding along tokens takes no bytes."""
     if axis is not None:
         return polynomial_bytes(size_bytes, tokens, 1)
-    if found is None or not found.dims:
-        return polynomial_bytes(size_bytes, tokens, 0)
-    return polynomial_bytes(size_bytes, tokens, len(found.dims), found.padded or 1)
+    degree = max((sum(tensor.stride(dim) != 0 for dim in found.dims) for tensor, found in matches), default=0)
+    padded = max((found.padded or 1 for _, found in matches), default=1) if degree else 1
+    return polynomial_bytes(size_bytes, tokens, degree, padded)
 
 
 class _Roles:
@@ -52,8 +60,8 @@ class _Roles:
                 if isinstance(value, torch.Tensor) and value.numel():
                     self.pinned[storage_key(value)] = kind
 
-    def of(self, tensor: torch.Tensor, axis: TokenAxis | None, found: Match | None) -> Role:
-        """The role of a tensor's storage."""
+    def of(self, tensor: torch.Tensor, axis: TokenAxis | None, *, grows: bool) -> Role:
+        """The role of a tensor's storage; ``grows``: something in it has a size that depends on the tokens."""
         key = storage_key(tensor)
         if key in self.parameters:
             return Role.PARAMETER
@@ -65,7 +73,7 @@ class _Roles:
             return Role.MIXER if self.pinned[key] == PinKind.MIXER else Role.RANDOM
         if axis is not None:
             return Role.TOKEN
-        return Role.WHOLE if found is not None and found.dims else Role.FIXED
+        return Role.WHOLE if grows else Role.FIXED
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -87,7 +95,7 @@ def take_inventory(
     roles = _Roles(block, call, whole, slicing, input_leaf)
     inventory = Inventory([], [], [])
     members = [
-        Member(tensor, slicing.saved[index].axis, index)
+        Member(tensor, _axis(tensor, slicing.saved[index]), index)
         for index, tensor in enumerate(whole.saved)
         if tensor.numel()
     ]
@@ -111,18 +119,17 @@ def take_inventory(
 def _add_group(
     inventory: Inventory, members: Sequence[Member], roles: _Roles, found: Mapping[int, Match], tokens: int
 ) -> None:
-    first = next((found[m.index] for m in members if m.index is not None), None)
-    role = roles.of(members[0].tensor, members[0].axis, first)
-    if role in (Role.PARAMETER, Role.SHARED):
+    if roles.of(members[0].tensor, None, grows=False) in (Role.PARAMETER, Role.SHARED):
         pieces = [(0, list(members))]
     else:
         pieces = [(region.numel * flat.element_size(), inside) for region, flat, inside in locate(members, tokens)]
     for size, inside in pieces:
         axis = inside[0].axis
+        matches = [(member.tensor, found[member.index]) for member in inside if member.index is not None]
         inventory.groups.append(
             TensorGroup(
-                role=role,
-                size=_size(size, tokens, first, axis),
+                role=roles.of(inside[0].tensor, axis, grows=any(match.dims for _, match in matches)),
+                size=_size(size, tokens, matches, axis),
                 saved=any(member.index is not None for member in inside),
                 splits=axis is not None,
             )

@@ -74,8 +74,8 @@ class Tiled(Training):
 
     def details(self) -> dict[str, object]:
         """Kernels of attention, how many programs there are, and pinned GiB."""
-        last = self.blocks[-1].last
-        found: dict[str, object] = {"attention": last.kernels if last is not None else []}
+        last = self.blocks[-1]
+        found: dict[str, object] = {"attention": last.kernels}
         found["programs"] = len(self.programs)
         if self.swap is not None:
             found["host GiB"] = round(self.swap.pool.reserved / 2**30, 2)

@@ -105,15 +105,16 @@ def wrap(
     Args:
         model: any ``nn.Module`` with a stack of repeated blocks.
         plan: a plan, or a file that holds one; then nothing is profiled or planned.
-        policy: ``auto``, ``none``, ``memo``, ``swap``, ``recompute`` or ``replay``.
-        alpha: share of tokens whose activations are swapped, for ``memo`` and ``replay``; the rest is recomputed.
+        policy: ``auto``, ``none``, ``memo``, ``swap``, ``recompute``, ``replay`` or ``tiled``.
+        alpha: share of tokens whose activations are swapped, for ``memo`` and ``replay``; the rest is recomputed. For
+            ``tiled``: share of tiles whose matrix products stay on the device.
         budget: bound on ``torch.cuda.max_memory_allocated``, bytes or text such as ``"70GiB"``.
         host_budget: bound on host (pinned) bytes.
         disk: not built yet.
         optimizer: whose state the plan reserves for; without it AdamW in the parameters' dtype.
         blocks: the blocks, if they should not be searched: modules, a ``ModuleList``, or names.
         keep_last: blocks at the end of each stack that stay on the device.
-        tile: not built yet. layout: ``auto`` or ``native``.
+        tile: tokens of a tile, for ``tiled``. layout: ``auto`` or ``native``.
         loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
         strict: a block that cannot take the policy is an error before the first step, and one whose rerun is found
             wrong in a step stays one (otherwise the next step runs it in a safer way).
@@ -131,17 +132,16 @@ def wrap(
     check_optimizer(optimizer)
     if disk is not None:
         raise _not_built("disk", disk, "activations go to the device, the host, or are recomputed")
-    if tile is not None:
-        raise _not_built("tile", tile, "tiled execution comes later; policy 'replay' splits along tokens")
     choose(Layout, "layout", layout, "use layout='auto', PyTorch's own allocator")
     loss_kind = choose(Loss, "loss", loss, "use loss='auto'")
     settings = make_settings(
-        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict
-    )
+        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict,
+        tile=tile,
+    )  # fmt: skip
     given = _load(plan)
     if given is not None and settings != make_settings():
         raise ArgumentError(
-            "a plan fixes policy, alpha, budgets, keep_last and strict: give the plan or those, not both"
+            "a plan fixes policy, alpha, budgets, keep_last, tile and strict: give the plan or those, not both"
         )
     refs = _refs(model, blocks) if given is None else _planned_refs(model, given, blocks)
     check_keep_last(refs, settings.keep_last)
@@ -223,9 +223,16 @@ def as_batch(batch: Any) -> Batch:
 
 
 def profile(
-    model: nn.Module, batch: Any, *, optimizer: torch.optim.Optimizer | None = None, blocks: Any = None
+    model: nn.Module,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    blocks: Any = None,
+    tiles: bool = False,
 ) -> Profile:
     """Measure ``model`` on ``batch`` (keywords as a mapping, or positional arguments) without training.
+
+    ``tiles``: also capture the blocks and find out what they take by tiles, so that policy ``tiled`` can be planned.
 
     Raises:
         ArgumentTypeError, NotBuiltError, NoBlocksError, BlockListError: see ``wrap``.
@@ -241,22 +248,22 @@ def profile(
                 f"{type(existing.model).__name__} is wrapped with {existing}, and blocks= names {len(given)} "
                 f"({given[0].name}, ...): leave blocks= out, or call memo.unwrap(model) first"
             )
-        return _measure(existing, as_batch(batch), optimizer)
+        return _measure(existing, as_batch(batch), optimizer, tiles)
     wrapped = make_wrapped(model, _refs(model, blocks), make_settings())
     refuse_other_optimisers(model, {id(ref.module) for ref in wrapped.refs})
     check_weights(model)
     wrapped.install()
     try:
-        return _measure(wrapped, as_batch(batch), optimizer)
+        return _measure(wrapped, as_batch(batch), optimizer, tiles)
     finally:
         wrapped.remove()
 
 
-def _measure(wrapped: Wrapped, batch: Batch, optimizer: torch.optim.Optimizer | None) -> Profile:
+def _measure(wrapped: Wrapped, batch: Batch, optimizer: torch.optim.Optimizer | None, tiles: bool) -> Profile:
     before = wrapped.optimizer
     wrapped.optimizer = before if optimizer is None else optimizer
     try:
-        return wrapped.profile(batch)
+        return wrapped.profile(batch, tiles=tiles)
     except (MemoError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -278,23 +285,26 @@ def plan(
     host_budget: int | str | None = None,
     keep_last: int | None = None,
     strict: bool = False,
+    tile: int | None = None,
     seq_len: int | str | None = None,
 ) -> Plan:
     """Decide what happens to each byte of a step of the profiled model; ``print`` it for a table.
 
     Args:
         profile: from ``memo.profile``. seq_len: another length than the profiled one, such as ``"128K"``.
-        policy, alpha, budget, host_budget, keep_last, strict: as in ``wrap``.
+        policy, alpha, budget, host_budget, keep_last, strict, tile: as in ``wrap``.
 
     Raises:
         PlanInfeasibleError, HostLimitError: no plan fits; says what would.
         BlockFallbackError: ``strict`` and a block cannot take the policy.
+        PlanRequestError: what does not go with this profile.
         ArgumentError, ArgumentTypeError, NotBuiltError: see ``wrap``.
     """
     check_profile(profile)
     settings = make_settings(
-        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict
-    )
+        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict,
+        tile=tile,
+    )  # fmt: skip
     tokens = None
     if seq_len is not None:
         try:

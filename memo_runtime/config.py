@@ -65,8 +65,8 @@ def native_mode(mode: str | None = None) -> NativeMode:
 #: Policies that fix the swap fraction; ``memo``, ``replay`` and ``tiled`` also take one from the user.
 FIXED_ALPHA = {Policy.SWAP: 1.0, Policy.RECOMPUTE: 0.0}
 _TAKES_ALPHA = (Policy.MEMO, Policy.REPLAY, Policy.TILED)
-#: By kind: members of different kinds with the same text are equal, and 'tiled' is built as a loss.
-_NOT_BUILT: dict[type[StrEnum], StrEnum] = {Policy: Policy.TILED, Layout: Layout.PLANNED}
+#: By kind: members of different kinds with the same text are equal.
+_NOT_BUILT: dict[type[StrEnum], StrEnum] = {Layout: Layout.PLANNED}
 #: A bare number below this is a size whose unit was forgotten: no budget is so small.
 _BARE_BYTES = 1024
 
@@ -82,6 +82,7 @@ class Settings:
         host_budget: bound on host (pinned) bytes; ``None`` is the detected limit.
         keep_last: blocks at the end of each stack whose activations stay on the device; ``None``: planned.
         strict: a block that cannot take the policy is an error instead of a warning.
+        tile: tokens of a tile for ``tiled``; ``None``: planned.
     """
 
     policy: Policy = Policy.AUTO
@@ -90,6 +91,7 @@ class Settings:
     host_budget: int | None = None
     keep_last: int | None = None
     strict: bool = False
+    tile: int | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
@@ -99,7 +101,7 @@ class Settings:
                     "from 0 (recompute) to 1 (swap), such as 0.5"
                 )
             if self.policy not in _TAKES_ALPHA:
-                takers = ", ".join(policy for policy in _TAKES_ALPHA if policy is not _NOT_BUILT[Policy])
+                takers = ", ".join(_TAKES_ALPHA)
                 raise ArgumentError(
                     f"alpha={self.alpha} goes with policy {takers}; policy is '{self.policy}': give one of those, or "
                     "leave alpha out"
@@ -112,8 +114,22 @@ class Settings:
                 raise ArgumentTypeError(f"{said}: give a whole number, 0 or more, or leave it out to have it planned")
             if self.keep_last < 0:
                 raise ArgumentError(f"{said}: give 0 or more, or leave it out to have it planned")
+        if self.tile is not None:
+            self._check_tile(self.tile)
         if not isinstance(self.strict, bool):
             raise ArgumentTypeError(f"strict={show_value(self.strict)} is not a yes or no: give True or False")
+
+
+    def _check_tile(self, tile: object) -> None:
+        said = f"tile={show_value(tile)} is not a number of tokens"
+        if isinstance(tile, bool) or not isinstance(tile, Integral):
+            raise ArgumentTypeError(f"{said}: give a whole number such as 8192, or leave it out to have it planned")
+        if tile < 1:
+            raise ArgumentError(f"{said}: give 1 or more, such as 8192, or leave it out to have it planned")
+        if self.policy is not Policy.TILED:
+            raise ArgumentError(
+                f"tile={tile} goes with policy tiled; policy is '{self.policy}': give policy='tiled', or leave tile out"
+            )
 
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -171,12 +187,12 @@ def make_settings(
     host_budget: int | str | None = None,
     keep_last: int | None = None,
     strict: bool = False,
+    tile: int | None = None,
 ) -> Settings:
     """``Settings`` from what users write: names of policies, sizes as text.
 
     Raises:
         ArgumentError: an unknown policy, a size that is none, or knobs that do not go together.
-        NotBuiltError: a policy that is not built yet.
     """
     device_bytes = _size("budget", budget)
     if device_bytes == 0:
@@ -191,4 +207,5 @@ def make_settings(
         host_budget=_size("host_budget", host_budget),
         keep_last=keep_last,
         strict=strict,
+        tile=tile,
     )

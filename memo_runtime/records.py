@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
 HOST_ALIGNMENT = 64
@@ -74,6 +74,7 @@ class Executor(StrEnum):
     KEEP = "keep"  # untouched: everything it saves stays on the device
     REPLAY = "replay"  # token prefix swapped, the rest rebuilt from the token slice, mixers replaced
     RECOMPUTE = "recompute"  # input swapped, the whole block run again in backward
+    TILED = "tiled"  # tile by tile; inputs and results of attention swapped, the rest made again tile by tile
     NATIVE = "native"  # not managed in this step, for the reason given
 
 
@@ -160,6 +161,38 @@ class ArgumentAxes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Device bytes at one moment of a block that runs by tiles, beside what it stashes.
+
+    ``full``: of full length, by tokens. ``tile``: of one tile, by its tokens. ``fixed``: sums of weight gradients."""
+
+    full: Growth
+    tile: Growth = field(default_factory=Growth)
+    fixed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledProfile:
+    """What a block takes when it runs by tiles.
+
+    Attributes:
+        stash: bytes of each tensor that backward needs whole and that can go to the host (inputs, results of attention,
+            log-sum-exps). resident: of those that stay (masks made inside). products: of matrix products, by tokens.
+        forward, backward: moments that may be the worst.
+        again_flops: run again; saved_flops: less of it by kept tokens. attention: kernel of each attention.
+    """
+
+    stash: tuple[Growth, ...]
+    resident: Growth
+    products: Growth
+    forward: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+    again_flops: Growth
+    saved_flops: Growth
+    attention: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockProfile:
     """What one block saves, what a rerun needs, and what both cost.
 
@@ -186,6 +219,7 @@ class BlockProfile:
         gradients: bytes of the gradients of its own parameters; those that two blocks share count for the one that
             goes backward first, those that are also used outside the blocks for neither.
         timed_tokens: longest length timed; seconds at other lengths are extrapolated from it.
+        tiled: what it takes by tiles; None: it does not run so, for ``tiled_reason``, or nobody asked.
     """
 
     name: str
@@ -219,17 +253,20 @@ class BlockProfile:
     output: Growth = field(default_factory=Growth)
     gradients: int = 0
     timed_tokens: int = 0
+    tiled: TiledProfile | None = None
+    tiled_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demotion:
     """What training found out about a block that its profile does not say: a rerun made something else.
 
-    ``rerunnable``: a rerun of the whole block, as it was, is still trusted.
+    ``rerunnable``: a rerun of the whole block, as it was, is still trusted. ``tiles_only``: only tiles are not.
     """
 
     reason: str
     rerunnable: bool
+    tiles_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,11 +353,12 @@ class BlockPlan:
 
     Attributes:
         tokens: sequence length planned for. prefix: rows [0, prefix) of token-wise tensors are stashed, of which
-            rows [0, device_rows) stay on the device; rows [prefix, tokens) are rebuilt.
+            rows [0, device_rows) stay on the device; rows [prefix, tokens) are rebuilt. By tiles, products of rows
+            [0, prefix) stay on the device, and with device_rows = tokens so does the stash.
         actions: one per group of the block's profile.
         bytes_to_host, bytes_to_device: copied in one step. bytes_kept: stashed on the device.
         host_bytes: host memory occupied, with the alignment of every slot.
-        recomputed_flops: spent again in backward. reason: why the executor is not the policy's.
+        recomputed_flops: spent again in backward. reason: why the executor is not the policy's. tile: its tokens.
     """
 
     name: str
@@ -335,10 +373,11 @@ class BlockPlan:
     host_bytes: int = 0
     recomputed_flops: int = 0
     reason: str = ""
+    tile: int = 0
 
     @property
     def alpha(self) -> float:
-        """Swap fraction: share of tokens that are not rebuilt."""
+        """Share of tokens that are not rebuilt; by tiles, of those whose matrix products are not."""
         return self.prefix / self.tokens if self.tokens else 1.0
 
 
@@ -407,7 +446,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReport:
-    """What one block did in the last step."""
+    """What one block did in the last step; ``attention``: the kernels that it chose by tiles."""
 
     name: str
     executor: Executor
@@ -417,6 +456,7 @@ class BlockReport:
     bytes_to_device: int
     bytes_kept: int
     recomputed_flops: int
+    attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -445,14 +485,13 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What the runtime did in the last step of a wrapped model. ``print(report)`` is a table."""
+    """What a wrapped model did in its last step; ``copies``: who made them. ``print(report)`` is a table."""
 
     policy: str
     blocks: tuple[BlockReport, ...]
     totals: Totals
     states: ModelStates | None
     notes: tuple[str, ...] = ()
-    #: Who copies between device and host, and why.
     copies: str = ""
 
     def __str__(self) -> str:

@@ -51,8 +51,9 @@ def find_deviation(plan: Plan) -> Fault | None:
     """The first number of a sound ``plan`` that does not follow from its profile; None if all do."""
     for index, (block, planned) in enumerate(zip(plan.profile.blocks, plan.blocks, strict=True)):
         follows = plan_block(
-            block, planned.executor, planned.tokens, planned.prefix, planned.device_rows, reason=planned.reason
-        )
+            block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
+            reason=planned.reason, tile=planned.tile,
+        )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)
             if has == right:
@@ -164,5 +165,10 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
         if len(planned.actions) != len(block.groups):
             count = f"a list of {len(planned.actions)}"
             yield Fault(f"{where}.actions", count, f"{len(block.groups)}, as many as profile.blocks[{index}].groups")
+        tiled = planned.executor is Executor.TILED
+        if tiled and block.tiled is None:
+            yield Fault(f"{where}.executor", planned.executor.value, "another one: the profile says nothing of tiles")
+        if tiled != bool(planned.tile):
+            yield Fault(f"{where}.tile", planned.tile, "1 or more" if tiled else f"0 for executor {planned.executor}")
         if planned.executor is not Executor.NATIVE and not block.tokens:
             yield Fault(f"{where}.executor", planned.executor.value, "native: its input was not found")

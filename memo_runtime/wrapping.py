@@ -25,6 +25,7 @@ from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
 from memo_runtime.execution.session import Session
+from memo_runtime.execution.tiled_block import Tiling
 from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
@@ -95,7 +96,7 @@ class Wrapped:
     def __str__(self) -> str:
         asked, given = self.settings, self.given_plan
         named = [f"policy '{asked.policy}'" if given is None else f"a plan of policy '{given.policy}'"]
-        knobs = {name: getattr(asked, name) for name in ("alpha", "budget", "host_budget", "keep_last")}
+        knobs = {name: getattr(asked, name) for name in ("alpha", "budget", "host_budget", "keep_last", "tile")}
         named += [f"{name}={value}" for name, value in knobs.items() if value is not None]
         named += ["strict=True"] if asked.strict else []
         named += [f"loss='{self.loss}'"] if self.loss != Loss.AUTO else []
@@ -261,22 +262,24 @@ class Wrapped:
             self.given_plan, make_fingerprint(self.model, names, batch_signature(*batch), device.type, name)
         )
 
-    def profile(self, batch: Batch) -> Profile:
-        """Measure the model on ``batch``."""
-        return self._measure(batch).profile
+    def profile(self, batch: Batch, *, tiles: bool = False) -> Profile:
+        """Measure the model on ``batch``; ``tiles``: also what its blocks take by tiles."""
+        return self._measure(batch, tiles=tiles).profile
 
-    def _measure(self, batch: Batch, *, before: Measured | None = None) -> Measured:
+    def _measure(self, batch: Batch, *, before: Measured | None = None, tiles: bool = False) -> Measured:
         self.profiled += 1
-        return profile_model(
+        by_tiles = Tiling() if tiles or self.settings.policy is Policy.TILED else None
+        measured = profile_model(
             self.model,
             self._named(),
-            self._runner(batch),
+            self._runner(batch, by_tiles),
             batch=batch,
             optimizer=self.optimizer,
             tiled_loss=self._tiles_loss and "labels" in batch[1],
             rows_at_once=forwards_meet(self.model),
             before=before,
         )
+        return measured if by_tiles is None else replace(measured, profile=by_tiles.added_to(measured.profile))
 
     def _with_rows(self, reading: Reading, batch: Batch) -> Reading:
         blocks, run = self._named(), self._runner(batch)
@@ -287,11 +290,16 @@ class Wrapped:
     def _named(self) -> list[NamedBlock]:
         return [NamedBlock(ref.name, ref.stack, ref.module, original_forward(ref.module)) for ref in self.refs]
 
-    def _runner(self, batch: Batch) -> Run:
+    def _runner(self, batch: Batch, by_tiles: Tiling | None = None) -> Run:
         args, kwargs = batch
 
         def run(observer: Callable[..., Any]) -> None:
-            self.session.observer = lambda block, forward, a, k: observer(block.name, forward, a, k)
+            def see(block: BlockForward, forward: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
+                if by_tiles is not None:
+                    by_tiles.see(block, a, k)
+                return observer(block.name, forward, a, k)
+
+            self.session.observer = see
             try:
                 with self.session.turn(), apart_from_other_ranks(self.model):
                     # With its hooks: FSDP gathers parameters in one, users change arguments in others.

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEMO_POLICIES = ("auto", "replay", "swap", "recompute", "memo", "none")
+#: What follows ``memo-`` in a name -> policy and alpha. ``tiled0`` keeps no products between forward and backward.
+MEMO_WAYS: dict[str, tuple[str, float | None]] = {
+    **{policy: (policy, None) for policy in ("auto", "replay", "swap", "recompute", "memo", "none", "tiled")},
+    "tiled0": ("tiled", 0.0),
+}
 NAMES = (
-    "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *(f"memo-{policy}" for policy in MEMO_POLICIES),
+    "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *(f"memo-{way}" for way in MEMO_WAYS),
 )  # fmt: skip
 
 

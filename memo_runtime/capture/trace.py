@@ -17,7 +17,7 @@ are refused here, by name. Python state is frozen into the graph: ``key.py`` cap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
@@ -253,8 +254,9 @@ class _Runner:
         self._block = block
         self._states = states
         self._leaves = leaves
-        # A cache leaf is empty, and what a traced call appends to it is thrown away.
-        self._call = replace(call, original=None)
+        # A cache is empty, and what a call appends to it is thrown away: without one the block computes the same.
+        caches = {index: None for index, leaf in enumerate(call.leaves) if is_cache(leaf)}
+        self._call = call.replaced(caches)
         self.output: Any = None
 
     def __call__(self, states: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[Any]:

@@ -20,11 +20,13 @@ from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
 from memo_runtime.blocks.rerun import Forward, parameter_storages
 from memo_runtime.blocks.state import StateWatch
+from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.counters import BlockCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
+from memo_runtime.execution.tiled_block import TiledForward, give_up_tiles
 from memo_runtime.execution.witness import Witness
 from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor
 
@@ -61,6 +63,7 @@ class BlockForward:
         self.position = position
         self._layouts: dict[tuple[int, int], PlannedLayout] = {}
         self._watch = StateWatch(name, block)
+        self.tiles = TiledForward(self)
 
     @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +102,14 @@ class BlockForward:
             if plan is None:
                 session.strangers.add(self.name)
         counters.executor = executor
+        if executor is Executor.TILED and plan is not None and profile is not None:
+            try:
+                output = self.tiles.run(BlockCall.of(args, kwargs), profile, plan, counters)
+                session.leave(self)
+                return output
+            except CaptureRefusedError as error:
+                give_up_tiles(session, self, error)
+                executor = Executor.NATIVE
         if executor in (Executor.KEEP, Executor.NATIVE) or plan is None or profile is None:
             output = self._untouched(forward, args, kwargs, plan)
         else:

@@ -23,6 +23,7 @@ class BlockCounters:
     bytes_to_device: int = 0
     bytes_kept: int = 0
     recomputed_flops: int = 0
+    attention: tuple[str, ...] = ()
 
     def report(self) -> BlockReport:
         """The counts as a record."""
@@ -35,6 +36,7 @@ class BlockCounters:
             bytes_to_device=self.bytes_to_device,
             bytes_kept=self.bytes_kept,
             recomputed_flops=self.recomputed_flops,
+            attention=self.attention,
         )
 
 

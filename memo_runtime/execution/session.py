@@ -32,8 +32,21 @@ from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.stash import Stash, Tools
+from memo_runtime.execution.tiled_block import new_programs
+from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_swap import Entry
 from memo_runtime.execution.turn import Turn
-from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Forecast, Plan, Report, Totals
+from memo_runtime.records import (
+    BlockPlan,
+    BlockProfile,
+    Demotion,
+    Executor,
+    Forecast,
+    Plan,
+    Report,
+    TiledProfile,
+    Totals,
+)
 
 logger = logging.getLogger("memo_runtime")
 
@@ -71,8 +84,11 @@ class Session:
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
         self._tools: Tools | None = None
         self._step: StepCounters | None = None
-        self.last_stash: weakref.ref[Stash] | None = None
-        self._in_flight: deque[tuple[int, Outgoing]] = deque()
+        #: A ``Stash``, or a ``tiled_swap.Entry``.
+        self.last_stash: weakref.ref[Any] | None = None
+        self._in_flight: deque[tuple[int, Outgoing | Entry]] = deque()
+        self._programs: ProgramCache | None = None
+        self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
         self._witnessed: set[tuple[str, int, int]] = set()
         self._ready: deque[weakref.ref[Stash]] = deque()
 
@@ -135,6 +151,13 @@ class Session:
             device = next((p.device for b in self.blocks for p in b.block.parameters()), torch.device("cpu"))
             self._tools = Tools(device, 0)
         return self._tools
+
+    @property
+    def programs(self) -> ProgramCache:
+        """Programs of tiles, shared by the blocks."""
+        if self._programs is None:
+            self._programs = new_programs(self.tools.device)
+        return self._programs
 
     # ---- step
 
@@ -218,7 +241,11 @@ class Session:
         stash.lower = self.last_stash
         stash.before_backward = partial(self._before_backward, step=self.step)
         stash.on_mismatch = self._demote
-        self.last_stash = weakref.ref(stash)
+        self.follow(weakref.ref(stash), position, outgoing)
+
+    def follow(self, stash: weakref.ref[Any], position: int, outgoing: Outgoing | Entry) -> None:
+        """``stash`` of block number ``position`` is the last one now; ``outgoing`` has the sources of its copies."""
+        self.last_stash = stash
         self._in_flight.append((position, outgoing))
         self.step.clock.touch()
 
@@ -227,9 +254,13 @@ class Session:
         while self._in_flight and (before is None or self._in_flight[0][0] < before):
             self._in_flight.popleft()[1].sent()
 
-    def _before_backward(self, stash: Stash, step: StepCounters) -> None:
+    def before_backward(self, step: StepCounters) -> None:
+        """A block of ``step`` is about to go backward: nothing hides copies to the host any more."""
         self.backward_started(step)
         self._release_copies()
+
+    def _before_backward(self, stash: Stash, step: StepCounters) -> None:
+        self.before_backward(step)
         # The two most recent stay: autograd may go back and forth between neighbours.
         self._ready.append(weakref.ref(stash))
         while len(self._ready) > 2:

@@ -86,6 +86,19 @@ class Holder:
             self.piece.release_user()
 
 
+class Below(Protocol):
+    """What the block below has on the host: a stash, or what tiles have."""
+
+    @property
+    def landing_bytes(self) -> int:
+        """Device bytes that a fetch takes."""
+        ...
+
+    def fetch(self) -> None:
+        """Start the copies back, once."""
+        ...
+
+
 class Stash:
     """The pieces of one block call, and how to rebuild what they lack."""
 
@@ -98,7 +111,7 @@ class Stash:
         self.holders: list[weakref.ref[Holder]] = []
         self.pieces: list[Piece] = []
         self.rebuild: Rebuild | None = None
-        self.lower: weakref.ref[Stash] | None = None
+        self.lower: weakref.ref[Below] | None = None
         self.before_backward: Callable[[Stash], None] | None = None
         self.on_mismatch: Callable[[Stash, ReplayMismatchError], ReplayMismatchError] | None = None
         #: A rerun makes all of the block as it was: nothing is replaced and nothing is cut.
@@ -256,6 +269,11 @@ class Stash:
                     self.counters.bytes_to_device += piece.bytes_in
             self._in.append(Incoming(self.tools.engine, pairs, self.name))
 
+    @property
+    def landing_bytes(self) -> int:
+        """Device bytes that a fetch takes."""
+        return sum(piece.landing_bytes for piece in self.pieces)
+
     def _make_ready(self) -> None:
         if self.before_backward is not None:
             self.before_backward(self)
@@ -284,7 +302,7 @@ class Stash:
         lower = self.lower() if self.lower is not None else None
         if lower is None:
             return
-        landing = sum(piece.landing_bytes for piece in lower.pieces)
+        landing = lower.landing_bytes
         own = sum(piece.full_bytes for piece in self.pieces if piece.users)
         if FETCH_MARGIN * landing > own:
             lower.fetch()

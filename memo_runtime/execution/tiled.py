@@ -8,6 +8,7 @@ and whose outputs are everything that the block yields.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,23 @@ from memo_runtime.capture.captured import Captured, capture
 from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_check import check
+from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap, is_dense
 from memo_runtime.records import TokenAxis
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one call runs: see ``TiledBlock``; ``ended`` is called with each backward that is over."""
+
+    tile: int
+    alpha: float = 0.0
+    swap: TiledSwap | None = None
+    to_host: bool = True
+    ended: Callable[[Run], None] | None = None
 
 
 class TiledBlock:
@@ -65,7 +78,10 @@ class TiledBlock:
         self.forward = forward
         self.swap = swap
         self.to_host = to_host
-        self.last: Run | None = None
+        #: Kernels of attention in the last call.
+        self.kernels: list[str] = []
+        #: Bytes that it left on the device.
+        self.bytes_kept = 0
         self._captures: dict[Key, Captured] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +93,11 @@ class TiledBlock:
         if not torch.is_grad_enabled():
             return (self.forward or self.block.forward)(*args, **kwargs)
         call = BlockCall.of(args, kwargs)
-        return self.run(self.captured(call), call)
+        return self.run(self.captured(call), call, self.way())
+
+    def way(self) -> Way:
+        """How calls run that say nothing else."""
+        return Way(tile=self.tile, alpha=self.alpha, swap=self.swap, to_host=self.to_host)
 
     def captured(self, call: BlockCall) -> Captured:
         """The capture that serves ``call``; made now if it is the first of its kind.
@@ -100,21 +120,24 @@ class TiledBlock:
             self._captures[key] = found
         return found
 
-    def run(self, captured: Captured, call: BlockCall) -> Any:
+    def run(self, captured: Captured, call: BlockCall, way: Way) -> Any:
         """One call through ``captured``."""
         tokens = captured.tokens(call)
-        self.last = Run(
+        run = Run(
             captured=captured,
             programs=self.programs,
             tokens=tokens,
-            tile=self.tile,
-            keep=round(self.alpha * -(-tokens // self.tile)),
+            tile=way.tile,
+            keep=round(way.alpha * -(-tokens // way.tile)),
             seed=new_seed() if captured.random else 0,
             autocast=AutocastState.current(call.leaves[captured.input_leaf].device.type),
-            swap=self.swap,
-            to_host=self.to_host,
+            swap=way.swap,
+            to_host=way.to_host,
+            ended=way.ended,
         )
-        return _apply(self.last, self.block, call)
+        output = _apply(run, self.block, call)
+        self.kernels, self.bytes_kept = run.kernels, run.bytes_kept
+        return output
 
 
 def _checked_run(captured: Captured, block: nn.Module, call: BlockCall, tile: int) -> tuple[Any, Run]:
@@ -182,8 +205,18 @@ class _TiledFunction(torch.autograd.Function):
         rest = iter(stored[count + extra :])
         for state in run.saved.values():
             state.tensors = tuple(next(rest) for _ in state.tensors)
-        with torch.autocast(run.device.type, enabled=False):
-            found = run.backward(values, grads)
+        run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
+        try:
+            with torch.autocast(run.device.type, enabled=False):
+                found = run.backward(values, grads)
+        finally:
+            # Whoever keeps the loss keeps this node: it must hold nothing any more.
+            for state in run.saved.values():
+                state.tensors = (None,) * len(state.tensors)
+            if ctx.entry is not None:
+                ctx.entry.done(retain=run.retain)
+        if run.ended is not None:
+            run.ended(run)
         results: list[Any] = [None]
         for node in nodes:
             grad = found.take(node)
@@ -203,7 +236,9 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
     nodes = [*_placeholders(captured), *run.stash()]
     fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
     chosen = {}
-    for place, tensor in enumerate(stash) if run.to_host else ():
+    kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products)
+    kept += sum(tensor_bytes(tensor) for node, tensor in zip(nodes, stash, strict=False) if node in fixed)
+    for place, tensor in enumerate(stash):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_dense(tensor):
             continue
         node = nodes[place] if place < inputs + extra else None
@@ -211,7 +246,11 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
             continue
         if node is None or isinstance(captured.stages.axes[node], TokenAxis):
             chosen[place] = tensor
-    entry = run.swap.store(chosen)
+    if not run.to_host:
+        kept += sum(tensor_bytes(tensor) for tensor in chosen.values())
+        chosen = {}
+    run.bytes_kept = kept
+    entry = run.swap.store(chosen, kept=kept)
     for place in chosen:
         stash[place] = None
     return entry

@@ -63,7 +63,7 @@ class Gradients:
             self._add_rows(node, axis, results[place], value, part.start)
             return
         if node not in self._sums:
-            self._sums[node] = torch.zeros_like(value, dtype=_sum_dtype(value.dtype))
+            self._sums[node] = torch.zeros_like(value, dtype=sum_dtype(value.dtype))
             self._owned.add(node)
         total = self._own(node)
         if isinstance(place, Factors):
@@ -94,5 +94,6 @@ class Gradients:
         return self._sums[node]
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of values without tokens are summed in."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

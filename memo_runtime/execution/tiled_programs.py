@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.split import Segment
+from memo_runtime.execution.tiled_costs import bytes_alive, node_flops, tensor_bytes
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -48,6 +49,24 @@ class Factors:
 GradientPlace = int | Factors | None
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of one tile, and bytes beside its inputs that are alive at once while a program runs, eagerly.
+
+    Args:
+        forward: FLOPs of forward. again: of these, what backward runs again. again_kept: what backward of kept does.
+        forward_bytes, backward_bytes: of the programs, their results included; of the larger of both kinds.
+        product_bytes: of the products that are kept.
+    """
+
+    forward: int
+    again: int
+    again_kept: int
+    forward_bytes: int
+    backward_bytes: int
+    product_bytes: int
+
+
 @dataclass(slots=True)
 class Programs:
     """The programs of one segment at one tile size.
@@ -57,6 +76,7 @@ class Programs:
         kept: how many products ``forward_keep`` yields behind the outputs.
         places: where the gradient of each source is.
         layouts: sizes and strides that gradients of outputs must have (meta tensors).
+        cost: what one run of each takes.
     """
 
     casts: Program
@@ -67,6 +87,7 @@ class Programs:
     kept: int
     places: tuple[GradientPlace, ...]
     layouts: tuple[torch.Tensor, ...]
+    cost: Cost
 
 
 def run_node(node: fx.Node, values: dict[fx.Node, Any], size: Callable[[Any], Any]) -> Any:
@@ -113,15 +134,28 @@ def make_programs(
                            if segment.axes[source] is None])  # fmt: skip
     tangents = inputs[len(given) :]
     given += casts
+    again, again_kept = [*given, *tangents], [*given, *tangents, *products]
+    forward, forward_keep = _part(graph, given, outputs), _part(graph, given, [*outputs, *products])
+    backward, backward_kept = _part(graph, again, wanted), _part(graph, again_kept, wanted)
+    rerun = _forward_nodes(graph, given)
+    cost = Cost(
+        forward=sum(node_flops(node) for node in forward.graph.nodes),
+        again=_flops_between(graph, again, wanted, rerun),
+        again_kept=_flops_between(graph, again_kept, wanted, rerun),
+        forward_bytes=max(bytes_alive(forward.graph), bytes_alive(forward_keep.graph)),
+        backward_bytes=max(bytes_alive(backward.graph), bytes_alive(backward_kept.graph)),
+        product_bytes=sum(tensor_bytes(node.meta["val"]) for node in products),
+    )
     return Programs(
         casts=run_eagerly(_part(graph, given[: len(segment.sources)], casts)),
-        forward=compiler(_part(graph, given, outputs)),
-        forward_keep=compiler(_part(graph, given, [*outputs, *products])),
-        backward=compiler(_part(graph, [*given, *tangents], wanted)),
-        backward_kept=compiler(_part(graph, [*given, *tangents, *products], wanted)),
+        forward=compiler(forward),
+        forward_keep=compiler(forward_keep),
+        backward=compiler(backward),
+        backward_kept=compiler(backward_kept),
         kept=len(products),
         places=places,
         layouts=layouts,
+        cost=cost,
     )
 
 
@@ -218,12 +252,18 @@ def compiled(module: fx.GraphModule) -> Program:
     return program
 
 
-def _products(graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> list[fx.Node]:
-    """Results of matrix products of the forward that backward needs."""
+def _forward_nodes(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:
+    """What can be made of ``given`` alone: the forward."""
     forward = set(given)
     for node in graph.nodes:
         if node.op == "call_function" and all(one in forward for one in node.all_input_nodes):
             forward.add(node)
+    return forward
+
+
+def _products(graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> list[fx.Node]:
+    """Results of matrix products of the forward that backward needs."""
+    forward = _forward_nodes(graph, given)
     needed: list[fx.Node] = []
     seen: set[fx.Node] = set()
     pending = list(wanted)
@@ -247,18 +287,31 @@ def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]
     for index, node in enumerate(inputs):
         copies[node] = part.placeholder(f"input_{index}")
         copies[node].meta = dict(node.meta)
-    needed: set[fx.Node] = set()
-    pending = [node for node in results if node not in copies]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending.extend(one for one in node.all_input_nodes if one not in copies)
+    needed = _between(inputs, results)
     for node in graph.nodes:
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in results))
     return fx.GraphModule(torch.nn.Module(), part)
+
+
+def _between(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> set[fx.Node]:
+    """The operators that make ``results`` out of ``inputs``."""
+    ends, needed = set(inputs), set()
+    pending = [node for node in results if node not in ends]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(one for one in node.all_input_nodes if one not in ends)
+    return needed
+
+
+def _flops_between(
+    graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node], counted: set[fx.Node]
+) -> int:
+    needed = _between(inputs, results)
+    return sum(node_flops(node) for node in graph.nodes if node in needed and node in counted)
 
 
 def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, transposed: bool) -> None:

@@ -60,6 +60,14 @@ class ProgramCache:
         return len(self._programs)
 
 
+def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> int:
+    """Tokens of a tile of ``segment``: ``tile``, or fewer where each takes a row of scores."""
+    if not segment.by_rows:
+        return tile
+    scores = max(captured.traced.token.at(node.meta["val"].numel(), tokens) // tokens for node in segment.nodes)
+    return max(1, min(tile, MAX_SCORES // max(1, int(scores))))
+
+
 @dataclass(slots=True)
 class Run:
     """The state of one call between its forward and its backward.
@@ -70,6 +78,8 @@ class Run:
         tokens: length of this call.
         tile: tokens of a tile; the last one may be shorter.
         keep: number of tiles, from the first, whose matrix products are kept.
+        retain: backward leaves them for another one. ended: called with each backward that is over.
+        again_flops: of operators that backward has run again. bytes_kept: on the device between the two.
         seed: of its dropout.
         autocast: the precision of the call.
         swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
@@ -89,6 +99,10 @@ class Run:
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     saved: dict[fx.Node, Saved] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
+    retain: bool = False
+    ended: Callable[[Run], None] | None = None
+    again_flops: int = 0
+    bytes_kept: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -138,13 +152,7 @@ class Run:
 
     def _tiles(self, segment: Segment) -> Iterator[tuple[int, int, int]]:
         """(number, start, stop) of each tile."""
-        tile = self.tile
-        if segment.by_rows:
-            scores = max(
-                self.captured.traced.token.at(node.meta["val"].numel(), self.tokens) // self.tokens
-                for node in segment.nodes
-            )
-            tile = max(1, min(tile, MAX_SCORES // max(1, int(scores))))
+        tile = rows_tile(self.captured, segment, self.tokens, self.tile)
         for number, start in enumerate(range(0, self.tokens, tile)):
             yield number, start, min(start + tile, self.tokens)
 
@@ -196,6 +204,7 @@ class Run:
                 results = results[: len(segment.outputs)]
             else:
                 results = programs.forward(*sources)
+            self.again_flops += 0 if keep else programs.cost.forward
             for node, result in zip(segment.outputs, results, strict=True):
                 axis = segment.axes[node]
                 assert axis is not None, "a segment yields values with tokens"
@@ -284,7 +293,8 @@ class Run:
                 self._tangent(layout, segment.axes[node], grad, start, stop)
                 for node, grad, layout in zip(segment.outputs, upstream, programs.layouts, strict=True)
             ]
-            kept = self.kept.pop((index, start), None)
+            kept = self.kept.get((index, start)) if self.retain else self.kept.pop((index, start), None)
+            self.again_flops += programs.cost.again if kept is None else programs.cost.again_kept
             if kept is None:
                 results = programs.backward(*sources, *tangents)
             else:

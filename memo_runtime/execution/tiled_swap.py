@@ -15,10 +15,13 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from memo_runtime.errors import StateChangedError
+from memo_runtime.execution.ledger import Ledger
 from memo_runtime.native.engine import CopyEngine, Ticket
 from memo_runtime.native.pool import HostPool, Slot
 
@@ -30,6 +33,7 @@ class _Copy:
         self.shape = source.shape
         self.stride = source.stride()
         self.dtype = source.dtype
+        self.size_bytes = source.numel() * source.element_size()
         self.slot = slot
         self.out: Ticket | None = None
         self.back: Ticket | None = None
@@ -41,12 +45,16 @@ class _Copy:
 
 
 class Entry:
-    """What one call has in host memory, by place among the tensors that it stashes."""
+    """What one call has in host memory, by place among the tensors that it stashes.
 
-    def __init__(self, swap: TiledSwap, copies: Mapping[int, _Copy]) -> None:
+    ``kept``: bytes of the stash and of products that stay on the device until the block's backward is over.
+    """
+
+    def __init__(self, swap: TiledSwap, copies: Mapping[int, _Copy], kept: int) -> None:
         self._swap = swap
         self._copies = dict(copies)
-        self.lower: weakref.ref[Entry] | None = None
+        self._kept = kept
+        self.lower: weakref.ref[Any] | None = None
 
     def sent(self) -> None:
         """Make compute wait for the copies to the host, and let go of their sources.
@@ -57,6 +65,7 @@ class Entry:
         for copy in self._copies.values():
             if copy.out is not None:
                 ticket, copy.out = copy.out, None
+                self._swap.held(-copy.size_bytes)
                 if not ticket.release():
                     raise StateChangedError(
                         "the input or an attention result of a block was changed in place while it was copied to the "
@@ -72,11 +81,17 @@ class Entry:
                 memory = torch.empty(copy.memory().numel(), dtype=copy.dtype, device=self._swap.device)
                 copy.back = self._swap.transfer.to_device(copy.memory(), memory.view(1, -1, 1))
                 copy.target = memory.as_strided(copy.shape, copy.stride)
-                self._swap.bytes_to_device += memory.numel() * memory.element_size()
+                self._swap.counters.bytes_to_device += copy.size_bytes
+                self._swap.held(copy.size_bytes)
+
+    @property
+    def landing_bytes(self) -> int:
+        """Device bytes that a fetch takes."""
+        return sum(copy.size_bytes for copy in self._copies.values() if copy.target is None)
 
     def take(self) -> dict[int, torch.Tensor]:
-        """The tensors, on the device; starts the fetch of the block below. The entry is empty afterwards."""
-        self._swap.backward_started()
+        """The tensors, on the device; starts the fetch of the block below."""
+        self._swap.order.started(self)
         self.fetch()
         lower = self.lower() if self.lower is not None else None
         if lower is not None:
@@ -85,48 +100,59 @@ class Entry:
         for place, copy in self._copies.items():
             assert copy.target is not None, "the copy was fetched"
             if copy.back is not None:
-                copy.back.wait()
+                ticket, copy.back = copy.back, None
+                ticket.wait()
             found[place] = copy.target
-        self._copies.clear()
         return found
 
+    def done(self, *, retain: bool) -> None:
+        """Backward is over: what it fetched goes, and host memory too unless another backward is to come."""
+        for copy in self._copies.values():
+            if copy.target is not None:
+                copy.target = None
+                self._swap.held(-copy.size_bytes)
+        if not retain:
+            self._copies.clear()
+            self._let_go()
 
-class TiledSwap:
-    """Host memory and copies of the blocks of one model.
+    def _let_go(self) -> None:
+        self._swap.held(-self._kept)
+        self._kept = 0
 
-    Args:
-        device: where the blocks compute.
-        pool: host memory; its limit is the budget.
-        transfer: copies.
-    """
+    def __del__(self) -> None:
+        # The step was abandoned; tickets that are dropped cancel themselves.
+        for copy in self._copies.values():
+            there = (copy.out is not None) + (copy.target is not None)
+            self._swap.held(-there * copy.size_bytes)
+        self._let_go()
 
-    def __init__(self, device: torch.device, pool: HostPool, transfer: CopyEngine) -> None:
-        self.device = device
-        self.pool = pool
-        self.transfer = transfer
-        self.bytes_to_host = 0
-        self.bytes_to_device = 0
+
+class Order(Protocol):
+    """Who goes after whom: knows the entry below each."""
+
+    def stored(self, entry: Entry) -> None:
+        """A block has finished its forward, and its copies are under way."""
+        ...
+
+    def started(self, entry: Entry) -> None:
+        """A block starts its backward."""
+        ...
+
+
+class CallOrder:
+    """Blocks in the order of their calls, where nobody else keeps one."""
+
+    def __init__(self) -> None:
         self._last: weakref.ref[Entry] | None = None
         self._in_flight: deque[weakref.ref[Entry]] = deque()
 
-    def store(self, tensors: Mapping[int, torch.Tensor]) -> Entry:
-        """Start the copies of one call to the host; an empty one still takes part in the order of blocks.
-
-        Raises:
-            HostLimitError: the host budget has no room; nothing was copied.
-        """
-        copies = {place: _Copy(one, self.pool.take(one.numel() * one.element_size())) for place, one in tensors.items()}
-        entry = Entry(self, copies)
+    def stored(self, entry: Entry) -> None:
+        """See ``Order``."""
         self._release(keep=1)
-        for place, one in tensors.items():
-            flat = one.as_strided((one.numel(),), (1,)).view(1, -1, 1)
-            copies[place].out = self.transfer.to_host(flat, copies[place].memory())
-            self.bytes_to_host += one.numel() * one.element_size()
         entry.lower, self._last = self._last, weakref.ref(entry)
         self._in_flight.append(self._last)
-        return entry
 
-    def backward_started(self) -> None:
+    def started(self, entry: Entry) -> None:
         """Some block of the step goes backward: no block above it follows any more."""
         self._last = None
         self._release(keep=0)
@@ -136,6 +162,75 @@ class TiledSwap:
             entry = self._in_flight.popleft()()
             if entry is not None:
                 entry.sent()
+
+
+@dataclass(slots=True)
+class Moved:
+    """Bytes copied each way."""
+
+    bytes_to_host: int = 0
+    bytes_to_device: int = 0
+
+
+class Moving(Protocol):
+    """Where copies are counted."""
+
+    bytes_to_host: int
+    bytes_to_device: int
+
+
+class TiledSwap:
+    """Host memory and copies of the blocks of one model.
+
+    Args:
+        device: where the blocks compute.
+        pool: host memory; its limit is the budget.
+        transfer: copies.
+        order: of the blocks. counters: of the bytes. ledger: of what is held on the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        pool: HostPool,
+        transfer: CopyEngine,
+        *,
+        order: Order | None = None,
+        counters: Moving | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.device = device
+        self.pool = pool
+        self.transfer = transfer
+        self.order = order if order is not None else CallOrder()
+        self.counters = counters if counters is not None else Moved()
+        self._ledger = ledger
+
+    def held(self, count: int) -> None:
+        """``count`` more bytes are on the device."""
+        if self._ledger is not None:
+            self._ledger.hold(count)
+
+    def store(self, tensors: Mapping[int, torch.Tensor], *, kept: int = 0) -> Entry:
+        """Start the copies of one call to the host; an empty one still takes part in the order of blocks.
+
+        Args:
+            tensors: what is copied. kept: bytes that stay on the device beside it.
+
+        Raises:
+            HostLimitError: the host budget has no room; nothing was copied.
+        """
+        copies = {place: _Copy(one, self.pool.take(one.numel() * one.element_size())) for place, one in tensors.items()}
+        self.held(kept + sum(copy.size_bytes for copy in copies.values()))
+        for place, one in tensors.items():
+            flat = one.as_strided((one.numel(),), (1,)).view(1, -1, 1)
+            copies[place].out = self.transfer.to_host(flat, copies[place].memory())
+            self.counters.bytes_to_host += copies[place].size_bytes
+        entry = Entry(self, copies, kept)
+        if self.device.type == "cpu":
+            entry.sent()  # nothing to gain from waiting later: the caller's cores make the copies
+        self.order.stored(entry)
+        return entry
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -50,6 +50,9 @@ def block_actions(
         return (Action.KEEP,) * len(block.groups)
     if executor is Executor.RECOMPUTE:
         return tuple(_recompute_action(group) for group in block.groups)
+    if executor is Executor.TILED:
+        # Tiles save nothing of what autograd would; what they stash has sizes of its own.
+        return tuple(Action.KEEP if group.role in RESIDENT_ROLES else Action.REBUILD for group in block.groups)
     if prefix >= tokens:
         return tuple(_swap_action(group, tokens, device_rows) for group in block.groups)
     return tuple(_replay_action(group, tokens, prefix) for group in block.groups)
@@ -120,14 +123,18 @@ def plan_block(
     device_rows: int = 0,
     *,
     reason: str = "",
+    tile: int = 0,
 ) -> BlockPlan:
     """The exact plan of one block.
 
     Args:
         block: its profile. executor: how it runs. tokens: length of one sequence.
         prefix: rows that ``REPLAY`` stashes, the first ``device_rows`` of them on the device.
-        reason: why the executor is not the policy's.
+            For ``TILED``: rows whose products are kept, and all tokens where the stash stays on the device.
+        reason: why the executor is not the policy's. tile: tokens of a tile.
     """
+    if executor is Executor.TILED:
+        return _plan_tiled(block, tokens, prefix, device_rows, tile)
     if executor in (Executor.KEEP, Executor.NATIVE):
         prefix, device_rows = tokens, 0
     elif executor is Executor.RECOMPUTE:
@@ -148,6 +155,27 @@ def plan_block(
         host_bytes=sum(slot_bytes(size) for size in copied),
         recomputed_flops=_recomputed_flops(block, executor, tokens, prefix),
         reason=reason,
+    )
+
+
+def _plan_tiled(block: BlockProfile, tokens: int, prefix: int, device_rows: int, tile: int) -> BlockPlan:
+    takes = block.tiled
+    assert takes is not None, "a block that is planned by tiles was profiled so"
+    stash = [size.at(tokens) for size in takes.stash]
+    copied = [] if device_rows else stash
+    return BlockPlan(
+        name=block.name,
+        executor=Executor.TILED,
+        tokens=tokens,
+        prefix=prefix,
+        actions=block_actions(block, Executor.TILED, tokens, prefix),
+        device_rows=device_rows,
+        bytes_to_host=sum(copied),
+        bytes_to_device=sum(copied),
+        bytes_kept=takes.products.at(prefix) + takes.resident.at(tokens) + (sum(stash) if device_rows else 0),
+        host_bytes=sum(slot_bytes(size) for size in copied),
+        recomputed_flops=takes.again_flops.at(tokens) - takes.saved_flops.at(prefix),
+        tile=tile,
     )
 
 

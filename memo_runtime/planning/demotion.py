@@ -15,8 +15,10 @@ from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import Choice, Sheet
 from memo_runtime.planning.treatment import at_prefix
-from memo_runtime.records import BlockPlan, Demotion, Executor, Plan, Profile
+from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Plan, Profile
 from memo_runtime.units import format_bytes
+
+_RERUN = (Executor.REPLAY, Executor.RECOMPUTE)
 
 
 def corrected(profile: Profile, demotions: Mapping[str, Demotion]) -> Profile:
@@ -24,12 +26,18 @@ def corrected(profile: Profile, demotions: Mapping[str, Demotion]) -> Profile:
     if not demotions.keys() & {block.name for block in profile.blocks}:
         return profile
     blocks = (
-        replace(block, sliceable=False, replayable=False, rerunnable=found.rerunnable, reason=found.reason)
+        _demoted(block, found)
         if (found := demotions.get(block.name)) is not None
         else block
         for block in profile.blocks
     )
     return replace(profile, blocks=tuple(blocks))
+
+
+def _demoted(block: BlockProfile, found: Demotion) -> BlockProfile:
+    if found.tiles_only:
+        return replace(block, tiled=None, tiled_reason=found.reason)
+    return replace(block, sliceable=False, replayable=False, rerunnable=found.rerunnable, reason=found.reason)
 
 
 def plan_with(
@@ -69,7 +77,7 @@ def amended(plan: Plan, demotions: Mapping[str, Demotion], *, accumulating: bool
         return plan
     sheet = Sheet(profile, tuple(block.tokens for block in plan.blocks), accumulating=accumulating)
     choices = tuple(
-        at_prefix(block, planned.prefix, planned.tokens) if _concerned(planned, demotions) else _choice(planned)
+        _instead(block, planned) if _concerned(planned, demotions) else _choice(planned)
         for block, planned in zip(profile.blocks, plan.blocks, strict=True)
     )
     budgets = Budgets.recorded(plan.limits)
@@ -92,12 +100,21 @@ def amended(plan: Plan, demotions: Mapping[str, Demotion], *, accumulating: bool
 
 
 def _concerned(planned: BlockPlan, demotions: Mapping[str, Demotion]) -> bool:
-    return planned.name in demotions and planned.executor in (Executor.REPLAY, Executor.RECOMPUTE)
+    found = demotions.get(planned.name)
+    if found is None:
+        return False
+    return planned.executor is Executor.TILED if found.tiles_only else planned.executor in _RERUN
+
+
+def _instead(block: BlockProfile, planned: BlockPlan) -> Choice:
+    if planned.executor is Executor.TILED:
+        return replace(at_prefix(block, 0, planned.tokens), reason=block.tiled_reason)
+    return at_prefix(block, planned.prefix, planned.tokens)
 
 
 def _choice(planned: BlockPlan) -> Choice:
-    if planned.executor is Executor.REPLAY:
-        return Choice(planned.executor, planned.prefix, planned.device_rows, planned.reason)
+    if planned.executor in (Executor.REPLAY, Executor.TILED):
+        return Choice(planned.executor, planned.prefix, planned.device_rows, planned.reason, planned.tile)
     return Choice(planned.executor, reason=planned.reason)
 
 

@@ -23,7 +23,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
-from memo_runtime.records import FETCH_MARGIN, Action, BlockPlan, BlockProfile, Executor, Forecast, Link, Profile, Role
+from memo_runtime.records import (
+    FETCH_MARGIN,
+    Action,
+    BlockPlan,
+    BlockProfile,
+    Executor,
+    Forecast,
+    Link,
+    Moment,
+    Profile,
+    Role,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +96,8 @@ def copy_seconds(size_bytes: float, rate: float) -> float:
 
 def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     """What ``block`` holds and takes when it runs as ``plan`` says."""
+    if plan.executor is Executor.TILED:
+        return _tiled_footprint(block, plan, link)
     tokens = plan.tokens
     skeletal = outgoing = full = spent = landing = unsaved_input = 0
     copies = False
@@ -125,6 +138,45 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         rerun_peak=rerun_bytes(block, plan),
         gradients=block.gradients,
     )
+
+
+def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
+    takes, tokens = block.tiled, plan.tokens
+    assert takes is not None, "a block that is planned by tiles was profiled so"
+    stash = sum(size.at(tokens) for size in takes.stash)
+    swapped = 0 if plan.device_rows else stash
+    return Footprint(
+        skeletal=stash + takes.resident.at(tokens) + takes.products.at(plan.prefix),
+        outgoing=swapped,
+        kept=plan.bytes_kept,
+        full=swapped,
+        spent=0,
+        landing=swapped,
+        copies=swapped > 0,
+        stashed=False,
+        forward=block.forward_seconds.exact(tokens),
+        backward=block.backward_seconds.exact(tokens),
+        again=plan.recomputed_flops * _seconds_per_flop(block, tokens),
+        to_host=copy_seconds(plan.bytes_to_host, link.to_host),
+        to_device=copy_seconds(plan.bytes_to_device, link.to_device),
+        forward_peak=max((_moment_bytes(moment, plan) for moment in takes.forward), default=0),
+        backward_peak=max((_moment_bytes(moment, plan) for moment in takes.backward), default=0),
+        end_peak=0,
+        rerun_peak=0,
+        gradients=block.gradients,
+    )
+
+
+def _moment_bytes(moment: Moment, plan: BlockPlan) -> int:
+    return moment.full.at(plan.tokens) + moment.tile.at(plan.tile) + moment.fixed
+
+
+def _seconds_per_flop(block: BlockProfile, tokens: int) -> float:
+    """Of what is not attention, as a rerun on tokens showed; else of the whole block."""
+    flops, seconds = block.rerun_flops.at(tokens), block.rerun_seconds.exact(tokens)
+    if flops <= 0 or seconds <= 0:
+        flops, seconds = block.forward_flops.at(tokens), block.forward_seconds.exact(tokens)
+    return seconds / flops if flops > 0 else 0.0
 
 
 def rerun_bytes(block: BlockProfile, plan: BlockPlan) -> int:
@@ -272,8 +324,8 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
 
 
 def put_off(block: Footprint, landing: int) -> bool:
-    """Whether what lands for the block below waits until ``block`` has freed room for it."""
-    return FETCH_MARGIN * landing <= block.full - block.spent
+    """Whether what lands for the block below waits until ``block`` has freed room for it; by tiles it does not."""
+    return block.stashed and FETCH_MARGIN * landing <= block.full - block.spent
 
 
 def gradients_above(around: Surroundings, blocks: Sequence[Footprint]) -> list[int]:

@@ -18,7 +18,7 @@ from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.policies import strategy_for
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.strategy import Choices
-from memo_runtime.planning.treatment import floor_choices
+from memo_runtime.planning.tiles import floor
 from memo_runtime.units import format_bytes
 
 
@@ -45,7 +45,7 @@ def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Seq
         f"this step does not fit in {allowed}: it needs {format_bytes(needed)}, "
         f"short by {format_bytes(budgets.over_device(needed))}",
         f"  at         {where}, policy '{settings.policy}'",
-        _floor_line(sheet),
+        _floor_line(sheet, settings),
         *_accumulation_line(sheet, settings),
         *_suggestions(suggest.for_device(sheet, settings, tried), _no_length(sheet, budgets)),
     ]
@@ -88,18 +88,18 @@ def _no_length(sheet: Sheet, budgets: Budgets) -> str:
     return f"no length: {base} are there before any activation; a smaller model or optimizer state would"
 
 
-def _floor_line(sheet: Sheet) -> str:
-    floor = floor_choices(sheet)
-    total = sheet.peak_bytes(floor)
-    parts = sorted(_floor_parts(sheet, total).items(), key=lambda part: -part[1])
+def _floor_line(sheet: Sheet, settings: Settings) -> str:
+    choices = floor(sheet, settings)
+    total = sheet.peak_bytes(choices)
+    parts = sorted(_floor_parts(sheet, choices, total).items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
     return f"  floor      {format_bytes(total)} with every activation sent away or rebuilt: {listed}"
 
 
-def _floor_parts(sheet: Sheet, total: int) -> dict[str, int]:
+def _floor_parts(sheet: Sheet, choices: Choices, total: int) -> dict[str, int]:
     """What the floor consists of; bytes that add up to ``total``."""
     profile, states = sheet.profile, sheet.profile.states
-    gradients = sheet.course(floor_choices(sheet)).gradients if sheet.around.gradual else states.gradients
+    gradients = sheet.course(choices).gradients if sheet.around.gradual else states.gradients
     parts = {
         "parameters": states.parameters,
         "buffers": states.buffers,

@@ -10,7 +10,7 @@ from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.notes import note_on_accumulation, notes_on
 from memo_runtime.planning.policies import decide
 from memo_runtime.planning.sheet import Sheet, lengths_of
-from memo_runtime.planning.treatment import floor_choices
+from memo_runtime.planning.tiles import floor
 from memo_runtime.records import Plan, Profile
 
 
@@ -25,7 +25,7 @@ def make_plan(
         accumulating: for steps that start with gradients already there.
 
     Raises:
-        PlanRequestError: knobs that do not go with this profile, or a policy that is not built.
+        PlanRequestError: knobs that do not go with this profile.
         BlockFallbackError: ``strict`` and a block cannot take the policy.
         PlanInfeasibleError: the step does not fit in device memory. HostLimitError: nor in host memory.
     """
@@ -40,7 +40,7 @@ def make_plan(
         limits=Budgets.of(sheet, settings).record(profile),
         blocks=sheet.plans(decision.choices),
         forecast=sheet.forecast(decision.choices),
-        floor_bytes=sheet.peak_bytes(floor_choices(sheet)),
+        floor_bytes=sheet.peak_bytes(floor(sheet, settings)),
         accumulating=accumulating,
         notes=(*decision.notes, *notes_on(sheet, decision.choices), *note_on_accumulation(sheet, settings)),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from memo_runtime.config import FIXED_ALPHA, Policy, Settings
 from memo_runtime.planning.freedom import Auto, AutoOnHost, FreeReplay
 from memo_runtime.planning.limits import Budgets
-from memo_runtime.planning.sheet import PlanRequestError, Sheet
+from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.single_alpha import ClosedForm, FixedFraction, KeepAll
 from memo_runtime.planning.strategy import Decision, Strategy
+from memo_runtime.planning.tiles import ByTiles
 from memo_runtime.planning.treatment import kept_blocks, refuse_fallbacks
 
 _CPU_AUTO = (
@@ -20,7 +21,7 @@ def decide(sheet: Sheet, settings: Settings) -> Decision | None:
     """What ``settings`` ask for, within their budgets; None if that is infeasible.
 
     Raises:
-        PlanRequestError: knobs that do not go with this profile, or a policy that is not built.
+        PlanRequestError: knobs that do not go with this profile.
         BlockFallbackError: ``strict`` and a block cannot take the policy.
     """
     if settings.keep_last is not None:
@@ -35,16 +36,11 @@ def decide(sheet: Sheet, settings: Settings) -> Decision | None:
 
 
 def strategy_for(settings: Settings, budgets: Budgets) -> tuple[Strategy, tuple[str, ...]]:
-    """The strategy of ``settings``, and what a plan should say about that.
-
-    Raises:
-        PlanRequestError: a policy that is not built.
-    """
+    """The strategy of ``settings``, and what a plan should say about that."""
     policy, keep_last = settings.policy, settings.keep_last
     limited = budgets.device is not None
     if policy is Policy.TILED:
-        built = ", ".join(p for p in Policy if p is not Policy.TILED)
-        raise PlanRequestError(f"policy='tiled' is not built yet; there are: {built}")
+        return ByTiles(settings.alpha, keep_last, settings.tile), ()
     if policy is Policy.NONE:
         return KeepAll(), ()
     alpha = FIXED_ALPHA.get(policy, settings.alpha)

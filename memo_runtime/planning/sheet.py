@@ -27,6 +27,7 @@ class Choice:
     prefix: int = 0
     device_rows: int = 0
     reason: str = ""
+    tile: int = 0
 
 
 #: The choice that leaves a block alone.
@@ -110,6 +111,7 @@ class Sheet:
                 choice.prefix,
                 choice.device_rows,
                 reason=choice.reason,
+                tile=choice.tile,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

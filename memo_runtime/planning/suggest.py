@@ -158,4 +158,4 @@ def _knobs(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
         yield from _checked(sheet, replace(settings, keep_last=0), "keep_last=0")
     for policy in (Policy.RECOMPUTE, Policy.AUTO):
         if settings.policy is not policy:
-            yield from _checked(sheet, replace(settings, policy=policy, alpha=None), f"policy='{policy}'")
+            yield from _checked(sheet, replace(settings, policy=policy, alpha=None, tile=None), f"policy='{policy}'")

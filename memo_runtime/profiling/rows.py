@@ -30,7 +30,7 @@ from memo_runtime.profiling.growth import line_through, times
 from memo_runtime.profiling.observe import CROP_ERRORS
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.trial import crop_tokens
-from memo_runtime.records import BlockProfile, Pin, SavedTensor, TensorGroup, TokenAxis
+from memo_runtime.records import BlockProfile, Moment, Pin, SavedTensor, TensorGroup, TiledProfile, TokenAxis
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ class RowLaw:
             backward_peak=times(profile.backward_peak, ratio),
             rerun_peak=times(profile.rerun_peak, ratio),
             output=times(profile.output, ratio),
+            tiled=_tiled_at(profile.tiled, ratio),
         )
 
 
@@ -308,4 +309,24 @@ def _in_proportion(profile: BlockProfile, ratio: Fraction) -> BlockProfile:
         forward_flops=times(profile.forward_flops, ratio),
         rerun_flops=times(profile.rerun_flops, ratio),
         recompute_flops=times(profile.recompute_flops, ratio),
+    )
+
+
+def _tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None:
+    """What a block takes by tiles for ``ratio`` times as many sequences."""
+    if tiled is None:
+        return None
+
+    def moments(found: tuple[Moment, ...]) -> tuple[Moment, ...]:
+        return tuple(replace(one, full=times(one.full, ratio), tile=times(one.tile, ratio)) for one in found)
+
+    return replace(
+        tiled,
+        stash=tuple(times(size, ratio) for size in tiled.stash),
+        resident=times(tiled.resident, ratio),
+        products=times(tiled.products, ratio),
+        forward=moments(tiled.forward),
+        backward=moments(tiled.backward),
+        again_flops=times(tiled.again_flops, ratio),
+        saved_flops=times(tiled.saved_flops, ratio),
     )

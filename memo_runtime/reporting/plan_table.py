@@ -16,7 +16,7 @@ from memo_runtime.records import BlockPlan, Executor, Plan
 from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table, tokens_text
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
-_HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "host memory", "recomputed")
+_HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "host memory", "recomputed", "tile")
 
 
 def plan_table(plan: Plan) -> str:
@@ -46,6 +46,7 @@ def _key(block: BlockPlan) -> tuple[object, ...]:
         block.host_bytes,
         block.recomputed_flops,
         block.reason,
+        block.tile,
     )
 
 
@@ -59,12 +60,13 @@ def _blocks(plan: Plan) -> list[str]:
 def _cells(block: BlockPlan) -> tuple[str, ...]:
     return (
         str(block.executor),
-        f"{block.alpha:.3f}" if block.executor is Executor.REPLAY else "-",
+        f"{block.alpha:.3f}" if block.executor in (Executor.REPLAY, Executor.TILED) else "-",
         amount(block.bytes_to_host, format_bytes),
         amount(block.bytes_to_device, format_bytes),
         amount(block.bytes_kept, format_bytes),
         amount(block.host_bytes, format_bytes),
         amount(block.recomputed_flops, format_flops),
+        f"{block.tile:,}" if block.tile else "",
     )
 
 
@@ -78,6 +80,7 @@ def _total(blocks: Sequence[BlockPlan]) -> tuple[str, ...]:
         amount(sum(block.bytes_kept for block in blocks), format_bytes),
         amount(sum(block.host_bytes for block in blocks), format_bytes),
         amount(sum(block.recomputed_flops for block in blocks), format_flops),
+        "",
     )
 
 

@@ -11,7 +11,7 @@ from memo_runtime.records import BlockReport, Executor, Report
 from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
-_HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "recomputed")
+_HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "recomputed", "attention")
 
 
 def report_table(report: Report) -> str:
@@ -32,6 +32,7 @@ def _key(block: BlockReport) -> tuple[object, ...]:
         block.bytes_to_device,
         block.bytes_kept,
         block.recomputed_flops,
+        block.attention,
     )
 
 
@@ -43,11 +44,12 @@ def _blocks(report: Report) -> list[str]:
 def _cells(block: BlockReport) -> tuple[str, ...]:
     return (
         str(block.executor),
-        f"{block.alpha:.3f}" if block.executor is Executor.REPLAY else "-",
+        f"{block.alpha:.3f}" if block.executor in (Executor.REPLAY, Executor.TILED) else "-",
         amount(block.bytes_to_host, format_bytes),
         amount(block.bytes_to_device, format_bytes),
         amount(block.bytes_kept, format_bytes),
         amount(block.recomputed_flops, format_flops),
+        ", ".join(block.attention),
     )
 
 

@@ -20,6 +20,7 @@ from memo_runtime.errors import (
     PlanInfeasibleError,
     ProfileError,
 )
+from memo_runtime.planning.sheet import PlanRequestError
 from tests.api.subjects import acted, assert_trains_as, refused, step
 from tests.api.towers import POLICIES, Tower, signal, tower
 
@@ -30,7 +31,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "alpha above one": ({"policy": "memo", "alpha": 1.5}, "alpha=1.5 is not a fraction"),
     "alpha below zero": ({"policy": "memo", "alpha": -0.1}, "alpha=-0.1 is not a fraction"),
     "alpha not a number": ({"policy": "memo", "alpha": float("nan")}, "alpha=nan is not a fraction"),
-    "alpha with swap": ({"policy": "swap", "alpha": 0.5}, "alpha=0.5 goes with policy memo, replay; policy is 'swap'"),
+    "alpha with swap": ({"policy": "swap", "alpha": 0.5}, "alpha=0.5 goes with policy memo, replay, tiled; policy"),
     "alpha with auto": ({"alpha": 0.5}, "policy is 'auto'"),
     "negative keep_last": ({"keep_last": -1}, "keep_last=-1 is not a number of blocks"),
     "keep_last beyond the stack": ({"keep_last": 4}, "(layers.0 to layers.2) has 3 blocks: give 0 to 3"),
@@ -46,6 +47,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no number of bytes": ({"host_budget": float("nan")}, "host_budget=nan is not a number of bytes"),
     "nothing": ({"budget": 0}, "budget=0 leaves no memory for the model itself"),
     "nothing in words": ({"budget": "0GiB"}, "budget='0GiB' leaves no memory"),
+    "a tile for another policy": ({"tile": 8192}, "tile=8192 goes with policy tiled; policy is 'auto'"),
+    "a tile below one": ({"policy": "tiled", "tile": 0}, "tile=0 is not a number of tokens: give 1 or more"),
     "unknown loss": ({"loss": "fused"}, "loss='fused' is unknown; there are: auto, tiled, native"),
     "unknown layout": ({"layout": "packed"}, "layout='packed' is unknown; there are: auto, native"),
     "tiled loss without a head": ({"loss": "tiled"}, "loss='tiled' is not possible for this model"),
@@ -58,6 +61,8 @@ OF_A_WRONG_TYPE: dict[str, tuple[dict[str, Any], str]] = {
     "keep_last in words": ({"keep_last": "a"}, "keep_last='a' is not a number of blocks: give a whole number"),
     "half a block": ({"keep_last": 1.5}, "keep_last=1.5 is not a number of blocks"),
     "keep_last as a yes": ({"keep_last": True}, "keep_last=True is not a number of blocks"),
+    "a tile in words": ({"policy": "tiled", "tile": "x"}, "tile='x' is not a number of tokens"),
+    "a tile as a yes": ({"policy": "tiled", "tile": True}, "tile=True is not a number of tokens"),
     "strict in words": ({"strict": "no"}, "strict='no' is not a yes or no"),
     "a list of sizes": ({"budget": [1, 2]}, "budget=[1, 2] is not a number of bytes"),
     "a yes to a size": ({"host_budget": True}, "host_budget=True is not a number of bytes"),
@@ -70,11 +75,7 @@ OF_A_WRONG_TYPE: dict[str, tuple[dict[str, Any], str]] = {
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "disk": ({"disk": "/scratch"}, "disk='/scratch' is not built yet"),
-    "tile": ({"tile": 8192}, "tile=8192 is not built yet: tiled execution comes later"),
-    "a tile below zero": ({"tile": -1}, "so leave tile= out"),
-    "a tile in words": ({"tile": "x"}, "tile='x' is not built yet"),
     "layout": ({"layout": "planned"}, "use layout='auto', PyTorch's own allocator; there are: auto, native"),
-    "tiled": ({"policy": "tiled"}, "policy='tiled' is not built yet: 'replay' splits along tokens; there are: auto"),
 }  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def test_what_is_no_profile() -> None:
     for length in ("many", 0, -4, 2.5, True):
         assert "is not a token count" in refused(ArgumentError, memo.plan, profile, seq_len=length)
     assert refused(ArgumentError, memo.plan, profile, budget=1.5).endswith("did you mean budget='1.5GiB'?")
-    assert refused(NotBuiltError, memo.plan, profile, policy="tiled")
+    assert "memo.profile(model, batch, tiles=True)" in refused(PlanRequestError, memo.plan, profile, policy="tiled")
 
 
 def test_an_optimizer_inside_another_is_taken() -> None:

@@ -115,7 +115,6 @@ def test_an_inexact_model_exits_with_one(factory, monkeypatch):
         (("--alpha", "2", "--policy", "memo"), "not a fraction"),
         (("--budget", "lots"), "'lots' is not a size"),
         (("--host-memory", "70"), "--host-memory '70' would be 70 bytes"),
-        (("--policy", "tiled"), "policy='tiled' is not built yet"),
         (("--seq-len", "many"), "'many' is not a token count"),
         (("--dtype", "int8"), "'int8' is unknown"),
         (("--device", "abacus"), "'abacus' is no device"),

@@ -78,12 +78,12 @@ def test_bytes_are_those_of_inputs_and_attention():
     layers, swap = stack(), swap_of()
     forwards = tiles(layers, swap, keep_last=1)
     step(layers, forwards)
-    before = swap.bytes_to_host
+    before = swap.counters.bytes_to_host
     step(layers, forwards)
     hidden_bytes, lse_bytes = 2 * TOKENS * WIDTH * 8, 2 * TOKENS * HEADS * 8
     moved = 2 * (2 * hidden_bytes + lse_bytes)  # two blocks: x, o and the log-sum-exp
-    assert swap.bytes_to_host - before == moved
-    assert swap.bytes_to_device == swap.bytes_to_host
+    assert swap.counters.bytes_to_host - before == moved
+    assert swap.counters.bytes_to_device == swap.counters.bytes_to_host
 
 
 def test_inputs_are_freed_and_shared_arguments_stay():
@@ -92,7 +92,7 @@ def test_inputs_are_freed_and_shared_arguments_stay():
     x = (2 * hidden().requires_grad_()).contiguous()
     alive = weakref.ref(x)
     y, _ = tiled(x, None)
-    swap.backward_started()  # as the next blocks would: what was copied is let go
+    swap.order._release(keep=0)  # as the next blocks would: what was copied is let go
     del x
     gc.collect()
     assert alive() is None

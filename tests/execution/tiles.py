@@ -66,7 +66,7 @@ def run(call: Call, forward: Callable[..., Any]) -> tuple[list[Tensor | None], l
     outputs = [one for one in _pytree.tree_leaves(forward(*call.args, **call.kwargs)) if isinstance(one, Tensor)]
     wanted = [one for one in outputs if one.requires_grad]
     generator = torch.Generator().manual_seed(5)
-    weights = [torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one.dtype) for one in wanted]
+    weights = [torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one) for one in wanted]
     return list(outputs), list(torch.autograd.grad(wanted, call.inputs, weights, allow_unused=True))
 
 

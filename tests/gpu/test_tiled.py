@@ -7,14 +7,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+import memo_runtime as memo
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
+from memo_runtime.records import Executor
 from tests.exactness.hand_written import WIDTH, Attention
 from tests.execution.tiles import call_of, run, worst
+from tests.gpu.models import batch, error, llama, step
 
 pytestmark = pytest.mark.gpu
 
@@ -123,3 +126,35 @@ def test_nothing_waits_for_the_device():
         tiled(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("budget_share", [None, 0.5])
+def test_a_model_by_tiles_in_bfloat16(budget_share):
+    """Gradients against float32's, the peak against the budget and the forecast, host bytes and FLOPs to the byte."""
+    model, data = llama(torch.bfloat16, hidden=1024), batch(1, 8192)
+    reference = llama(torch.float32, hidden=1024)
+    reference.load_state_dict(model.state_dict())
+    exact = step(reference, data)[1]
+    del reference
+    plain = error(step(model, data)[1], exact)
+    model.zero_grad(set_to_none=True)
+    profile = memo.profile(model, data, tiles=True)
+    most = memo.plan(profile, policy="tiled", alpha=1.0, keep_last=4, tile=2048).forecast.peak_bytes
+    least = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=2048).forecast.peak_bytes
+    budget = None if budget_share is None else int(least + budget_share * (most - least))
+    memo.wrap(model, policy="tiled", tile=2048, budget=budget)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        gradients = step(model, data)[1]
+        model.zero_grad(set_to_none=True)
+    report = memo.report(model)
+    assert {block.executor for block in report.blocks} == {Executor.TILED}
+    assert error(gradients, exact) <= 1.1 * plain
+    totals, forecast = report.totals, report.totals.forecast
+    for name in ("bytes_to_host", "bytes_to_device", "bytes_kept", "recomputed_flops", "host_bytes"):
+        assert getattr(totals, name) == getattr(forecast, name), name
+    if budget is not None:
+        assert totals.peak_bytes <= budget
+        assert totals.bytes_to_host > 0
+    # Gradients of the step before the last were cloned by ``step``: they are not the step's own.
+    assert totals.peak_bytes <= 1.05 * forecast.peak_bytes + sum(g.numel() * g.element_size() for g in exact.values())

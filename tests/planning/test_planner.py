@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from memo_runtime.config import Policy, Settings, make_settings
-from memo_runtime.errors import BlockFallbackError, MemoError, NotBuiltError, PlanInfeasibleError
+from memo_runtime.errors import BlockFallbackError, MemoError, PlanInfeasibleError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import PlanRequestError
@@ -107,10 +107,8 @@ def test_more_kept_blocks_than_there_are(policy):
         plan(SHORT, policy=policy, keep_last=5)
 
 
-def test_tiled_is_not_built_yet():
-    with pytest.raises(NotBuiltError, match=r"not built yet: .*; there are: auto, none, memo"):
-        plan(SHORT, policy="tiled")
-    with pytest.raises(PlanRequestError, match=r"not built yet; there are: auto, none, memo"):
+def test_tiles_cannot_be_planned_where_nobody_tried_them():
+    with pytest.raises(PlanRequestError, match=r"says nothing of them: make it with memo\.profile\(.*tiles=True\)"):
         make_plan(SHORT, Settings(policy=Policy.TILED))
 
 

@@ -13,7 +13,7 @@ from benchmarks.harness.contenders.save_on_cpu import SaveOnCpu
 from benchmarks.harness.contenders.selective import Selective
 from benchmarks.harness.contenders.unwrapped import Unwrapped
 from benchmarks.harness.job import Job
-from benchmarks.harness.names import MEMO_POLICIES
+from benchmarks.harness.names import MEMO_WAYS
 
 CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "kernels": Kernels,
@@ -21,5 +21,5 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "selective": Selective,
     "checkpoint": Checkpoint,
     "save_on_cpu": SaveOnCpu,
-    **{f"memo-{policy}": partial(Memo, policy) for policy in MEMO_POLICIES},
+    **{f"memo-{way}": partial(Memo, policy, alpha) for way, (policy, alpha) in MEMO_WAYS.items()},
 }

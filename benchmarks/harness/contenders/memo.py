@@ -14,8 +14,8 @@ from benchmarks.harness.job import Job
 class Memo(Training):
     """``memo.wrap`` with one policy, and the budgets of the job."""
 
-    def __init__(self, policy: str, job: Job) -> None:
-        self.policy = policy
+    def __init__(self, policy: str, alpha: float | None, job: Job) -> None:
+        self.policy, self.alpha = policy, alpha
         super().__init__(job)
 
     def install(self) -> None:
@@ -28,6 +28,7 @@ class Memo(Training):
         memo_runtime.wrap(
             self.subject.model,
             policy=self.policy,
+            alpha=self.alpha,
             budget=self.job.budgets.get(tokens),
             host_budget=self.job.host_budget,
             optimizer=self.subject.optimizer,
@@ -60,6 +61,7 @@ class Memo(Training):
         return {
             "executors": dict(Counter(block.executor.value for block in report.blocks)),
             "alpha": [round(block.alpha, 4) for block in report.blocks],
+            "attention": sorted({kernel for block in report.blocks for kernel in block.attention}),
             "bytes_to_host": totals.bytes_to_host,
             "bytes_to_device": totals.bytes_to_device,
             "bytes_kept": totals.bytes_kept,

@@ -1,0 +1,153 @@
+"""A wrapped block that runs by tiles: what ``BlockForward`` and the session need around ``TiledBlock``."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
+from memo_runtime.execution.counters import BlockCounters, StepCounters
+from memo_runtime.execution.install import original_forward
+from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_profile import tiled_profile
+from memo_runtime.execution.tiled_programs import compiled, run_eagerly
+from memo_runtime.execution.tiled_run import ProgramCache, Run
+from memo_runtime.execution.tiled_swap import Entry, TiledSwap
+from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Profile, TiledProfile
+
+if TYPE_CHECKING:
+    from memo_runtime.execution.block import BlockForward
+    from memo_runtime.execution.session import Session
+
+
+_NOT_CALLED = "it was not called when the model was profiled, so nothing is known of its tiles"
+
+
+def new_programs(device: torch.device) -> ProgramCache:
+    """Programs for the blocks of one model: compiled on CUDA, as they are on CPU."""
+    return ProgramCache(compiled if device.type == "cuda" else run_eagerly)
+
+
+class _InSession:
+    """The order of blocks as the session keeps it, across executors."""
+
+    def __init__(self, session: Session, position: int) -> None:
+        self._session = session
+        self._position = position
+        self._step = session.step
+
+    def stored(self, entry: Entry) -> None:
+        """See ``tiled_swap.Order``."""
+        entry.lower = self._session.last_stash
+        self._session.follow(weakref.ref(entry), self._position, entry)
+
+    def started(self, entry: Entry) -> None:
+        """See ``tiled_swap.Order``."""
+        self._session.before_backward(self._step)
+
+
+class _Ended:
+    """Counts what a backward has run again."""
+
+    def __init__(self, session: Session, counters: BlockCounters) -> None:
+        self._session = session
+        self._step: StepCounters = session.step
+        self._counters = counters
+
+    def __call__(self, run: Run) -> None:
+        self._counters.recomputed_flops += run.again_flops
+        run.again_flops = 0
+        self._step.clock.touch()
+
+
+class TiledForward:
+    """The tiles of one wrapped block."""
+
+    def __init__(self, owner: BlockForward) -> None:
+        self._owner = owner
+        self._tiles: TiledBlock | None = None
+
+    def _block(self) -> TiledBlock:
+        if self._tiles is None:
+            owner = self._owner
+            programs, forward = owner.session.programs, original_forward(owner.block)
+            self._tiles = TiledBlock(owner.block, tile=1, programs=programs, forward=forward)
+        return self._tiles
+
+    def profile(self, call: BlockCall) -> tuple[TiledProfile | None, str]:
+        """(what the block takes by tiles, why it cannot run so)."""
+        try:
+            captured = self._block().captured(call)
+            key = (captured.signature, captured.tokens(call))
+            known = self._owner.session.tiled_profiles
+            if key not in known:
+                known[key] = tiled_profile(captured, call)
+            return known[key], ""
+        except CaptureRefusedError as error:
+            return None, str(error)
+
+    def run(self, call: BlockCall, profile: BlockProfile, plan: BlockPlan, counters: BlockCounters) -> Any:
+        """One call as ``plan`` says.
+
+        Raises:
+            CaptureRefusedError: it cannot be captured any more, or not for this kind of call; nothing was run.
+        """
+        session, tiles = self._owner.session, self._block()
+        captured = tiles.captured(call)
+        tools, tokens = session.tools, captured.tokens(call)
+        tile = min(plan.tile, tokens)
+        swap = TiledSwap(
+            tools.device, tools.pool, tools.engine,
+            order=_InSession(session, self._owner.position), counters=counters, ledger=tools.ledger,
+        )  # fmt: skip
+        count = -(-tokens // tile)
+        kept = count if plan.prefix >= plan.tokens else plan.prefix * tokens // plan.tokens // tile
+        ended = _Ended(session, counters)
+        way = Way(tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, ended=ended)
+        with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
+            output = tiles.run(captured, call, way)
+        counters.alpha, counters.attention = plan.alpha, tuple(tiles.kernels)
+        counters.bytes_kept += tiles.bytes_kept
+        return output
+
+
+class Tiling:
+    """What the blocks of a model take by tiles, seen while the model is profiled."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[TiledProfile | None, str]] = {}
+
+    def see(self, block: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the first call of ``block``."""
+        if block.name not in self._found:
+            call = BlockCall.of(args, kwargs)
+            self._found[block.name] = (None, "its input is empty") if call.is_empty else block.tiles.profile(call)
+
+    def added_to(self, profile: Profile) -> Profile:
+        """``profile`` with what was found."""
+        blocks = []
+        for block in profile.blocks:
+            # One that this pass did not call may be known from another.
+            known = block.tiled, block.tiled_reason or ("" if block.tiled else _NOT_CALLED)
+            takes, reason = self._found.get(block.name, known)
+            blocks.append(replace(block, tiled=takes, tiled_reason=reason))
+        return replace(profile, blocks=tuple(blocks))
+
+
+def give_up_tiles(session: Session, block: BlockForward, error: CaptureRefusedError) -> None:
+    """A block that was planned by tiles cannot run so: as it is in this step, and planned anew for the next.
+
+    Raises:
+        BlockFallbackError: ``strict``.
+    """
+    reason = f"by tiles it was captured before, and now is not: {error}"
+    if session.strict:
+        raise BlockFallbackError(f"strict=True and '{block.name}' cannot take policy 'tiled': {reason}") from error
+    session.demotions[block.name] = Demotion(reason=reason, rerunnable=True, tiles_only=True)
+    counters = session.step.block(block.name)
+    counters.executor, counters.reason = Executor.NATIVE, reason
+    session.note(f"'{block.name}' is not managed in this step: {reason}. From the next step on it runs in another way")

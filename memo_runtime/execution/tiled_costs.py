@@ -1,0 +1,67 @@
+"""What a traced program takes: FLOPs, and bytes that are alive at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of one traced operator, by PyTorch's own formulas; 0 where it has none."""
+    formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
+    if node.op != "call_function" or formula is None:
+        return 0
+
+    def value(one: fx.Node) -> Any:
+        return one.meta["val"]
+
+    args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the elements of a tensor; 0 of anything else."""
+    return int(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def bytes_alive(graph: fx.Graph) -> int:
+    """Most bytes that are there at once beside the inputs, where each value goes after its last use.
+
+    Views are their base. A compiled program fuses, and takes less.
+    """
+    last: dict[int, int] = {}
+    size: dict[int, int] = {}
+    given: set[int] = set()
+    nodes = list(graph.nodes)
+    for index, node in enumerate(nodes):
+        for key, count in _storages(node.meta.get("val")):
+            size[key] = count
+            last[key] = index
+            if node.op == "placeholder":
+                given.add(key)
+        for source in node.all_input_nodes:
+            for key, _ in _storages(source.meta.get("val")):
+                last[key] = index
+    alive = highest = 0
+    there: set[int] = set()
+    for index, node in enumerate(nodes):
+        for key, count in _storages(node.meta.get("val")):
+            if key not in there and key not in given:
+                there.add(key)
+                alive += count
+        highest = max(highest, alive)
+        for key in [key for key in there if last[key] == index]:
+            there.remove(key)
+            alive -= size[key]
+    return highest
+
+
+def _storages(value: Any) -> Iterator[tuple[int, int]]:
+    for one in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(one, torch.Tensor):
+            storage = one.untyped_storage()
+            yield storage._cdata, int(storage.nbytes())

@@ -1,0 +1,184 @@
+"""What a block takes when it runs by tiles: bytes of its stash and of its worst moments, and FLOPs that it repeats.
+
+Sizes follow from the capture, whose lengths are symbols; nothing of full length is allocated. What a kernel of
+attention saves and takes beside its tensors is seen in one short run of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memo_runtime.blocks.ambient import AutocastState, RandomState
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.split import Mixer, Segment
+from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
+from memo_runtime.execution.tiled_moments import Needs, Workspace, moments, polynomial
+from memo_runtime.execution.tiled_programs import Cost, make_programs, run_eagerly
+from memo_runtime.execution.tiled_run import rows_tile
+from memo_runtime.execution.tiled_swap import is_dense
+from memo_runtime.records import Growth, TiledProfile, TokenAxis
+
+#: Tile at which programs are traced for their cost, on fake tensors; another of twice as many shows what grows.
+_TILE = 2048
+#: Tokens of the run of attention: enough for a kernel to show its workspace, few enough to be over at once.
+_ATTENTION_TOKENS = {"cuda": 4096, "cpu": 64}
+#: Kernels that round the length of their log-sum-exps up.
+_ROUNDED = {"efficient": 32}
+
+
+def tiled_profile(captured: Captured, call: BlockCall) -> TiledProfile:
+    """What ``captured`` takes for calls like ``call``."""
+    tokens = captured.tokens(call)
+    device = call.leaves[captured.input_leaf].device
+    costs = {index: _costs(captured, index, tokens, device) for index in range(len(captured.stages.stages))
+             if isinstance(captured.stages.stages[index], Segment)}  # fmt: skip
+    mixers = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
+    with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        tried = {node: _try(captured, node, tokens) for node in mixers}
+    needs = Needs(costs, _TILE, {node: one.workspace for node, one in tried.items()})
+    forward, backward = moments(captured, needs, tokens)
+    again, saved, products = _repeated(captured, costs, tokens)
+    return TiledProfile(
+        stash=tuple(_stash(captured, call, tried.values(), tokens)),
+        resident=_total(captured, captured.stages.fixed, tokens),
+        products=products,
+        forward=forward,
+        backward=backward,
+        again_flops=again,
+        saved_flops=saved,
+        attention=tuple(one.saved.kernel for one in tried.values()),
+    )
+
+
+def _costs(captured: Captured, index: int, tokens: int, device: torch.device) -> tuple[Cost, Cost]:
+    autocast = AutocastState.current(device.type)
+    return _cost(captured, index, tokens, _TILE, autocast), _cost(captured, index, tokens, 2 * _TILE, autocast)
+
+
+def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: AutocastState) -> Cost:
+    segment = captured.stages.stages[index]
+    assert isinstance(segment, Segment), "only segments have tiles"
+    tile = rows_tile(captured, segment, tokens, tile)
+    mode = FakeTensorMode()
+    sources = []
+    for node in segment.sources:
+        axis = segment.axes[node]
+        shape = [int(captured.size(size, tokens)) for size in node.meta["val"].shape]
+        if axis is not None:
+            shape[axis.dim] = axis.outer * tile * axis.inner
+        with mode:
+            sources.append(torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device))
+    return make_programs(captured, segment, sources, tile, autocast, compiler=run_eagerly).cost
+
+
+def _repeated(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> tuple[Growth, Growth, Growth]:
+    """(FLOPs that backward runs again, less of it by kept tokens, bytes by kept tokens)."""
+    linear = quadratic = saved = products = 0.0
+    stages = captured.stages.stages
+    for index, (cost, _) in costs.items():
+        segment = stages[index]
+        assert isinstance(segment, Segment), "only segments have costs"
+        if segment.by_rows:
+            quadratic += cost.again / rows_tile(captured, segment, tokens, _TILE) / tokens
+            continue
+        behind = stages[index + 1] if index + 1 < len(stages) else None
+        feeds = isinstance(behind, Mixer) or (isinstance(behind, Segment) and behind.by_rows)
+        linear += (cost.again + (cost.forward if feeds else 0)) / _TILE
+        saved += (cost.again - cost.again_kept) / _TILE
+        products += cost.product_bytes / _TILE
+    return Growth(linear=linear, quadratic=quadratic), Growth(linear=saved), Growth(linear=products)
+
+
+def _total(captured: Captured, nodes: list[fx.Node], tokens: int) -> Growth:
+    values = [node.meta["val"] for node in nodes if isinstance(node.meta["val"], torch.Tensor)]
+
+    def size(length: int) -> float:
+        return float(sum(captured.size(value.numel(), length) * value.element_size() for value in values))
+
+    return polynomial(size, tokens)
+
+
+def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens: int) -> list[Growth]:
+    """Bytes of each tensor that ``tiled._swapped`` would send to the host."""
+    nodes = []
+    for node, leaf in captured.arguments:
+        if call.leaves[leaf].is_floating_point() and is_dense(call.leaves[leaf]):
+            nodes.append(node)
+    for stage in captured.stages.stages:
+        nodes.extend([stage.node] if isinstance(stage, Mixer) else stage.outputs if stage.by_rows else [])
+    chosen = [
+        node for node in nodes
+        if node in captured.stages.differentiable and isinstance(captured.stages.axes[node], TokenAxis)
+    ]  # fmt: skip
+    found = [_total(captured, [node], tokens) for node in chosen]
+    for one in tried:
+        for tensor in one.saved.tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and is_dense(tensor):
+                per_token = tensor.numel() * tensor.element_size() / one.tokens
+                found.append(Growth(linear=per_token, multiple=_ROUNDED.get(one.saved.kernel, 1)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A short run of one attention: what its forward left, of how many tokens, and bytes by token that it took."""
+
+    saved: Saved
+    tokens: int
+    workspace: Workspace
+
+
+def _try(captured: Captured, node: fx.Node, tokens: int) -> _Tried:
+    """Run one attention on random numbers of few tokens."""
+    named = arguments_of(node)
+    device = node.meta["val"].device
+    length = min(tokens, _ATTENTION_TOKENS.get(device.type, 64))
+    query, key, value = (_random(captured, named[name], length) for name in ("query", "key", "value"))
+    mask = _random(captured, named["attn_mask"], length) if named["attn_mask"] is not None else None
+    dtype = node.meta["val"].dtype
+    inputs = Inputs(query.to(dtype), key.to(dtype), value.to(dtype), mask)
+    biased = named["attn_mask"] in captured.stages.differentiable
+    settings = Settings.of(named, query.shape[-1])
+    meter = _Meter(device)
+    output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased)
+    forward = meter.beyond([output, *saved.tensors])
+    meter = _Meter(device)
+    grads = attention_backward(torch.ones_like(output), inputs, output, saved, settings)
+    backward = meter.beyond([*grads])
+    return _Tried(saved, length, (forward / length, backward / length))
+
+
+def _random(captured: Captured, node: fx.Node, tokens: int) -> torch.Tensor:
+    value = node.meta["val"]
+    shape = [int(captured.size(size, tokens)) for size in value.shape]
+    if value.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool, device=value.device)
+    if value.dim() == 4 and isinstance(captured.stages.axes[node], TokenAxis):
+        batch, heads, length, depth = shape
+        return torch.randn(batch, length, heads, depth, dtype=value.dtype, device=value.device).transpose(1, 2)
+    return torch.randn(shape, dtype=value.dtype, device=value.device)
+
+
+class _Meter:
+    """Device memory between two points, where an allocator counts it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+
+    def beyond(self, results: list[Any]) -> int:
+        """Most bytes since then, beside those of ``results``."""
+        if self._device is None:
+            return 0
+        held = sum(one.numel() * one.element_size() for one in results if isinstance(one, torch.Tensor))
+        return max(0, torch.cuda.max_memory_allocated(self._device) - self._before - held)

@@ -1,0 +1,126 @@
+"""``tiled``: blocks that were captured run tile by tile; three things are chosen for all of them together.
+
+* the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory;
+* how many blocks at the end of each stack keep their *stash* on the device, since nothing hides the fetch of the last;
+* *alpha*, the share of tiles whose matrix products stay on the device and are not run again.
+
+Every pair of the last two within both budgets is forecast, and the fastest is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from memo_runtime.config import Policy, Settings
+from memo_runtime.planning.limits import Budgets, fits
+from memo_runtime.planning.search import largest
+from memo_runtime.planning.sheet import Choice, PlanRequestError, Sheet
+from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
+from memo_runtime.planning.treatment import at_prefix, floor_choices, kept_blocks
+from memo_runtime.records import Executor
+
+#: Tokens of a tile, of all sequences together: from here on GPUs run at their full rate. Tiles of 8K, 16K and 32K
+#: tokens are within 1 % of each other in time.
+_TILE_TOKENS = 8192
+_SHORTER = (1, 2, 4, 8)
+_LEAST_TILE = 128
+#: Alpha moves by this part at most, and by whole tiles.
+_ALPHA_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ByTiles(Strategy):
+    """``tiled``; what is None is chosen."""
+
+    alpha: float | None
+    keep_last: int | None
+    tile: int | None
+
+    def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
+        """The least that tiles need, with the stash of many blocks on the device and of none."""
+        for tile in self._tiles(sheet):
+            for resident in self._residents(sheet)[:: -1 if self.keep_last is None else 1]:
+                yield by_tiles(sheet, self.alpha or 0.0, resident, tile)
+
+    def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
+        """The fastest within ``budgets`` at the largest tile at which any fits."""
+        _refuse_unseen(sheet)
+        for tile in self._tiles(sheet):
+            found = []
+            for resident in self._residents(sheet):
+                alpha = self._most(sheet, budgets, resident, tile)
+                if alpha is not None:
+                    found.append(by_tiles(sheet, alpha, resident, tile))
+            choices = fastest(sheet, budgets, found)
+            if choices is not None:
+                return Decision(choices, ("step time by tiles is estimated from that of the blocks as they are",))
+        return None
+
+    def _most(self, sheet: Sheet, budgets: Budgets, resident: int, tile: int) -> float | None:
+        """The largest alpha that fits: what is kept is not run again."""
+
+        def at(steps: int) -> bool:
+            return fits(sheet, budgets, by_tiles(sheet, steps / _ALPHA_STEPS, resident, tile))
+
+        if self.alpha is not None:
+            return self.alpha if fits(sheet, budgets, by_tiles(sheet, self.alpha, resident, tile)) else None
+        if at(_ALPHA_STEPS):
+            return 1.0
+        return largest(at, _ALPHA_STEPS) / _ALPHA_STEPS if at(0) else None
+
+    def _tiles(self, sheet: Sheet) -> list[int]:
+        if self.tile is not None:
+            return [self.tile]
+        longest = max(_LEAST_TILE, _TILE_TOKENS // sheet.profile.rows // _LEAST_TILE * _LEAST_TILE)
+        return list(dict.fromkeys(max(_LEAST_TILE, longest // part) for part in _SHORTER))
+
+    def _residents(self, sheet: Sheet) -> list[int]:
+        """Numbers of blocks at the end of each stack whose stash stays, the most first."""
+        if self.keep_last is not None:
+            return [self.keep_last]
+        return list(range(max(Counter(block.stack for block in sheet.blocks).values(), default=0), -1, -1))
+
+
+def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int) -> Choices:
+    """Every block that can by tiles; the others are run again as a whole, or as much of them as has to be."""
+    most = Counter(block.stack for block in sheet.blocks)
+    kept = kept_blocks(sheet, min(resident, min(most.values(), default=0)))
+    if resident >= max(most.values(), default=0):
+        kept = frozenset(range(len(sheet.blocks)))
+    found = []
+    for index, (block, tokens) in enumerate(zip(sheet.blocks, sheet.lengths, strict=True)):
+        if block.tiled is None or tokens == 0:
+            other = at_prefix(block, 0, tokens)
+            reason = block.tiled_reason or other.reason
+            found.append(Choice(other.executor, other.prefix, other.device_rows, reason))
+            continue
+        size = min(tile, tokens)
+        count = -(-tokens // size)
+        prefix = min(tokens, int(alpha * count + 1e-9) * size)
+        found.append(Choice(Executor.TILED, prefix, tokens if index in kept else 0, tile=size))
+    return tuple(found)
+
+
+def floor(sheet: Sheet, settings: Settings) -> Choices:
+    """The choices that need least on the device: every activation sent away or made again."""
+    if settings.policy is not Policy.TILED:
+        return floor_choices(sheet)
+    tiles = ByTiles(0.0, 0, settings.tile)
+    return min(tiles.stand_bys(sheet), key=sheet.peak_bytes)
+
+
+def _refuse_unseen(sheet: Sheet) -> None:
+    """Refuse a profile for which nobody tried tiles.
+
+    Raises:
+        PlanRequestError: no block of it was captured or refused.
+    """
+    if any(block.tokens for block in sheet.blocks) and not any(
+        block.tiled is not None or block.tiled_reason for block in sheet.blocks
+    ):
+        raise PlanRequestError(
+            "policy='tiled' plans from what tiles take, and this profile says nothing of them: make it with "
+            "memo.profile(model, batch, tiles=True)"
+        )

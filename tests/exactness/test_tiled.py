@@ -1,0 +1,214 @@
+"""``memo.wrap(policy="tiled")`` against the model as it is, in float64, to 1e-12, with the trade to the byte."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memo_runtime as memo
+from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
+from memo_runtime.persist import load_plan, save
+from memo_runtime.records import Executor
+from tests.capture.blocks import StraightThrough
+from tests.exactness import hand_written
+from tests.exactness.compare import (
+    TOLERANCE,
+    Step,
+    assert_clean,
+    assert_trade,
+    output_loss,
+    relative_error,
+    run_step,
+)
+from tests.exactness.hand_written import WIDTH
+
+TILED: dict[str, Any] = {"policy": "tiled", "tile": 5, "alpha": 0.5, "keep_last": 0, "loss": "native"}
+
+
+def stack(*kinds: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return hand_written.Stack(*(kind() for kind in kinds or (hand_written.Attention,) * 3)).double()
+
+
+def batch_of(tokens: int = 17, rows: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"x": torch.randn(rows, tokens, WIDTH, generator=generator, dtype=torch.float64)}
+
+
+def assert_close(got: Step, want: Step) -> None:
+    assert abs(float(got.loss - want.loss)) <= TOLERANCE * abs(float(want.loss))
+    assert relative_error(got.gradients, want.gradients) <= TOLERANCE
+
+
+def assert_tiled(
+    model: nn.Module, batch: Mapping[str, Any], loss_of: Any = output_loss, **changes: Any
+) -> memo.Report:
+    """Two steps by tiles are those of the model as it is, and do what the plan says."""
+    want = run_step(model, batch, loss_of)
+    memo.wrap(model, **(TILED | changes))
+    for _ in range(2):
+        assert_close(run_step(model, batch, loss_of), want)
+    report = memo.report(model)
+    assert {block.executor for block in report.blocks} == {Executor.TILED}
+    assert_trade(model)
+    totals = report.totals
+    assert (totals.stash_peak_bytes, totals.host_bytes) == (
+        totals.forecast.stash_peak_bytes,
+        totals.forecast.host_bytes,
+    )
+    assert_clean(model)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("alpha", "keep_last", "tokens", "tile"),
+    [(0.0, 0, 17, 5), (0.5, 1, 17, 4), (1.0, 0, 16, 4), (0.5, 3, 17, 17), (0.3, 0, 17, 100)],
+)
+def test_a_model_by_tiles(alpha, keep_last, tokens, tile):
+    report = assert_tiled(stack(), batch_of(tokens), alpha=alpha, keep_last=keep_last, tile=tile)
+    assert {block.attention for block in report.blocks} == {("cpu",)}
+    assert [block.bytes_to_host > 0 for block in report.blocks] == [True] * (3 - keep_last) + [False] * keep_last
+    assert all(block.recomputed_flops > 0 for block in report.blocks)
+    assert "tiled" in str(report)
+    assert "cpu" in str(report)
+
+
+@pytest.mark.parametrize("kind", [hand_written.TwoMixers, hand_written.EagerAttention, hand_written.BufferedMask])
+def test_other_blocks(kind):
+    assert_tiled(stack(kind, kind).eval(), batch_of())  # tiles draw other dropout masks
+
+
+def test_what_a_profile_and_a_plan_file_say_of_tiles(tmp_path):
+    model, batch = stack(), batch_of()
+    want = run_step(model, batch, output_loss)
+    profile = memo.profile(model, batch, tiles=True)
+    planned = memo.plan(profile, policy="tiled", tile=5, alpha=0.5, keep_last=0)
+    save(planned, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == planned
+    assert "tiled" in str(planned)
+    memo.wrap(model, plan=tmp_path / "plan.json", loss="native")
+    assert_close(run_step(model, batch, output_loss), want)
+    assert_trade(model)
+
+
+def test_everything_is_chosen_within_the_budgets():
+    model, batch = stack(), batch_of(64)
+    want = run_step(model, batch, output_loss)
+    profile = memo.profile(model, batch, tiles=True)
+    loose = memo.plan(profile, policy="tiled", budget="1GiB")
+    assert [block.alpha for block in loose.blocks] == [1.0] * 3
+    assert loose.forecast.host_bytes == 0
+    needed = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=8).forecast.peak_bytes
+    tight = memo.plan(profile, policy="tiled", budget=needed, tile=8)
+    assert tight.forecast.peak_bytes <= needed
+    assert tight.forecast.host_bytes > 0
+    with pytest.raises(PlanInfeasibleError, match="short by"):
+        memo.plan(profile, policy="tiled", budget=needed // 2)
+    with pytest.raises(HostLimitError, match="host_budget"):
+        memo.plan(profile, policy="tiled", budget=needed, host_budget=4096, keep_last=0)
+    memo.wrap(model, policy="tiled", budget=needed, tile=8, loss="native")
+    assert_close(run_step(model, batch, output_loss), want)
+    assert memo.report(model).totals.peak_bytes <= needed
+
+
+def test_blocks_that_cannot_fall_back_and_say_why(caplog):
+    model, batch = stack(hand_written.Attention, StraightThrough, StraightThrough), batch_of()
+    want = run_step(model, batch, output_loss)
+    memo.wrap(model, **TILED, blocks=list(model.blocks))
+    for _ in range(2):
+        assert_close(run_step(model, batch, output_loss), want)
+    report = memo.report(model)
+    assert report.blocks[0].executor is Executor.TILED
+    for block in report.blocks[1:]:
+        assert block.executor in (Executor.REPLAY, Executor.RECOMPUTE)
+        assert "autograd.Function 'Round'" in block.reason
+    assert sum("Round" in record.getMessage() for record in caplog.records) == 1
+    assert_clean(model)
+
+
+def test_strict_raises_before_the_first_step():
+    model, batch = stack(hand_written.Attention, StraightThrough), batch_of()
+    memo.wrap(model, **TILED, strict=True, blocks=list(model.blocks))
+    with pytest.raises(BlockFallbackError, match=r"autograd\.Function 'Round'"):
+        model(**batch)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_hook_that_comes_later_is_obeyed(strict):
+    """A block that was captured and cannot be any more: as it is in one step, another way from the next on."""
+    model, batch = stack(), batch_of()
+    memo.wrap(model, **TILED, strict=strict)
+    run_step(model, batch, output_loss)
+    model.blocks[1].merge.register_forward_hook(lambda module, args, out: 2 * out)
+    if strict:
+        with pytest.raises(BlockFallbackError, match=r"cannot take policy 'tiled'.*hooks of inner modules"):
+            run_step(model, batch, output_loss)
+        return
+    plain = memo.unwrap(copy.deepcopy(model))
+    want = run_step(plain, batch, output_loss)
+    assert_close(run_step(model, batch, output_loss), want)
+    assert memo.report(model).blocks[1].executor is Executor.NATIVE
+    assert_close(run_step(model, batch, output_loss), want)
+    report = memo.report(model)
+    assert report.blocks[1].executor is Executor.REPLAY
+    assert "hooks of inner modules" in report.blocks[1].reason
+    assert [report.blocks[number].executor for number in (0, 2)] == [Executor.TILED] * 2
+
+
+def test_what_wrap_promises():
+    """Copies, evaluation, a graph that is kept, accumulation, a step that is given up, unwrapping in between."""
+    model, batch = stack(), batch_of()
+    plain = copy.deepcopy(model)
+    want = run_step(plain, batch, output_loss)
+    names = list(model.state_dict())
+    memo.wrap(model, **TILED)
+    assert_close(run_step(model, batch, output_loss), want)
+    assert list(model.state_dict()) == names
+    assert_close(run_step(copy.deepcopy(model), batch, output_loss), want)
+    with torch.no_grad():
+        assert torch.equal(model(**batch)[0], plain(**batch)[0])
+    loss = output_loss(model, batch)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    twice = {name: parameter.grad / 2 for name, parameter in model.named_parameters()}
+    assert relative_error(twice, want.gradients) <= TOLERANCE
+    model.zero_grad()
+    assert_clean(model)  # though the loss is still there
+    output_loss(model, batch)  # no backward
+    loss = output_loss(model, batch)
+    memo.unwrap(model)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert relative_error(found, want.gradients) <= TOLERANCE
+
+
+def test_lora_with_its_adapter_switched_between_steps():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["up", "merge"], init_lora_weights=False)
+    model = peft.get_peft_model(stack(), config).double()
+    batch = batch_of()
+    want = run_step(model, batch, output_loss)
+    with model.disable_adapter():
+        plain = output_loss(model, batch)
+    memo.wrap(model, **TILED)
+    assert_close(run_step(model, batch, output_loss), want)
+    with model.disable_adapter():
+        assert abs(float(output_loss(model, batch) - plain)) <= TOLERANCE * abs(float(plain))
+    assert_close(run_step(model, batch, output_loss), want)
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}
+
+
+def test_lengths_and_batch_sizes_that_follow_each_other():
+    model = stack()
+    plain = copy.deepcopy(model)
+    memo.wrap(model, **TILED)
+    for tokens, rows in ((17, 3), (29, 3), (17, 1), (17, 3)):
+        batch = batch_of(tokens, rows)
+        assert_close(run_step(model, batch, output_loss), run_step(plain, batch, output_loss))
+        assert_trade(model)

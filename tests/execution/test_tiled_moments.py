@@ -1,0 +1,127 @@
+"""What is alive at full length while a block runs by tiles is what ``tiled_moments`` and docs/tiled.md say."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_profile import tiled_profile
+from memo_runtime.execution.tiled_run import Run
+from tests.exactness.hand_written import merge_heads
+
+TOKENS, WIDTH, HEADS = 64, 32, 4
+
+
+class Grouped(nn.Module):
+    """A decoder layer with ``shared`` heads of keys and values."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared = shared
+        self.norm = nn.LayerNorm(WIDTH)
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.keys = nn.Linear(WIDTH, 2 * shared * WIDTH // HEADS)
+        self.merge = nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        h = self.norm(x)
+        query = self.query(h).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        key, value = (part.unflatten(-1, (self.shared, -1)).transpose(1, 2) for part in self.keys(h).chunk(2, -1))
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.shared < HEADS)
+        x = x + self.merge(merge_heads(mixed))
+        return x + self.down(self.up(x).relu())
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of tensors of full length that were made since it began and are alive, at most, by phase."""
+
+    def __init__(self, least, before):
+        super().__init__()
+        self._least = least
+        self._before = {one.untyped_storage()._cdata for one in before}
+        self._alive = {}
+        self.now = 0
+        self.peaks = {}
+        self.phase = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, torch.Tensor):
+                self._see(one.untyped_storage())
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
+        return out
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if size < self._least or key in self._alive or key in self._before:
+            return
+        self._alive[key] = size
+        self.now += size
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key, size):
+        if self._alive.pop(key, None) is not None:
+            self.now -= size
+
+
+@pytest.mark.parametrize(("shared", "counts"), [(4, (3, 1, 9)), (1, (1.5, 1, 6))])
+def test_the_worst_moments_are_those_of_the_table(shared, counts):
+    torch.manual_seed(0)
+    block = Grouped(shared).double()
+    x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    tiled = TiledBlock(block, tile=4)
+    call = BlockCall.of((x,), {})
+    takes = tiled_profile(tiled.captured(call), call)
+    unit = x.numel() * x.element_size()
+    forward = [moment.full.at(TOKENS) / unit for moment in takes.forward]
+    backward = [moment.full.at(TOKENS) / unit for moment in takes.backward]
+    attention, last, worst = counts
+    assert forward == [attention, attention, last]
+    assert max(backward) == worst
+    assert backward[0] == 3
+
+
+def peak_of(tiled, x, grad, monkeypatch):
+    """(most bytes of full length by phase, those after the forward), beside what was there before."""
+    gc.collect()
+    alive = Alive(TOKENS * WIDTH * 8, [x, grad, *tiled.block.parameters()])
+    for name in ("forward", "backward"):
+        original = getattr(Run, name)
+
+        def noted(self, *args, name=name, original=original):
+            alive.phase = name
+            return original(self, *args)
+
+        monkeypatch.setattr(Run, name, noted)
+    with alive:
+        y = tiled(x)
+        made = alive.now
+        y.backward(grad)
+    return alive.peaks, made
+
+
+def test_that_many_bytes_are_alive_while_a_block_runs(monkeypatch):
+    torch.manual_seed(0)
+    block = Grouped(HEADS).double()
+    x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    tiled = TiledBlock(block, tile=4)
+    grad = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64)
+    tiled(x).backward(grad)
+    x.grad, unit = None, x.numel() * x.element_size()
+    for one in block.parameters():
+        one.grad = None
+    peaks, made = peak_of(tiled, x, grad, monkeypatch)
+    assert made == 2 * unit  # o and y: lse is smaller
+    sums = sum(one.numel() * 8 for one in (block.up.weight, block.down.weight))  # as large as x, and made by then
+    # Beside x, o, y, and dy, which was there before: dx, do, q, k, v, dq, dk, dv.
+    assert peaks["backward"] - made == 8 * unit + sums

@@ -124,6 +124,10 @@ class ReplayMode(CountingMode):
         self.flops = 0
         self.replaced: set[PinKey] = set()
 
+    def replaces(self, key: PinKey) -> bool:
+        """Whether this call has a given value."""
+        return key in self._values
+
     def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Substitute the operator's result, or run it."""
         values = self._values.get(key)

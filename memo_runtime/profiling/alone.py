@@ -18,6 +18,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.operators import base_name, written_by
 from memo_runtime.blocks.region import tail, take
 from memo_runtime.blocks.rerun import storage_key
+from memo_runtime.profiling.bounds import check_bounds
 from memo_runtime.profiling.compare import Lengths, growing_dims, match
 from memo_runtime.profiling.observe import CROP_ERRORS, OperatorRecord
 
@@ -113,6 +114,7 @@ def _run(record: OperatorRecord, leaves: list[Any]) -> list[torch.Tensor]:
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     _, spec = _pytree.tree_flatten((record.args, record.kwargs))
     args, kwargs = _pytree.tree_unflatten(leaves, spec)
+    check_bounds(record.func, args, kwargs)
     out = record.func(*args, **kwargs)
     if record.mutable:
         out = written_by(record.func, args, kwargs)

@@ -18,6 +18,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import is_mutable, pin_kind
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
 from memo_runtime.blocks.rerun import Forward, run_again, storage_key
+from memo_runtime.profiling.bounds import check_bounds
 
 #: What a block raises when it does not take fewer tokens; some check their input by assertion.
 CROP_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError)
@@ -88,6 +89,8 @@ class ObservingMode(ReplayMode):
         """Run or replace the operator and record it."""
         inputs = tuple(leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         storages = tuple(storage_key(tensor) for tensor in inputs)
+        if not self.replaces(key):
+            check_bounds(func, args, kwargs)
         out = super().handle(func, key, args, kwargs)
         values = outputs_of(func, args, out)
         self.operators.append(

@@ -42,7 +42,7 @@ View = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
 class LogitsUnavailableError(MemoError, RuntimeError):
-    """Lazy logits were read after the weight or the hidden states they depend on had changed."""
+    """Lazy logits cannot be had: what they depend on changed since, or a loss was computed without them."""
 
 
 @dataclass(slots=True)
@@ -112,6 +112,8 @@ class HeadCall:
     notice: Notice
     versions: tuple[int, ...] = field(init=False)
     touched: bool = False  # real logits were changed, or a view of them given away, where versions do not count
+    passed_by: bool = False  # a loss was computed from the operands: its gradient does not come through the logits
+    watched: bool = False  # a hook waits for the gradient of logits
 
     def __post_init__(self) -> None:
         self.versions = self._versions()
@@ -161,6 +163,7 @@ class LazyLogits(Tensor):
     _chain: Chain
     _real: Tensor | None
     _base_logits: LazyLogits | None
+    _after_loss: bool
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -174,6 +177,7 @@ class LazyLogits(Tensor):
         )
         made._call, made._views, made._chain = call, (), Chain()
         made._real = made._base_logits = None
+        made._after_loss = call.passed_by
         return made
 
     def _like(self, *, chain: Chain | None = None, dtype: torch.dtype | None = None) -> LazyLogits:
@@ -190,12 +194,13 @@ class LazyLogits(Tensor):
 
     @property
     def changed(self) -> bool:
-        """Whether the real logits may have been changed in place: then the operands do not tell them."""
-        return self._call.touched if self.is_inference() else self._version > 0
+        """Whether the operands do not tell the whole: real logits may have been written to, or a hook waits for them."""
+        return self._call.watched or (self._call.touched if self.is_inference() else self._version > 0)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden [..., D] of the chosen tokens, weight [V, D], bias [V] or None; detached if these are."""
         hidden, weight, bias = self._call.choose(self._views), self._call.weight, self._call.bias
+        self._call.passed_by = True
         if self.requires_grad:
             return hidden, weight, bias
         return hidden.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -238,6 +243,38 @@ class LazyLogits(Tensor):
                 return lazy
         return _compute(func, args, kwargs or {})
 
+    # What waits for a gradient that a loss by tiles does not send through the logits would wait for ever.
+
+    def register_hook(self, hook: Any) -> Any:
+        """As ``Tensor.register_hook``.
+
+        Raises:
+            LogitsUnavailableError: the loss was computed without these logits.
+        """
+        # Engines only want to know when backward starts, and have a hook on the loss too.
+        if not _module_of(hook).startswith(_ENGINES):
+            self._watch("a hook on these logits")
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        """As ``Tensor.retain_grad``.
+
+        Raises:
+            LogitsUnavailableError: the loss was computed without these logits.
+        """
+        self._watch("retain_grad() on these logits")
+        super().retain_grad()  # type: ignore[no-untyped-call]
+
+    def _watch(self, what: str) -> None:
+        if self._after_loss:
+            return  # made from logits that the loss was computed without: no part of it
+        if self._call.passed_by:
+            raise LogitsUnavailableError(
+                f"{what} would see nothing of the model's loss, which was computed by tiles from the hidden states: "
+                "wrap with loss='native', or compute a loss of your own from the logits in a forward without labels"
+            )
+        self._call.watched = True
+
     # What reads memory without an operator would find none.
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -275,6 +312,15 @@ class LazyLogits(Tensor):
         if self._real is not None:
             return repr(self._real)
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, not computed)"
+
+
+#: Packages whose hooks on outputs look and change nothing.
+_ENGINES = ("torch.distributed", "deepspeed", "accelerate")
+
+
+def _module_of(hook: Any) -> str:
+    """Where a hook was written."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
 
 
 def lazy_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, notice: Notice | None = None) -> LazyLogits:

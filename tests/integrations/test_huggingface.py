@@ -258,6 +258,26 @@ def test_logits_read_after_the_optimizer_step_are_an_error_not_other_logits() ->
         output.logits.argmax(-1)
 
 
+@pytest.mark.parametrize("watch", [lambda logits: logits.register_hook(lambda g: g * 2), lambda logits: logits.retain_grad()])
+def test_watching_the_gradient_of_logits_is_an_error_not_silence(watch: Any) -> None:
+    model = make("llama")
+    install(model, loss=Loss.AUTO)
+    output = model(**batch())
+    with pytest.raises(LogitsUnavailableError, match="loss='native'"):
+        watch(output.logits)
+    output.loss.backward()
+
+
+def test_a_hook_on_what_is_made_of_the_logits_afterwards_sees_its_own_gradient() -> None:
+    model, seen = make("llama"), []
+    install(model, loss=Loss.AUTO)
+    output = model(**batch())
+    single = output.logits.float()
+    single.register_hook(seen.append)
+    (output.loss + single.sum()).backward()
+    assert torch.equal(seen[0], torch.ones_like(seen[0]))
+
+
 # Wrappers around the model.
 
 

@@ -194,7 +194,7 @@ class LazyLogits(Tensor):
 
     @property
     def changed(self) -> bool:
-        """Whether the operands do not tell the whole: real logits may have been written to, or a hook waits for them."""
+        """Whether the operands do not tell all: real logits may have been written to, or a hook waits for them."""
         return self._call.watched or (self._call.touched if self.is_inference() else self._version > 0)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -254,7 +254,7 @@ class LazyLogits(Tensor):
         # Engines only want to know when backward starts, and have a hook on the loss too.
         if not _module_of(hook).startswith(_ENGINES):
             self._watch("a hook on these logits")
-        return super().register_hook(hook)
+        return super().register_hook(hook)  # type: ignore[no-untyped-call]
 
     def retain_grad(self) -> None:
         """As ``Tensor.retain_grad``.
@@ -263,7 +263,7 @@ class LazyLogits(Tensor):
             LogitsUnavailableError: the loss was computed without these logits.
         """
         self._watch("retain_grad() on these logits")
-        super().retain_grad()  # type: ignore[no-untyped-call]
+        super().retain_grad()
 
     def _watch(self, what: str) -> None:
         if self._after_loss:

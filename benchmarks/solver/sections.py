@@ -6,6 +6,7 @@ short has still seen every contender on the instances it came to.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from benchmarks.solver.programs import STREAM_FILLS, STYLES, program
 from benchmarks.solver.refused import refused
 from memo_solver import Problem
 from memo_solver.instances import planted_packing
+from memo_solver.pipelined import pipelined_trace
 from memo_solver.sections import split
 from memo_solver.training import training_trace
 from tests.solver.test_fuzz import run as fuzz
@@ -29,6 +31,10 @@ CONTENDERS: dict[str, Contender] = {
     "omnimalloc omni": omnimalloc("omni"),
 }
 TRACES = ((20_000, 1), (20_000, 4), (30_000, 5), (40_000, 2), (50_000, 6), (60_000, 3))
+PIPELINES = ((40, 32, False), (40, 32, True), (32, 64, True))
+"""Layers and micro-batches of a pipeline's stage, and whether experts make sizes vary."""
+BILEVEL_SECONDS = 2.5
+"""Half of what a step may take, so that a machine that is busy keeps the promise too."""
 STEPS = ((1, 0), (2, 0), (3, 0), (1, 20))
 """Seed of a layered step and how many of its requests wrap round the boundary."""
 
@@ -97,19 +103,28 @@ def _tight(section: str, group: str, instance: str, make: Callable[[], Problem],
 
 
 def _traces(num_seeds: int | None) -> Iterator[Job]:
-    for num_requests, seed in TRACES[:num_seeds]:
+    makers: dict[str, Callable[[], Problem]] = {
+        f"{num_requests} requests, seed {seed}": functools.partial(training_trace, num_requests, seed=seed)
+        for num_requests, seed in TRACES[:num_seeds]
+    }
+    makers |= {
+        f"1F1B, {layers} layers, {micro} micro-batches{', experts' if routed else ''}": functools.partial(
+            pipelined_trace, layers, micro, seed=1, routed=routed
+        )
+        for layers, micro, routed in PIPELINES[:num_seeds]
+    }
+    for label, make in makers.items():
         for name, limit in (("memo_solver", 9.0), ("omnimalloc omni", 60.0)):
 
             def run(
-                name: str = name, limit: float = limit, num_requests: int = num_requests, seed: int = seed
+                name: str = name, limit: float = limit, make: Callable[[], Problem] = make
             ) -> dict[str, Any]:
-                problem = training_trace(num_requests, seed=seed)
+                problem = make()
                 bound = max(max(s.loads()) * s.unit for s in split(problem))
                 result = timed(CONTENDERS[name], problem, limit)
                 waste = None if result["peak"] is None else result["peak"] / bound - 1
                 return {"num_requests": len(problem.requests), "lower_bound": bound, "waste": waste, **result}
 
-            label = f"{num_requests} requests, seed {seed}"
             yield Job(section="traces", group="trace", instance=label, contender=name, limit_seconds=limit, run=run)
 
 
@@ -117,12 +132,12 @@ def _layered(num_seeds: int | None) -> Iterator[Job]:
     for seed, num_wrapping in STEPS[:num_seeds]:
 
         def run(seed: int = seed, num_wrapping: int = num_wrapping) -> dict[str, Any]:
-            return bilevel(52_000, seed, num_wrapping, 4.5)
+            return bilevel(52_000, seed, num_wrapping, BILEVEL_SECONDS)
 
         label = f"80 layers, seed {seed}, {num_wrapping} wrapping"
         yield Job(
             section="layered", group="step", instance=label, contender="memo_solver bi-level",
-            limit_seconds=4.5, run=run,
+            limit_seconds=BILEVEL_SECONDS, run=run,
         )  # fmt: skip
     for num_requests, seed in ((52_000, 1), (3_000, 2)):
         for number in (0, 1):

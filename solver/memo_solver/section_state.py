@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memo_solver import native
 from memo_solver.bounds import ALIVE_TOGETHER, ReachableHeights, contention, load_bound
-from memo_solver.orders import heuristic_order
+from memo_solver.orders import heuristic_names, heuristic_order
 from memo_solver.records import Problem, Proof
 from memo_solver.sections import Section
 
@@ -16,6 +16,8 @@ class SectionState:
         self.section = section
         self.fixed = fixed
         """Requests that every order places first, in this order (see cyclic.py)."""
+        self.ranking = heuristic_names()
+        """Orders for first fit, the best for this section first, as far as they were tried."""
         self._orders: dict[str, list[int]] = {}
         self._contention: list[int] | None = None
         self.compiled = native.NativeSection(section) if use_native else None

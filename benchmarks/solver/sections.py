@@ -33,8 +33,8 @@ CONTENDERS: dict[str, Contender] = {
 TRACES = ((20_000, 1), (20_000, 4), (30_000, 5), (40_000, 2), (50_000, 6), (60_000, 3))
 PIPELINES = ((40, 32, False), (40, 32, True), (32, 64, True))
 """Layers and micro-batches of a pipeline's stage, and whether experts make sizes vary."""
-BILEVEL_SECONDS = 2.5
-"""Half of what a step may take, so that a machine that is busy keeps the promise too."""
+BILEVEL_SECONDS = 3.0
+"""Well below what a step may take, so that a machine that is busy keeps the promise too."""
 STEPS = ((1, 0), (2, 0), (3, 0), (1, 20))
 """Seed of a layered step and how many of its requests wrap round the boundary."""
 

@@ -128,8 +128,8 @@ class _Bilevel:
 
     def limited(self, share: float) -> SolveParams:
         """Parameters with a share of the time that is left."""
-        # The last validation costs about as much as building the flat problem did.
-        kept = 3 * self.build_seconds
+        # Putting the answer together costs about as much as building the flat problem did.
+        kept = 1.5 * self.build_seconds
         left = self.params.time_limit_seconds - (time.monotonic() - self.start) - kept
         return replace(self.params, time_limit_seconds=max(left * share, 0.05))
 
@@ -173,7 +173,7 @@ class _Bilevel:
         assert best.placement is not None
         overhead = sum(stage.seconds for stage in flat.stages if stage.name != "heuristics")
         params = self.limited(1.0)
-        if params.time_limit_seconds < 2 * overhead:
+        if params.time_limit_seconds < 1.2 * overhead:
             return best
         # The repair's own reductions and validation are part of the time that is left.
         params = replace(params, time_limit_seconds=params.time_limit_seconds - overhead / 2)

@@ -30,11 +30,11 @@ from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
+from memo_runtime.profiling.later import Later
 from memo_runtime.profiling.machine import device_memory
 from memo_runtime.profiling.measured import Measured, cautious
 from memo_runtime.profiling.model import model_device, profile_model
-from memo_runtime.profiling.more_rows import look_at_rows
-from memo_runtime.profiling.reading import Reading, Shapes
+from memo_runtime.profiling.reading import Reading, Shapes, Sizes
 from memo_runtime.profiling.walk import NamedBlock, Run
 from memo_runtime.recent import Recent
 from memo_runtime.records import Plan, Profile
@@ -223,15 +223,16 @@ class Wrapped:
         readings = self._known.get(key) or []
         for number, reading in enumerate(readings):
             sizes = reading.sizes_of(shapes)
-            if sizes is not None and reading.measured.left_for_later(sizes.rows) and not forwards_meet(self.model):
-                reading = readings[number] = self._with_rows(reading, batch)
+            if sizes is not None and not forwards_meet(self.model):
+                reading = readings[number] = self._completed(reading, sizes, batch)
             if sizes is not None and reading.knows(sizes):
-                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens, accumulating=accumulating)
+                measured = reading.measured.at(sizes.rows, sizes.tokens)
+                return self._plan(measured, sizes.tokens, accumulating=accumulating)
         if self._known and forwards_meet(self.model):
             return self._plan_without_profiling(readings, shapes, accumulating=accumulating)
-        measured = self._measure(batch)
-        self._known.put(key, [*readings[-_MOST_SHAPES:], Reading(measured, shapes)])
-        return self._plan(measured.profile, accumulating=accumulating)
+        found = self._measure(batch)
+        self._known.put(key, [*readings[-_MOST_SHAPES:], Reading(found, shapes)])
+        return self._plan(found.profile, accumulating=accumulating)
 
     def _plan(self, profile: Profile, tokens: Mapping[int, int] | None = None, *, accumulating: bool) -> Plan:
         return plan_with(profile, self.settings, self.session.demotions, tokens=tokens, accumulating=accumulating)
@@ -245,7 +246,8 @@ class Wrapped:
             sizes = reading.sizes_of(shapes)
             if sizes is not None:
                 self.session.note(f"{_ALONE}; its bytes at this batch size are estimates")
-                return self._plan(reading.measured.at_rows(sizes.rows), sizes.tokens, accumulating=accumulating)
+                profile = reading.measured.at(sizes.rows, sizes.tokens)
+                return self._plan(profile, sizes.tokens, accumulating=accumulating)
         if readings:
             self.session.note(f"{_ALONE}; its plan is that of another shape, stretched")
             return self._plan(readings[-1].measured.profile, accumulating=accumulating)
@@ -281,11 +283,14 @@ class Wrapped:
         )
         return measured if by_tiles is None else replace(measured, profile=by_tiles.added_to(measured.profile))
 
-    def _with_rows(self, reading: Reading, batch: Batch) -> Reading:
-        blocks, run = self._named(), self._runner(batch)
-        return replace(
-            reading, measured=look_at_rows(self.model, blocks, run, batch=batch, measured=reading.measured)
-        )
+    def _completed(self, reading: Reading, sizes: Sizes, batch: Batch) -> Reading:
+        """``reading`` with what this batch shows of other numbers of sequences, or of other lengths of a pair."""
+        measured, later = reading.measured, Later(self.model, self._named(), self._runner(batch), batch)
+        if measured.left_for_later(sizes.rows):
+            measured = later.with_rows(measured)
+        if measured.pairs_left_for_later(sizes.rows, sizes.tokens):
+            measured = later.with_pairs(measured, sizes.tokens)
+        return reading if measured is reading.measured else replace(reading, measured=measured)
 
     def _named(self) -> list[NamedBlock]:
         return [NamedBlock(ref.name, ref.stack, ref.module, original_forward(ref.module)) for ref in self.refs]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from memo_runtime.profiling.growth import line_through, times
+from memo_runtime.profiling.pairs import PairLaw
 from memo_runtime.profiling.rows import RowLaw
 from memo_runtime.records import BlockProfile, Growth, Profile
 
@@ -16,15 +17,15 @@ class Measured:
     """A profile, and by block name how it changes with the number of sequences.
 
     Attributes:
-        shared_by_all: the part of ``profile.shared`` that does not grow with them.
-        crossed: blocks of one stack are given tensors as long as another's sequence, so that their sizes depend on two
-            lengths, of which only their own was varied.
+        pairs: by name of those blocks that are given tensors as long as another stack's sequence, how that length
+            changes them.
+        shared_by_all: the part of ``profile.shared`` that does not grow with the number of sequences.
     """
 
     profile: Profile
     laws: Mapping[str, RowLaw]
+    pairs: Mapping[str, PairLaw] = field(default_factory=dict)
     shared_by_all: Growth = field(default_factory=Growth)
-    crossed: bool = False
 
     def rows_of(self, block: BlockProfile) -> int | None:
         """Sequences in the profiled input of ``block``; None where they cannot be told from tokens."""
@@ -39,13 +40,43 @@ class Measured:
         """Stacks that have other numbers of sequences now, ``rows``, were only seen with their own."""
         return any(not self.laws[block.name].seen for block in self.profile.blocks if block.stack in rows)
 
-    def certain(self, rows: Mapping[int, int]) -> bool:
-        """Sizes at ``rows`` sequences, for the stacks that have others now, follow from measured ones."""
-        return all(
+    def pairs_left_for_later(self, rows: Mapping[int, int], tokens: Mapping[int, int]) -> bool:
+        """Blocks are given sequences of another length now, by ``tokens``, and were only seen with their own."""
+        return any(not law.seen and law.stack in tokens and not rows for law in self.pairs.values())
+
+    def certain(self, rows: Mapping[int, int], tokens: Mapping[int, int]) -> bool:
+        """Sizes where the stacks in ``rows`` and ``tokens`` have others now follow from measured ones."""
+        by_rows = all(
             self.laws[block.name].certain or block.stack not in rows
             for block in self.profile.blocks
             if block.tokens and not block.dynamic
         )
+        return by_rows and all(self._pair_is_certain(law, rows, tokens) for law in self.pairs.values())
+
+    def _pair_is_certain(self, law: PairLaw, rows: Mapping[int, int], tokens: Mapping[int, int]) -> bool:
+        if law.stack is None:
+            return not tokens
+        return law.stack not in tokens or (law.certain and not rows)
+
+    def at(self, rows: Mapping[int, int], tokens: Mapping[int, int]) -> Profile:
+        """The profile where stack i has ``rows[i]`` sequences, and gives others ``tokens[i]`` tokens; others stay."""
+        profile = self.profile
+        given = {
+            name: (law, tokens[law.stack])
+            for name, law in self.pairs.items()
+            if law.stack is not None and law.stack in tokens
+        }
+        if given:
+            most = max(1.0, *(length / law.length for law, length in given.values()))
+            profile = replace(
+                profile,
+                blocks=tuple(
+                    law_and_length[0].at(block, law_and_length[1]) if law_and_length else block
+                    for block, law_and_length in ((b, given.get(b.name)) for b in profile.blocks)
+                ),
+                shared=replace(profile.shared, constant=profile.shared.constant * most),
+            )
+        return replace(self, profile=profile).at_rows(rows)
 
     def at_rows(self, rows: Mapping[int, int]) -> Profile:
         """The profile for a batch in which the input of stack i has ``rows[i]`` sequences; others stay."""
@@ -70,11 +101,16 @@ class Measured:
 
     def at_tokens(self, tokens: Mapping[int, int]) -> Measured:
         """The same where the sequences of stack i have ``tokens[i]`` tokens; others stay."""
+        profile = self.at({}, tokens)
         blocks = tuple(
             replace(block, tokens=tokens.get(block.stack, block.tokens)) if block.tokens else block
-            for block in self.profile.blocks
+            for block in profile.blocks
         )
-        return replace(self, profile=replace(self.profile, blocks=blocks))
+        pairs = {
+            name: replace(law, length=tokens.get(law.stack, law.length)) if law.stack is not None else law
+            for name, law in self.pairs.items()
+        }
+        return replace(self, profile=replace(profile, blocks=blocks), pairs=pairs)
 
     def _ratio(self, block: BlockProfile, rows: Mapping[int, int]) -> Fraction:
         old = self.laws[block.name].rows

@@ -31,6 +31,7 @@ from memo_runtime.profiling.machine import (
 )
 from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.outside import outside_peak, outside_seconds
+from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.states import gradients_of_blocks, measure_states
@@ -59,11 +60,11 @@ class Observer(Walk):
     profiles: dict[str, BlockProfile] = field(default_factory=dict)
     laws: dict[str, RowLaw] = field(default_factory=dict)
     shared: dict[int, tuple[int, int, bool]] = field(default_factory=dict)
-    timed: dict[object, tuple[BlockProfile, RowLaw]] = field(default_factory=dict)
+    timed: dict[object, tuple[BlockProfile, RowLaw, PairLaw | None]] = field(default_factory=dict)
     allocated: int | None = None
     rows: int = 1
     hidden: torch.Tensor | None = None
-    crossed: bool = False
+    pairs: dict[str, PairLaw] = field(default_factory=dict)
     _examples: list[Example] = field(default_factory=list)
 
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -107,6 +108,7 @@ class Observer(Walk):
         for profile in before.profile.blocks:
             if profile.name not in self.profiles:
                 self.profiles[profile.name], self.laws[profile.name] = profile, before.laws[profile.name]
+                self.pairs |= {name: law for name, law in before.pairs.items() if name == profile.name}
 
     def _compare(self, block: NamedBlock) -> None:
         make = make_of(block.module, block.stack)
@@ -120,8 +122,8 @@ class Observer(Walk):
                 found = like_one_of([example], Subject(block.module, forward, call, leaf, block.name, block.stack))
             if found is not None:
                 found = replace(found, tokens=example.profile.tokens, stateful=start.wrote, draws=start.drew)
-                model, self.laws[block.name] = self.timed[_kind_of(block, example.profile)]
-                self.profiles[block.name] = _with_times_of(model, found)
+                known = self._as_known(block, _kind_of(block, example.profile))
+                self.profiles[block.name] = _with_times_of(known, found)
                 return
 
     def _measured(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -130,10 +132,6 @@ class Observer(Walk):
             block.module, forward, call, start, name=block.name, stack=block.stack, examples=self._examples
         )
         self._note_shared(call, profile)
-        # What one stack hands to another (an encoder's states) has a length of its own.
-        others = {other.tokens for other in self.profiles.values() if other.tokens and other.stack != block.stack}
-        handed = (tensor for leaf, tensor in call.tensors() if leaf != profile.input_leaf)
-        self.crossed = self.crossed or any(others.intersection(tensor.shape) for tensor in handed)
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
             self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
@@ -144,9 +142,17 @@ class Observer(Walk):
             timed = time_block(
                 block.module, forward, call, profile, start=start, device=self.device, load=not self.timed
             )
-            self.timed[key] = timed, self._law(block, forward, call, profile, start)
-        model, self.laws[block.name] = self.timed[key]
-        return _with_times_of(model, profile)
+            # What one stack hands to another (an encoder's states) has a length of its own.
+            pair = pair_law(call, profile, self.profiles.values())
+            self.timed[key] = timed, self._law(block, forward, call, profile, start), pair
+        return _with_times_of(self._as_known(block, key), profile)
+
+    def _as_known(self, block: NamedBlock, kind: object) -> BlockProfile:
+        """The timed block of ``kind``, whose laws are those of ``block`` too."""
+        model, self.laws[block.name], pair = self.timed[kind]
+        if pair is not None:
+            self.pairs[block.name] = pair
+        return model
 
     def _law(
         self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
@@ -270,7 +276,7 @@ def profile_model(
         notes=_notes(measured),
     )
     shared_by_all = observer.shared_growth(tokens, by_row=False)
-    return Measured(profile, observer.laws, shared_by_all, observer.crossed)
+    return Measured(profile, observer.laws, observer.pairs, shared_by_all)
 
 
 def _notes(profiles: Sequence[BlockProfile]) -> tuple[str, ...]:

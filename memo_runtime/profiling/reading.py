@@ -79,7 +79,7 @@ class Reading:
 
     def knows(self, sizes: Sizes) -> bool:
         """What blocks save at ``sizes`` was measured or follows from what was; else it is an estimate."""
-        return self.measured.certain(sizes.rows) and not (sizes.tokens and self.measured.crossed)
+        return self.measured.certain(sizes.rows, sizes.tokens)
 
     def _stacks(self) -> Iterator[tuple[int, list[int | None], list[int]]]:
         """(stack, rows, tokens) of every stack; rows and tokens of each of its blocks with an input."""

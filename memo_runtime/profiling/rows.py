@@ -61,7 +61,7 @@ class RowLaw:
         shares = {self.rows: profile, **self.points}
         sizes = shares.get(rows)
         if sizes is None and self.line is not None:
-            sizes = _on_line(shares, self.line, rows)
+            sizes = on_line(shares, self.line, rows)
         if sizes is None:
             sizes = _in_proportion(profile, Fraction(rows, self.rows))
         ratio = Fraction(rows, self.rows)
@@ -134,21 +134,21 @@ def _measured(bench: _Bench, rows: int, known: Mapping[int, BlockProfile]) -> Ro
         bench.look(at)
     points = {**bench.points, **known}
     others = {number: point for number, point in points.items() if number != rows}
-    if not _on_one_line(points, *line):
+    if not on_one_line(points, *line):
         return RowLaw(bench.row_dim, rows, others, None)
     # Two points are always on a line: a third one tells.
     third = 1
-    if not _on_one_line(points, line[0], third):
+    if not on_one_line(points, line[0], third):
         third = line[1] + 1
         bench.look(third)
         points = {**bench.points, **known}
-    predicted = _on_line(points, line, third) if third in points else None
-    certain = bench.agreed and predicted is not None and _same(predicted, points[third])
+    predicted = on_line(points, line, third) if third in points else None
+    certain = bench.agreed and predicted is not None and same_sizes(predicted, points[third])
     others = {number: point for number, point in points.items() if number != rows}
     return RowLaw(bench.row_dim, rows, others, line, certain)
 
 
-def _on_one_line(points: Mapping[int, BlockProfile], *rows: int) -> bool:
+def on_one_line(points: Mapping[int, BlockProfile], *rows: int) -> bool:
     """The block is the same at all of ``rows`` but for its sizes."""
     return all(at in points and _shape_of(points[at]) == _shape_of(points[rows[0]]) for at in rows)
 
@@ -172,7 +172,7 @@ class _Bench:
         answers = self._answers(rows)
         if answers:
             self.points[rows] = answers[0]
-        self.agreed = self.agreed and bool(answers) and all(_same(answers[0], answer) for answer in answers[1:])
+        self.agreed = self.agreed and bool(answers) and all(same_sizes(answers[0], answer) for answer in answers[1:])
 
     def _answers(self, rows: int) -> list[BlockProfile]:
         """The profile at ``rows``, for every way to give the other arguments that many, the likeliest first.
@@ -185,7 +185,7 @@ class _Bench:
         found: list[BlockProfile] = []
         ways = iter([dict(self.dims)]) if self.dims else _row_dims(crop, self.profile, self.row_dim)
         for dims in ways:
-            other = crop.replaced({leaf: _repeated(crop.leaves[leaf], dim, rows) for leaf, dim in dims.items()})
+            other = crop.replaced({leaf: repeated(crop.leaves[leaf], dim, rows) for leaf, dim in dims.items()})
             try:
                 answer = calibrate_again(self.block, self.forward, other, self.profile, self.start)
             except CROP_ERRORS:
@@ -215,7 +215,7 @@ def _row_dims(call: BlockCall, profile: BlockProfile, row_dim: int) -> Iterator[
     yield from (way for number, way in enumerate(ways) if way not in ways[:number])
 
 
-def _repeated(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+def repeated(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     """``tensor`` with ``rows`` along ``dim``, its own taken in turn; the memory order of dimensions stays."""
     detached, needs_grad = tensor.detach(), tensor.requires_grad
     if detached.stride(dim) == 0 or detached.shape[dim] == rows:
@@ -247,13 +247,13 @@ def _dim(axis: TokenAxis | None) -> int | None:
     return None if axis is None else axis.dim
 
 
-def _same(a: BlockProfile, b: BlockProfile) -> bool:
+def same_sizes(a: BlockProfile, b: BlockProfile) -> bool:
     """The same bytes, axes and FLOPs."""
     names = ("saved", "groups", "pins", "forward_flops", "rerun_flops", "recompute_flops")
     return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
-def _on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int) -> BlockProfile | None:
+def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int) -> BlockProfile | None:
     """The point at ``rows`` of the line through two of ``points``; None where a count would be no whole number."""
     a, b = points[line[0]], points[line[1]]
     share = Fraction(rows - line[0], line[1] - line[0])

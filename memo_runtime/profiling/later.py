@@ -1,0 +1,96 @@
+"""Passes that look at what a profile left for later, when a batch brings it.
+
+Most runs see one number of sequences, and most models one length: how others change a profile (profiling/rows.py,
+profiling/pairs.py) is looked at with the first batch that has others, in one block of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.rerun import Forward
+from memo_runtime.profiling.measured import Measured
+from memo_runtime.profiling.model import model_device
+from memo_runtime.profiling.pairs import PairLaw, measure_pairs
+from memo_runtime.profiling.rows import RowLaw, measure_beside
+from memo_runtime.profiling.start import Start
+from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of, unprofiled
+from memo_runtime.records import BlockProfile
+
+#: (block, its own forward, call, known profile, start) to a law.
+_Measure = Callable[[NamedBlock, Forward, BlockCall, BlockProfile, Start], Any]
+
+
+@dataclass(slots=True)
+class _Look(Walk):
+    """Looks at one block of each kind whose law was left for later: ``wanted``, by block name."""
+
+    measured: Measured = field(kw_only=True)
+    wanted: Mapping[str, Any] = field(kw_only=True)
+    measure: _Measure = field(kw_only=True)
+    #: By the law that is replaced, which is one object for all blocks of a kind.
+    found: dict[int, Any] = field(default_factory=dict)
+
+    def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        """Measure the law of the block's kind, unless that is done."""
+        profile, law = self.measured.block(block.name), self.wanted.get(block.name)
+        if profile is None:
+            return unprofiled(block, "it was not called when the model was profiled")
+        if law is not None and id(law) not in self.found and not call.is_empty:
+            start = Start(roots_of(block, call), self.device)
+            self.found[id(law)] = self.measure(block, forward, call, profile, start)
+        return profile
+
+    def is_done(self) -> bool:
+        """One block of every kind was looked at."""
+        return all(id(law) in self.found for law in self.wanted.values())
+
+    def finish(self) -> None:
+        """Kinds that this batch does not call stay as they are: they are looked at when a batch calls them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """What it takes to look: the model, its blocks, and ``run``, which runs its forward on ``batch``."""
+
+    model: nn.Module
+    blocks: Sequence[NamedBlock]
+    run: Run
+    batch: Batch
+
+    def with_rows(self, measured: Measured) -> Measured:
+        """``measured`` with its laws of rows, where the batch has another number of sequences."""
+
+        def measure(
+            block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
+        ) -> RowLaw:
+            law = measured.laws[block.name]
+            return measure_beside(block.module, forward, call, start, known=profile, law=law)
+
+        found = self._look(measured, {name: law for name, law in measured.laws.items() if not law.seen}, measure)
+        return replace(measured, laws={name: found.get(id(law), law) for name, law in measured.laws.items()})
+
+    def with_pairs(self, measured: Measured, tokens: Mapping[int, int]) -> Measured:
+        """``measured`` with its laws of pairs, where stacks have other lengths, ``tokens``, in the batch."""
+
+        def measure(
+            block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
+        ) -> PairLaw:
+            law = measured.pairs[block.name]
+            length = tokens[law.stack] if law.stack is not None else 0
+            return measure_pairs(block.module, forward, call, start, known=profile, law=law, length=length)
+
+        wanted = {name: law for name, law in measured.pairs.items() if not law.seen and law.stack in tokens}
+        found = self._look(measured, wanted, measure)
+        return replace(measured, pairs={name: found.get(id(law), law) for name, law in measured.pairs.items()})
+
+    def _look(self, measured: Measured, wanted: Mapping[str, Any], measure: _Measure) -> dict[int, Any]:
+        blocks = {block.name: block for block in self.blocks}
+        look = _Look(blocks, model_device(self.model), measured=measured, wanted=wanted, measure=measure)
+        look.over(self.model, self.batch, self.run)
+        return look.found

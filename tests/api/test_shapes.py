@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
-import time
 from typing import Any
 
 import pytest
@@ -98,12 +98,12 @@ def test_the_least_recently_used_goes_first() -> None:
 
 @pytest.mark.parametrize("policy", ["auto", "replay"])
 def test_a_plan_for_another_length_takes_a_fraction_of_a_second(policy: str) -> None:
-    """With 32 blocks and a budget, so that the linear program runs."""
+    """With 32 blocks and a budget, so that the linear program runs. Of the processor's time, the solver's included."""
     profile = llama_profile(32)
     settings = make_settings(policy=policy, budget="60GiB")
     taken = []
     for tokens in (65536, 80001, 100003, 110211, 131072):
-        start = time.perf_counter()
+        start = sum(os.times()[:4])
         make_plan(profile, settings, tokens={0: tokens})
-        taken.append(time.perf_counter() - start)
+        taken.append(sum(os.times()[:4]) - start)
     assert statistics.median(taken) < 0.5

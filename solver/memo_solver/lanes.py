@@ -32,7 +32,7 @@ PYTHON_NODES = 3_000
 TIGHT_SLACK = 0.08
 """Mean slack below which the valley search gets most of the time: it is made for that."""
 PERFECT_SLACK = 0.02
-"""Mean slack below which CP-SAT still decides, late, what the valley search does not: it keeps its lane."""
+"""Mean slack below which CP-SAT still decides, late, what the valley search does not: it gets more time."""
 CPSAT_DETERMINISTIC = 0.06
 """CP-SAT's deterministic seconds per second."""
 IMPORT_SECONDS = 2.0
@@ -132,10 +132,12 @@ def build_lanes(
         return [_own_searches(question, params, compiled, seconds=0.1)]
     seconds = ROUND_SECONDS * ROUND_GROWTH ** (question.round_index - 1)
     own = _own_searches(question, params, compiled, seconds=seconds)
-    lucky = question.round_index > 1 and PERFECT_SLACK <= question.mean_slack < TIGHT_SLACK
-    exact = _cpsat_lanes(question, params, seconds=seconds * (0.25 if lucky else 1.0))
+    lucky = question.round_index > 1 and question.mean_slack < TIGHT_SLACK
+    perfect = question.mean_slack < PERFECT_SLACK
+    exact = _cpsat_lanes(question, params, seconds=seconds * ((0.5 if perfect else 0.25) if lucky else 1.0))
     if exact and lucky:
-        # What CP-SAT has not decided by now it seldom does; another seed of the valley search more often.
+        # What CP-SAT has not decided by now it seldom does; another seed of the valley search more often, since
+        # how long that takes differs a hundredfold from seed to seed.
         exact[0] = [*_valley_searches(question, params, compiled, seconds=1.5 * seconds, lane=1), *exact[0]]
     lanes = [own, *exact]
     if params.threads >= 3 and compiled is not None:

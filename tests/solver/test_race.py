@@ -115,7 +115,7 @@ def test_from_round_two_tight_sections_get_a_second_valley_search_with_another_s
     full = max(section.loads())
     tight = full + full // 20
     assert len(valleys(1, tight)) == 1
-    assert len(valleys(2, 2 * full)) == len(valleys(2, full)) == 1
+    assert (len(valleys(2, 2 * full)), len(valleys(2, full))) == (1, 2)
     seeds = [*valleys(1, tight), *valleys(2, tight), *valleys(3, tight)]
     assert len(seeds) == 5
     assert len(set(seeds)) == 5

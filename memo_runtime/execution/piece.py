@@ -101,7 +101,9 @@ class Piece:
         """The copy to the host that ``store`` decided on; None where nothing goes there."""
         if self._slot is None or self.region is None:
             return None
-        return self.region.rows(flat, *self.rows), self._host_rows()
+        # A view that conjugates or negates what lies in memory: the engine copies memory, not what is meant.
+        meant = self.region.rows(flat, *self.rows).resolve_conj().resolve_neg()
+        return meant, self._host_rows()
 
     @property
     def label(self) -> str:

@@ -120,19 +120,19 @@ class CopyEngine(ABC):
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor, *, name: str = "") -> Ticket:
         """Copy ``source`` on the device into ``target`` in a slab, of the same shape and dtype."""
-        return self._submit(True, ((source, target),), name)
+        return self._submit(True, _plain(((source, target),)), name)
 
     def to_device(self, source: torch.Tensor, target: torch.Tensor, *, name: str = "") -> Ticket:
         """Copy ``source`` in a slab into ``target`` on the device, of the same shape and dtype."""
-        return self._submit(False, ((source, target),), name)
+        return self._submit(False, _plain(((source, target),)), name)
 
     def many_to_host(self, pairs: Iterable[Pair], *, name: str = "") -> Ticket:
         """Many copies to the host, (source, target) each, under one ticket; ``name`` may have a line for each."""
-        return self._submit(True, tuple(pairs), name)
+        return self._submit(True, _plain(pairs), name)
 
     def many_to_device(self, pairs: Iterable[Pair], *, name: str = "") -> Ticket:
         """Many copies to the device, (source, target) each, under one ticket; ``name`` may have a line for each."""
-        return self._submit(False, tuple(pairs), name)
+        return self._submit(False, _plain(pairs), name)
 
     @property
     @abstractmethod
@@ -166,3 +166,16 @@ class CopyEngine(ABC):
     def _check_device(self, tensor: torch.Tensor) -> None:
         if tensor.device != self.device:
             raise CopyUseError(f"the tensor is on {tensor.device}, and this engine copies for {self.device}")
+
+
+def _plain(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+    """``pairs``, none of which means something else than lies in its memory."""
+    found = tuple(pairs)
+    for pair in found:
+        for tensor in pair:
+            if tensor.is_conj() or tensor.is_neg():
+                raise CopyUseError(
+                    "the tensor is a view that conjugates or negates what lies in memory, and this engine copies "
+                    "memory: give tensor.resolve_conj().resolve_neg()"
+                )
+    return found

@@ -41,6 +41,21 @@ def place(backend):
     return backend.engine(), slab, slab.memory.view(torch.float32)
 
 
+def test_a_view_that_means_something_else_than_its_memory_is_refused(backend):
+    engine, slab = backend.engine(), backend.slab(4096)
+    host = slab.memory.view(torch.complex64)[:4]
+    x = torch.randn(4, dtype=torch.complex64)
+    for lazy in (x.conj(), x.conj().imag):
+        target = slab.memory.view(lazy.dtype)[:4]
+        with pytest.raises(CopyUseError, match="resolve_conj"):
+            engine.to_host(lazy, target)
+        with pytest.raises(CopyUseError, match="resolve_conj"):
+            engine.many_to_host([(lazy, target)])
+    engine.to_host(x.conj().resolve_conj(), host).wait()
+    assert torch.equal(host, x.conj())
+    assert engine.open_copies == 0
+
+
 def test_copies_there_and_back(place):
     engine, _, host = place
     x = torch.randn(3, 7, 5)

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError
 from memo_runtime.execution.batch import Incoming, Outgoing
 from memo_runtime.execution.ledger import Ledger
@@ -27,10 +28,8 @@ from memo_runtime.native.engine import Pair
 from memo_runtime.native.pool import HostPool
 from memo_runtime.records import FETCH_MARGIN
 
-#: What a block raises when it does not take a slice of its tokens. Classes of their own say something else: no memory
-#: left, a broken device, an error of the user's.
+#: What a block raises when it does not take a slice of its tokens. Classes of their own say something else.
 _FAILURES = (RuntimeError, IndexError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
-
 
 class Counters(Protocol):
     """Where a stash counts what it does; see ``execution.counters``."""
@@ -326,13 +325,13 @@ class Stash:
         except ReplayMismatchError as error:
             raise self._mismatch(error) from error
         except Exception as error:
+            pass_on(error)
             if type(error) not in _FAILURES:
                 raise
-            text = str(error).strip().splitlines()
             raise self._mismatch(
                 ReplayMismatchError(
-                    f"'{self.name}' was run again and failed, which its forward did not: {type(error).__name__}: "
-                    f"{text[0] if text else ''}. No gradient of it was computed; policy='swap' runs nothing again"
+                    f"'{self.name}' was run again and failed, which its forward did not: {first_line(error)}. "
+                    "No gradient of it was computed; policy='swap' runs nothing again"
                 )
             ) from error
 

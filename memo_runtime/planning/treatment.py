@@ -81,9 +81,19 @@ def refuse_fallbacks(sheet: Sheet, choices: tuple[Choice, ...], settings: Settin
     lines = [
         f"strict=True and {count} of {len(sheet.blocks)} blocks cannot take policy '{settings.policy}'",
         *(f"  {_some(names)}: {reason}" for reason, names in reasons.items()),
-        "  try: strict=False, which runs them again as a whole, or policy='swap', which runs nothing again",
+        *_advice({choice.executor for choice in choices if choice.reason}),
     ]
     raise BlockFallbackError("\n".join(lines))
+
+
+def _advice(executors: set[Executor]) -> list[str]:
+    """What would work, by what such blocks would do without ``strict``."""
+    lines = []
+    if Executor.NATIVE in executors:
+        lines.append("  try: strict=False, which leaves such blocks as they are, or name the others with blocks=")
+    if executors - {Executor.NATIVE}:
+        lines.append("  try: strict=False, which runs them again as a whole or swaps them, or policy='swap'")
+    return lines
 
 
 def _some(names: list[str]) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.operators import base_name, written_by
 from memo_runtime.blocks.region import tail, take
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.profiling.bounds import check_bounds
 from memo_runtime.profiling.compare import Lengths, growing_dims, match
-from memo_runtime.profiling.observe import CROP_ERRORS, OperatorRecord
+from memo_runtime.profiling.observe import OperatorRecord
 
 #: Products of matrices: rows do not meet, and a contraction over tokens loses the token dimension, which shows.
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_grouped_mm", "_scaled_mm")
@@ -28,7 +29,6 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_grouped_mm",
 _UNFILLED = ("empty", "new_empty", "resize")
 #: Running these once more would wait for other ranks.
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
-_FAILURES = (*CROP_ERRORS, NotImplementedError)
 
 
 class Verdict(Enum):
@@ -55,14 +55,16 @@ def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verd
     with torch.no_grad(), torch.autocast(device, enabled=False):
         try:
             results = _run(whole, full), _run(part, cut)
-        except _FAILURES:
+        except Exception as error:
+            pass_on(error)
             return Verdict.TOKEN_WISE
         if _equal_bits(*results, lengths):
             return Verdict.TOKEN_WISE
         for wide in (torch.float64, torch.float32):
             try:
                 results = _run(whole, _widened(full, wide)), _run(part, _widened(cut, wide))
-            except _FAILURES:
+            except Exception as error:
+                pass_on(error)
                 continue
             if all(t.dtype in (wide, torch.complex128) for t in results[0] if t.is_floating_point() or t.is_complex()):
                 return Verdict.TOKEN_WISE if _agree(*results, lengths) else Verdict.MIXES

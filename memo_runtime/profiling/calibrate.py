@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import is_tensor, nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import BlockRefusedError
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.compare import Lengths
 from memo_runtime.profiling.growth import fit_counts
@@ -54,13 +55,13 @@ def calibrate(
         start: the state that every run starts from.
         name: qualified name for the record. stack: index of its stack.
         examples: blocks that were calibrated so far; this one is added, unless it is like one of them.
+
+    Raises:
+        BlockRefusedError: what it saves cannot be seen.
     """
     leaf = call.input_leaf
     if leaf is None or call.is_empty:
-        return BlockProfile(
-            name=name, kind=type(block).__name__, stack=stack, tokens=0, token_dim=0, input_leaf=0,
-            reason="its input is empty" if call.is_empty else "it has no argument of numbers with tokens",
-        )  # fmt: skip
+        raise BlockRefusedError("its input is empty" if call.is_empty else _without_input(call))
     subject = Subject(block, start.every_time(forward), call, leaf, name, stack)
     structure = structure_of(subject)
     with start.kept(), torch.enable_grad():
@@ -69,6 +70,13 @@ def calibrate(
             profile, trial, reason = _calibrated(subject)
             examples.append(Example.of(subject, profile, trial, reason))
     return replace(profile, stateful=start.wrote, draws=start.drew)
+
+
+def _without_input(call: BlockCall) -> str:
+    """Why a call has no input hidden state."""
+    objects = [type(leaf).__name__ for leaf in call.leaves if hasattr(leaf, "__dict__") and not is_tensor(leaf)]
+    inside = f": tensors inside a {objects[0]} are not seen" if objects else ""
+    return f"it has no argument of numbers with tokens{inside}"
 
 
 def _calibrated(subject: Subject) -> tuple[BlockProfile, Trial, str]:
@@ -81,6 +89,9 @@ def _calibrated(subject: Subject) -> tuple[BlockProfile, Trial, str]:
         call = subject.call.detached(fresh=(subject.input_leaf,))
         lengths = Lengths(whole=subject.hidden.shape[default], start=0)
         trial = Trial(default, arguments, lengths, call, observe(subject.forward, call), Slicing(reason=reason))
+    unseen = trial.whole.unseen(trial.call, subject.block)
+    if unseen:
+        raise BlockRefusedError(unseen)
     if not trial.whole.saved:
         return _without_saves(subject, trial), trial, reason
     return unsliced(subject, trial, reason) if reason else _sliced(subject, trial), trial, reason
@@ -95,7 +106,7 @@ def calibrate_again(
     was.
 
     Raises:
-        CROP_ERRORS: whatever the block raises on ``call``.
+        Exception: whatever the block raises on ``call``.
     """
     subject = Subject(block, start.every_time(forward), call, known.input_leaf, known.name, known.stack)
     with start.kept(), torch.enable_grad():

@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.profiling.inventory import take_inventory
-from memo_runtime.profiling.observe import CROP_ERRORS, Observation
+from memo_runtime.profiling.observe import Observation
 from memo_runtime.profiling.slicing import Slicing, slice_alike
 from memo_runtime.profiling.trial import Subject, Trial, rerun_end, run_whole
 from memo_runtime.profiling.unsliced import unsliced
@@ -85,7 +86,8 @@ def like_one_of(examples: Iterable[Example], subject: Subject) -> BlockProfile |
             if axes not in wholes:
                 wholes[axes] = run_whole(subject, *axes)
             profile = _like(example, subject, wholes[axes])
-        except CROP_ERRORS:
+        except Exception as error:
+            pass_on(error)
             continue
         if profile is not None:
             return profile

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import BlockRefusedError, first_line, pass_on
 from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
 from memo_runtime.blocks.rerun import Forward, storage_key
-from memo_runtime.errors import OffloaderActiveError, ProfileError
+from memo_runtime.errors import ProfileError
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.likeness import Example, like_one_of, make_of
@@ -84,12 +85,12 @@ class Observer(Walk):
             return self._unprofiled(block, _SHARDED_PARTS)
         try:
             return self._measured(block, forward, call)
-        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, OffloaderActiveError)):
-                raise
+        except BlockRefusedError as refused:
+            return self._unprofiled(block, str(refused))
+        except Exception as error:
+            pass_on(error)
             # The forward itself may run; what does not is running it again and again.
-            reason = f"it could not be profiled: {type(error).__name__}: {str(error).strip()}"[:200].splitlines()[0]
-            return self._unprofiled(block, reason)
+            return self._unprofiled(block, f"it could not be profiled: {first_line(error)}")
 
     def _unprofiled(self, block: NamedBlock, reason: str) -> BlockProfile:
         self.laws[block.name] = RowLaw()

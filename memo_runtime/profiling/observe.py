@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
@@ -19,9 +20,6 @@ from memo_runtime.blocks.operators import is_mutable, pin_kind
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
 from memo_runtime.blocks.rerun import Forward, run_again, storage_key
 from memo_runtime.profiling.bounds import check_bounds
-
-#: What a block raises when it does not take fewer tokens; some check their input by assertion.
-CROP_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError)
 
 
 @dataclass(slots=True)
@@ -56,10 +54,18 @@ class Observation:
     flops: int = 0
     flops_to_last_save: int = 0  # where a rerun may end
     walked: bool = False  # the forward went backward itself
+    returned: str = ""  # what it returned, if that shows no tensor or is run later (a generator)
 
     def walk(self) -> None:
         """Note that the forward went backward itself."""
         self.walked = True
+
+    def unseen(self, call: BlockCall, block: nn.Module) -> str:
+        """Why the work of ``block`` is not what was observed of it; "": it is."""
+        trained = any(parameter.requires_grad for parameter in block.parameters())
+        if not self.returned or self.saved or not (trained or any(t.requires_grad for _, t in call.tensors())):
+            return ""
+        return f"its forward saves nothing for backward and returns a {self.returned}: its work comes after it, unseen"
 
     def counts(self) -> Counter[str]:
         """How often each operator was called."""
@@ -122,13 +128,20 @@ def observe(
     observation = Observation()
     device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
 
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        leaves = _pytree.tree_leaves(output)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            observation.returned = type(leaves[0] if leaves else output).__name__
+        return output
+
     def see(_: int, tensor: torch.Tensor) -> None:
         observation.saved.append(tensor)
         observation.flops_to_last_save = mode.flops
 
     with AutocastState.current(device).uncached().restored():
         run_again(
-            forward, call, see, mode=mode, last=last, on_walk=observation.walk,
+            watched, call, see, mode=mode, last=last, on_walk=observation.walk,
         )  # fmt: skip
     observation.operators = mode.operators
     observation.flops = mode.flops

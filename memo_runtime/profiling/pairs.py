@@ -15,10 +15,10 @@ from fractions import Fraction
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.calibrate import calibrate_again
 from memo_runtime.profiling.growth import times
-from memo_runtime.profiling.observe import CROP_ERRORS
 from memo_runtime.profiling.rows import on_line, on_one_line, repeated, same_sizes
 from memo_runtime.profiling.start import Start
 from memo_runtime.records import BlockProfile
@@ -102,7 +102,8 @@ def measure_pairs(
     for at, other in ((length, call), (third, longer)):
         try:
             found = calibrate_again(block, forward, other, known, start)
-        except CROP_ERRORS:
+        except Exception as error:
+            pass_on(error)
             return unknown
         if found is None:
             return unknown

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.calibrate import calibrate_again
 from memo_runtime.profiling.growth import line_through, times
-from memo_runtime.profiling.observe import CROP_ERRORS
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.trial import crop_tokens
 from memo_runtime.records import BlockProfile, Moment, Pin, SavedTensor, TensorGroup, TiledProfile, TokenAxis
@@ -117,7 +117,8 @@ def measure_beside(
     unknown = replace(law, seen=True)
     try:
         here = calibrate_again(block, forward, call, known, start)
-    except CROP_ERRORS:
+    except Exception as error:
+        pass_on(error)
         return unknown
     beside = later_rows(call, here) if here is not None else unknown
     if here is None or beside.row_dim is None:
@@ -188,7 +189,8 @@ class _Bench:
             other = crop.replaced({leaf: repeated(crop.leaves[leaf], dim, rows) for leaf, dim in dims.items()})
             try:
                 answer = calibrate_again(self.block, self.forward, other, self.profile, self.start)
-            except CROP_ERRORS:
+            except Exception as error:
+                pass_on(error)
                 continue
             if answer is not None:
                 found.append(answer)

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.blocks.operators import base_name, pin_kind
 from memo_runtime.blocks.pins import PinKey, Value, Values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.alone import Verdict, judge
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
-from memo_runtime.profiling.observe import CROP_ERRORS, Observation, OperatorRecord, observe
+from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
 from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
 
 logger = logging.getLogger("memo_runtime")
@@ -213,16 +214,18 @@ def find_slicing(
         try:
             # The shapes of the pinned outputs on a slice, before anything is replaced.
             shapes = _shapes(observe(forward, tail_call, last=len(whole.saved) - 1))
-        except CROP_ERRORS as error:
-            slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
+        except Exception as error:
+            pass_on(error)
+            slicing.reason = f"a slice of its tokens does not run: {first_line(error)}"
             return slicing
     for _ in range(_MAX_ROUNDS):
         _find_axes(whole, shapes, slicing, lengths)
         values = tail_values(whole, slicing, lengths)
         try:
             part = observe(forward, tail_call, values, last=len(whole.saved) - 1)
-        except CROP_ERRORS as error:
-            slicing.reason = f"a slice of its tokens does not run: {_first_line(error)}"
+        except Exception as error:
+            pass_on(error)
+            slicing.reason = f"a slice of its tokens does not run: {first_line(error)}"
             return slicing
         faults, slicing.reason = _find_faults(whole, part, lengths, slicing.verdicts)
         faults = {key: kind for key, kind in faults.items() if key not in slicing.pins}
@@ -270,10 +273,6 @@ def slice_alike(
         return None
     slicing = _check_saved(slicing, whole, part, lengths)
     return None if slicing.reason else slicing
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
 
 
 def _check_saved(slicing: Slicing, whole: Observation, part: Observation, lengths: Lengths) -> Slicing:

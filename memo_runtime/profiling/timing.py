@@ -16,13 +16,14 @@ from torch import nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
-from memo_runtime.profiling.observe import CROP_ERRORS, observe
+from memo_runtime.profiling.observe import observe
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.stopwatch import seconds_of, synchronize
 from memo_runtime.profiling.trial import crop_tokens
@@ -269,7 +270,8 @@ def time_block(
             if load and lengths[-1] < profile.tokens:
                 timer.load(lengths[-1])
             medians = [timer.median(tokens) for tokens in lengths]
-        except CROP_ERRORS:
+        except Exception as error:
+            pass_on(error)
             if profile.sliceable or lengths == (profile.tokens,):
                 raise
             # Weights of the size of the sequence, for one: it runs at its own length and at no other.

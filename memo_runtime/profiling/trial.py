@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.rerun import Forward, stops_early
 from memo_runtime.profiling.candidates import MIN_TOKENS, argument_axes, token_dims
 from memo_runtime.profiling.compare import Lengths
 from memo_runtime.profiling.growth import fit_counts
-from memo_runtime.profiling.observe import CROP_ERRORS, Observation, observe
+from memo_runtime.profiling.observe import Observation, observe
 from memo_runtime.profiling.slicing import Slicing, find_slicing
 from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, PinKind
 
@@ -110,8 +111,9 @@ def search(subject: Subject) -> tuple[Trial | None, str]:
         for arguments in argument_axes(subject.call, subject.input_leaf, token_dim):
             try:
                 trial = run_trial(subject, token_dim, arguments)
-            except CROP_ERRORS as error:
-                reason = reason or f"it does not run on fewer tokens: {type(error).__name__}: {error}"[:200]
+            except Exception as error:
+                pass_on(error)
+                reason = reason or f"it does not run on fewer tokens: {first_line(error)}"
                 continue
             first = first or trial
             if trial.slicing.reason:
@@ -169,7 +171,8 @@ def whole_flops(subject: Subject, trial: Trial) -> tuple[Growth, Growth]:
     for length in shorter_lengths(trial) if trial.lengths.start else ():
         try:
             seen.append((length, observe(subject.forward, subject.crop(trial.arguments, length))))
-        except CROP_ERRORS:
+        except Exception as error:
+            pass_on(error)
             continue
     forward = [(length, whole.flops) for length, whole in seen]
     return fit_counts(forward), fit_counts([(length, rerun_end(subject, whole)) for length, whole in seen])

@@ -187,3 +187,41 @@ def test_a_given_plan_changes_for_those_blocks_alone_and_its_file_does_not(tmp_p
     before, now = plan.blocks[1], memo.report(model).blocks[1]
     assert (now.bytes_to_host, now.recomputed_flops) == (before.bytes_to_host, before.recomputed_flops)
     assert load_plan(tmp_path / "plan.json") == plan
+
+
+class Interrupted(Plain):
+    """Ctrl-C arrives in a rerun, where PyTorch is leaving a dispatch mode and raises over it."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == LONG:
+            type(self).runs += 1
+            if type(self).runs == 3:  # two forwards, then the first rerun
+                try:
+                    raise KeyboardInterrupt
+                finally:
+                    raise RuntimeError("trying to pop from empty mode stack")
+        return super().forward(x)
+
+
+def test_an_interrupt_that_another_error_hides_is_the_interrupt() -> None:
+    model = memo.wrap(tower(Interrupted, Interrupted), policy="recompute", keep_last=0)
+    model(sequence(40))
+    Interrupted.runs = 0
+    with pytest.raises(KeyboardInterrupt):
+        model(sequence()).backward()
+    for _ in range(2):
+        model(sequence()).backward()
+    assert [block.reason for block in memo.report(model).blocks] == ["", ""]
+
+
+def test_an_interrupt_that_the_caller_handles_hides_no_error() -> None:
+    """A step from inside an ``except KeyboardInterrupt`` falls back as any other does."""
+    model = memo.wrap(tower(OnlyLong, OnlyLong), policy="memo", alpha=0.5, keep_last=0)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(ReplayMismatchError):
+            model(sequence()).backward()
+        model(sequence()).backward()

@@ -1,0 +1,137 @@
+"""Blocks that cannot be managed are left as they are, with the reason in the report, and train as they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memo_runtime as memo
+from memo_runtime.errors import BlockFallbackError
+from memo_runtime.records import Executor
+from tests.exactness import hand_written as blocks
+from tests.exactness.compare import MEMO, RECOMPUTE, SWAP, assert_gradients, output_loss, run_step
+
+WAYS = [SWAP, RECOMPUTE, MEMO]
+
+
+class Branch(blocks.NoMixer):
+    """A higher-order operator, which traces its branches on tensors without elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x,))
+        return super().forward(x) * gate
+
+
+class OwnError(Exception):
+    """What a library raises that has errors of its own."""
+
+
+class Choosy(blocks.NoMixer):
+    """Takes a whole sequence and raises what nobody expects for a part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 33:
+            raise OwnError("not so few tokens")
+        return super().forward(x)
+
+
+class Later(blocks.NoMixer):
+    """Returns a generator: the work is done by who reads it."""
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        return (super(Later, self).forward(part) for part in (x,))
+
+
+@dataclass
+class State:
+    hidden: Tensor
+
+
+class Boxed(blocks.NoMixer):
+    """Takes and returns an object."""
+
+    def forward(self, state: State) -> State:
+        return State(super().forward(state.hidden))
+
+
+class Tower(nn.Module):
+    def __init__(self, kind: type[nn.Module], call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(blocks.WIDTH, blocks.WIDTH)
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = self.call(block, x)
+        return x
+
+
+UNMANAGED = {
+    "cond": (Branch, lambda block, x: block(x), "it could not be profiled: AssertionError"),
+    "generator": (Later, lambda block, x: next(iter(block(x))), "returns a generator: its work comes after it"),
+    "object": (Boxed, lambda block, x: block(State(x)).hidden, "tensors inside a State are not seen"),
+}
+
+
+def tower(kind: type[nn.Module], call: Any) -> Tower:
+    torch.manual_seed(0)
+    return Tower(kind, call).double()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("case", UNMANAGED)
+def test_left_as_they_are_with_the_reason(case: str, way: Any, caplog: pytest.LogCaptureFixture) -> None:
+    kind, call, reason = UNMANAGED[case]
+    model, batch = tower(kind, call), {"x": blocks.sequence()}
+    want = run_step(model, batch, output_loss)
+    way.wrap(model)
+    for _ in range(2):
+        assert_gradients(run_step(model, batch, output_loss).gradients, want.gradients, SWAP)
+    report = memo.report(model)
+    assert {block.executor for block in report.blocks} == {Executor.NATIVE}
+    assert all(reason in block.reason for block in report.blocks)
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize("case", UNMANAGED)
+def test_strict_refuses_them_and_says_what_works(case: str) -> None:
+    kind, call, reason = UNMANAGED[case]
+    model = tower(kind, call)
+    memo.wrap(model, policy="swap", keep_last=0, strict=True)
+    with pytest.raises(BlockFallbackError) as caught:
+        model(blocks.sequence())
+    assert reason in str(caught.value)
+    assert "strict=False, which leaves such blocks as they are" in str(caught.value)
+    assert "policy='swap'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_any_error_on_fewer_tokens_is_a_reason(way: Any) -> None:
+    model, batch = blocks.stack_of(Choosy), {"x": blocks.sequence(tokens=33)}
+    want = run_step(model, batch, output_loss)
+    way.wrap(model)
+    for _ in range(2):
+        assert_gradients(run_step(model, batch, output_loss).gradients, want.gradients, way)
+    report = memo.report(model)
+    assert all(block.bytes_to_host for block in report.blocks)
+    if way is MEMO:
+        assert all("OwnError: not so few tokens" in block.reason for block in report.blocks)
+
+
+def test_no_memory_left_is_no_reason() -> None:
+    class Hungry(blocks.NoMixer):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] < 33:
+                raise torch.OutOfMemoryError("no memory left")
+            return super().forward(x)
+
+    model = MEMO.wrap(blocks.stack_of(Hungry))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        model(blocks.sequence(tokens=33))

@@ -54,6 +54,25 @@ def save(value: Plan | Profile, path: str | os.PathLike[str]) -> None:
         raise OutputError(f"{why}; give a file in a folder that exists and is writable") from error
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Looks whether ``save`` could write to ``path``, before anything long is done for it.
+
+    Raises:
+        OutputError: its folder does not exist or cannot be written to, or it is a folder itself.
+    """
+    target = Path(path)
+    folder = target.parent
+    why = None
+    if target.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        why = f"{folder} is not writable"
+    if why:
+        raise OutputError(f"cannot write {target}: {why}; give a file in a folder that exists and is writable")
+
+
 def load(path: str | os.PathLike[str]) -> Plan | Profile:
     """The profile or plan in ``path``, whichever it is.
 

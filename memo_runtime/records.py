@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from memo_runtime.placement import PlacedRequest
+
 SCHEMA_VERSION = 2
 
 #: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
@@ -383,7 +385,10 @@ class BlockPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Predicted totals of one steady step; the names are those of ``Totals``."""
+    """Predicted totals of one steady step; the names are those of ``Totals``.
+
+    ``mfu``: model FLOPs as a share of the devices' peak, 0 where that was not asked for.
+    """
 
     step_seconds: float = 0.0
     peak_bytes: int = 0
@@ -393,6 +398,7 @@ class Forecast:
     bytes_kept: int = 0
     recomputed_flops: int = 0
     stash_peak_bytes: int = 0
+    mfu: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,25 +412,13 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedRequest:
-    """Where one request of the step lives: ``size`` bytes at ``offset`` of the arena, from event ``lower`` until just
-    before event ``upper`` of the step.
-    """
-
-    id: str
-    lower: int
-    upper: int
-    size: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What happens to each byte of a training step. ``print(plan)`` is a table.
 
     ``policy`` and ``alpha`` are what was asked; ``profile`` is what the plan was made from, so that execution
     needs nothing else. ``accumulating``: for steps that start with gradients already there; False: they come as
-    backward walks down.
+    backward walks down. ``seq_len``: tokens of one whole sequence, of which each of ``gpus`` devices holds a part; all
+    else is of one device. ``placement``: where each request of the step lives, where that was planned too.
     """
 
     policy: str
@@ -435,6 +429,9 @@ class Plan:
     forecast: Forecast
     floor_bytes: int = 0
     accumulating: bool = False
+    seq_len: int = 0
+    gpus: int = 1
+    placement: tuple[PlacedRequest, ...] = ()
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 

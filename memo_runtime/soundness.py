@@ -30,6 +30,7 @@ _LEAST: dict[tuple[type, str], int | None] = {
     (Growth, "multiple"): 1,
     (Pin, "number"): None,
     (Profile, "rows"): 1,
+    (Plan, "gpus"): 1,
 }
 
 

@@ -31,7 +31,7 @@ def make_model(name: str, *, sequences: int, tokens: int) -> tuple[nn.Module, An
         typer.BadParameter: an unknown name, or a factory that cannot be imported or returns something else.
     """
     if ":" in name:
-        return _from_factory(name)
+        return model_from_factory(name)
     if name not in TINY:
         known = ", ".join(TINY)
         raise typer.BadParameter(f"'{name}' is unknown; there are {known}, or module:factory")
@@ -71,7 +71,12 @@ def _tiny(name: str) -> nn.Module:
     return model
 
 
-def _from_factory(name: str) -> tuple[nn.Module, Any]:
+def model_from_factory(name: str) -> tuple[nn.Module, Any]:
+    """What ``module:factory`` returns, called once.
+
+    Raises:
+        typer.BadParameter: it cannot be imported, fails, or returns something else; with the line of its own error.
+    """
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as for python -m

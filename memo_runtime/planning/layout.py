@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memo_runtime.records import PlacedRequest
+from memo_runtime.placement import PlacedRequest
 from memo_runtime.traces.trace import Phase, Span, Trace
 from memo_runtime.traces.windows import is_resident, is_within, last_step
 

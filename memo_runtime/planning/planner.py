@@ -42,5 +42,6 @@ def make_plan(
         forecast=sheet.forecast(decision.choices),
         floor_bytes=sheet.peak_bytes(floor(sheet, settings)),
         accumulating=accumulating,
+        seq_len=max(sheet.lengths, default=0),
         notes=(*decision.notes, *notes_on(sheet, decision.choices), *note_on_accumulation(sheet, settings)),
     )

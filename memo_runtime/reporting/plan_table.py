@@ -32,7 +32,8 @@ def _title(plan: Plan) -> str:
     profile = plan.profile
     batch = f"{profile.rows} x {tokens_text({block.tokens for block in plan.blocks})}"
     device = profile.device_name or profile.device_type
-    return f"plan: {asked}, {batch} on {device}"
+    several = f", one of {plan.gpus} for {tokens_text({plan.seq_len})}" if plan.gpus > 1 else ""
+    return f"plan: {asked}, {batch} on {device}{several}"
 
 
 def _key(block: BlockPlan) -> tuple[object, ...]:
@@ -103,4 +104,6 @@ def _forecast(plan: Plan) -> str:
     if plan.floor_bytes:
         rows.append(("device floor", format_bytes(plan.floor_bytes), "", "with every activation sent away"))
     rows.append(("step time", format_seconds(forecast.step_seconds), "", ""))
+    if forecast.mfu:
+        rows.append(("MFU", f"{100 * forecast.mfu:.1f} %", "", "of the dense bf16 peak; nothing repeated is counted"))
     return table(("forecast", "value", "limit", "source"), rows, text_columns=(0, 3))

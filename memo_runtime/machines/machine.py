@@ -1,0 +1,49 @@
+"""A machine: one GPU of a node, its links, and which share of its peaks training reaches.
+
+Peaks are data-sheet figures. Shares are what kernels reach of them: measured where a source says so, else carried
+over from a measured machine of the same kind, which the plan's notes repeat. All rates are per GPU and direction, in
+bytes or FLOPs per second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Of the peak: what matrix products, attention and element-wise operators reach."""
+
+    matmul: float
+    attention_forward: float
+    attention_backward: float
+    elementwise: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One kind of GPU in one kind of node.
+
+    Attributes:
+        name: what users call it. device: what the driver calls it. memory_bytes: what the driver reports as total.
+        peak_flops: dense bf16. memory_rate: of HBM.
+        link_rate: to host memory and back, of one GPU alone. shared_link_rate: when all GPUs of a node copy at once.
+        gpu_rate: between GPUs of a node (NVLink, else PCIe).
+        sources: who says so, one text per figure.
+    """
+
+    name: str
+    device: str
+    memory_bytes: int
+    peak_flops: float
+    memory_rate: float
+    link_rate: float
+    shared_link_rate: float
+    gpu_rate: float
+    shares: Shares
+    sources: tuple[str, ...]
+
+    def link_of(self, gpus: int) -> float:
+        """Link rate of each of ``gpus`` that copy at the same time."""
+        return self.link_rate if gpus == 1 else self.shared_link_rate

@@ -1,0 +1,57 @@
+"""How a model on meta calls its blocks: one forward with hooks, no block skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.stack import BlockRef
+from memo_runtime.errors import MemoError, ProfileError
+from memo_runtime.offline.subject import Subject
+from memo_runtime.recording.meta_attention import fused_attention_on_meta
+from memo_runtime.recording.meta_scalars import PlainAnswers
+
+
+class _LastSeenError(Exception):
+    """Every block was called."""
+
+
+def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> dict[str, BlockCall]:
+    """The arguments of every block's first call, by name, on meta.
+
+    Raises:
+        ProfileError: the model does not run on its batch on the meta device, or calls none of its blocks.
+    """
+    found: dict[str, BlockCall] = {}
+
+    def note(name: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(name, BlockCall.of(args, kwargs).detached())
+            if len(found) == len(refs):
+                raise _LastSeenError
+
+        return before
+
+    handles = [ref.module.register_forward_pre_hook(note(ref.name), with_kwargs=True) for ref in refs]
+    args, kwargs = subject.batch
+    try:
+        with fused_attention_on_meta(), PlainAnswers():
+            subject.model(*args, **kwargs)
+    except _LastSeenError:
+        pass
+    except MemoError:
+        raise
+    except Exception as error:
+        raise ProfileError(
+            f"{subject.name} does not run on the meta device: {type(error).__name__}: {error}. What it does depends on "
+            "values; profile it on its device with memo.profile instead"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise ProfileError(f"{subject.name} was called and none of its blocks was ({refs[0].name}, ...)")
+    return found

@@ -1,0 +1,55 @@
+"""From a model's name to a plan for a machine that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from memo_runtime.config import Settings
+from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.machines.machine import Machine
+from memo_runtime.offline.profile import Offline, profile_offline
+from memo_runtime.offline.subject import Subject
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.records import Plan
+from memo_runtime.reporting.mfu import utilization
+
+
+def plan_offline(
+    subject: Subject,
+    machine: Machine,
+    settings: Settings,
+    *,
+    tokens: int,
+    gpus: int = 1,
+    host_bytes: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """A plan for one rank of ``gpus`` on ``tokens`` tokens of one sequence.
+
+    Args:
+        settings: policy and budgets of one GPU. host_bytes: of the whole node, divided by GPUs.
+        progress: told what is done next.
+
+    Raises:
+        PlanInfeasibleError: nothing fits; says by how much, and what would.
+        See also ``profile_offline`` and ``make_plan``.
+    """
+    offline = profile_offline(subject, machine, tokens=tokens, gpus=gpus, host_bytes=host_bytes, progress=progress)
+    progress("the plan")
+    try:
+        plan = make_plan(offline.profile, settings)
+    except PlanInfeasibleError as error:
+        if gpus > 1:
+            error.args = (f"{error}\n  all of this  is one GPU's: tokens times {gpus} make the sequence",)
+        raise
+    return finished(plan, offline)
+
+
+def finished(plan: Plan, offline: Offline) -> Plan:
+    """``plan`` with what concerns all GPUs together."""
+    seconds, gpus = plan.forecast.step_seconds, offline.ranks.gpus
+    used = utilization(offline.model_flops, seconds, plan.profile.device_name, devices=gpus)
+    return replace(
+        plan, forecast=replace(plan.forecast, mfu=used or 0.0), seq_len=offline.tokens, gpus=gpus
+    )

@@ -1,0 +1,110 @@
+"""The model to plan for, on the meta device: no weights, no values, every shape."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from memo_runtime.errors import ArgumentError
+from memo_runtime.offline.geometries import CONFIGS, MEMO_GPT, unknown_model
+
+#: Tokens of the batch that shows how blocks are called; sizes at the planned length follow from it.
+_TOKENS = 64
+#: Of a checkpoint, not of a shape.
+_SKIPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model on meta and a batch for it.
+
+    Attributes:
+        batch: (args, kwargs) of the model call, short.
+        tiled_loss: head and loss run by tiles in training, as ``memo.wrap`` arranges it.
+    """
+
+    name: str
+    model: nn.Module
+    batch: tuple[tuple[Any, ...], dict[str, Any]]
+    tiled_loss: bool
+
+
+def subject_named(name: str, *, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Subject:
+    """The model called ``name``, or of the config.json at that path, with positions for ``tokens`` tokens.
+
+    Raises:
+        ArgumentError: neither, or a config of which no causal language model can be made.
+    """
+    if name in MEMO_GPT:
+        with torch.device("meta"):
+            model: nn.Module = _memo_gpt(name).to(dtype).train()
+        return Subject(name=name, model=model, batch=((_ids(),), {}), tiled_loss=True)
+    fields = dict(CONFIGS[name]) if name in CONFIGS else _config_file(name)
+    model = _causal_model(name, fields, tokens, dtype)
+    ids = _ids()
+    return Subject(
+        name=name, model=model, batch=((), {"input_ids": ids, "labels": ids, "use_cache": False}), tiled_loss=True
+    )
+
+
+def _memo_gpt(name: str) -> nn.Module:
+    from memo_runtime.offline.gpt import GPT
+
+    return GPT(*MEMO_GPT[name])
+
+
+def subject_of(name: str, model: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Subject:
+    """What a user's factory made; whatever is not on meta yet goes there."""
+    moved = _pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, batch)
+    return Subject(name=name, model=model.to("meta").train(), batch=moved, tiled_loss=False)
+
+
+def _ids() -> torch.Tensor:
+    return torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+
+
+def _config_file(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
+    if not path.exists() and path.suffix != ".json":
+        raise unknown_model(name)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"cannot read {name}: {error.strerror or error}; give the path of a config.json") from error
+    except ValueError as error:
+        raise ArgumentError(f"{name} is not a config.json: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ArgumentError(f"{name} is not a Hugging Face config: it has no field 'model_type'")
+    return fields
+
+
+def _causal_model(name: str, fields: Mapping[str, Any], tokens: int, dtype: torch.dtype) -> nn.Module:
+    try:
+        transformers: Any = importlib.import_module("transformers")  # of which much has no types
+    except ImportError as error:
+        raise ArgumentError(f"model {name!r} needs transformers: pip install 'memo-runtime[hf]' ({error})") from error
+    transformers.logging.set_verbosity_error()
+    shape = {key: value for key, value in fields.items() if key not in _SKIPPED}
+    kind = shape.pop("model_type")
+    try:
+        config = transformers.AutoConfig.for_model(kind, **shape)
+        if getattr(config, "max_position_embeddings", tokens) < tokens:
+            config.max_position_embeddings = tokens
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise ArgumentError(
+            f"no causal language model of type {kind!r} can be made of {name}: {type(error).__name__}: {error}"
+        ) from error
+    result: nn.Module = model.train()
+    return result

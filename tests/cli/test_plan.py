@@ -1,0 +1,99 @@
+"""``memo plan``: names, files and factories in; a table and a plan out; one message for every mistake."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from memo_runtime.cli.app import app
+from memo_runtime.persist import load_plan
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+}  # fmt: skip
+FACTORY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+def make():
+    assert torch.empty(1).device.type == "meta"
+    return nn.Sequential(*(Block() for _ in range(4))), torch.randn(2, 96, 16)
+
+def broken():
+    raise KeyError("weights.bin")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "offlinemodel.py").write_text(FACTORY)
+    return tmp_path
+
+
+def memo(*arguments):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_a_config_becomes_a_plan(folder):
+    pytest.importorskip("transformers")
+    result = memo(
+        "--model", "config.json", "--seq-len", "64K", "--gpus", "2", "--host-memory", "1TB", "-o", "plan.json"
+    )
+    assert result.exit_code == 0, result.output
+    assert "one of 2 for 65,536 tokens" in result.stdout
+    assert "MFU" in result.stdout
+    assert "Ulysses" in result.stdout
+    plan = load_plan(folder / "plan.json")
+    written = json.loads((folder / "plan.json").read_text())
+    assert (written["seq_len"], written["gpus"]) == (65536, 2) == (plan.seq_len, plan.gpus)
+    assert {block.tokens for block in plan.blocks} == {32768}
+    assert written["forecast"]["peak_bytes"] > plan.profile.states.parameters
+    assert 0 < written["forecast"]["mfu"] < 1
+    assert plan.profile.fingerprint.device == "offline:NVIDIA H100 80GB HBM3"
+
+
+def test_a_factory_is_called_on_meta(folder):
+    result = memo("--model", "offlinemodel:make", "--seq-len", "8K", "--policy", "recompute", "--gpu", "rtx-4090")
+    assert result.exit_code == 0, result.output
+    assert "8,192 tokens on NVIDIA GeForce RTX 4090" in result.stdout
+
+
+def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
+    result = memo("--model", "offlinemodel:make", "--seq-len", "1M", "--budget", "100MiB")
+    assert result.exit_code == 3
+    for said in ("does not fit in 100.00 MiB", "floor", "would fit", "tokens instead of 1,048,576"):
+        assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "lama-8b", "--seq-len", "1M"], "did you mean llama-8b"),
+        (["--model", "config.json", "--seq-len", "1M", "--gpu", "h10"], "did you mean h100-80gb"),
+        (["--model", "config.json", "--seq-len", "many"], "is not a token count"),
+        (["--model", "config.json", "--seq-len", "1K", "--gpus", "0"], "--gpus 0"),
+        (["--model", "config.json", "--seq-len", "1K", "--policy", "swop"], "did you mean 'swap'"),
+        (["--model", "config.json", "--seq-len", "1K", "--policy", "tiled"], "cannot be planned offline"),
+        (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "2XB"),
+        (["--model", "offlinemodel:broken", "--seq-len", "1K"], "KeyError: 'weights.bin'"),
+        (["--model", "offlinemodel:missing", "--seq-len", "1K"], "missing"),
+        (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),
+        (["--model", "config.json", "--seq-len", "1001", "--gpus", "2"], "1,000 and 1,002 do"),
+        (["--model", "config.json"], "--seq-len"),
+    ],
+)
+def test_mistakes_are_one_message(folder, arguments, said):
+    result = memo(*arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output

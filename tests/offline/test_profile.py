@@ -1,0 +1,151 @@
+"""Offline profiles against those that are measured: the same bytes exactly, on the same model."""
+
+import json
+
+import pytest
+import torch
+
+import memo_runtime as memo
+from memo_runtime.errors import ArgumentError, ProfileError
+from memo_runtime.machines.catalogue import find_machine
+from memo_runtime.offline.geometries import CONFIGS, known_names
+from memo_runtime.offline.profile import profile_offline
+from memo_runtime.offline.subject import subject_named, subject_of
+
+TINY = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+}  # fmt: skip
+H100 = find_machine("h100-80gb")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**TINY, **changes}))
+        return str(path)
+
+    return write
+
+
+def test_what_is_saved_is_what_a_measured_profile_says(config):
+    transformers = pytest.importorskip("transformers")
+    subject = subject_named(config(), tokens=2048, dtype=torch.float32)
+    offline = profile_offline(subject, H100, tokens=2048).profile
+    fields = {key: value for key, value in TINY.items() if key != "model_type"}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **fields))
+    ids = torch.randint(512, (1, 128))
+    measured = memo.profile(model, {"input_ids": ids, "labels": ids, "use_cache": False})
+    assert [block.name for block in offline.blocks] == [block.name for block in measured.blocks]
+    for here, there in zip(offline.blocks, measured.blocks, strict=True):
+        assert here.groups == there.groups
+        assert (here.saved, here.pins, here.sliceable) == (there.saved, there.pins, there.sliceable)
+        assert here.gradients == there.gradients
+    assert offline.states.parameters == measured.states.parameters
+    assert offline.states.optimizer == measured.states.optimizer
+    # Pinned memory follows from groups alone: plans with the same choices need the same to the byte.
+    plans = [memo.plan(p, policy="memo", alpha=0.4, seq_len=2048, host_budget="1TB") for p in (offline, measured)]
+    assert plans[0].forecast.host_bytes == plans[1].forecast.host_bytes > 0
+
+
+def test_ranks_share_tokens_states_and_attention(config):
+    subject = subject_named(config(), tokens=65536)
+    one = profile_offline(subject, H100, tokens=65536, host_bytes=1 << 40)
+    two = profile_offline(subject, H100, tokens=65536, gpus=2, host_bytes=1 << 40)
+    assert two.profile.blocks[0].tokens == 32768 == one.profile.blocks[0].tokens // 2
+    assert two.profile.host_bytes == one.profile.host_bytes // 2 == 1 << 39
+    assert two.profile.states.parameters == one.profile.states.parameters // 2
+    assert two.model_flops == one.model_flops
+    assert two.ranks.ulysses
+    work = [o.profile.blocks[0].forward_flops.at(o.profile.blocks[0].tokens) for o in (one, two)]
+    assert work[1] == work[0] // 2
+    first, second = (o.profile.blocks[0].forward_seconds.exact(o.profile.blocks[0].tokens) for o in (one, two))
+    assert first / 2 < second  # half of the work, and the exchange
+    sizes = [[g.size for g in o.profile.blocks[0].groups] for o in (one, two)]
+    assert sizes[0] == sizes[1]  # by local tokens
+
+
+def test_heads_that_do_not_divide_go_round_in_a_ring(config):
+    subject = subject_named(config(num_key_value_heads=1), tokens=4096)
+    assert not profile_offline(subject, H100, tokens=4096, gpus=4).ranks.ulysses
+
+
+def test_model_flops_are_those_of_the_formula(config):
+    from memo_runtime.reporting.mfu import model_flops
+
+    subject = subject_named(config(), tokens=8192)
+    offline = profile_offline(subject, H100, tokens=8192)
+    products = sum(p.numel() for n, p in subject.model.named_parameters() if p.dim() == 2 and "embed_tokens" not in n)
+    expected = model_flops(parameters=products, layers=4, attention_width=64, tokens=8192)
+    assert offline.model_flops == expected
+
+
+def test_layers_of_two_kinds_are_two_kinds(config):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 128}
+    offline = profile_offline(subject_named(config(model_type="gemma3_text", **kinds), tokens=4096), H100, tokens=4096)
+    assert len(set(offline.kinds.values())) == 2
+
+
+class Reads(torch.nn.Module):
+    """Looks at values, which are not there."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, x):
+        if x.sum().item() > 0:
+            x = x + 1
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_model_that_depends_on_values_is_refused_by_name():
+    from memo_runtime.errors import TraceError
+
+    subject = subject_of("reads", Reads(), ((torch.zeros(1, 16, 8),), {}))
+    with pytest.raises(TraceError, match="depends on data"):
+        profile_offline(subject, H100, tokens=1024)
+
+
+def test_a_batch_that_the_model_does_not_take_says_so():
+    blocks = (torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(3))
+    subject = subject_of("wrong", torch.nn.Sequential(*blocks), ((torch.zeros(1, 16, 9),), {}))
+    with pytest.raises(ProfileError, match="does not run on the meta device"):
+        profile_offline(subject, H100, tokens=1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lama-8b", "did you mean llama-8b"),
+        ("nothing-like-it", "there are llama-1b"),
+        ("missing/config.json", "cannot read"),
+    ],
+)
+def test_unknown_models_say_what_there_is(name, said):
+    with pytest.raises(ArgumentError, match=said):
+        subject_named(name, tokens=1024)
+
+
+def test_configs_that_are_none_are_refused(tmp_path, config):
+    path = tmp_path / "other.json"
+    for text, said in (("{", "is not a config.json"), ("[]", "no field 'model_type'"), ("{}", "no field 'model_type'")):
+        path.write_text(text)
+        with pytest.raises(ArgumentError, match=said):
+            subject_named(str(path), tokens=1024)
+    with pytest.raises(ArgumentError, match="no causal language model"):
+        subject_named(config(model_type="vit"), tokens=1024)
+
+
+def test_names_are_those_of_the_example():
+    from examples.geometries import GEOMETRIES
+
+    for name in set(CONFIGS) & set(GEOMETRIES):
+        fields = {key: value for key, value in CONFIGS[name].items() if key != "model_type"}
+        assert fields == dict(GEOMETRIES[name].fields)
+    assert {"llama-8b", "llama-1b", "llama-1b-d128", "memo-7b"} <= set(known_names())
+
+

@@ -7,6 +7,7 @@ not seen, and hands the plan to the session, which executes it in the blocks.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -270,6 +271,7 @@ class Wrapped:
 
     def _measure(self, batch: Batch, *, before: Measured | None = None, tiles: bool = False) -> Measured:
         self.profiled += 1
+        began = time.perf_counter()
         by_tiles = Tiling() if tiles or self.settings.policy is Policy.TILED else None
         measured = profile_model(
             self.model,
@@ -281,6 +283,7 @@ class Wrapped:
             rows_at_once=forwards_meet(self.model),
             before=before,
         )
+        logger.info("memo: %d blocks profiled in %s", len(self.refs), format_seconds(time.perf_counter() - began))
         return measured if by_tiles is None else replace(measured, profile=by_tiles.added_to(measured.profile))
 
     def _completed(self, reading: Reading, sizes: Sizes, batch: Batch) -> Reading:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from enum import StrEnum
 
 import torch
@@ -17,7 +18,7 @@ from memo_runtime.native.backend import Backend
 from memo_runtime.native.limits import cgroup_limit
 from memo_runtime.native.slab import Slab
 from memo_runtime.records import HOST_ALIGNMENT
-from memo_runtime.units import format_bytes
+from memo_runtime.units import format_bytes, format_seconds
 
 logger = logging.getLogger("memo_runtime")
 
@@ -100,7 +101,11 @@ class HostPool:
             missing = aligned(size_bytes) - self.reserved
             if missing <= 0:
                 return
+            began = time.perf_counter()
             slab = self._grow(missing, partly=self.on_refusal is OnRefusal.GO_ON)
+            if slab is not None and slab.pinned:
+                seconds = format_seconds(time.perf_counter() - began)
+                logger.info("memo: %s of host memory pinned in %s", format_bytes(slab.size), seconds)
             self.shortfall = missing - (slab.size if slab is not None else 0)
             if self.shortfall > 0:
                 self.limit = self.reserved

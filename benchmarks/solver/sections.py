@@ -49,6 +49,13 @@ class Job:
     contender: str
     limit_seconds: float
     run: Callable[[], dict[str, Any]]
+    number: int = 0
+    """Place of the instance in its group, from 0."""
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether somebody else is measured."""
+        return not self.contender.startswith("memo_solver")
 
     @property
     def key(self) -> tuple[str, str, str, str, float]:
@@ -72,22 +79,22 @@ def _planted(
                 return planted_packing(num_requests, seed=seed, width=box[0], height=box[1])
 
             group = f"planted {sizes[0]} to {sizes[1]}, box {box[0]} x {box[1]}"
-            yield from _tight(section, group, f"seed {seed}", make, 15.0)
+            yield from _tight(section, group, seed, make, 15.0)
 
     return jobs
 
 
 def _compiler(num_seeds: int | None) -> Iterator[Job]:
-    for seed in range(num_seeds or 12):
+    for seed in range(num_seeds or 2):
         for style in (*STYLES, *STREAM_FILLS):
 
             def make(style: str = style, seed: int = seed) -> Problem:
                 return program(style, seed)
 
-            yield from _tight("compiler", style, f"seed {seed}", make, 30.0)
+            yield from _tight("compiler", style, seed, make, 30.0)
 
 
-def _tight(section: str, group: str, instance: str, make: Callable[[], Problem], limit: float) -> Iterator[Job]:
+def _tight(section: str, group: str, seed: int, make: Callable[[], Problem], limit: float) -> Iterator[Job]:
     for name, contender in CONTENDERS.items():
 
         def run(name: str = name, contender: Contender = contender) -> dict[str, Any]:
@@ -99,7 +106,10 @@ def _tight(section: str, group: str, instance: str, make: Callable[[], Problem],
             solved = result["peak"] == problem.capacity and result["seconds"] <= limit
             return {"num_requests": len(problem.requests), "capacity": problem.capacity, "solved": solved, **result}
 
-        yield Job(section=section, group=group, instance=instance, contender=name, limit_seconds=limit, run=run)
+        yield Job(
+            section=section, group=group, instance=f"seed {seed}", contender=name, limit_seconds=limit, run=run,
+            number=seed,
+        )  # fmt: skip
 
 
 def _traces(num_seeds: int | None) -> Iterator[Job]:
@@ -113,7 +123,7 @@ def _traces(num_seeds: int | None) -> Iterator[Job]:
         )
         for layers, micro, routed in PIPELINES[:num_seeds]
     }
-    for label, make in makers.items():
+    for number, (label, make) in enumerate(makers.items()):
         for name, limit in (("memo_solver", 9.0), ("omnimalloc omni", 60.0)):
 
             def run(
@@ -125,7 +135,10 @@ def _traces(num_seeds: int | None) -> Iterator[Job]:
                 waste = None if result["peak"] is None else result["peak"] / bound - 1
                 return {"num_requests": len(problem.requests), "lower_bound": bound, "waste": waste, **result}
 
-            yield Job(section="traces", group="trace", instance=label, contender=name, limit_seconds=limit, run=run)
+            yield Job(
+                section="traces", group="trace", instance=label, contender=name, limit_seconds=limit, run=run,
+                number=number,
+            )  # fmt: skip
 
 
 def _layered(num_seeds: int | None) -> Iterator[Job]:
@@ -181,6 +194,6 @@ SECTIONS: dict[str, Callable[[int | None], Iterator[Job]]] = {
     "traces": _traces,
     "planted-small": _planted("planted-small", (1000, 4096), (100, 200), 100),
     "planted-large": _planted("planted-large", (1000, 4096), (250, 300), 100),
-    "planted-coarse": _planted("planted-coarse", (60, 100), (100, 200), 30),
+    "planted-coarse": _planted("planted-coarse", (60, 100), (100, 200), 20),
     "compiler": _compiler,
 }

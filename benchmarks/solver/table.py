@@ -1,7 +1,9 @@
 """Every claim about the solver in one command, on as many workers as there are cores for.
 
-    python -m benchmarks.solver.table --workers 7 --threads 2 --minutes 9
+    python -m benchmarks.solver.table --workers 7 --threads 2 --minutes 9 --rival-seeds 15     on 16 cores
+    python -m benchmarks.solver.table --workers 1 --threads 2 --minutes 15 --rival-seeds 5 --without compiler
     python -m benchmarks.solver.table --section traces --workers 1 --out rows.jsonl
+    python -m benchmarks.solver.document                                        the rows into docs/solver.md
 
 Each worker is bound to `threads` cores of its own, and so is whatever it runs. Rows are appended one by one;
 what a file holds already (same commit and number of threads) is not run again, so a run that ended at its
@@ -11,6 +13,7 @@ what a file holds already (same commit and number of threads) is not run again, 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -155,6 +158,24 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+NEEDED = {
+    "cp-sat": "ortools",
+    "omnimalloc supermalloc": "omnimalloc",
+    "omnimalloc omni": "omnimalloc",
+    "memo_solver and MIP": "pulp",
+    "memo_solver": "ortools",
+}
+"""Package of each contender; a missing one must not look like a lost race."""
+
+
+def check_packages(jobs: list[Job]) -> None:
+    """End here where a contender's package is not installed."""
+    packages = {NEEDED[job.contender] for job in jobs if job.contender in NEEDED}
+    missing = sorted(package for package in packages if importlib.util.find_spec(package) is None)
+    if missing:
+        raise SystemExit(f"not installed: {', '.join(missing)} (pip install them, or leave contenders out)")
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     cores = len(os.sched_getaffinity(0))
@@ -164,6 +185,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(1, cores // 2))
     parser.add_argument("--threads", type=int, default=2, help="cores of each worker")
     parser.add_argument("--minutes", type=float, default=600.0, help="no job is begun that could end after this")
+    parser.add_argument("--without", action="append", choices=list(SECTIONS), default=[], help="leave out; or more")
+    parser.add_argument("--rival-seeds", type=int, help="other planners on the first instances of each group only")
     parser.add_argument("--seeds", type=int, help="at most this many of each group")
     parser.add_argument("--commit", help="for a checkout without git")
     parser.add_argument("--out", type=Path, default=RESULTS / "solver_table.jsonl")
@@ -177,7 +200,10 @@ def main() -> None:
     """Run what is missing and print the table."""
     arguments = parse()
     build_native()
-    wanted = [job for name in arguments.section or SECTIONS for job in jobs_of(name, arguments.seeds)]
+    sections = [name for name in arguments.section or SECTIONS if name not in arguments.without]
+    wanted = [job for name in sections for job in jobs_of(name, arguments.seeds)]
+    if arguments.rival_seeds is not None:
+        wanted = [job for job in wanted if not job.is_rival or job.number < arguments.rival_seeds]
     wanted = [job for job in wanted if not arguments.contender or job.contender in arguments.contender]
     commit = provenance(arguments.commit)["commit"]
     present = [
@@ -190,6 +216,7 @@ def main() -> None:
     done = {key_of(row) for row in present}
     missing = [job for job in wanted if job.key not in done]
     if missing:
+        check_packages(missing)
         run(missing, arguments, sorted(os.sched_getaffinity(0)))
     keys = {job.key for job in wanted}
     rows = {key_of(row): row for row in read_rows(arguments.out) if key_of(row) in keys}

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.solver.programs import STREAM_FILLS, STYLES, program
 from benchmarks.solver.sections import Job, jobs_of
-from benchmarks.solver.table import key_of, read_rows, run, table
+from benchmarks.solver.table import check_packages, key_of, read_rows, run, table
 from memo_solver import SolveParams, Status, solve
 from memo_solver.bounds import peak_load
 
@@ -58,3 +58,16 @@ def test_every_section_lists_each_job_once():
     for section in ("refused", "layered", "traces", "planted-small", "planted-large", "planted-coarse", "compiler"):
         keys = [listed.key for listed in jobs_of(section, None)]
         assert len(keys) == len(set(keys)) > 0
+
+
+def test_a_missing_package_is_no_lost_race(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "omnimalloc" else object())
+    wanted = jobs_of("planted-small", 1)
+    with pytest.raises(SystemExit, match="not installed: omnimalloc"):
+        check_packages(wanted)
+    check_packages([listed for listed in wanted if not listed.contender.startswith("omnimalloc")])
+
+
+def test_rivals_are_told_apart():
+    assert {listed.contender for listed in jobs_of("planted-small", 1) if not listed.is_rival} == {"memo_solver"}
+    assert [listed.number for listed in jobs_of("traces", 2) if not listed.is_rival] == [0, 1, 2, 3]

@@ -13,6 +13,7 @@ import memo_runtime as memo
 from memo_runtime.errors import ArgumentError, BlockFallbackError, HostLimitError, PlanInfeasibleError
 from memo_runtime.native.backend import CompiledBackend, TorchBackend
 from memo_runtime.planning.sheet import PlanRequestError
+from memo_runtime.profiling.link import measure_link
 from memo_runtime.units import parse_bytes
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, refused, step, totals
 from tests.api.towers import HIDDEN, POLICIES, signal, tower
@@ -20,7 +21,8 @@ from tests.api.towers import HIDDEN, POLICIES, signal, tower
 
 @pytest.fixture
 def slabs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the host memory that was allocated, as it comes."""
+    """Sizes of the host memory that was allocated for steps, as it comes: the link is measured before, once a process."""
+    measure_link(torch.device("cpu"))
     made: list[int] = []
     for backend in (CompiledBackend, TorchBackend):
         original = backend.slab

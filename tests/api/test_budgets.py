@@ -21,7 +21,7 @@ from tests.api.towers import HIDDEN, POLICIES, signal, tower
 
 @pytest.fixture
 def slabs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the host memory that was allocated for steps, as it comes: the link is measured before, once a process."""
+    """Sizes of host memory as it is allocated for steps; the link is measured before, once a process."""
     measure_link(torch.device("cpu"))
     made: list[int] = []
     for backend in (CompiledBackend, TorchBackend):

@@ -42,14 +42,18 @@ def _machine(rows: list[Row]) -> str:
     cores = " or ".join(sorted({str(p.get("threads", "?")) for p in known}))
     workers = max(p.get("workers", 1) for p in known)
     loads = [p["load_average"] for p in known]
-    commits = ", ".join(sorted({p["commit"][:9] for p in known}))
+    commits = ", ".join(sorted({_short(p["commit"]) for p in known}))
     said = (
-        f"{known[0]['cpu']}, {cores} cores for each run, runs side by side: {workers}, load at the start {min(loads)} to "
-        f"{max(loads)}; Python {known[0]['python']}, OR-Tools {versions['ortools']}, omnimalloc "
+        f"{known[0]['cpu']}, {cores} cores for each run, runs side by side: {workers}, load at the start {min(loads)} "
+        f"to {max(loads)}; Python {known[0]['python']}, OR-Tools {versions['ortools']}, omnimalloc "
         f"{versions['omnimalloc']}, PuLP {versions['pulp']}; commit {commits}. Rows: "
         f"`benchmarks/results/{ROWS.name}`. All instances are synthetic, by seed."
     )
     return textwrap.fill(said, 118) + "\n"
+
+
+def _short(commit: str) -> str:
+    return commit[:9] + ("-changed" if commit.endswith("-changed") else "")
 
 
 def _solved(rows: list[Row]) -> list[str]:

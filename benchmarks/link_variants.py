@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
+from benchmarks.links import huge_page_bytes
 from memo_runtime.native.backend import Backend, choose_backend
 from memo_runtime.native.compiled import CompiledEngine
 from memo_runtime.native.engine import CopyEngine
@@ -137,7 +137,7 @@ def variants(backend: Backend) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     engine = backend.engine()
     slab = backend.slab(2 * BYTES)
     one, other = slab.memory[:BYTES], slab.memory[BYTES:]
-    print(f"slab of {slab.size / GiB:.0f} GiB: {huge_bytes() / GiB:.1f} GiB of this process on huge pages")
+    print(f"slab of {slab.size / GiB:.0f} GiB: {huge_page_bytes() / GiB:.1f} GiB of this process on huge pages")
     for size in (GiB, 256 * MiB, 64 * MiB, 16 * MiB, 4 * MiB):
         yield f"engine, slab, {size // MiB} MiB a copy", partial(through, engine, one, other, size)
     for size in (GiB, 64 * MiB):
@@ -150,14 +150,6 @@ def variants(backend: Backend) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     pinned = torch.empty(2 * BYTES, dtype=torch.uint8, pin_memory=True)
     for size in (GiB, 64 * MiB):
         yield f"torch streams, cudaHostAlloc, {size // MiB} MiB", partial(raw, pinned[:BYTES], pinned[BYTES:], size)
-
-
-def huge_bytes() -> int:
-    """Bytes of this process on huge pages."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("AnonHugePages"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def links() -> str:

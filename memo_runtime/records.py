@@ -20,8 +20,7 @@ SCHEMA_VERSION = 2
 #: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
 HOST_ALIGNMENT = 64
 
-#: The fetch of the block below waits until a block in backward has freed this many times what lands. What is free by
-#: then also makes room for gradients inside the block that are larger than those it began with.
+#: The fetch of the block below waits until a block in backward has freed this many times what lands.
 FETCH_MARGIN = 2
 
 #: Groups smaller than this stay on the device: a copy costs more than the bytes are worth.
@@ -357,7 +356,7 @@ class BlockPlan:
         tokens: sequence length planned for. prefix: rows [0, prefix) of token-wise tensors are stashed, of which
             rows [0, device_rows) stay on the device; rows [prefix, tokens) are rebuilt. By tiles, products of rows
             [0, prefix) stay on the device, and with device_rows = tokens so does the stash.
-        actions: one per group of the block's profile.
+        actions: one per group of the block's profile. resident: what its rerun starts from stays on the device.
         bytes_to_host, bytes_to_device: copied in one step. bytes_kept: stashed on the device.
         host_bytes: host memory occupied, with the alignment of every slot.
         recomputed_flops: spent again in backward. reason: why the executor is not the policy's. tile: its tokens.
@@ -376,6 +375,7 @@ class BlockPlan:
     recomputed_flops: int = 0
     reason: str = ""
     tile: int = 0
+    resident: bool = False
 
     @property
     def alpha(self) -> float:

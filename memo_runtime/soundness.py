@@ -53,7 +53,7 @@ def find_deviation(plan: Plan) -> Fault | None:
     for index, (block, planned) in enumerate(zip(plan.profile.blocks, plan.blocks, strict=True)):
         follows = plan_block(
             block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
-            reason=planned.reason, tile=planned.tile,
+            reason=planned.reason, tile=planned.tile, resident=planned.resident,
         )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from memo_runtime.native.slab import Slab
 # At the end of a process nothing is given back: modules go first, in no order, and the system takes everything. What
 # __del__ needs to know that is bound as a default, since names of modules are gone by then.
 
+_PACK_ONE = packing(1).pack
 _I32, _I64, _U64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
 
 
@@ -148,21 +150,21 @@ class CompiledEngine(CopyEngine):
     def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket:
         if self.closed:
             raise CopyUseError("the copy engine was closed")
-        numbers: list[int] = []
+        mine, numbers = self.device, []
         for source, target in pairs:
             host, device = (target, source) if out else (source, target)
-            if device.device != self.device:
+            if device.device != mine:
                 self._check_device(device)
-            numbers += six_numbers(host, device)
-        count = len(pairs)
-        request = packing(count).pack(self._handle, self._stream(), 0 if out else 1, count, *numbers)
-        number = self._library.submit(request, name.encode())
+            numbers.append(six_numbers(host, device))
+        head = (self._handle, self._stream(), 0 if out else 1, len(pairs))
+        pack = _PACK_ONE if len(pairs) == 1 else packing(len(pairs)).pack
+        number = self._library.submit(pack(*head, *itertools.chain.from_iterable(numbers)), name.encode())
         if number < 0:
             raise self._library.error(-number)
         if out and self._at_once:
             self._wait(number)
             number = None
-        return Ticket(self, number, pairs, name)
+        return Ticket(self, number, pairs, name, watched=out)
 
     def _wait(self, number: int) -> None:
         status = self._library.wait(self._handle, number, self._stream())

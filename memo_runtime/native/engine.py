@@ -29,16 +29,21 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Ticket:
-    """One submission under way. ``number`` is the engine's; None: it was made at once."""
+    """One submission under way. ``number`` is the engine's; None: it was made at once.
+
+    ``watched``: modifying a source in place is told; of copies to the device nobody but the owner writes to the source.
+    """
 
     __slots__ = ("_engine", "_held", "_number", "_open", "_versions", "name")
 
-    def __init__(self, engine: CopyEngine, number: int | None, held: tuple[Pair, ...], name: str) -> None:
+    def __init__(
+        self, engine: CopyEngine, number: int | None, held: tuple[Pair, ...], name: str, *, watched: bool = True
+    ) -> None:
         self._open = True
         self._engine = engine
         self._number = number
         self._held = held
-        self._versions = [source._version for source, _ in held]
+        self._versions = tuple([source._version for source, _ in held]) if watched else ()
         self.name = name
 
     def wait(self) -> None:
@@ -66,14 +71,14 @@ class Ticket:
                 self.wait()
             return not self.changed()
         finally:
-            self._held, self._versions = (), []
+            self._held, self._versions = (), ()
 
     def changed(self) -> tuple[int, ...]:
         """Which sources were modified in place since they were submitted, by their place among the copies.
 
         To be asked before ``release``, which lets go of them.
         """
-        pairs = zip(self._held, self._versions, strict=True)
+        pairs = zip(self._held, self._versions, strict=False)
         return tuple(place for place, ((source, _), version) in enumerate(pairs) if source._version != version)
 
     def cancel(self) -> bool:
@@ -87,7 +92,7 @@ class Ticket:
         """
         self._use()
         prevented = self._number is not None and self._engine._cancel(self._number)
-        self._held, self._versions = (), []
+        self._held, self._versions = (), ()
         return prevented
 
     def done(self) -> bool:

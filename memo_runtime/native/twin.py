@@ -198,7 +198,7 @@ class TorchEngine(CopyEngine):
         with self._lock:
             self._last += 1
             self._tickets[self._last] = _UnderWay(event, failure)
-            return Ticket(self, self._last, pairs, name)
+            return Ticket(self, self._last, pairs, name, watched=out)
 
     def _copy(
         self, stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor, runs: tuple[Runs, Runs]

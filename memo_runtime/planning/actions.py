@@ -43,9 +43,9 @@ def slot_bytes(size_bytes: int) -> int:
 
 
 def block_actions(
-    block: BlockProfile, executor: Executor, tokens: int, prefix: int, device_rows: int = 0
+    block: BlockProfile, executor: Executor, tokens: int, prefix: int, device_rows: int = 0, *, resident: bool = False
 ) -> tuple[Action, ...]:
-    """One action per group of ``block``; ``prefix`` and ``device_rows`` count for ``REPLAY`` only."""
+    """One action per group of ``block``; ``prefix``, ``device_rows`` and ``resident`` count for ``REPLAY`` only."""
     if executor in (Executor.KEEP, Executor.NATIVE):
         return (Action.KEEP,) * len(block.groups)
     if executor is Executor.RECOMPUTE:
@@ -55,7 +55,11 @@ def block_actions(
         return tuple(Action.KEEP if group.role in RESIDENT_ROLES else Action.REBUILD for group in block.groups)
     if prefix >= tokens:
         return tuple(_swap_action(group, tokens, device_rows) for group in block.groups)
-    return tuple(_replay_action(group, tokens, prefix) for group in block.groups)
+    actions = tuple(_replay_action(group, tokens, prefix) for group in block.groups)
+    if not resident:
+        return actions
+    stays = [group.saved and group.role in _RERUN_INPUTS for group in block.groups]
+    return tuple(Action.KEEP if keep else action for keep, action in zip(stays, actions, strict=True))
 
 
 def _recompute_action(group: TensorGroup) -> Action:
@@ -124,6 +128,7 @@ def plan_block(
     *,
     reason: str = "",
     tile: int = 0,
+    resident: bool = False,
 ) -> BlockPlan:
     """The exact plan of one block.
 
@@ -132,6 +137,7 @@ def plan_block(
         prefix: rows that ``REPLAY`` stashes, the first ``device_rows`` of them on the device.
             For ``TILED``: rows whose products are kept, and all tokens where the stash stays on the device.
         reason: why the executor is not the policy's. tile: tokens of a tile.
+        resident: what a rerun starts from and autograd saved stays on the device.
     """
     if executor is Executor.TILED:
         return _plan_tiled(block, tokens, prefix, device_rows, tile)
@@ -139,7 +145,7 @@ def plan_block(
         prefix, device_rows = tokens, 0
     elif executor is Executor.RECOMPUTE:
         prefix, device_rows = 0, 0
-    actions = block_actions(block, executor, tokens, prefix, device_rows)
+    actions = block_actions(block, executor, tokens, prefix, device_rows, resident=resident)
     pairs = tuple(zip(block.groups, actions, strict=True))
     copied = [copied_bytes(group, action, tokens, prefix, device_rows) for group, action in pairs]
     return BlockPlan(
@@ -155,6 +161,7 @@ def plan_block(
         host_bytes=sum(slot_bytes(size) for size in copied),
         recomputed_flops=_recomputed_flops(block, executor, tokens, prefix),
         reason=reason,
+        resident=resident,
     )
 
 

@@ -114,7 +114,14 @@ def _instead(block: BlockProfile, planned: BlockPlan) -> Choice:
 
 def _choice(planned: BlockPlan) -> Choice:
     if planned.executor in (Executor.REPLAY, Executor.TILED):
-        return Choice(planned.executor, planned.prefix, planned.device_rows, planned.reason, planned.tile)
+        return Choice(
+            planned.executor,
+            planned.prefix,
+            planned.device_rows,
+            planned.reason,
+            tile=planned.tile,
+            resident=planned.resident,
+        )
     return Choice(planned.executor, reason=planned.reason)
 
 

@@ -50,7 +50,7 @@ class Footprint:
         to_host, to_device: seconds of its copies alone. again: seconds of its rerun.
         forward_peak, backward_peak: transient bytes beyond all these. end_peak: when its stash is sorted.
         rerun_peak: in its rerun, with the gradient that waits for it; 0: it has none.
-        gradients: of its own parameters.
+        gradients: of its own parameters. stays: of ``kept``, what stays as it is and is not copied.
     """
 
     skeletal: int
@@ -71,6 +71,7 @@ class Footprint:
     end_peak: int
     rerun_peak: int
     gradients: int
+    stays: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     if plan.executor is Executor.TILED:
         return _tiled_footprint(block, plan, link)
     tokens = plan.tokens
-    skeletal = outgoing = full = spent = landing = unsaved_input = 0
+    skeletal = outgoing = full = spent = landing = unsaved_input = stays = 0
     copies = False
     for group, action in zip(block.groups, plan.actions, strict=True):
         if group.role in RESIDENT_ROLES:
@@ -117,6 +118,8 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
                 outgoing += size
         elif action is Action.REBUILD and group.saved:
             full += size
+        elif plan.resident and group.saved:
+            stays += size
     return Footprint(
         skeletal=skeletal,
         outgoing=outgoing,
@@ -137,6 +140,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         end_peak=block.output.at(tokens) + unsaved_input,
         rerun_peak=rerun_bytes(block, plan),
         gradients=block.gradients,
+        stays=stays,
     )
 
 
@@ -297,7 +301,7 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
         stash = kept + outgoing + block.skeletal
         yield _Point(stash, transient * block.forward_peak, 0, index, "forward")
         if block.stashed:
-            yield _Point(stash + block.kept, transient * block.end_peak, 0, index, "end of forward")
+            yield _Point(stash + block.kept - block.stays, transient * block.end_peak, 0, index, "end of forward")
         outgoing = block.outgoing if around.asynchronous else 0
         kept += block.kept
     # Compute waits for the last copies before it goes on to the head.

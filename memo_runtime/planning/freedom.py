@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.sheet import KEEP, Sheet
@@ -11,6 +11,7 @@ from memo_runtime.planning.single_alpha import ClosedForm
 from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
 from memo_runtime.planning.swap import solve_prefixes
 from memo_runtime.planning.treatment import at_fraction, kept_blocks
+from memo_runtime.records import Executor
 
 #: Numbers of kept blocks that are tried first, evenly spaced, and in all; each costs a linear program.
 _FIRST_TRIES = 5
@@ -131,7 +132,19 @@ def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
 def _solved(sheet: Sheet, budgets: Budgets, kept: frozenset[int], *, device_rows: bool) -> Choices | None:
     ends = list(_ends(sheet, kept))
     solved = solve_prefixes(sheet, budgets, ends[0], device_rows=device_rows)
-    return fastest(sheet, budgets, ends if solved is None else [solved, *ends])
+    candidates = ends if solved is None else [solved, *ends]
+    return fastest(sheet, budgets, [*candidates, *(_last_resident(sheet, one) for one in candidates)])
+
+
+def _last_resident(sheet: Sheet, choices: Choices) -> Choices:
+    """``choices`` with the last block's input and mixers on the device, where it is run again.
+
+    It goes straight into backward: nothing would hide their copies, and they would be back before anything is freed.
+    """
+    *others, last = choices
+    if last.executor is not Executor.REPLAY or last.prefix >= sheet.lengths[-1] or not sheet.around.asynchronous:
+        return choices
+    return (*others, replace(last, resident=True))
 
 
 def _last(sheet: Sheet, count: int) -> frozenset[int]:

@@ -28,6 +28,7 @@ class Choice:
     device_rows: int = 0
     reason: str = ""
     tile: int = 0
+    resident: bool = False
 
 
 #: The choice that leaves a block alone.
@@ -112,6 +113,7 @@ class Sheet:
                 choice.device_rows,
                 reason=choice.reason,
                 tile=choice.tile,
+                resident=choice.resident,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

@@ -134,7 +134,7 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     crowded: set[int] = set()
     kept = outgoing = 0
     for index, foot in enumerate(feet):
-        at_end = foot.kept + transient * foot.end_peak if foot.stashed else 0
+        at_end = foot.kept - foot.stays + transient * foot.end_peak if foot.stashed else 0
         if kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end) > room:
             crowded.add(index - 1)
         outgoing = foot.outgoing if sheet.around.asynchronous else 0

@@ -197,3 +197,18 @@ def test_forecast_equals_the_plain_reference(policy, budget):
         assert [reference.kept(profile, plan.blocks, i) for i in range(6)] == [
             block.bytes_kept for block in plan.blocks
         ]
+
+
+def test_the_last_block_keeps_what_its_rerun_starts_from_where_nothing_would_hide_the_copies():
+    """In the same memory: it goes straight into backward, which needs them first."""
+    profile = small_profile()
+    everywhere = make_plan(profile, make_settings(policy="recompute", keep_last=0)).forecast
+    plan = make_plan(profile, make_settings(policy="replay", keep_last=0, budget=everywhere.peak_bytes))
+    assert [block.resident for block in plan.blocks] == [False, False, True]
+    assert plan.blocks[2].bytes_to_host == 0
+    assert plan.blocks[2].bytes_kept >= 20 * TOKENS
+    assert plan.forecast.peak_bytes <= everywhere.peak_bytes
+    # Less the copies of 20 of 120 bytes, each way, that nothing hid.
+    assert plan.forecast.step_seconds <= everywhere.step_seconds - 2 * 20 / 120 + 1e-9
+    on_host = make_plan(on_cpu(profile), make_settings(policy="replay", keep_last=0, budget=everywhere.peak_bytes))
+    assert not any(block.resident for block in on_host.blocks)

@@ -6,6 +6,7 @@ the runtime itself runs them, by tiles.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,8 @@ from memo_runtime.losses import linear_cross_entropy
 from memo_runtime.profiling.growth import fit_seconds, times
 from memo_runtime.profiling.stopwatch import seconds_of
 from memo_runtime.records import BlockProfile, Growth
+
+logger = logging.getLogger("memo_runtime")
 
 #: Copies of the last hidden state alive at once around the final norm and the loss: the state itself, its gradient,
 #: and the float32 copies (twice the bytes each) that norms of half-precision models make.
@@ -117,7 +120,9 @@ def _time_tiles(head: nn.Linear, rows: int, like: torch.Tensor) -> Growth | None
         try:
             with torch.enable_grad():
                 samples = [seconds_of(run, like.device) for _ in range(3)]
-        except torch.OutOfMemoryError:
+        except (RuntimeError, ValueError, TypeError) as error:
+            # No room for it beside the model, or a head that only its own model calls as it wants.
+            logger.info("memo: the time of head and loss is estimated from their FLOPs: %s", error)
             return None
         # The first run chooses kernels.
         points.append((tokens, min(samples[1:])))

@@ -6,6 +6,7 @@ than one under load, so it works for a while before anything is timed for a step
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.stopwatch import seconds_of, synchronize
 from memo_runtime.profiling.trial import crop_tokens
 from memo_runtime.records import BlockProfile, Growth, PinKind, Role
+
+logger = logging.getLogger("memo_runtime")
 
 #: Longest length timed where the block will run at more.
 _LONGEST = {"cuda": 8192, "cpu": 512}
@@ -158,7 +161,12 @@ class _Timer:
         mixers = [records[key] for key in wanted if key in records]
         if len(mixers) < len(wanted) or not all(map(is_attention, mixers)):
             return {}
-        return time_attention(mixers, lengths)
+        try:
+            return time_attention(mixers, lengths)
+        except RuntimeError as error:
+            # No room for it beside the model, or an operator that does not run outside its block.
+            logger.info("memo: '%s' is timed with its attention, at shorter lengths: %s", self.profile.name, error)
+            return {}
 
     def _captured(self, call: BlockCall, tokens: int) -> Mapping[PinKey, Values]:
         """What pins hold at this length, from one run for all samples."""

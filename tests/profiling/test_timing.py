@@ -100,6 +100,16 @@ def test_a_long_block_has_its_attention_timed_at_its_length(monkeypatch: pytest.
     assert asked == [[128, 256, 512, 640]]
 
 
+def test_attention_for_which_there_is_no_room_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> object:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(timing, "time_attention", full)
+    block = memo.profile(tower(2), (torch.randn(1, 640, 8, dtype=torch.float64),)).blocks[0]
+    assert block.sliceable
+    assert block.forward_seconds.exact(640) > 0
+
+
 @pytest.mark.parametrize("steady", [True, False])
 def test_samples_are_taken_until_two_agree(steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []

@@ -19,6 +19,7 @@ from memo_runtime.cli.check import check
 from memo_runtime.cli.doctor import doctor
 from memo_runtime.cli.exits import exit_code
 from memo_runtime.cli.plan import plan
+from memo_runtime.cli.profile import profile
 from memo_runtime.cli.show import show
 from memo_runtime.cli.solve import solve
 from memo_runtime.errors import MemoError
@@ -89,6 +90,7 @@ def options(
 app.command()(check)
 app.command()(doctor)
 app.command()(plan)
+app.command()(profile)
 app.command()(show)
 app.command()(solve)
 

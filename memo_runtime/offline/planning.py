@@ -8,11 +8,17 @@ from dataclasses import replace
 from memo_runtime.config import Settings
 from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.machines.machine import Machine
+from memo_runtime.offline.iteration import iteration_trace
 from memo_runtime.offline.profile import Offline, profile_offline
 from memo_runtime.offline.subject import Subject
+from memo_runtime.planning.layout import Layout, plan_layout
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan
 from memo_runtime.reporting.mfu import utilization
+from memo_runtime.units import format_bytes
+
+#: Limit of the layout's solver.
+_LAYOUT_SECONDS = 8.0
 
 
 def plan_offline(
@@ -43,7 +49,25 @@ def plan_offline(
         if gpus > 1:
             error.args = (f"{error}\n  all of this  is one GPU's: tokens times {gpus} make the sequence",)
         raise
-    return finished(plan, offline)
+    progress("the layout")
+    return with_placement(finished(plan, offline), offline)
+
+
+def with_placement(plan: Plan, offline: Offline) -> Plan:
+    """``plan`` with an address for everything that a step of it allocates and frees."""
+    trace, names = iteration_trace(plan, {name: offline.runs[kind] for name, kind in offline.kinds.items()})
+    layout = plan_layout(trace, seconds=_LAYOUT_SECONDS)
+    rows = tuple(replace(row, id=names[index]) for index, row in zip(layout.placed, layout.rows, strict=True))
+    distinct = sum(arena.num_distinct for arena in layout.arenas)
+    note = (
+        f"layout: {len(rows):,} requests in an arena of {format_bytes(layout.peak)}, {_over(layout)} above the most "
+        f"that is alive at once; {distinct} different forwards and backwards of blocks placed once each"
+    )
+    return replace(plan, placement=rows, notes=(*plan.notes, note))
+
+
+def _over(layout: Layout) -> str:
+    return f"{100 * (layout.peak / max(1, layout.lower_bound) - 1):.2f} %"
 
 
 def finished(plan: Plan, offline: Offline) -> Plan:

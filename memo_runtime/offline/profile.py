@@ -56,7 +56,8 @@ class Offline:
 
     Attributes:
         tokens: of the whole sequence. model_flops: of the whole step, nothing counted twice.
-        runs: one run on meta of each kind of block, and ``kinds`` which one a block is.
+        runs: how the first block of each kind ran on meta at the length of one rank, and ``kinds`` the first block of
+            the kind of every block.
     """
 
     profile: Profile
@@ -120,7 +121,12 @@ def profile_offline(
         ranks=ranks,
         tokens=tokens,
         model_flops=flops,
-        runs={name: kind.runs[-1] for name, kind in examples.items()},
+        runs={
+            name: run_block(subject.model.get_submodule(name), calls[name], kind.profile, local)
+            if kind.profile.arguments
+            else kind.runs[-1]
+            for name, kind in examples.items()
+        },
         kinds=kinds,
     )
 

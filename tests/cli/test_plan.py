@@ -44,6 +44,16 @@ def memo(*arguments):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
+def assert_nothing_overlaps(rows):
+    live = []
+    for row in sorted(rows, key=lambda row: row["lower"]):
+        live = [other for other in live if other["upper"] > row["lower"]]
+        for other in live:
+            apart = row["offset"] + row["size"] <= other["offset"] or other["offset"] + other["size"] <= row["offset"]
+            assert apart, (row, other)
+        live.append(row)
+
+
 def test_a_config_becomes_a_plan(folder):
     pytest.importorskip("transformers")
     result = memo(
@@ -59,6 +69,14 @@ def test_a_config_becomes_a_plan(folder):
     assert {block.tokens for block in plan.blocks} == {32768}
     assert written["forecast"]["peak_bytes"] > plan.profile.states.parameters
     assert 0 < written["forecast"]["mfu"] < 1
+    rows = written["placement"]
+    assert set(rows[0]) == {"id", "lower", "upper", "size", "offset"}
+    assert len({row["id"] for row in rows}) == len(rows) > 100
+    assert_nothing_overlaps(rows)
+    arena = max(row["offset"] + row["size"] for row in rows)
+    # What is placed, with weights and optimizer states, is about the forecast's peak.
+    states = plan.profile.allocated_bytes + plan.profile.states.optimizer
+    assert arena + states == pytest.approx(written["forecast"]["peak_bytes"], rel=0.1)
     assert plan.profile.fingerprint.device == "offline:NVIDIA H100 80GB HBM3"
 
 

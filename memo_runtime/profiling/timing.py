@@ -116,7 +116,7 @@ class _Timer:
         samples = [self.sample(tokens), self.sample(tokens)]
         while len(samples) < _MOST_SAMPLES and (together or not _steady(*samples[-2:])):
             samples.append(self.sample(tokens))
-        return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:])
+        return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:], samples)
 
     def _backward(self, call: BlockCall, output: object) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire."""
@@ -209,12 +209,13 @@ def _steady(a: _Sample, b: _Sample) -> bool:
     return b.forward + b.backward > _LONG_SECONDS or all(abs(x - y) <= _STEADY * max(x, y) for x, y in pairs)
 
 
-def _median(samples: list[_Sample]) -> _Sample:
+def _median(timed: list[_Sample], samples: list[_Sample]) -> _Sample:
+    """Seconds of the ``timed``; bytes of all ``samples``: each finds other holes in the allocator's memory."""
     return _Sample(
         samples[0].tokens,
-        statistics.median(s.forward for s in samples),
-        statistics.median(s.backward for s in samples),
-        statistics.median(s.rerun for s in samples),
+        statistics.median(s.forward for s in timed),
+        statistics.median(s.backward for s in timed),
+        statistics.median(s.rerun for s in timed),
         max(s.forward_peak for s in samples),
         max(s.backward_peak for s in samples),
         max(s.rerun_peak for s in samples),

@@ -7,6 +7,7 @@ comparing a run on a token slice with the run on the whole sequence (profiling/s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ _MIXER_MARKS = (
     "selective_scan",
     "causal_conv1d",
 )
-_RANDOM_NAMES = ("bernoulli", "native_dropout", "_fused_dropout", "rand", "randn", "rand_like", "randn_like")
-_RANDOM_NAMES_IN_PLACE = ("uniform_", "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
+#: Random operators that PyTorch does not tag as such.
+_UNTAGGED_RANDOM = ("random", "random_", "binomial", "_sample_dirichlet")
 _ROUTING_NAMES = ("topk",)
 
 #: Operators that mix along some dimension whatever their values. Whether that is the token dimension, and whether they
 #: happen to be the identity today, cannot be told from results, so they are always pinned.
 _ALONG_A_DIMENSION = (
+    "_cudnn_rnn", "miopen_rnn",
     "convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "_slow_conv2d_forward",
     "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "flip", "roll", "constant_pad_nd",
     "native_group_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update",
@@ -63,11 +65,25 @@ def pin_kind(name: str) -> PinKind | None:
         return PinKind.MIXER
     if base in _ALONG_A_DIMENSION:
         return PinKind.MIXER
-    if base.rstrip("_") in _RANDOM_NAMES or base in _RANDOM_NAMES_IN_PLACE:
+    if draws(name) and "backward" not in base:
         return PinKind.RANDOM
     if base in _ROUTING_NAMES:
         return PinKind.ROUTING
     return None
+
+
+@cache
+def draws(name: str) -> bool:
+    """Operator ``name`` (an overload) draws from PyTorch's generators, attention with dropout in it included."""
+    if base_name(name) in _UNTAGGED_RANDOM:
+        return True
+    namespace, _, rest = name.partition(".")
+    operator, _, overload = rest.partition(".")
+    try:
+        func = getattr(getattr(getattr(torch.ops, namespace), operator), overload or "default")
+    except AttributeError:  # no operator of a library: a higher-order one, or of a library that is not loaded
+        return False
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def is_mutable(func: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops, pin_kind
+from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops, pin_kind, written_by
 from memo_runtime.records import Pin, PinKind
 
 PinKey = tuple[str, int]
@@ -30,11 +30,13 @@ def by_call(pins: Iterable[Pin]) -> dict[PinKey, list[Pin]]:
     return grouped
 
 
-def outputs_of(func: Any, args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
-    """What a pin holds of a call: all outputs, or the written argument of an in-place operator."""
-    if is_mutable(func):
-        return (args[0],)
-    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+def outputs_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> tuple[Any, ...]:
+    """What a pin holds of a call: the arguments that it wrote to, then the results that are none of these."""
+    results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    if not is_mutable(func):
+        return results
+    fresh = (result for result, known in zip(results, func._schema.returns, strict=False) if known.alias_info is None)
+    return (*written_by(func, args, kwargs), *fresh)
 
 
 def packed_value(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -48,7 +50,8 @@ def packed_value(name: str, value: torch.Tensor) -> torch.Tensor:
         return value.to(torch.bool)
     if base == "native_dropout":
         return value
-    copied = base.endswith("_") or pin_kind(name) in (PinKind.RANDOM, PinKind.ROUTING)
+    written = base.endswith("_") or name.endswith("out")
+    copied = written or pin_kind(name) in (PinKind.RANDOM, PinKind.ROUTING)
     return value.clone() if copied else value
 
 
@@ -111,7 +114,7 @@ class CaptureMode(CountingMode):
         out = func(*args, **kwargs)
         wanted = self._wanted(key)
         if wanted is None or wanted:
-            self.captured[key] = pin_values(key[0], outputs_of(func, args, out), wanted)
+            self.captured[key] = pin_values(key[0], outputs_of(func, args, kwargs, out), wanted)
         return out
 
 
@@ -136,15 +139,34 @@ class ReplayMode(CountingMode):
             self.flops += operator_flops(func, args, kwargs, out)
             return out
         self.replaced.add(key)
+        if is_mutable(func):
+            return _written(func, args, kwargs, values)
         return _substitute(func, key[0], args, values)
 
 
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values) -> Any:
+    """Write what an operator wrote, and give what it gave; ``values`` are as ``outputs_of`` has them."""
+    schema = func._schema
+    targets = [argument for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    written = written_by(func, args, kwargs)
+    for index, (target, argument) in enumerate(zip(written, targets, strict=True)):
+        value = values.get(index)
+        if isinstance(target, torch.Tensor) and isinstance(value, torch.Tensor):
+            if argument.is_out and target.shape != value.shape:
+                target.resize_(value.shape)  # as the operator does
+            target.copy_(value)
+    aliases = {frozenset(argument.alias_info.before_set): one for argument, one in zip(targets, written, strict=True)}
+    fresh = iter(range(len(written), len(written) + len(schema.returns)))
+    results = [
+        _as_result(values.get(next(fresh)), copied=True)
+        if known.alias_info is None
+        else aliases[frozenset(known.alias_info.before_set)]
+        for known in schema.returns
+    ]
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
 def _substitute(func: Any, name: str, args: tuple[Any, ...], values: Values) -> Any:
-    if is_mutable(func):
-        value = values[0]
-        assert isinstance(value, torch.Tensor), f"{name} writes to a tensor"
-        args[0].copy_(value)
-        return args[0]
     if base_name(name) == "native_dropout":
         # The mask is saved, the product is not: it costs one pass over a tensor that is there anyway.
         mask = values[1]

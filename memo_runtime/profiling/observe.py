@@ -6,7 +6,7 @@ Observations hold all results alive, so they are made on a short crop of the seq
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class Observation:
     flops: int = 0
     flops_to_last_save: int = 0  # where a rerun may end
     walked: bool = False  # the forward went backward itself
+    saved_early: str = ""  # an operator that wrote to a tensor after autograd had saved it, its noise for one
     returned: str = ""  # what it returned, if that shows no tensor or is run later (a generator)
 
     def walk(self) -> None:
@@ -98,7 +99,7 @@ class ObservingMode(ReplayMode):
         if not self.replaces(key):
             check_bounds(func, args, kwargs)
         out = super().handle(func, key, args, kwargs)
-        values = outputs_of(func, args, out)
+        values = outputs_of(func, args, kwargs, out)
         self.operators.append(
             OperatorRecord(
                 key=key,
@@ -126,6 +127,7 @@ def observe(
     """
     mode = ObservingMode(values or {})
     observation = Observation()
+    saves: list[tuple[torch.Tensor, int, int]] = []
     device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -137,6 +139,7 @@ def observe(
 
     def see(_: int, tensor: torch.Tensor) -> None:
         observation.saved.append(tensor)
+        saves.append((tensor, tensor._version, len(mode.operators)))
         observation.flops_to_last_save = mode.flops
 
     with AutocastState.current(device).uncached().restored():
@@ -144,5 +147,21 @@ def observe(
             watched, call, see, mode=mode, last=last, on_walk=observation.walk,
         )  # fmt: skip
     observation.operators = mode.operators
+    observation.saved_early = _saved_early(saves, mode.operators)
     observation.flops = mode.flops
     return observation
+
+
+def _saved_early(saves: Sequence[tuple[torch.Tensor, int, int]], operators: Sequence[OperatorRecord]) -> str:
+    """The first operator that wrote to a tensor behind autograd's back after it was saved; "": none did.
+
+    ``saves``: every saved tensor with its version then, and how many operators had run. A write that autograd counts
+    is the block's own doing, and an error of its backward.
+    """
+    writers = [(number, record) for number, record in enumerate(operators) if record.mutable]
+    for tensor, version, count in saves if writers else ():
+        for number, record in writers:
+            written = {storage_key(value) for value in record.outputs if isinstance(value, torch.Tensor)}
+            if number >= count and tensor._version == version and storage_key(tensor) in written:
+                return record.key[0]
+    return ""

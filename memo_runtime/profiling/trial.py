@@ -9,14 +9,14 @@ from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import first_line, pass_on
-from memo_runtime.blocks.operators import pin_kind
+from memo_runtime.blocks.operators import draws
 from memo_runtime.blocks.rerun import Forward, stops_early
 from memo_runtime.profiling.candidates import MIN_TOKENS, argument_axes, token_dims
 from memo_runtime.profiling.compare import Lengths
 from memo_runtime.profiling.growth import fit_counts
 from memo_runtime.profiling.observe import Observation, observe
 from memo_runtime.profiling.slicing import Slicing, find_slicing
-from memo_runtime.records import ArgumentAxes, BlockProfile, Growth, PinKind
+from memo_runtime.records import ArgumentAxes, BlockProfile, Growth
 
 #: Tokens of the crop: enough to tell token dimensions from others, few enough to hold every operator's result, and no
 #: multiple of what kernels pad to, so that a padded dimension does not look like one that grows with tokens.
@@ -95,8 +95,11 @@ def run_trial(
 ) -> Trial:
     """The block on a crop and on a slice of that. ``unsliced``: why no slice is tried; "": one is."""
     trial = run_whole(subject, token_dim, arguments)
+    early = trial.whole.saved_early
     if trial.whole.walked or unsliced:
         trial.slicing = Slicing(reason=unsliced or _INNER_AUTOGRAD)
+    elif early:
+        trial.slicing = Slicing(reason=f"{early} writes to a tensor after autograd has saved it")
     else:
         trial.slicing = find_slicing(subject.forward, trial.call, trial.whole, arguments, trial.lengths)
     return trial
@@ -141,7 +144,7 @@ def base_profile(subject: Subject, trial: Trial) -> BlockProfile:
         token_dim=trial.token_dim,
         input_leaf=subject.input_leaf,
         arguments=trial.arguments,
-        random=any(pin_kind(record.key[0]) == PinKind.RANDOM for record in trial.whole.operators),
+        random=any(draws(record.key[0]) for record in trial.whole.operators),
     )
 
 

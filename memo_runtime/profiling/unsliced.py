@@ -23,11 +23,14 @@ def unsliced(
     pins = named_pins(trial.whole)
     values = full_values(trial.whole, pins)
     again = observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
-    replayable = not trial.whole.walked and _same_saves(again, trial.whole)
-    rerunnable = replayable or _rerunnable(subject, trial)
-    if not replayable and not trial.whole.walked:
+    early = bool(trial.whole.saved_early)
+    replayable = not (trial.whole.walked or early) and _same_saves(again, trial.whole)
+    rerunnable = not early and (replayable or _rerunnable(subject, trial))
+    if early:
+        reason += ", where a rerun would take it as it is before: nothing of it is run again"
+    elif not replayable and not trial.whole.walked:
         reason += "; run again at full length with its mixers replaced, it saves something else"
-    if not rerunnable:
+    if not rerunnable and not early:
         reason += "; nothing of it is run again, since a second run as a whole is not the first"
     forward_flops, recompute_flops = flops or whole_flops(subject, trial)
     return replace(

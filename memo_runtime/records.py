@@ -20,8 +20,8 @@ SCHEMA_VERSION = 2
 #: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
 HOST_ALIGNMENT = 64
 
-#: The fetch of the block below waits until a block in backward has freed this many times what lands.
-FETCH_MARGIN = 2
+#: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
+FETCH_PARTS = 4
 
 #: Groups smaller than this stay on the device: a copy costs more than the bytes are worth.
 MIN_SWAP_BYTES = 1024

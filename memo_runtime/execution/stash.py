@@ -3,7 +3,7 @@
     forward:   autograd hands over every tensor that it saves (``pack``); when the block is done, ``commit`` sorts them
                into pieces and starts the copies
     backward:  the first ``unpack`` fetches the pieces and runs the block again on the tokens that were not stashed;
-               later ones hand out views, and start the fetch of the block below (``FETCH_MARGIN``)
+               later ones hand out views, and start the fetch of the block below (``FETCH_PARTS``)
 
 Autograd holds only ``Holder`` objects, and they hold the stash: when the graph is freed, after backward or because
 a step was abandoned, everything goes back by itself. ``backward(retain_graph=True)`` fetches and rebuilds again.
@@ -26,7 +26,7 @@ from memo_runtime.execution.piece import Piece
 from memo_runtime.native.backend import Backend, choose_backend
 from memo_runtime.native.engine import Pair
 from memo_runtime.native.pool import HostPool
-from memo_runtime.records import FETCH_MARGIN
+from memo_runtime.records import FETCH_PARTS
 
 #: What a block raises when it does not take a slice of its tokens. Classes of their own say something else.
 _FAILURES = (RuntimeError, IndexError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
@@ -300,16 +300,20 @@ class Stash:
         self._ready = True
 
     def _plan_fetch_below(self) -> None:
-        """Fetch the block below now, or when this one has freed enough for what lands (``FETCH_MARGIN``)."""
+        """Fetch the block below now, or when little of this one is left (``FETCH_PARTS``).
+
+        Not as soon as there is room for what lands: gradients inside a block may take more than those that it began
+        with, in the place of what it has freed, and the plan knows only the highest point of both together.
+        """
         lower = self.lower() if self.lower is not None else None
         if lower is None:
             return
         landing = lower.landing_bytes
         own = sum(piece.full_bytes for piece in self.pieces if piece.users)
-        if FETCH_MARGIN * landing > own:
+        if FETCH_PARTS * landing > own:
             lower.fetch()
         else:
-            self._fetch_below_at = own - FETCH_MARGIN * landing
+            self._fetch_below_at = own // FETCH_PARTS
 
     def _fetch_below(self) -> None:
         """Start the fetch that was put off, if there is room for it by now."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
 from memo_runtime.records import (
-    FETCH_MARGIN,
+    FETCH_PARTS,
     Action,
     BlockPlan,
     BlockProfile,
@@ -329,7 +329,7 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
 
 def put_off(block: Footprint, landing: int) -> bool:
     """Whether what lands for the block below waits until ``block`` has freed room for it; by tiles it does not."""
-    return block.stashed and FETCH_MARGIN * landing <= block.full - block.spent
+    return block.stashed and FETCH_PARTS * landing <= block.full - block.spent
 
 
 def gradients_above(around: Surroundings, blocks: Sequence[Footprint]) -> list[int]:

@@ -135,7 +135,7 @@ def peaks(profile, plan, accumulating=False):
         if lower:
             comes = landing(profile, plan, lower[-1])
             # What is little beside what the block frees comes when that is free.
-            waits = 2 * comes <= full(profile, plan, i) - spent(profile, plan, i)
+            waits = 4 * comes <= full(profile, plan, i) - spent(profile, plan, i)
             held += 0 if waits else comes
         above = outside + sum(gradients[i + 1 :]) if walked else 0
         stash.append(held)

@@ -89,9 +89,9 @@ def test_everything_swapped_holds_two_blocks():
     assert forecast.step_seconds == 3 * 6 + 3 + 2
 
 
-def test_everything_rebuilt_holds_one_block_and_what_lands_comes_when_half_of_it_is_gone():
+def test_everything_rebuilt_holds_one_block_and_what_lands_comes_when_most_of_it_is_gone():
     forecast = forecast_of(small_profile(), policy="recompute", keep_last=0)
-    # Backward: 120, and 20 to land for which 40 are freed first. Forward: 120 beside 20 on their way out.
+    # Backward: 120, and 20 to land when 90 are freed. Forward: 120 beside 20 on their way out.
     assert forecast.stash_peak_bytes == (120 + 20) * TOKENS
     assert forecast.recomputed_flops == 3 * small_block(0).rerun_flops.at(TOKENS)
     assert forecast.step_seconds == pytest.approx(3 * 6 + 3 + 3 + 2 * 20 / 120)

@@ -82,6 +82,8 @@ def summary_text(solution: Solution, *, written_to: Path | None) -> str:
     """A few lines for people; the first one is complete alone."""
     bound = f"bound {solution.lower_bound} ({format_bytes(solution.lower_bound)})"
     head = f"# {solution.status.value}: "
+    if solution.placement is not None and solution.placement.problem.capacity is not None:
+        head += f"fits in {solution.placement.problem.capacity}, "
     if solution.peak is not None:
         head += f"peak {solution.peak} ({format_bytes(solution.peak)}), {bound}, gap {solution.gap:.3%}"
     else:

@@ -35,6 +35,7 @@ def test_a_placement_is_written_and_the_summary_is_printed(trace, tmp_path):
 
 
 def test_json_holds_the_offsets_by_id(trace):
+    assert "optimal: fits in 6, peak 6" in memo(trace, "--capacity", "6B").stdout
     answer = json.loads(memo(trace, "--json", "--capacity", "6B").stdout)
     assert (answer["status"], answer["peak"], answer["lower_bound"], answer["gap"]) == ("optimal", 6, 6, 0.0)
     assert set(answer["offsets"]) == {"a", "b", "c"}

@@ -12,7 +12,7 @@ from memo_runtime.persist import save
 from tests.house.sources import ROOT
 from tests.reporting.samples import PLAN, PROFILE
 
-VERBS = ("check", "doctor", "show", "solve")
+VERBS = ("check", "doctor", "plan", "profile", "show", "solve")
 
 
 def memo(*arguments):
@@ -27,7 +27,7 @@ def python_m(*arguments):
 def test_help_names_every_verb_that_is_built_and_no_other():
     shown = memo("--help").stdout
     assert all(f"\n  {verb}" in shown for verb in VERBS)
-    assert not any(f"\n  {verb} " in shown for verb in ("profile", "plan", "fit", "bench"))
+    assert not any(f"\n  {verb} " in shown for verb in ("fit", "bench"))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -100,3 +100,16 @@ def test_a_file_that_is_none_is_one_message_without_a_traceback(tmp_path):
         f"memo: {path}: field 'schema_version' is 0, and this release reads 2; "
         "make the file again with the installed release"
     ]
+
+
+def test_a_plan_is_also_a_page_and_a_profile_is_none(tmp_path):
+    for value, name in ((PLAN, "plan.json"), (PROFILE, "profile.json")):
+        save(value, tmp_path / name)
+    shown = memo("show", str(tmp_path / "plan.json"), "--html", str(tmp_path / "plan.html"))
+    assert shown.exit_code == 0
+    assert "plan: policy" in shown.stdout
+    assert "<canvas" in (tmp_path / "plan.html").read_text()
+    refused = memo("show", str(tmp_path / "profile.json"), "--html", str(tmp_path / "profile.html"))
+    assert refused.exit_code == ExitCode.USAGE
+    assert "holds a profile" in refused.output
+    assert not (tmp_path / "profile.html").exists()

@@ -1,0 +1,68 @@
+"""When a plan's blocks compute and copy: three lanes of bars, from the times of its profile.
+
+Forwards follow one another; copies to the host begin when a block's forward is over; the fetch of a block begins with
+the backward of the nearest block above that fetches or is kept, and its backward waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memo_runtime.records import BlockPlan, BlockProfile, Executor, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """``lane`` (compute, to host, to device) is busy from ``start`` to ``end`` seconds with ``what`` of ``block``."""
+
+    lane: str
+    block: str
+    what: str
+    start: float
+    end: float
+
+
+def lanes_of(plan: Plan) -> list[Bar]:
+    """The bars of one step."""
+    bars: list[Bar] = []
+    pairs = list(zip(plan.profile.blocks, plan.blocks, strict=True))
+    now = out = 0.0
+    for profiled, block in pairs:
+        end = now + profiled.forward_seconds.exact(block.tokens)
+        bars.append(Bar("compute", block.name, "forward", now, end))
+        now = end
+        if seconds := _seconds(block.bytes_to_host, plan.profile.link.to_host):
+            out = max(out, now) + seconds
+            bars.append(Bar("to host", block.name, "copy", out - seconds, out))
+    now = max(now, out)
+    head = plan.profile.outside_seconds.exact(plan.blocks[-1].tokens) if plan.blocks else 0.0
+    bars.append(Bar("compute", "", "embedding, head and loss", now, now + head))
+    now += head
+    began, fetched = now, 0.0
+    for profiled, block in reversed(pairs):
+        if seconds := _seconds(block.bytes_to_device, plan.profile.link.to_device):
+            fetched = max(fetched, began) + seconds
+            bars.append(Bar("to device", block.name, "fetch", fetched - seconds, fetched))
+            now = max(now, fetched)
+        began = now
+        for what, length in (("rerun", _rerun(profiled, block)), ("backward", _backward(profiled, block))):
+            if length:
+                bars.append(Bar("compute", block.name, what, now, now + length))
+                now += length
+    return bars
+
+
+def _seconds(size_bytes: int, rate: float) -> float:
+    return size_bytes / rate if size_bytes and rate > 0 else 0.0
+
+
+def _backward(profiled: BlockProfile, block: BlockPlan) -> float:
+    return profiled.backward_seconds.exact(block.tokens)
+
+
+def _rerun(profiled: BlockProfile, block: BlockPlan) -> float:
+    if block.executor is Executor.RECOMPUTE:
+        return profiled.forward_seconds.exact(block.tokens)
+    if block.executor is Executor.REPLAY and block.prefix < block.tokens:
+        return profiled.rerun_seconds.exact(block.tokens - block.prefix)
+    return 0.0

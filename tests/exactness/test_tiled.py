@@ -8,25 +8,32 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
-from tests.capture.blocks import StraightThrough
+from tests.capture.blocks import DocumentMask, StraightThrough
 from tests.exactness import hand_written
 from tests.exactness.compare import (
     TOLERANCE,
     Step,
     assert_clean,
     assert_trade,
+    model_loss,
     output_loss,
     relative_error,
     run_step,
 )
 from tests.exactness.hand_written import WIDTH
+from tests.exactness.models import FAMILIES
+from tests.execution.test_tiled_families import _MORE, _NO_DROPOUT
 
+FAMILIES_BY_TILES = (
+    "llama", "qwen3", "gpt2", "gemma3", "bert", "vit", "t5", "llama-eager", "olmo", "phi3", "gpt-neox",
+)  # fmt: skip
 TILED: dict[str, Any] = {"policy": "tiled", "tile": 5, "alpha": 0.5, "keep_last": 0, "loss": "native"}
 
 
@@ -202,6 +209,24 @@ def test_lora_with_its_adapter_switched_between_steps():
         assert abs(float(output_loss(model, batch) - plain)) <= TOLERANCE * abs(float(plain))
     assert_close(run_step(model, batch, output_loss), want)
     assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}
+
+
+def test_packed_documents():
+    batch = batch_of() | {"documents": torch.tensor([[0] * 6 + [1] * 11] * 3)}
+    assert_tiled(stack(DocumentMask, DocumentMask), batch)
+
+
+@pytest.mark.parametrize("name", ["mistral", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES_BY_TILES)])
+def test_a_family(name, monkeypatch):
+    """Mistral has a sliding window of six tokens."""
+    norm = transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm
+    # Gemma's norms compute in float32, where sums over tiles differ in the last bits of float32.
+    monkeypatch.setattr(norm, "forward", lambda self, x: self._norm(x) * (1.0 + self.weight))
+    family = (FAMILIES | _MORE)[name]
+    model = family.make(**_NO_DROPOUT.get(name, {}))
+    batch = family.batch(rows=3, tokens=17)
+    loss_of = model_loss if "labels" in batch else output_loss
+    assert_tiled(model, batch, loss_of)
 
 
 def test_lengths_and_batch_sizes_that_follow_each_other():

@@ -185,6 +185,7 @@ def check(
     budget: int | str | None = None,
     host_budget: int | str | None = None,
     keep_last: int | None = 0,
+    tile: int | None = None,
     blocks: Any = None,
 ) -> CheckResult:
     """Compare a step of ``model`` wrapped with the same step unwrapped, on copies; ``model`` is left as it is.
@@ -194,7 +195,8 @@ def check(
             ``loss`` is turned into one.
         policy: as in ``wrap``; by default ``memo`` with half of the tokens swapped, so that both a swap and a rerun
             are tested.
-        alpha, budget, host_budget, keep_last, blocks: as in ``wrap``; ``keep_last`` is 0 so that every block is tested.
+        alpha, budget, host_budget, keep_last, tile, blocks: as in ``wrap``; ``keep_last`` is 0 so that every block is
+            tested.
 
     Raises:
         ProfileError: the unwrapped model does not run on this batch, gives no loss, or cannot be copied.
@@ -205,7 +207,9 @@ def check(
     check_model(model, "check")
     if policy is None:
         policy, alpha = "memo", 0.5 if alpha is None else alpha
-    settings = make_settings(policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last)
+    settings = make_settings(
+        policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, tile=tile
+    )
     existing = find_wrapped(model)
     own = existing.model if existing is not None else model
     check_shapes(own)

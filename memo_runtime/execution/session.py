@@ -32,9 +32,8 @@ from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.stash import Stash, Tools
-from memo_runtime.execution.tiled_block import new_programs
+from memo_runtime.execution.tiled_block import Sources, new_programs
 from memo_runtime.execution.tiled_run import ProgramCache
-from memo_runtime.execution.tiled_swap import Entry
 from memo_runtime.execution.turn import Turn
 from memo_runtime.records import (
     BlockPlan,
@@ -86,7 +85,7 @@ class Session:
         self._step: StepCounters | None = None
         #: A ``Stash``, or a ``tiled_swap.Entry``.
         self.last_stash: weakref.ref[Any] | None = None
-        self._in_flight: deque[tuple[int, Outgoing | Entry]] = deque()
+        self._in_flight: deque[tuple[int, Outgoing | Sources]] = deque()
         self._programs: ProgramCache | None = None
         self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
         self._witnessed: set[tuple[str, int, int]] = set()
@@ -243,7 +242,7 @@ class Session:
         stash.on_mismatch = self._demote
         self.follow(weakref.ref(stash), position, outgoing)
 
-    def follow(self, stash: weakref.ref[Any], position: int, outgoing: Outgoing | Entry) -> None:
+    def follow(self, stash: weakref.ref[Any], position: int, outgoing: Outgoing | Sources) -> None:
         """``stash`` of block number ``position`` is the last one now; ``outgoing`` has the sources of its copies."""
         self.last_stash = stash
         self._in_flight.append((position, outgoing))

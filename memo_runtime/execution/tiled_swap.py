@@ -73,8 +73,11 @@ class Entry:
                     )
 
     def fetch(self) -> None:
-        """Start the copies back, once."""
+        """Start the copies back, once; where there are none, those of the next block below that has some."""
         self.sent()
+        lower = self._below()
+        if not self._copies and lower is not None:
+            lower.fetch()
         for copy in self._copies.values():
             if copy.target is None:
                 # Allocated on the compute stream, which owns it; the copy stream only writes once.
@@ -87,14 +90,20 @@ class Entry:
     @property
     def landing_bytes(self) -> int:
         """Device bytes that a fetch takes."""
+        lower = self._below()
+        if not self._copies and lower is not None:
+            return int(lower.landing_bytes)
         return sum(copy.size_bytes for copy in self._copies.values() if copy.target is None)
+
+    def _below(self) -> Any:
+        return self.lower() if self.lower is not None else None
 
     def take(self) -> dict[int, torch.Tensor]:
         """The tensors, on the device; starts the fetch of the block below."""
         self._swap.order.started(self)
         self.fetch()
-        lower = self.lower() if self.lower is not None else None
-        if lower is not None:
+        lower = self._below()
+        if self._copies and lower is not None:
             lower.fetch()
         found = {}
         for place, copy in self._copies.items():

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.api.towers import BOUND
 from tests.distributed.two_ranks import GROUPS, RANKS, Case
 
@@ -70,3 +72,9 @@ def test_gradients_are_those_of_the_unwrapped_model(tmp_path: Path) -> None:
 def test_shapes_that_are_new_to_one_rank_alone(tmp_path: Path) -> None:
     """No rank waits for a collective of the other: a known profile is scaled, and nothing is profiled twice."""
     assert all_wrong(tmp_path, "uneven") == {}
+
+
+@pytest.mark.slow
+def test_blocks_by_tiles(tmp_path: Path) -> None:
+    """Captured in the first forward, under the hooks that gather and send around."""
+    assert all_wrong(tmp_path, "tiled") == {}

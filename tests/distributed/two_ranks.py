@@ -53,6 +53,9 @@ class Case:
     evaluates: tuple[tuple[int, int], ...] = ()
 
 
+#: Beside those of every other test: blocks are captured under DDP's and FSDP's hooks, once on each rank.
+_POLICIES = POLICIES | {"tiled": {"policy": "tiled", "tile": 7, "alpha": 0.5, "keep_last": 0}}
+
 _EVERY = [
     Case(f"{parallel}-{order} first-{policy}", parallel, order, policy)
     for parallel in ("ddp", "fsdp")
@@ -102,19 +105,25 @@ _UNEVEN = [
     ),
 ]
 
-GROUPS = {"every": _EVERY, "uneven": _UNEVEN}
+_TILED = [
+    Case(f"{parallel}-{order} first-tiled", parallel, order, "tiled")
+    for parallel in ("ddp", "fsdp")
+    for order in ("wrap", "parallel")
+]
+
+GROUPS = {"every": _EVERY, "uneven": _UNEVEN, "tiled": _TILED}
 #: Seconds after which a process that waits for the other one has lost it.
-_PATIENCE = {"every": 20, "uneven": 5}
+_PATIENCE = {"every": 20, "uneven": 5, "tiled": 20}
 
 
 def _made(parallel: Callable[[Tower], nn.Module], case: Case) -> nn.Module:
     model = tower()
     model.register_buffer("counts", torch.zeros(3))  # DDP sends buffers around in every forward
     if case.order == "wrap":
-        memo.wrap(model, **POLICIES[case.policy])
+        memo.wrap(model, **_POLICIES[case.policy])
     made = parallel(model)
     if case.order != "wrap":
-        memo.wrap(made, **POLICIES[case.policy])
+        memo.wrap(made, **_POLICIES[case.policy])
     return made
 
 

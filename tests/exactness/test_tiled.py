@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
+from memo_runtime.execution import tiled_run
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
 from tests.capture.blocks import DocumentMask, StraightThrough
@@ -74,7 +76,7 @@ def assert_tiled(
 
 @pytest.mark.parametrize(
     ("alpha", "keep_last", "tokens", "tile"),
-    [(0.0, 0, 17, 5), (0.5, 1, 17, 4), (1.0, 0, 16, 4), (0.5, 3, 17, 17), (0.3, 0, 17, 100)],
+    [(0.0, 0, 17, 5), (0.5, 1, 17, 4), (0.0, 2, 17, 5), (1.0, 0, 16, 4), (0.5, 3, 17, 17), (0.3, 0, 17, 100)],
 )
 def test_a_model_by_tiles(alpha, keep_last, tokens, tile):
     report = assert_tiled(stack(), batch_of(tokens), alpha=alpha, keep_last=keep_last, tile=tile)
@@ -209,6 +211,39 @@ def test_lora_with_its_adapter_switched_between_steps():
         assert abs(float(output_loss(model, batch) - plain)) <= TOLERANCE * abs(float(plain))
     assert_close(run_step(model, batch, output_loss), want)
     assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}
+
+
+@pytest.mark.parametrize("where", ["attention_forward", "attention_backward"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_an_error_in_the_middle_of_a_block(monkeypatch, where, kind):
+    """The step is lost, nothing of it is held, and the next one is as if it had never been."""
+    model, batch = stack(), batch_of()
+    want = run_step(model, batch, output_loss)
+    memo.wrap(model, **TILED)
+    run_step(model, batch, output_loss)
+    original, calls = getattr(tiled_run, where), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise kind("in the second block")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled_run, where, failing)
+        with pytest.raises(kind):
+            run_step(model, batch, output_loss)
+    model.zero_grad()
+    gc.collect()
+    assert_clean(model)
+    assert_close(run_step(model, batch, output_loss), want)
+    assert_trade(model)
+
+
+def test_a_check_by_tiles():
+    result = memo.check(stack(), batch_of(), policy="tiled", tile=5, alpha=0.5)
+    assert result.ok
+    assert result.report.totals.recomputed_flops > 0
 
 
 def test_packed_documents():

@@ -65,4 +65,6 @@ def _rerun(profiled: BlockProfile, block: BlockPlan) -> float:
         return profiled.forward_seconds.exact(block.tokens)
     if block.executor is Executor.REPLAY and block.prefix < block.tokens:
         return profiled.rerun_seconds.exact(block.tokens - block.prefix)
+    if block.executor is Executor.TILED and (flops := profiled.rerun_flops.at(block.tokens)):
+        return profiled.rerun_seconds.exact(block.tokens) * block.recomputed_flops / flops
     return 0.0

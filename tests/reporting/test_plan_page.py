@@ -11,6 +11,7 @@ import pytest
 
 from memo_runtime.errors import OutputError
 from memo_runtime.placement import PlacedRequest
+from memo_runtime.records import Executor, Growth
 from memo_runtime.reporting.lanes import lanes_of
 from memo_runtime.reporting.plan_page import plan_page, write_page
 from tests.reporting.samples import PLAN
@@ -62,6 +63,15 @@ def test_lanes_follow_one_another():
     assert all(end <= backward[block] + 1e-12 for block, end in fetched.items() if block in backward)
     copied = {block.name for block in plan.blocks if block.bytes_to_host}
     assert {bar.block for bar in bars if bar.lane == "to host"} == copied
+
+
+def test_what_tiles_run_again_has_a_bar():
+    costs = {"rerun_seconds": Growth(linear=2e-6), "rerun_flops": Growth(linear=100)}
+    kinds = [replace(block, **costs) for block in PLAN.profile.blocks]
+    tiled = [replace(block, executor=Executor.TILED, recomputed_flops=50 * block.tokens) for block in PLAN.blocks]
+    plan = replace(PLAN, profile=replace(PLAN.profile, blocks=tuple(kinds)), blocks=tuple(tiled))
+    again = {bar.block: bar.end - bar.start for bar in lanes_of(plan) if bar.what == "rerun"}
+    assert again == pytest.approx({block.name: 1e-6 * block.tokens for block in plan.blocks})
 
 
 def test_a_page_that_cannot_be_written_says_so(tmp_path):

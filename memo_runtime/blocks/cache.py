@@ -8,12 +8,17 @@ is not a cache here: nothing appends to it.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _MODULE = "transformers.cache_utils"
+_PARTS = ("self_attention_cache", "cross_attention_cache")
+#: Attributes of attention modules that say which layers of a cache they read and fill.
+_INDICES = ("layer_idx", "kv_shared_layer_index")
 
 
 def is_cache(value: object) -> bool:
@@ -22,8 +27,16 @@ def is_cache(value: object) -> bool:
     return isinstance(base, type) and isinstance(value, base)
 
 
-def cache_is_empty(value: object) -> bool:
+def cache_layers_of(block: nn.Module) -> frozenset[int]:
+    """Which layers of a cache ``block`` reads and fills; none where its modules do not say."""
+    found = (getattr(module, name, None) for module in block.modules() for name in _INDICES)
+    return frozenset(index for index in found if isinstance(index, int))
+
+
+def cache_is_empty(value: object, layers: frozenset[int] = frozenset()) -> bool:
     """Whether a cache holds no state of any layer, so that a forward without it gives the same output.
+
+    ``layers``: only these count, if there are any. What other blocks have left is nothing to a block.
 
     A cache whose buffers exist but were never written (a static one) counts as not empty: telling would read
     from the device.
@@ -33,14 +46,27 @@ def cache_is_empty(value: object) -> bool:
     """
     if not is_cache(value):
         raise TypeError(f"{type(value).__name__} is not a cache of transformers; ask is_cache first")
-    parts = [
-        part
-        for name in ("self_attention_cache", "cross_attention_cache")
-        if is_cache(part := getattr(value, name, None))
-    ]
+    parts = [part for name in _PARTS if is_cache(part := getattr(value, name, None))]
     if parts:
-        return all(cache_is_empty(part) for part in parts)
-    return not any(_is_state(item) for layer in getattr(value, "layers", ()) for item in _attributes(layer))
+        return all(cache_is_empty(part, layers) for part in parts)
+    own = [one for index, one in enumerate(getattr(value, "layers", ())) if not layers or index in layers]
+    return not any(_is_state(item) for layer in own for item in _attributes(layer))
+
+
+def own_copy(value: Any, layers: frozenset[int] = frozenset()) -> Any:
+    """A copy of a cache that is empty in ``layers`` (none: in all), to be filled there without a trace."""
+    if cache_is_empty(value):
+        return copy.deepcopy(value)
+    made = copy.copy(value)
+    for name in _PARTS:
+        if is_cache(getattr(value, name, None)):
+            setattr(made, name, own_copy(getattr(value, name), layers))
+    if isinstance(getattr(value, "layers", None), list):
+        # Those of other blocks hold tensors with a graph, which cannot be copied and are not written to.
+        made.layers = [copy.deepcopy(one) if index in layers else one for index, one in enumerate(value.layers)]
+    if isinstance(getattr(value, "is_updated", None), dict):
+        made.is_updated = dict(value.is_updated)
+    return made
 
 
 def _attributes(layer: object) -> Iterator[object]:

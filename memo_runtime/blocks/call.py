@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree
 
-from memo_runtime.blocks.cache import cache_is_empty, is_cache
+from memo_runtime.blocks.cache import cache_is_empty, cache_layers_of, is_cache, own_copy
 from memo_runtime.blocks.region import packed
 from memo_runtime.records import ArgumentAxes
 
@@ -25,12 +25,26 @@ class BlockCall:
     leaves: tuple[Any, ...]
     spec: Any
     original: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    #: Layers of a key/value cache that are the block's own, where others are filled; empty: not known.
+    cache_layers: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module | None = None) -> BlockCall:
         """The call ``block(*args, **kwargs)``."""
         leaves, spec = _pytree.tree_flatten((args, kwargs))
-        return cls(tuple(leaves), spec, (args, kwargs))
+        call = cls(tuple(leaves), spec, (args, kwargs))
+        if block is None or not call.caches()[1]:
+            return call
+        return replace(call, cache_layers=cache_layers_of(block))
+
+    def with_own_caches(self) -> BlockCall:
+        """The call with a copy of each cache, empty as it is, which nobody else fills before a rerun."""
+        own = {index: self._own(leaf) for index, leaf in enumerate(self.leaves) if is_cache(leaf)}
+        return self.replaced(own) if own else self
+
+    def _own(self, leaf: Any) -> Any:
+        empty = is_cache(leaf) and cache_is_empty(leaf, self.cache_layers)
+        return own_copy(leaf, self.cache_layers) if empty else leaf
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` for one run of the block.
@@ -41,13 +55,13 @@ class BlockCall:
         """
         if self.original is not None and not self.caches()[0]:
             return self.original
-        leaves = [copy.deepcopy(leaf) if is_cache(leaf) and cache_is_empty(leaf) else leaf for leaf in self.leaves]
-        args, kwargs = _pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = _pytree.tree_unflatten([self._own(leaf) for leaf in self.leaves], self.spec)
         return args, kwargs
 
     def replaced(self, leaves: dict[int, Any]) -> BlockCall:
         """The same call with some leaves exchanged."""
-        return BlockCall(tuple(leaves.get(i, leaf) for i, leaf in enumerate(self.leaves)), self.spec)
+        exchanged = tuple(leaves.get(i, leaf) for i, leaf in enumerate(self.leaves))
+        return BlockCall(exchanged, self.spec, cache_layers=self.cache_layers)
 
     def tensors(self) -> list[tuple[int, torch.Tensor]]:
         """(leaf index, tensor) of every tensor argument."""
@@ -70,7 +84,7 @@ class BlockCall:
     def caches(self) -> tuple[bool, bool]:
         """(the call has a key/value cache, one that holds tokens already)."""
         found = [leaf for leaf in self.leaves if is_cache(leaf)]
-        return bool(found), any(not cache_is_empty(cache) for cache in found)
+        return bool(found), any(not cache_is_empty(cache, self.cache_layers) for cache in found)
 
     def cut(self, axes: Iterable[ArgumentAxes], start: int, stop: int) -> BlockCall:
         """The call on tokens [start, stop).

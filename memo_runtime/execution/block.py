@@ -84,10 +84,11 @@ class BlockForward:
         self, counters: BlockCounters, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         session = self.session
-        call = BlockCall.of(args, kwargs)
+        call = BlockCall.of(args, kwargs, self.block)
         found, filled = call.caches()
         if found and not filled:
             session.note_cache_off()
+            call = call.with_own_caches()
         profile, plan = session.decision(self.name)
         executor = plan.executor if plan is not None else Executor.NATIVE
         if filled:
@@ -104,7 +105,7 @@ class BlockForward:
         counters.executor = executor
         if executor is Executor.TILED and plan is not None and profile is not None:
             try:
-                output = self.tiles.run(BlockCall.of(args, kwargs), profile, plan, counters)
+                output = self.tiles.run(BlockCall.of(args, kwargs, self.block), profile, plan, counters)
                 session.leave(self)
                 return output
             except CaptureRefusedError as error:

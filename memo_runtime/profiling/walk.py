@@ -77,7 +77,7 @@ class Walk(ABC):
     def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at block ``name`` and give a result of the right shape."""
         block = self.blocks[name]
-        call = BlockCall.of(args, kwargs)
+        call = BlockCall.of(args, kwargs, block.module)
         profile = self.look(block, forward, call)
         if self.may_stop and self.is_done():
             raise _AllSeenError

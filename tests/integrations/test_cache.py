@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from memo_runtime.blocks.cache import cache_is_empty, is_cache
+import memo_runtime as memo
+from memo_runtime.blocks.cache import cache_is_empty, is_cache, own_copy
+from memo_runtime.records import Executor
 
 
 def fill(cache: DynamicCache) -> None:
@@ -54,3 +57,62 @@ def test_transformers_is_not_imported() -> None:
     code += "assert not install(torch.nn.Linear(2, 2), loss=Loss.AUTO).active;"
     code += "assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# What other blocks have left in it.
+
+
+def test_a_layer_is_empty_whatever_others_hold() -> None:
+    cache = DynamicCache()
+    fill(cache)
+    assert cache_is_empty(cache, frozenset({1}))
+    assert not cache_is_empty(cache, frozenset({0, 1}))
+    made = own_copy(cache, frozenset({1}))
+    made.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    assert made.layers[0] is cache.layers[0]
+    assert cache_is_empty(cache, frozenset({1}))
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double()
+
+
+def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    ids = torch.randint(0, 61, (2, 33), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("policy", "alpha"), [("swap", None), ("recompute", None), ("memo", 0.5)])
+@pytest.mark.parametrize("managed", [(1, 2), (0, 2)])
+def test_blocks_are_managed_beside_others_that_fill_it(
+    managed: tuple[int, int], policy: str, alpha: float | None
+) -> None:
+    model = llama()
+    want = gradients(model)
+    names = [f"model.layers.{index}" for index in managed]
+    memo.wrap(model, blocks=names, policy=policy, alpha=alpha, keep_last=0, loss="native")
+    for _ in range(2):
+        for got, expected in zip(gradients(model), want, strict=True):
+            assert torch.allclose(got, expected, rtol=1e-11, atol=1e-15)
+    report = memo.report(model)
+    assert [(block.executor, block.reason) for block in report.blocks] == [(Executor.REPLAY, "")] * 2
+    assert all(block.bytes_to_host for block in report.blocks)
+
+
+def test_a_rerun_starts_from_the_cache_of_its_forward() -> None:
+    """A layer put in after wrap has the number of another one, and fills its part of the cache."""
+    plain, model = llama(), llama()
+    memo.wrap(model, policy="recompute", keep_last=0, loss="native")
+    for one in (plain, model):
+        one.model.layers[1] = copy.deepcopy(one.model.layers[0])
+    plain.config.use_cache = False  # as it is for managed blocks
+    want = gradients(plain)
+    for got, expected in zip(gradients(model), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-11, atol=1e-15)

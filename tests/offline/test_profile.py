@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memo_runtime as memo
-from memo_runtime.errors import ArgumentError, ProfileError
+from memo_runtime.errors import ArgumentError, PlanMismatchError, ProfileError
 from memo_runtime.machines.catalogue import find_machine
 from memo_runtime.offline.geometries import CONFIGS, known_names
 from memo_runtime.offline.profile import profile_offline
@@ -47,6 +47,19 @@ def test_what_is_saved_is_what_a_measured_profile_says(config):
     # Pinned memory follows from groups alone: plans with the same choices need the same to the byte.
     plans = [memo.plan(p, policy="memo", alpha=0.4, seq_len=2048, host_budget="1TB") for p in (offline, measured)]
     assert plans[0].forecast.host_bytes == plans[1].forecast.host_bytes > 0
+
+
+def test_an_offline_plan_is_to_read_and_not_to_run(config):
+    transformers = pytest.importorskip("transformers")
+    subject = subject_named(config(num_hidden_layers=2), tokens=64, dtype=torch.float32)
+    plan = memo.plan(profile_offline(subject, H100, tokens=64).profile, policy="swap", host_budget="1TB")
+    fields = {**TINY, "num_hidden_layers": 2}
+    kind = fields.pop("model_type")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
+    memo.wrap(model, plan=plan)
+    ids = torch.randint(512, (1, 64))
+    with pytest.raises(PlanMismatchError, match="offline:NVIDIA H100"):
+        model(input_ids=ids, labels=ids, use_cache=False)
 
 
 def test_ranks_share_tokens_states_and_attention(config):

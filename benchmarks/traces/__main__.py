@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,14 +24,19 @@ from benchmarks.traces.cases import Case, all_cases, shrunk
 from benchmarks.traces.recording import record
 from memo_runtime.traces.trace_file import save_trace
 
+#: A child cannot use CUDA, because a library asked for it before the fork.
+_SPOILED = 75
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Record what is asked for; exit code 1 if a case failed, 4 if the time was over before all were done."""
     options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [case for case in all_cases() if not options.only or any(o in case.name for o in options.only.split(","))]
+    # Libraries ask whether there is a device when they are imported; through the driver that would spoil forks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     importlib.import_module("transformers")  # before forking, once
-    fork = multiprocessing.get_context("fork")
+    method = "fork"
     begun, failed = time.monotonic(), []
     for case in wanted:
         target = options.out / f"{case.name}.json.gz"
@@ -38,14 +45,26 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - begun > options.seconds:
             print(f"{case.name} and what follows it were left: {options.seconds} s are over", file=sys.stderr)
             return 4
-        child = fork.Process(target=_record, args=(case, target, options.device, options.commit))
-        child.start()
-        child.join()
-        if child.exitcode:
+        code = _run(method, case, target, options)
+        if code == _SPOILED:
+            print("a library used CUDA before the fork: processes are started anew from here on", file=sys.stderr)
+            method = "spawn"
+            code = _run(method, case, target, options)
+        if code:
             failed.append(case.name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _run(method: str, case: Case, target: Path, options: argparse.Namespace) -> int | None:
+    """Exit code of a process that records ``case``, forked or spawned."""
+    context: Any = multiprocessing.get_context(method)
+    child = context.Process(target=_record, args=(case, target, options.device, options.commit))
+    child.start()
+    child.join()
+    code: int | None = child.exitcode
+    return code
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,6 +80,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _record(case: Case, target: Path, device: str, commit: str) -> None:
     begun = time.monotonic()
     cuda = device == "cuda"
+    if cuda and torch.cuda._is_in_bad_fork():
+        sys.exit(_SPOILED)
     facts = gpu_facts() if cuda else {}
     words = {**facts, "commit": commit, "date": now(), **versions(("transformers",))}
     trace = record(case if cuda else shrunk(case), torch.device(device), words)

@@ -149,6 +149,7 @@ def _lift_dropout(trace: Trace) -> list[Draw]:
             raise CaptureRefusedError(operator_name(node), "it draws random numbers that a tile cannot draw again")
         if not named["train"] or drop == 0.0:
             node.replace_all_uses_with(source)
+            graph.erase_node(node)
             continue
         value = node.meta["val"]
         with graph.inserting_before(first):
@@ -163,5 +164,6 @@ def _lift_dropout(trace: Trace) -> list[Draw]:
         for made in (cast, scaled, product):
             made.meta["val"] = value
         node.replace_all_uses_with(product)
+        graph.erase_node(node)
         draws.append(Draw(mask, drop, len(draws)))
     return draws

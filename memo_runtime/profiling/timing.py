@@ -281,7 +281,7 @@ def time_block(
             medians = [timer.median(tokens) for tokens in lengths]
         except Exception as error:
             pass_on(error)
-            if profile.sliceable or lengths == (profile.tokens,):
+            if lengths == (profile.tokens,):
                 raise
             # Weights of the size of the sequence, for one: it runs at its own length and at no other.
             medians = [timer.median(profile.tokens)]

@@ -135,3 +135,32 @@ def test_no_memory_left_is_no_reason() -> None:
     model = MEMO.wrap(blocks.stack_of(Hungry))
     with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
         model(blocks.sequence(tokens=33))
+
+
+class Patches(nn.Module):
+    """A convolution over an image: with its result at hand a slice of its channels is rebuilt, and none runs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_block_that_runs_on_no_crop_is_timed_at_its_own_length(way: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Patches() for _ in range(3))).double()
+    image = torch.randn(2, 8, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(image).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    want = gradients()
+    memo.wrap(model, policy=way.policy, alpha=way.alpha, keep_last=0)
+    for _ in range(2):
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(), want, strict=True))
+    assert all(block.executor == Executor.REPLAY and block.bytes_to_host for block in memo.report(model).blocks)

@@ -72,6 +72,7 @@ def test_the_field_is_named(tmp_path, change, said):
         (b"\xff\xfe\x00", "is not JSON"),
         (gzip.compress(b"{}" * 50)[:-9], "is not whole"),
     ],
+    ids=["half an object", "a list", "no text", "half a gzip file"],
 )
 def test_other_files_are_refused(tmp_path, data, said):
     (tmp_path / "trace.json").write_bytes(data)

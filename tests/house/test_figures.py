@@ -34,6 +34,19 @@ def test_the_table_of_the_readme_is_made_of_rows():
     assert all(f"{difference:.1e}" in readme for difference in compared)
 
 
+def test_the_comparison_of_the_readme_is_made_of_rows():
+    path = ROOT / "benchmarks" / "results" / "harness_8b_budget_h100.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    latest = {(row["seq_len"], row["contender"]): row for row in rows if row["run"] == rows[-1]["run"]}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lengths = sorted({length for length, _ in latest})
+    for length in lengths:
+        compared = [latest[length, name] for name in ("checkpoint", "selective", "memo-auto@selective")]
+        cells = [f"{row['step_seconds']:.2f} s, {row['peak_allocated'] / GIB:.1f} GiB" for row in compared]
+        assert f"| {length:,} | {' | '.join(cells)} |" in readme
+        assert compared[2]["budget"] == compared[1]["peak_allocated"] >= compared[2]["peak_allocated"]
+
+
 def head_loss_cells(rows: list[dict[str, Any]]) -> str:
     """The line of docs/losses.md for one contender: milliseconds and GiB by length."""
     return " | ".join(

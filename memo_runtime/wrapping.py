@@ -303,6 +303,8 @@ class Wrapped:
 
         def run(observer: Callable[..., Any]) -> None:
             def see(block: BlockForward, forward: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
+                # The step would be refused here too; and under checkpoint a backward of the profile would come back.
+                refuse_active_hooks()
                 if by_tiles is not None:
                     by_tiles.see(block, a, k)
                 return observer(block.name, forward, a, k)

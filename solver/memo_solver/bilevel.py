@@ -17,6 +17,7 @@ returned; so the result is never above either.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -213,7 +214,7 @@ class _Bilevel:
         since = time.monotonic()
         pseudo = []
         for key, block in zip(self.keys, self.blocks, strict=True):
-            alignment = max((r.alignment for r in block.requests), default=1)
+            alignment = math.lcm(*(r.alignment for r in block.requests))
             name = f"block {block.id}"
             pseudo.append(Request(name, block.lower, block.upper, level1[key].peak, alignment))
         requests = (*pseudo, *self.iteration.requests)

@@ -88,6 +88,7 @@ class _Solve:
         self.states: list[SectionState] = []
         self.stages: list[Stage] = []
         self.interrupted = False
+        self.told, self.tell_next = "", 0.0
 
     def run(self) -> Solution:
         """All stages; each may end the solve early."""
@@ -159,12 +160,15 @@ class _Solve:
         """Sections still above the target, the smallest first: they answer soonest."""
         target = self.target
         above = [s for s in self.states if s.peak is None or s.peak > target]
-        return sorted(above, key=lambda s: (s.section.num_requests, s.section.index))
+        return sorted(above, key=lambda s: s.section.num_requests)
 
     def _tell(self, stage: str) -> None:
-        if self.progress is not None:
-            seconds = time.monotonic() - self.clock.start
-            self.progress(Progress(stage=stage, peak=self.peak, lower_bound=self.bound, seconds=seconds))
+        now = time.monotonic()
+        if self.progress is None or (stage == self.told and now < self.tell_next):
+            return
+        state = Progress(stage=stage, peak=self.peak, lower_bound=self.bound, seconds=now - self.clock.start)
+        self.told, self.tell_next = stage, now + max(0.05, 20 * (time.monotonic() - now))
+        self.progress(state)
 
     def _close_stage(self, name: str, note: str) -> None:
         self.stages.append(Stage(name=name, seconds=self.clock.lap(), peak=self.peak, note=note))
@@ -211,6 +215,8 @@ class _Solve:
             if not exact:
                 break
             for state in exact:
+                if time.monotonic() >= self.deadline:
+                    break
                 self._search_down(state, round_index, used)
             asked = True
         if asked:
@@ -272,6 +278,8 @@ class _Solve:
     def _polish(self) -> None:
         """Spend what time is left on more repair of the sections above the target."""
         for state in self._above_target():
+            if time.monotonic() >= self.deadline:
+                break
             heuristics.improve(
                 state,
                 target=self.target // state.section.unit,

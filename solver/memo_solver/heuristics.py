@@ -103,7 +103,7 @@ def improve(
     else:
         _sample(state, target=target, threads=threads, deadline=deadline, on_gain=on_gain)
         names = state.ranking[:NUM_REPAIRED]
-    if state.peak_units is not None and state.peak_units <= target:
+    if state.peak_units is not None and (state.peak_units <= target or time.monotonic() >= deadline):
         return
     seed = params.seed * 7919 + effort.value
     budget = _Budget(target=target, passes=passes, seed=seed, deadline=deadline)
@@ -126,7 +126,7 @@ def _sample(
         offsets = results[names[0]].offsets
         if offsets is not None and state.offer(offsets):
             on_gain()
-    if state.peak_units is None or state.peak_units <= target:
+    if state.peak_units is None or state.peak_units <= target or time.monotonic() >= deadline:
         return
     budget = _Budget(target=target, passes=1, seed=0, deadline=deadline)
     peaks = _run(state, [names[k::threads] for k in range(threads)], budget, on_gain)

@@ -70,7 +70,7 @@ def solve(
         if not status.available:
             typer.echo(f"memo: compiled search not in use ({status.reason}); this is slower", err=True)
         with ProgressLine() as line:
-            solution = run(loaded.problem, params, progress=line)
+            solution = run(loaded.problem, params, progress=line, hint=loaded.placement)
         if output is not None and solution.placement is not None:
             with _uninterrupted():
                 write_placement(solution.placement, output)
@@ -126,6 +126,8 @@ def _bytes(text: str | None) -> int | None:
     if text is None:
         return None
     try:
+        if text.strip().replace(".", "", 1).isdecimal() and "." in text:
+            raise ValueError(f"{text} is no whole number of bytes: give 1048576 or 1.5GiB")
         # Plain integers are taken digit by digit: a float would round beyond 2^53.
         return int(text) if text.strip().isdecimal() else parse_bytes(text)
     except (ValueError, OverflowError) as error:

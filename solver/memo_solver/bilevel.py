@@ -65,6 +65,11 @@ class Iteration:
     period: int | None = None
     capacity: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a period that is no number of moments."""
+        if self.period is not None and (type(self.period) is not int or self.period < 1):
+            raise InputError(f"period must be an integer of at least 1, got {self.period!r}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BilevelSolution:

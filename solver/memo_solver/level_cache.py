@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memo_solver.errors import InputError, MemoSolverError
-from memo_solver.records import Problem, Request
+from memo_solver.records import Placement, Problem, Request
 from memo_solver.validator import validate
 from memo_solver.writing import write_atomically
 
@@ -84,9 +84,11 @@ class LevelCache:
             validate(problem, offsets, capacity=entry.peak)
             if content["schema"] != SCHEMA or not 0 <= entry.lower_bound <= entry.peak:
                 raise ValueError("schema or bounds are wrong")
+            if entry.peak != Placement(problem=problem, offsets=offsets).peak:
+                raise ValueError(f"peak {entry.peak} is not that of its offsets")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, MemoSolverError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, MemoSolverError) as error:
             _LOG.warning("cached level-1 placement %s ignored, made again: %s", path.name, error)
             return None
         return entry

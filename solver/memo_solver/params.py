@@ -39,12 +39,15 @@ class SolveParams:
 
     def __post_init__(self) -> None:
         """Refuse limits that mean nothing."""
-        if not self.time_limit_seconds > 0:
-            raise InputError(f"time_limit_seconds must be above 0, got {self.time_limit_seconds}")
+        if type(self.time_limit_seconds) not in (int, float) or not self.time_limit_seconds > 0:
+            raise InputError(f"time_limit_seconds must be a number above 0, got {self.time_limit_seconds!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise InputError(f"num_threads must be at least 1, got {self.num_threads}")
+        if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
+            raise InputError(f"num_threads must be an integer of at least 1, got {self.num_threads!r}")
+        for name in ("native", "cpsat", "exact"):
+            if not isinstance(getattr(self, name), Switch):
+                raise InputError(f"{name} must be Switch.AUTO, ON or OFF, got {getattr(self, name)!r}")
 
     @property
     def threads(self) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from memo_solver.errors import FileFormatError, InputError
 from memo_solver.integers import is_integer, read_integer, shown
 from memo_solver.json_lines import JsonRow, read_json_rows
-from memo_solver.records import MAX_VALUE, Placement, Problem, Request
+from memo_solver.records import MAX_VALUE, Placement, Problem, Request, is_text
 from memo_solver.validator import find_violation
 
 REQUIRED = ("id", "lower", "upper", "size")
@@ -204,7 +204,7 @@ def _row(identity: str, numbers: dict[str, int | None], path: str, line: int) ->
 
     if not identity:
         raise fail("id", "an id is needed")
-    if not _is_text(identity):
+    if not is_text(identity):
         raise fail("id", f"{ascii(identity)[:60]} holds half a character (a lone surrogate)")
     given = {name: value for name, value in numbers.items() if value is not None}
     for name, value in given.items():
@@ -224,11 +224,6 @@ def _row(identity: str, numbers: dict[str, int | None], path: str, line: int) ->
         alignment=given.get("alignment", 1),
     )
     return _Row(request=request, offset=given.get("offset"), line=line)
-
-
-def _is_text(identity: str) -> bool:
-    """Whether it can be written to a file: JSON can smuggle in lone surrogates."""
-    return identity.isascii() or not any("\ud800" <= character <= "\udfff" for character in identity)
 
 
 def _assemble(rows: list[_Row], path: str, capacity: int | None) -> Loaded:

@@ -29,6 +29,11 @@ MAX_VALUE = 2**63 - 1
 """Largest size, time, alignment or capacity that is accepted (signed 64 bits)."""
 
 
+def is_text(identity: str) -> bool:
+    """Whether an id can be written to a file: JSON can smuggle in lone surrogates."""
+    return identity.isascii() or not any("\ud800" <= character <= "\udfff" for character in identity)
+
+
 class Status(enum.Enum):
     """What is known about a question when the search ends."""
 
@@ -56,6 +61,8 @@ class Request:
         """Refuse values that no placement could honour, naming the field."""
         if type(self.id) is not str or not self.id:
             raise InputError(f"id must be a non-empty text, got {self.id!r}")
+        if not is_text(self.id):
+            raise InputError(f"id {ascii(self.id)[:60]} holds half a character (a lone surrogate)")
         for name in ("lower", "upper", "size", "alignment"):
             value = getattr(self, name)
             if type(value) is not int:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from memo_solver.errors import InputError
-from memo_solver.records import Placement, Problem
+from memo_solver.records import MAX_VALUE, Placement, Problem
 
 _MAX_LINKS = 40
 _OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
@@ -25,13 +25,25 @@ _OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
 def format_csv(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
-    """Text of the CSV file: alignment only when one is not 1, offset when given."""
+    """Text of the CSV file: alignment only when one is not 1, offset when given.
+
+    Raises:
+        InputError: an id or offset would not be read back as it is.
+    """
+    _check_offsets(problem, offsets)
+    blank = next((r.id for r in problem.requests if r.id != r.id.strip()), None)
+    if blank is not None:
+        raise InputError(f"id {blank!r} begins or ends with a blank, which CSV files lose: write a .json file")
     with_alignment = any(r.alignment != 1 for r in problem.requests)
     header = ["id", "lower", "upper", "size"]
     header += ["alignment"] if with_alignment else []
     header += ["offset"] if offsets is not None else []
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    # A carriage return alone is not quoted by every release of Python.
+    returns = any("\r" in r.id for r in problem.requests)
+    writer = csv.writer(
+        buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    )
     writer.writerow(header)
     for i, r in enumerate(problem.requests):
         row: list[str | int] = [r.id, r.lower, r.upper, r.size]
@@ -44,7 +56,12 @@ def format_csv(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
 
 
 def format_json(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
-    """Text of the JSON file, one request a line."""
+    """Text of the JSON file, one request a line.
+
+    Raises:
+        InputError: an offset would not be read back.
+    """
+    _check_offsets(problem, offsets)
     lines = []
     for i, r in enumerate(problem.requests):
         row: dict[str, str | int] = {
@@ -56,6 +73,13 @@ def format_json(problem: Problem, offsets: tuple[int, ...] | None = None) -> str
         lines.append("  " + json.dumps(row))
     capacity = json.dumps(problem.capacity)
     return f'{{"capacity": {capacity}, "requests": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _check_offsets(problem: Problem, offsets: tuple[int, ...] | None) -> None:
+    """Files hold signed 64-bit numbers; sums of sizes may be more."""
+    for request, offset in zip(problem.requests, offsets or (), strict=False):
+        if offset > MAX_VALUE:
+            raise InputError(f"request '{request.id}': offset {offset} does not fit in 64 bits: use a larger unit")
 
 
 def write_problem(problem: Problem, path: str | Path) -> None:

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -125,7 +126,10 @@ def test_ctrl_c_returns_the_best_placement_so_far(tmp_path):
     write_problem(random_requests(4000, seed=1, max_size=10**6), tmp_path / "hard.csv")
     command = [sys.executable, "-m", "memo_runtime", "solve", str(tmp_path / "hard.csv")]
     command += ["--time-limit", "60s", "-o", str(tmp_path / "out.csv")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background has them, and so this program, ignore interrupts.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heeds) as process:
         time.sleep(4)
         os.kill(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=30)

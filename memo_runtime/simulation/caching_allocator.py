@@ -11,11 +11,13 @@ power-of-two rounding, no garbage collection threshold), with and without ``expa
     device is full   segments without any block in use go back to the device, then it is asked once more (a retry)
     expandable       one segment per stream and pool grows at its end, in pieces of 2 MiB (small) or 20 MiB (large)
 
-Addresses of the device are made up: upwards, freed ranges first. They decide only between blocks of one size.
+Addresses of the device are those of ``segments``, where they are known, else made up: upwards, freed ranges first. They
+decide only between blocks of one size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memo_runtime.simulation.blocks import Block, Pool
@@ -80,14 +82,19 @@ def segment_size(size: int) -> int:
 
 
 class CachingAllocator:
-    """One device's allocator; ``capacity`` bounds what it reserves, None is unbounded."""
+    """One device's allocator; ``capacity`` bounds what it reserves, None is unbounded.
 
-    def __init__(self, *, expandable: bool = False, capacity: int | None = None) -> None:
+    ``segments``: (address, bytes) that a device gave, in order (see ``DeviceMemory``).
+    """
+
+    def __init__(
+        self, *, expandable: bool = False, capacity: int | None = None, segments: Iterable[tuple[int, int]] = ()
+    ) -> None:
         self.counters = Counters()
         self._expandable = expandable
         self._capacity = capacity
         self._small, self._large = Pool(small=True), Pool(small=False)
-        self._device = DeviceMemory()
+        self._device = DeviceMemory(segments)
 
     def allocate(self, size: int, stream: int = 0) -> Block:
         """A block for ``size`` bytes on ``stream``.

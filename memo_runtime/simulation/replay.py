@@ -51,7 +51,11 @@ def simulate(
             ``placed`` live in it and do not meet the allocator.
     """
     chosen = trace.expandable if expandable is None else expandable
-    allocator = CachingAllocator(expandable=chosen, capacity=capacity)
+    # Another allocator, or one that holds an arena, asks the device for other things.
+    as_recorded = chosen == trace.expandable and not arena_bytes
+    allocator = CachingAllocator(
+        expandable=chosen, capacity=capacity, segments=trace.segments if as_recorded else ()
+    )
     failed = _replay(trace, allocator, arena_bytes, placed)
     counters = allocator.counters
     return Simulation(

@@ -78,12 +78,14 @@ def read_history(
     for block in alive:
         reader.allocation(block["address"], block["requested_size"], block["stream"], before=True)
     # A block is free for others once its streams are done with it, which is when it is "completed".
-    events = [e for e in entries if e["action"] in ("alloc", "free_completed", *_GIVEN_BACK)]
+    events = [e for e in entries if e["action"] in ("alloc", "free_completed", "segment_alloc", *_GIVEN_BACK)]
     at = 0
     while at < len(events):
         entry = events[at]
         if entry["action"] in _GIVEN_BACK:
             reader.builder.release()
+        elif entry["action"] == "segment_alloc":
+            reader.builder.segment(entry["addr"], entry["size"])
         elif entry["action"] == "free_completed":
             reader.free(entry["addr"])
         elif _is_mark(events[at : at + 2]):

@@ -68,6 +68,8 @@ class Trace:
     Attributes:
         ticks: number of events. streams are numbered as they appear, 0 first.
         releases: ticks before which the program gave all cached memory back (``torch.cuda.empty_cache``).
+        segments: (address, bytes) of everything that the device gave, in the order in which it was asked; addresses
+            count from the lowest. Empty where they are not known. They decide between free blocks of one size.
         measured: of a run on a device; None where no allocator was asked.
         expandable: the run had expandable segments. capacity_bytes: what the device had for it, 0 if unknown.
         provenance: words on how the trace came about (model, policy, tokens, torch, device, date, ...).
@@ -77,6 +79,7 @@ class Trace:
     requests: tuple[TraceRequest, ...]
     spans: tuple[Span, ...] = ()
     releases: tuple[int, ...] = ()
+    segments: tuple[tuple[int, int], ...] = ()
     measured: Measured | None = None
     expandable: bool = False
     capacity_bytes: int = 0
@@ -117,6 +120,9 @@ class Trace:
         for index, span in enumerate(self.spans):
             if not 0 <= span.lower <= span.upper <= self.ticks:
                 return f"spans[{index}] is [{span.lower}, {span.upper}) and there are {self.ticks} ticks"
+        for index, (start, size) in enumerate(self.segments):
+            if start < 0 or size < 1:
+                return f"segments[{index}] has address {start} and size {size}; they are at least 0 and 1"
         for index, tick in enumerate(self.releases):
             if not 0 <= tick <= self.ticks:
                 return f"releases[{index}] is {tick} and there are {self.ticks} ticks"
@@ -135,6 +141,7 @@ class TraceBuilder:
     _open: list[tuple[Phase, str, int]] = field(default_factory=list)
     _spans: list[tuple[Phase, str, int, int]] = field(default_factory=list)
     _releases: list[int] = field(default_factory=list)
+    _segments: list[tuple[int, int]] = field(default_factory=list)
 
     def allocate(self, size: int, stream: int = 0, *, before: bool = False) -> int:
         """A new request; ``before``: it was there when recording began. Returns its number for ``free``."""
@@ -155,6 +162,10 @@ class TraceBuilder:
         """The program gives all cached memory back."""
         if self._releases[-1:] != [len(self._events)]:
             self._releases.append(len(self._events))
+
+    def segment(self, address: int, size: int) -> None:
+        """The device gave a segment."""
+        self._segments.append((address, size))
 
     def begin(self, phase: Phase, block: str = "") -> None:
         """A span begins."""
@@ -186,12 +197,14 @@ class TraceBuilder:
             TraceRequest(*values) for values in zip(lower, upper, self._sizes, self._streams, strict=True)
         ]
         spans = [Span(phase, block, a + shift, b + shift) for phase, block, a, b in self._spans]
+        lowest = min((address for address, _ in self._segments), default=0)
         return Trace(
             ticks=ticks,
             requests=tuple(sorted(requests, key=lambda request: request.lower)),
             spans=tuple(sorted(spans, key=lambda span: (span.lower, -span.upper))),
             # Memory that ran short was given back by the allocator, not by the program.
             releases=() if measured and measured.retries else tuple(tick + shift for tick in self._releases),
+            segments=tuple((address - lowest, size) for address, size in self._segments),
             measured=measured,
             expandable=expandable,
             capacity_bytes=capacity_bytes,

@@ -3,11 +3,13 @@
     {"memo_runtime": "trace", "schema_version": 1, "ticks": 6,
      "requests": {"lower": [0, 1, 2], "lifetime": [2, 3, 3], "size": [512, 4096, 512], "stream": [0, 0, 0]},
      "spans": [{"phase": "step", "block": "", "lower": 0, "upper": 6}], "releases": [],
+     "segments": {"address": [0], "size": [2097152]},
      "measured": {"allocated_peak": 8192, "reserved_peak": 2097152, "retries": 0, "num_segments": 1},
      "expandable": false, "capacity_bytes": 0, "provenance": {"model": "llama-8b"}}
 
 ``lower`` holds the distance from the row before, as allocations follow one another closely; ``lifetime`` is upper
-- lower. ``measured`` is null where no allocator was asked. A file is replaced as a whole.
+- lower. ``measured`` is null where no allocator was asked, ``segments`` empty where addresses are not known. A file is
+replaced as a whole.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ SCHEMA_VERSION = 1
 _COLUMNS = ("lower", "lifetime", "size", "stream")
 _MEASURED = ("allocated_peak", "reserved_peak", "retries", "num_segments")
 _FIELDS = (
-    "memo_runtime", "schema_version", "ticks", "requests", "spans", "releases", "measured", "expandable",
-    "capacity_bytes", "provenance",
+    "memo_runtime", "schema_version", "ticks", "requests", "spans", "releases", "segments", "measured",
+    "expandable", "capacity_bytes", "provenance",
 )  # fmt: skip
 
 
@@ -71,6 +73,10 @@ def _content(trace: Trace) -> dict[str, Any]:
         },
         "spans": [{"phase": s.phase.value, "block": s.block, "lower": s.lower, "upper": s.upper} for s in trace.spans],
         "releases": list(trace.releases),
+        "segments": {
+            "address": [address for address, _ in trace.segments],
+            "size": [size for _, size in trace.segments],
+        },
         "measured": None if measured is None else {name: getattr(measured, name) for name in _MEASURED},
         "expandable": trace.expandable,
         "capacity_bytes": trace.capacity_bytes,
@@ -139,6 +145,7 @@ def _build(content: dict[str, Any]) -> Trace:
         requests=tuple(TraceRequest(a, a + life, number, own) for a, life, number, own in rows),
         spans=tuple(_span(entry, f"spans[{index}]") for index, entry in enumerate(spans)),
         releases=tuple(_integers(content, "releases", "")),
+        segments=_segments(_mapping(content, "segments", "")),
         measured=_measured(content["measured"]),
         expandable=content["expandable"],
         capacity_bytes=_integer(content, "capacity_bytes", ""),
@@ -159,6 +166,14 @@ def _span(entry: Any, where: str) -> Span:
         raise _FieldError(f"field '{where}' has no phase of {', '.join(phases)}, or no text as block")
     dot = f"{where}."
     return Span(Phase(entry["phase"]), entry["block"], _integer(entry, "lower", dot), _integer(entry, "upper", dot))
+
+
+def _segments(columns: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    _same_names(columns, ("address", "size"), "segments.")
+    addresses, sizes = (_integers(columns, name, "segments.") for name in ("address", "size"))
+    if len(addresses) != len(sizes):
+        raise _FieldError("the columns of field 'segments' have different lengths")
+    return tuple(zip(addresses, sizes, strict=True))
 
 
 def _measured(value: Any) -> Measured | None:

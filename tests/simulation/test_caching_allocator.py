@@ -174,3 +174,25 @@ def test_what_is_placed_lives_in_the_arena():
     found = simulate(trace, arena_bytes=44 * MIB, placed={0, 2})
     assert found.reserved_peak == 56 * MIB
     assert found.device_allocations == 2
+
+
+def test_addresses_that_are_known_decide_between_blocks_of_one_size():
+    def second_taken(segments):
+        allocator = CachingAllocator(segments=segments)
+        first, second = allocator.allocate(16 * MIB), allocator.allocate(16 * MIB)
+        allocator.free(first)
+        allocator.free(second)
+        return allocator.allocate(16 * MIB) is second
+
+    assert not second_taken(())
+    assert second_taken([(64 * MIB, 16 * MIB), (0, 16 * MIB)])
+    assert not second_taken([(0, 16 * MIB), (64 * MIB, 16 * MIB)])
+
+
+def test_addresses_are_made_up_where_another_size_is_asked_for():
+    allocator = CachingAllocator(segments=[(64 * MIB, 16 * MIB), (0, 18 * MIB)])
+    blocks = [allocator.allocate(16 * MIB) for _ in range(3)]
+    starts = [block.start for block in blocks]
+    assert starts[0] == 64 * MIB
+    assert all(start >= 80 * MIB for start in starts[1:])
+    assert starts[2] >= starts[1] + 16 * MIB

@@ -73,3 +73,10 @@ def test_memory_that_ran_short_was_not_given_back_by_the_program():
     builder = read_history([alloc(1, 1), {"action": "segment_unmap", "addr": 0, "size": 1, "stream": 0}])
     measured = Measured(allocated_peak=1, reserved_peak=1, retries=1, num_segments=1)
     assert builder.build(measured=measured).releases == ()
+
+
+def test_segments_are_noted_in_the_order_in_which_the_device_gave_them():
+    given = [{"action": "segment_alloc", "addr": at, "size": size, "stream": 0} for at, size in ((900, 20), (400, 2))]
+    trace = read_history([given[0], alloc(900, 10), given[1], alloc(400, 1)]).build()
+    assert trace.segments == ((500, 20), (0, 2))
+    assert len(trace.requests) == 2

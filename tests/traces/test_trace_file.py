@@ -15,7 +15,8 @@ from tests.traces.samples import random_trace, small_trace
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
 def test_there_and_back(tmp_path, name):
     measured = Measured(allocated_peak=1, reserved_peak=2, retries=3, num_segments=4)
-    for trace in (small_trace(), random_trace(1), replace(small_trace(), measured=measured, releases=(3,))):
+    full = replace(small_trace(), measured=measured, releases=(3,), segments=((2, 8), (0, 1)))
+    for trace in (small_trace(), random_trace(1), full):
         save_trace(trace, tmp_path / name)
         assert load_trace(tmp_path / name) == trace
 
@@ -54,6 +55,8 @@ def changed(path, change):
         (lambda c: c.update(measured={"allocated_peak": 1}), "field 'measured.reserved_peak' is missing"),
         (lambda c: c.update(provenance={"a": 1}), "field 'provenance'"),
         (lambda c: c.update(releases=[99]), r"releases\[0\] is 99"),
+        (lambda c: c.update(segments={"address": [1], "size": []}), "field 'segments' have different lengths"),
+        (lambda c: c.update(segments={"address": [1], "size": [0]}), r"segments\[0\] has address 1 and size 0"),
         (lambda c: c.update(expandable=1), "field 'expandable'"),
     ],
 )

@@ -89,7 +89,15 @@ class StateChangedError(ReplayMismatchError):
 
 
 class PinningError(HostLimitError):
-    """The system gives no more host memory, or does not pin it; says how much it gave before."""
+    """The system gives no more host memory, or does not pin it.
+
+    Attributes:
+        granted: bytes that it gave and that are kept, where that was asked for (``on_refusal='go_on'``); else None.
+    """
+
+    def __init__(self, message: str, granted: int | None = None) -> None:
+        super().__init__(message)
+        self.granted = granted
 
 
 class CopyError(MemoError, RuntimeError):
@@ -102,6 +110,10 @@ class CopyUseError(MemoError, ValueError):
 
 class NativeUnavailableError(MemoError, RuntimeError):
     """The native core was asked for (``MEMO_NATIVE=on``) and cannot be used; says why."""
+
+
+class LossBackendError(MemoError, RuntimeError):
+    """A loss was asked of a backend that cannot compute it; says why, and which one can."""
 
 
 class ProfileError(MemoError, RuntimeError):

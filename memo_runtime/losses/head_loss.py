@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memo_runtime.errors import ArgumentError, LossBackendError
 from memo_runtime.losses import liger, tiles
+from memo_runtime.losses.operands import check_classes, check_one_dtype, check_operands, check_options
 from memo_runtime.losses.tiles import Criterion, Gradients, Head, Wanted
+from memo_runtime.units import show_value
 
 logger = logging.getLogger("memo_runtime")
-
-_REDUCTIONS = ("none", "sum", "mean")
 
 
 class Backend(StrEnum):
@@ -92,14 +93,15 @@ def linear_cross_entropy(
         float32 (float64 for float64) scalar, or [...] for ``none``; nan for a mean of nothing.
 
     Raises:
-        ValueError: shapes that do not go together, an unknown name, or options that exclude each other.
-        RuntimeError: ``backend="liger"`` and Liger cannot compute this loss.
+        ArgumentError, ArgumentTypeError: operands that do not go together, an unknown name, options that exclude each
+            other; on CPU also a target that is no class (on CUDA the device reports it, as PyTorch's loss does).
+        LossBackendError: ``backend="liger"`` and Liger cannot compute this loss.
     """
     criterion = Criterion(
         ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, label_smoothing=label_smoothing
     )
-    _check(hidden, weight, target, bias)
-    _check_options(criterion, reduction, num_items, tile)
+    check_operands(hidden, weight, target, bias)
+    check_options(criterion, reduction, num_items, tile)
     compute = _compute_dtype(hidden)
     flat_hidden, flat_target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     head = Head(hidden=flat_hidden, weight=weight, bias=bias, target=flat_target, compute=compute)
@@ -122,38 +124,6 @@ def linear_cross_entropy(
     return loss.reshape(num_items.shape) if isinstance(num_items, Tensor) else loss
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not go together: "
-            "give hidden [..., D] and weight [V, D]"
-        )
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"target {tuple(target.shape)} has not one class per token of hidden {tuple(hidden.shape)}: "
-            f"give target {tuple(hidden.shape[:-1])}"
-        )
-    if target.dtype is not torch.int64:
-        raise ValueError(f"target is {target.dtype}; class indices are torch.int64")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} does not go with weight {tuple(weight.shape)}")
-
-
-def _check_options(criterion: Criterion, reduction: str, num_items: Tensor | float | None, tile: int | None) -> None:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is unknown; there are: {', '.join(_REDUCTIONS)}")
-    if num_items is not None and reduction == "none":
-        raise ValueError("num_items divides a sum; with reduction='none' divide the losses yourself")
-    if isinstance(num_items, Tensor) and num_items.numel() != 1:
-        raise ValueError(f"num_items has {num_items.numel()} elements; give a number or a tensor of one")
-    if criterion.softcap == 0.0:
-        raise ValueError("softcap=0 divides by zero; give None for no cap")
-    if not 0.0 <= criterion.label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing={criterion.label_smoothing} is not in [0, 1]")
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile={tile} is not a number of tokens: give 1 or more, or None")
-
-
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of the head's matmul: autocast's where that is on (it leaves float64 alone), else hidden's."""
     kind = hidden.device.type
@@ -166,7 +136,7 @@ def _choose(head: Head, criterion: Criterion, reduction: str, backend: str) -> B
     try:
         asked = Backend(backend)
     except ValueError:
-        raise ValueError(f"backend={backend!r} is unknown; there are: {', '.join(Backend)}") from None
+        raise ArgumentError(f"backend={show_value(backend)} is unknown; there are: {', '.join(Backend)}") from None
     if asked in (Backend.TILED, Backend.NATIVE):
         return asked
     needs_grad = torch.is_grad_enabled()
@@ -179,7 +149,7 @@ def _choose(head: Head, criterion: Criterion, reduction: str, backend: str) -> B
     if reason is None:
         return Backend.LIGER
     if asked is Backend.LIGER:
-        raise RuntimeError(f"backend='liger' cannot compute this loss: {reason}; 'tiled' can")
+        raise LossBackendError(f"backend='liger' cannot compute this loss: {reason}; 'tiled' can")
     _say_why_tiled(reason)
     return Backend.TILED
 
@@ -196,22 +166,28 @@ def _log_once(reason: str) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: _Call) -> Tensor:
+    check_classes(target, weight.shape[0], call.criterion.ignore_index)
     loss: Tensor = _HeadLoss.apply(hidden, weight, bias, target, call)  # type: ignore[no-untyped-call]
     return loss
 
 
 def _native(head: Head, criterion: Criterion, reduction: str, num_items: Tensor | float | None) -> Tensor:
+    check_one_dtype(head)
     logits = functional.linear(head.hidden, head.weight, head.bias).to(head.accumulate)
     logits = logits * criterion.logit_scale
     if criterion.softcap is not None:
         logits = torch.tanh(logits / criterion.softcap) * criterion.softcap
-    loss = functional.cross_entropy(
-        logits,
-        head.target,
-        ignore_index=criterion.ignore_index,
-        reduction="sum" if num_items is not None else reduction,
-        label_smoothing=criterion.label_smoothing,
-    )
+    try:
+        loss = functional.cross_entropy(
+            logits,
+            head.target,
+            ignore_index=criterion.ignore_index,
+            reduction="sum" if num_items is not None else reduction,
+            label_smoothing=criterion.label_smoothing,
+        )
+    except IndexError:
+        check_classes(head.target, head.weight.shape[0], criterion.ignore_index)
+        raise
     return loss if num_items is None else loss / _as_divisor(num_items, loss)
 
 
@@ -248,7 +224,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # Without this the gradients would silently count as constants in the second derivative.
-            raise RuntimeError(
+            raise LossBackendError(
                 "linear_cross_entropy has no second derivative (create_graph=True); backend='native' has"
             )
         call, wanted = ctx.call, ctx.wanted

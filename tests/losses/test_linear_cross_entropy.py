@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memo_runtime.errors import ArgumentError, ArgumentTypeError, LossBackendError
 from memo_runtime.losses import head_loss, linear_cross_entropy, tiles
 
 HIDDEN, VOCABULARY = 12, 37
@@ -206,7 +207,7 @@ def test_accumulation_over_two_batches_equals_one_batch() -> None:
 def test_second_derivative_is_refused() -> None:
     hidden, weight, _, target = operands()
     loss = linear_cross_entropy(hidden, weight, target)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(LossBackendError, match="no second derivative"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
@@ -239,25 +240,57 @@ def test_works_where_torch_compile_traces() -> None:
         ({"target": torch.zeros(3, 12, dtype=torch.int64)}, r"give target \(3, 11\)"),
         ({"target": torch.zeros(3, 11)}, "torch.int64"),
         ({"weight": torch.zeros(7, 5)}, "do not go together"),
-        ({"bias": torch.zeros(5)}, "does not go with weight"),
+        ({"bias": torch.zeros(5)}, r"does not go with weight \(37, 12\): give \(37,\)"),
+        ({"weight": torch.zeros(HIDDEN, VOCABULARY)}, r"weight\.t\(\) would go with this hidden"),
+        ({"weight": torch.zeros(0, HIDDEN)}, "has no class"),
+        ({"weight": torch.zeros(VOCABULARY, HIDDEN, dtype=torch.int8)}, r"torch\.int8.* takes torch\.float16"),
+        ({"weight": torch.zeros(VOCABULARY, HIDDEN, device="meta")}, r"weight on meta: .*weight\.to\('cpu'\)"),
+        ({"target": torch.zeros(3, 11, dtype=torch.int64, device="meta")}, "target on meta"),
+        ({"weight": torch.zeros(VOCABULARY, HIDDEN), "backend": "native"}, r"torch\.float32 and torch\.float64"),
+        ({"reduction": ["mean"]}, "there are: none, sum, mean"),
+        ({"softcap": float("inf")}, "not a finite number"),
+        ({"logit_scale": float("nan")}, "not a finite number"),
     ],
 )
 def test_bad_input_says_what_would_work(change: dict[str, Any], message: str) -> None:
     hidden, weight, _, target = operands()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         linear_cross_entropy(**({"hidden": hidden, "weight": weight, "target": target} | change))
 
 
-def test_out_of_range_target_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": [[1.0]]}, "hidden=.*is no tensor: give the hidden states"),
+        ({"target": [0, 1]}, r"target=\[0, 1\] \(list\) is no tensor"),
+        ({"bias": 0.5}, "bias=0.5"),
+        ({"ignore_index": 0.5}, "ignore_index=0.5 is no class index"),
+        ({"ignore_index": None}, "ignore_index=None"),
+        ({"label_smoothing": "some"}, "label_smoothing='some' is not a finite number"),
+        ({"num_items": True}, "num_items=True"),
+        ({"tile": 2.5}, "tile=2.5 is not a number of tokens"),
+    ],
+)
+def test_what_is_of_another_type_says_what_is_taken(change: dict[str, Any], message: str) -> None:
     hidden, weight, _, target = operands()
-    target[0, 0] = VOCABULARY
-    with pytest.raises((IndexError, RuntimeError)):
-        linear_cross_entropy(hidden, weight, target)
+    with pytest.raises(ArgumentTypeError, match=message):
+        linear_cross_entropy(**({"hidden": hidden, "weight": weight, "target": target} | change))
+
+
+@pytest.mark.parametrize("wrong", [VOCABULARY, -1])
+@pytest.mark.parametrize("backend", ["tiled", "native"])
+def test_a_target_that_is_no_class_is_named(backend: str, wrong: int) -> None:
+    hidden, weight, _, target = operands()
+    target.clamp_(min=0)[1, 2] = wrong
+    said = rf"target holds {wrong} \(token 13\): a weight of 37 rows has classes 0 to 36, and ignore_index=-100"
+    with pytest.raises(ArgumentError, match=said):
+        linear_cross_entropy(hidden, weight, target, backend=backend)
+    assert torch.isfinite(linear_cross_entropy(hidden, weight, target, backend=backend, ignore_index=wrong).detach())
 
 
 def test_liger_fails_loudly_and_auto_says_why_once(caplog: Any) -> None:
     hidden, weight, _, target = operands()
-    with pytest.raises(RuntimeError, match=r"backend='liger' cannot compute this loss: .*'tiled' can"):
+    with pytest.raises(LossBackendError, match=r"backend='liger' cannot compute this loss: .*'tiled' can"):
         linear_cross_entropy(hidden, weight, target, backend="liger")
     head_loss._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="memo_runtime"):

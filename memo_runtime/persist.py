@@ -5,8 +5,6 @@ if the file has exactly the fields the record has, each with the right type and 
 are exact, floats included. The first key of a file says what it holds:
 
     {"memo_runtime": "plan", "policy": "memo", "alpha": 0.5, "profile": {...}, ..., "schema_version": 1}
-
-Files are replaced as a whole: a reader sees the old file or the new one, never a part of it.
 """
 
 from __future__ import annotations
@@ -18,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from functools import cache
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from memo_runtime.errors import OutputError, PlanFileError
+from memo_runtime.errors import ArgumentTypeError, PlanFileError
+from memo_runtime.output import file_path, write_output
 from memo_runtime.records import SCHEMA_VERSION, Plan, Profile
 from memo_runtime.soundness import find_fault
+from memo_runtime.units import show_value
 
 _Record = TypeVar("_Record", bound=Plan | Profile)
 
@@ -35,42 +34,19 @@ _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def save(value: Plan | Profile, path: str | os.PathLike[str]) -> None:
-    """Writes a profile or plan to ``path``, replacing what is there in one move.
+    """Writes a profile or plan to ``path``, as ``output.write_output`` does.
 
     Raises:
+        ArgumentTypeError: ``value`` is neither, or ``path`` names no file.
         OutputError: the file cannot be written; what was there is untouched.
     """
-    target = Path(path)
+    if not isinstance(value, (Plan, Profile)):
+        raise ArgumentTypeError(
+            f"save writes a plan or a profile and got {show_value(value)} ({type(value).__name__}): give what "
+            "memo.plan or memo.profile returned"
+        )
     content = {_KIND: type(value).__name__.lower(), **_encode(value)}
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        why = f"cannot write {target}: {error.strerror or error}"
-        raise OutputError(f"{why}; give a file in a folder that exists and is writable") from error
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Looks whether ``save`` could write to ``path``, before anything long is done for it.
-
-    Raises:
-        OutputError: its folder does not exist or cannot be written to, or it is a folder itself.
-    """
-    target = Path(path)
-    folder = target.parent
-    why = None
-    if target.is_dir():
-        why = "it is a folder"
-    elif not folder.is_dir():
-        why = f"there is no folder {folder}"
-    elif not os.access(folder, os.W_OK):
-        why = f"{folder} is not writable"
-    if why:
-        raise OutputError(f"cannot write {target}: {why}; give a file in a folder that exists and is writable")
+    write_output(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def load(path: str | os.PathLike[str]) -> Plan | Profile:
@@ -131,8 +107,9 @@ def _build(wanted: type[_Record], content: dict[str, Any], path: str | os.PathLi
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    file = file_path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise PlanFileError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -43,7 +43,8 @@ def plan(
     from memo_runtime.config import Policy, make_settings
     from memo_runtime.errors import ArgumentError
     from memo_runtime.machines.catalogue import find_machine
-    from memo_runtime.persist import check_writable, save
+    from memo_runtime.output import check_writable
+    from memo_runtime.persist import save
     from memo_runtime.reporting.plan_table import plan_table
     from memo_runtime.units import parse_tokens
 

@@ -25,7 +25,7 @@ def profile(
       memo profile --model mypackage.mymodel:make --device cuda -o profile.json
       memo show profile.json
     """
-    from memo_runtime.persist import check_writable
+    from memo_runtime.output import check_writable
 
     check_writable(output)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from memo_runtime.errors import OutputError
+from memo_runtime.output import write_output
 from memo_runtime.records import Plan
 from memo_runtime.reporting.lanes import lanes_of
 from memo_runtime.reporting.page_template import PAGE
@@ -16,22 +15,12 @@ from memo_runtime.reporting.plan_table import plan_table
 
 
 def write_page(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Writes the page of ``plan`` to ``path``, replacing what is there in one move.
+    """Writes the page of ``plan`` to ``path``, as ``output.write_output`` does.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_text(plan_page(plan), encoding="utf-8")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        why = f"cannot write {target}: {error.strerror or error}"
-        raise OutputError(f"{why}; give a file in a folder that exists and is writable") from error
+    write_output(path, plan_page(plan).encode())
 
 
 def plan_page(plan: Plan) -> str:

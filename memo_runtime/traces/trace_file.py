@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memo_runtime.errors import OutputError, TraceFileError
+from memo_runtime.errors import TraceFileError
+from memo_runtime.output import file_path, write_output
 from memo_runtime.traces.trace import Measured, Phase, Span, Trace, TraceRequest
 
 SCHEMA_VERSION = 1
@@ -37,25 +38,16 @@ _FIELDS = (
 
 
 def save_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Writes ``trace`` to ``path``, replacing what is there in one move.
+    """Writes ``trace`` to ``path``, as ``output.write_output`` does.
 
     Raises:
         OutputError: the file cannot be written; what was there is untouched.
     """
-    target = Path(path)
+    target = file_path(path)
     text = json.dumps(_content(trace), separators=(",", ":")).encode()
     # Without a time of its own, the same trace is the same file.
     data = gzip.compress(text, mtime=0) if target.suffix == ".gz" else text + b"\n"
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_bytes(data)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        why = f"cannot write {target}: {error.strerror or error}"
-        raise OutputError(f"{why}; give a file in a folder that exists and is writable") from error
+    write_output(target, data)
 
 
 def _content(trace: Trace) -> dict[str, Any]:

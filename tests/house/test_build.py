@@ -11,6 +11,8 @@ import pytest
 from tests.house.sources import ROOT
 
 pytest.importorskip("setuptools", minversion="77")
+BROKEN = "#error not today\n"
+WORKS = 'extern "C" int nothing() { return 0; }\n'
 SOURCES = sorted((ROOT / "csrc" / "solver").glob("*.cpp"))
 needs_compiler = pytest.mark.skipif(
     not SOURCES or not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
@@ -30,6 +32,13 @@ def checkout(tmp_path):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, root / name, ignore=ignored)
     return root
+
+
+def replace_sources(checkout, library, text):
+    """One source in place of all: a compiler goes through the others too, whatever it finds in one."""
+    for source in (checkout / "csrc" / library).glob("*.cpp"):
+        source.unlink()
+    (checkout / "csrc" / library / "only.cpp").write_text(text)
 
 
 def build(checkout, mode, *, path=None):
@@ -83,8 +92,8 @@ def test_without_a_compiler_on_fails_loudly(checkout, tmp_path):
 @needs_compiler
 @pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("on", 1)])
 def test_sources_that_do_not_compile(checkout, mode, code):
-    for folder in ("solver", "core"):
-        (checkout / "csrc" / folder / "broken.cpp").write_text("#error not today\n")
+    for library in ("solver", "core"):
+        replace_sources(checkout, library, BROKEN)
     result, wheel = build(checkout, mode)
     assert bool(result.returncode) == bool(code)
     assert "the compiler failed" in result.stderr
@@ -93,7 +102,8 @@ def test_sources_that_do_not_compile(checkout, mode, code):
 
 @needs_compiler
 def test_one_library_that_does_not_compile_leaves_the_other(checkout):
-    (checkout / "csrc" / "core" / "broken.cpp").write_text("#error not today\n")
+    replace_sources(checkout, "core", BROKEN)
+    replace_sources(checkout, "solver", WORKS)
     result, wheel = build(checkout, "auto")
     assert result.returncode == 0, result.stderr
     assert "without memo_runtime.native._core: the compiler failed" in result.stderr

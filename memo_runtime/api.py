@@ -29,7 +29,7 @@ from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.operators import register_mixer_operator
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.checking import CheckResult, check
-from memo_runtime.config import Layout, Loss, choose, make_settings
+from memo_runtime.config import Layout, Loss, OnRefusal, Settings, choose, make_settings
 from memo_runtime.errors import (
     AlreadyWrappedError,
     ArgumentError,
@@ -95,6 +95,7 @@ def wrap(
     layout: str = "auto",
     loss: str = "auto",
     strict: bool = False,
+    on_refusal: str = "stop",
 ) -> Model:
     """Manage the activations of ``model``'s repeated blocks, in place, and return ``model``.
 
@@ -118,6 +119,8 @@ def wrap(
         loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
         strict: a block that cannot take the policy is an error before the first step, and one whose rerun is found
             wrong in a step stays one (otherwise the next step runs it in a safer way).
+        on_refusal: what happens when the system gives less host memory than the plan needs, though ``host_budget``
+            allows it: ``stop`` before the step, or ``go_on`` with a plan for what there is, said in the report.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument that is not taken, or arguments that do not go together.
@@ -134,18 +137,15 @@ def wrap(
         raise _not_built("disk", disk, "activations go to the device, the host, or are recomputed")
     choose(Layout, "layout", layout, "use layout='auto', PyTorch's own allocator")
     loss_kind = choose(Loss, "loss", loss, "use loss='auto'")
+    refusal = choose(OnRefusal, "on_refusal", on_refusal, "use on_refusal='stop'")
     settings = make_settings(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict,
         tile=tile,
     )  # fmt: skip
-    given = _load(plan)
-    if given is not None and settings != make_settings():
-        raise ArgumentError(
-            "a plan fixes policy, alpha, budgets, keep_last, tile and strict: give the plan or those, not both"
-        )
+    given = _given_plan(plan, settings, refusal)
     refs = _refs(model, blocks) if given is None else _planned_refs(model, given, blocks)
     check_keep_last(refs, settings.keep_last)
-    wrapped = make_wrapped(model, refs, settings, loss=loss_kind, optimizer=optimizer, plan=given)
+    wrapped = make_wrapped(model, refs, settings, loss=loss_kind, optimizer=optimizer, plan=given, on_refusal=refusal)
     if _is_wrapped_so(model, wrapped):
         return model
     refuse_other_optimisers(model, {id(ref.module) for ref in refs})
@@ -173,6 +173,20 @@ def _is_wrapped_so(model: nn.Module, wanted: Wrapped) -> bool:
             "call memo.unwrap on that model first"
         )
     return False
+
+
+def _given_plan(plan: PlanLike | None, settings: Settings, refusal: OnRefusal) -> Plan | None:
+    given = _load(plan)
+    if given is not None and settings != make_settings():
+        raise ArgumentError(
+            "a plan fixes policy, alpha, budgets, keep_last, tile and strict: give the plan or those, not both"
+        )
+    if given is not None and refusal is OnRefusal.GO_ON:
+        raise ArgumentError(
+            "on_refusal='go_on' plans anew for the host memory that there is, and a plan is carried out as it is: "
+            "leave one of them out"
+        )
+    return given
 
 
 def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, ...]:

@@ -41,6 +41,13 @@ class Loss(StrEnum):
     NATIVE = "native"
 
 
+class OnRefusal(StrEnum):
+    """What happens when the system gives less host memory than the plan needs and its limit allows."""
+
+    STOP = "stop"
+    GO_ON = "go_on"
+
+
 class NativeMode(StrEnum):
     """Whether copies and pinned memory go through the native core: where it works, always, or never."""
 

@@ -20,8 +20,8 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
-from memo_runtime.config import Loss, Policy, Settings
-from memo_runtime.errors import ArgumentError, MemoError
+from memo_runtime.config import Loss, OnRefusal, Policy, Settings
+from memo_runtime.errors import ArgumentError, MemoError, PinningError, PlanInfeasibleError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
@@ -52,6 +52,7 @@ _MOST_KINDS = 16
 _MOST_SHAPES = 7
 #: How often a kind of batch is profiled anew for a block that came late, which need not come again.
 _MOST_TRIES = 3
+_GRANTED = "what the system gave of more"
 _ALONE = "a batch of a new kind or shape came while parameters are sharded, so it was not profiled"
 
 
@@ -83,6 +84,7 @@ class Wrapped:
     optimizer: torch.optim.Optimizer | None
     given_plan: Plan | None
     session: Session
+    on_refusal: OnRefusal = OnRefusal.STOP
     #: How often the model was profiled: once for every kind of batch, whatever its shapes.
     profiled: int = 0
     _plans: Recent[Plan] = field(default_factory=lambda: Recent(_MOST_PLANS))
@@ -91,6 +93,8 @@ class Wrapped:
     #: By kind of batch, how often the profile was made for blocks that it lacked; and the kind of the step before.
     _tries: Recent[Counter[str]] = field(default_factory=lambda: Recent(_MOST_KINDS))
     _kind: tuple[Any, ...] | None = None
+    #: Host bytes that the system gave when it refused the rest; every plan from then on is made for those.
+    _granted: int | None = None
     _handle: Any = None
     _integration: Any = None
 
@@ -101,6 +105,7 @@ class Wrapped:
         named += [f"{name}={value}" for name, value in knobs.items() if value is not None]
         named += ["strict=True"] if asked.strict else []
         named += [f"loss='{self.loss}'"] if self.loss != Loss.AUTO else []
+        named += [f"on_refusal='{self.on_refusal}'"] if self.on_refusal != OnRefusal.STOP else []
         return ", ".join([*named, f"{len(self.refs)} blocks"])
 
     # ---- in place
@@ -134,6 +139,7 @@ class Wrapped:
         return (
             self.settings == other.settings
             and self.loss == other.loss
+            and self.on_refusal == other.on_refusal
             and self.given_plan == other.given_plan
             and [ref.name for ref in self.refs] == [ref.name for ref in other.refs]
         )
@@ -157,17 +163,37 @@ class Wrapped:
         # A plan made before a rerun was found wrong is not used again.
         found = tuple(self.session.demotions.items())
         accumulating = self._accumulates.get((key, shapes)) is not None or self._has_gradients()
-        plan = self._plans.get((key, shapes, found, accumulating))
-        if plan is None:
-            plan = self._prepare(key, shapes, (args, kwargs), device, accumulating=accumulating)
-            self._plans.put((key, shapes, found, accumulating), plan)
+
+        def planned() -> Plan:
+            plan = self._plans.get((key, shapes, found, accumulating))
+            if plan is None:
+                plan = self._prepare(key, shapes, (args, kwargs), device, accumulating=accumulating)
+                self._plans.put((key, shapes, found, accumulating), plan)
+            return plan
+
+        plan = planned()
         if accumulating:
             # The fresh steps between keep that plan, which fits them too: plans do not change at every micro-batch.
             self._accumulates.put((key, shapes), True)
         if plan is not self.session.plan:
-            self.session.adopt(plan, device)
-            self._announce(plan)
+            self._adopt(plan, planned, device)
         self.session.begin_if_new()
+
+    def _adopt(self, plan: Plan, again: Callable[[], Plan], device: torch.device) -> None:
+        """Adopt ``plan``; where the system refuses its host memory and that was asked for, one for what it gave."""
+        try:
+            self.session.adopt(plan, device)
+        except PinningError as error:
+            if error.granted is None:
+                raise
+            self._granted, self._plans = error.granted, Recent(_MOST_PLANS)
+            self.session.note(f"{error}: planned anew within that")
+            try:
+                plan = again()
+            except PlanInfeasibleError as none_fits:
+                raise type(none_fits)(f"{none_fits}\n  since      {error}") from error
+            self.session.adopt(plan, device)
+        self._announce(plan)
 
     def _meet_strangers(self, key: tuple[Any, ...], shapes: Shapes, batch: Batch) -> None:
         """The step before called blocks that its profile lacks: a batch of that kind is profiled with them."""
@@ -236,7 +262,11 @@ class Wrapped:
         return self._plan(found.profile, accumulating=accumulating)
 
     def _plan(self, profile: Profile, tokens: Mapping[int, int] | None = None, *, accumulating: bool) -> Plan:
-        return plan_with(profile, self.settings, self.session.demotions, tokens=tokens, accumulating=accumulating)
+        settings = self.settings
+        if self._granted is not None:
+            settings = replace(settings, host_budget=None)
+            profile = replace(profile, host_bytes=self._granted, host_source=_GRANTED)
+        return plan_with(profile, settings, self.session.demotions, tokens=tokens, accumulating=accumulating)
 
     def _plan_without_profiling(self, readings: Sequence[Reading], shapes: Shapes, *, accumulating: bool) -> Plan:
         """A plan for a batch that nothing is known about, where profiling would wait for the other ranks.
@@ -379,9 +409,11 @@ def make_wrapped(
     loss: Loss = Loss.AUTO,
     optimizer: torch.optim.Optimizer | None = None,
     plan: Plan | None = None,
+    on_refusal: OnRefusal = OnRefusal.STOP,
 ) -> Wrapped:
     """A wrapped model, not installed yet."""
     policy = plan.policy if plan is not None else settings.policy.value
-    session = Session([(ref.name, ref.module) for ref in refs], policy, strict=settings.strict)
+    named = [(ref.name, ref.module) for ref in refs]
+    session = Session(named, policy, strict=settings.strict, on_refusal=on_refusal)
     session.idle = settings.policy == Policy.NONE and plan is None
-    return Wrapped(model, refs, settings, loss, optimizer, plan, session)
+    return Wrapped(model, refs, settings, loss, optimizer, plan, session, on_refusal)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.config import OnRefusal
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.batch import Outgoing
 from memo_runtime.execution.block import BlockForward
@@ -63,11 +64,20 @@ class Session:
     Args:
         blocks: (qualified name, module) in call order.
         policy: what the user asked for, for the report. strict: a rerun that is found wrong stays an error.
+        on_refusal: whether ``adopt`` keeps what host memory there is when the system refuses the rest.
     """
 
-    def __init__(self, blocks: list[tuple[str, nn.Module]], policy: str, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: list[tuple[str, nn.Module]],
+        policy: str,
+        *,
+        strict: bool = False,
+        on_refusal: OnRefusal = OnRefusal.STOP,
+    ) -> None:
         self.policy = policy
         self.strict = strict
+        self._on_refusal = on_refusal
         #: What reruns have shown, by block; plans made from now on take it into account.
         self.demotions: dict[str, Demotion] = {}
         #: Blocks that were called and that the plan does not have; whoever plans next takes note of them.
@@ -124,9 +134,10 @@ class Session:
 
         Raises:
             HostLimitError: the host memory cannot be had; the plan before stays in force.
+            PinningError: the same, because the system refuses it; ``granted`` says what there is where that is kept.
         """
         if self._tools is None or self._tools.device != device or self._tools.process != os.getpid():
-            self._tools = Tools(device, plan.limits.host_bytes)
+            self._tools = Tools(device, plan.limits.host_bytes, on_refusal=self._on_refusal)
         self._tools.pool.limit = plan.limits.host_bytes
         self._tools.pool.fit(plan.forecast.host_bytes)
         self.plan = plan
@@ -148,7 +159,7 @@ class Session:
         """Pool, copies and ledger of the device."""
         if self._tools is None:
             device = next((p.device for b in self.blocks for p in b.block.parameters()), torch.device("cpu"))
-            self._tools = Tools(device, 0)
+            self._tools = Tools(device, 0, on_refusal=self._on_refusal)
         return self._tools
 
     @property

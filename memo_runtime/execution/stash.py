@@ -19,11 +19,12 @@ from typing import Protocol
 import torch
 
 from memo_runtime.blocks.failures import first_line, pass_on
+from memo_runtime.config import OnRefusal
 from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError
 from memo_runtime.execution.batch import Incoming, Outgoing
 from memo_runtime.execution.ledger import Ledger
 from memo_runtime.execution.piece import Piece
-from memo_runtime.native.backend import Backend, choose_backend
+from memo_runtime.native.backend import choose_backend
 from memo_runtime.native.engine import Pair
 from memo_runtime.native.pool import HostPool
 from memo_runtime.records import FETCH_PARTS
@@ -53,13 +54,13 @@ class Tools:
 
     Args:
         device: where the blocks compute. host_bytes: most host memory.
-        backend: makes slabs and the copy engine; None: by ``MEMO_NATIVE``.
+        on_refusal: what the pool keeps when the system refuses.
     """
 
-    def __init__(self, device: torch.device, host_bytes: int, backend: Backend | None = None) -> None:
+    def __init__(self, device: torch.device, host_bytes: int, *, on_refusal: OnRefusal = OnRefusal.STOP) -> None:
         self.device = device
-        self.backend = backend or choose_backend(device)
-        self.pool = HostPool(host_bytes, self.backend)
+        self.backend = choose_backend(device)
+        self.pool = HostPool(host_bytes, self.backend, on_refusal=on_refusal)
         self.engine = self.backend.engine()
         self.ledger = Ledger()
         #: A forked child has no copying threads and none of the driver's state.

@@ -1,7 +1,7 @@
 """The host tier: slabs within a limit, and slots that go back when they are dropped.
 
 When the system refuses memory that the limit allows (a cgroup, a driver that pins no more), the pool does what was
-asked of it beforehand: stop, with an error that says size, limit and knob, or go on within what there is.
+asked of it beforehand: keep nothing, or what there is. Either way an error says size, limit and knob.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from enum import StrEnum
 
 import torch
 
+from memo_runtime.config import OnRefusal
 from memo_runtime.errors import HostLimitError, PinningError
 from memo_runtime.native.backend import Backend
 from memo_runtime.native.limits import cgroup_limit
@@ -21,13 +21,6 @@ from memo_runtime.records import HOST_ALIGNMENT
 from memo_runtime.units import format_bytes, format_seconds
 
 logger = logging.getLogger("memo_runtime")
-
-
-class OnRefusal(StrEnum):
-    """What ``HostPool.reserve`` does when the system gives less than the limit allows."""
-
-    STOP = "stop"
-    GO_ON = "go_on"
 
 
 def aligned(size_bytes: int) -> int:
@@ -64,16 +57,12 @@ class HostPool:
     Args:
         limit: most bytes that may be reserved.
         backend: makes the slabs.
-        on_refusal: what ``reserve`` does when the system refuses.
-
-    Attributes:
-        shortfall: bytes that were reserved and refused; 0 unless ``on_refusal`` is to go on.
+        on_refusal: whether ``reserve`` keeps what there is when the system refuses the rest.
     """
 
     def __init__(self, limit: int, backend: Backend, *, on_refusal: OnRefusal = OnRefusal.STOP) -> None:
         self.limit = limit
         self.on_refusal = on_refusal
-        self.shortfall = 0
         self.in_use = 0
         self._backend = backend
         self._slabs: list[Slab] = []
@@ -94,25 +83,26 @@ class HostPool:
 
         Raises:
             HostLimitError: the limit is lower; nothing was allocated.
-            PinningError: the system refuses, and the pool is to stop; nothing was allocated. With ``OnRefusal.GO_ON``
-                what there is is kept, ``limit`` becomes that, and ``shortfall`` says what is missing.
+            PinningError: the system refuses; nothing was allocated. With ``OnRefusal.GO_ON`` what there is is kept,
+                ``limit`` becomes that, and so does the error's ``granted``.
         """
         with self._lock:
             missing = aligned(size_bytes) - self.reserved
             if missing <= 0:
                 return
             began = time.perf_counter()
-            slab = self._grow(missing, partly=self.on_refusal is OnRefusal.GO_ON)
+            asked = format_bytes(self.limit)
+            slab, why = self._grow(missing, partly=self.on_refusal is OnRefusal.GO_ON)
             if slab is not None and slab.pinned:
                 seconds = format_seconds(time.perf_counter() - began)
                 logger.info("memo: %s of host memory pinned in %s", format_bytes(slab.size), seconds)
-            self.shortfall = missing - (slab.size if slab is not None else 0)
-            if self.shortfall > 0:
+            if why:
                 self.limit = self.reserved
-                logger.warning(
-                    "%s of host memory were asked for and the system gives %s: the run goes on within those",
-                    format_bytes(aligned(size_bytes)), format_bytes(self.reserved),
-                )  # fmt: skip
+                raise PinningError(
+                    f"{format_bytes(aligned(size_bytes))} of host memory were asked for within host_budget, {asked}, "
+                    f"and the system gives {format_bytes(self.reserved)}: {why}",
+                    granted=self.reserved,
+                )
 
     def fit(self, size_bytes: int) -> None:
         """Like ``reserve``, for a plan that takes the place of another.
@@ -143,7 +133,7 @@ class HostPool:
                 if start is not None:
                     break
             else:
-                grown = self._grow(size, partly=False)
+                grown, _ = self._grow(size, partly=False)
                 assert grown is not None, "a slab that is not there in part is there or an error"
                 slab, start = grown, grown.take(size, HOST_ALIGNMENT)
                 assert start is not None, "a new slab has room for what it was made for"
@@ -163,7 +153,8 @@ class HostPool:
             self.in_use -= size
             slab.give(start)
 
-    def _grow(self, size: int, *, partly: bool) -> Slab | None:
+    def _grow(self, size: int, *, partly: bool) -> tuple[Slab | None, str]:
+        """A slab of ``size`` bytes, or with ``partly`` what there is of it and why it is not all."""
         if self.reserved + size > self.limit:
             raise HostLimitError(
                 f"the step asks for {format_bytes(size)} of host memory beyond the {format_bytes(self.reserved)} that "
@@ -172,31 +163,32 @@ class HostPool:
                 f"made for. Would work: host_budget of at least {format_bytes(self.reserved + size)}, going backward "
                 "before the next forward, a larger keep_last, or policy='recompute'"
             )
-        wanted = self._within_cgroup(size, partly=partly)
+        wanted, why = self._within_cgroup(size)
+        if why and not partly:
+            raise PinningError(self._refused(size, why))
         if wanted <= 0:
-            return None
+            return None, why
         try:
             slab = self._backend.slab(wanted, allow_partial=partly)
         except PinningError as error:
             if partly:
-                return None
+                return None, str(error)
             raise PinningError(self._refused(size, str(error))) from None
         self._slabs.append(slab)
-        return slab
+        return slab, slab.refusal or why
 
-    def _within_cgroup(self, size: int, *, partly: bool) -> int:
+    def _within_cgroup(self, size: int) -> tuple[int, str]:
         """``size``, or what a cgroup leaves of it: beyond that the kernel ends the process instead of saying no."""
         limit = cgroup_limit() if self._backend.device.type == "cuda" else None
         if limit is None or size <= limit.free:
-            return size
-        if not partly:
-            left = f"{format_bytes(limit.free)} of {format_bytes(limit.total)} are left by {limit.source}"
-            raise PinningError(self._refused(size, left))
-        return limit.free // HOST_ALIGNMENT * HOST_ALIGNMENT
+            return size, ""
+        left = f"{format_bytes(limit.free)} of {format_bytes(limit.total)} are left by {limit.source}"
+        return limit.free // HOST_ALIGNMENT * HOST_ALIGNMENT, left
 
     def _refused(self, size: int, why: str) -> str:
         return (
             f"{format_bytes(size)} of host memory cannot be had besides the {format_bytes(self.reserved)} that are "
-            f"reserved: {why}. The limit of this run is host_budget, {format_bytes(self.limit)}: lower it, or raise "
-            "what the system allows this process (its cgroup, or other programs' pinned memory)"
+            f"reserved: {why}. The limit of this run is host_budget, {format_bytes(self.limit)}: lower it, raise "
+            "what the system allows this process (its cgroup, or other programs' pinned memory), or give memo.wrap "
+            "on_refusal='go_on' to plan for what there is"
         )

@@ -1,18 +1,18 @@
 """Slabs and the pool: exact bytes, slots, and what happens when the system refuses."""
 
 import gc
-import logging
 import random
 
 import pytest
 import torch
 
+from memo_runtime.config import OnRefusal
 from memo_runtime.errors import CopyUseError, HostLimitError, PinningError
 from memo_runtime.native import pool as pool_module
 from memo_runtime.native.backend import Backend, TorchBackend
 from memo_runtime.native.compiled import CompiledSlab
 from memo_runtime.native.limits import Limit
-from memo_runtime.native.pool import HostPool, OnRefusal
+from memo_runtime.native.pool import HostPool
 from memo_runtime.native.twin import TorchSlab
 
 CPU = torch.device("cpu")
@@ -146,19 +146,21 @@ def test_a_pool_gives_slots_and_takes_them_back():
 def test_a_pool_that_is_to_stop_says_size_limit_and_knob(rig):
     rig.fake.register_limit(rig.fake.registered_bytes() + 5 * MiB)
     pool = HostPool(100 * MiB, RigBackend(rig))
-    with pytest.raises(PinningError, match=r"8\.00 MiB .*CUDA_ERROR_OUT_OF_MEMORY.*host_budget, 100\.00 MiB"):
+    with pytest.raises(PinningError, match=r"8\.00 MiB .*CUDA_ERROR_OUT_OF_MEMORY.*host_budget, 100\.00 MiB") as caught:
         pool.reserve(8 * MiB)
     assert pool.reserved == 0
+    assert caught.value.granted is None
     assert issubclass(PinningError, HostLimitError)
 
 
-def test_a_pool_that_is_to_go_on_does_so_within_what_there_is(rig, caplog):
+def test_a_pool_that_is_to_go_on_keeps_what_there_is(rig):
     rig.fake.register_limit(rig.fake.registered_bytes() + 5 * MiB)
     pool = HostPool(100 * MiB, RigBackend(rig), on_refusal=OnRefusal.GO_ON)
-    with caplog.at_level(logging.WARNING, logger="memo_runtime"):
+    said = r"8\.00 MiB .* within host_budget, 100\.00 MiB, and the system gives 4\.00 MiB: .*CUDA_ERROR_OUT_OF_MEMORY"
+    with pytest.raises(PinningError, match=said) as caught:
         pool.reserve(8 * MiB)
-    assert "8.00 MiB of host memory were asked for and the system gives 4.00 MiB" in caplog.text
-    assert (pool.reserved, pool.limit, pool.shortfall, pool.pinned) == (4 * MiB, 4 * MiB, 4 * MiB, 4 * MiB)
+    assert (caught.value.granted, pool.reserved, pool.limit, pool.pinned) == (4 * MiB,) * 4
+    pool.reserve(4 * MiB)
     slot = pool.take(4 * MiB)
     with pytest.raises(HostLimitError):
         pool.take(64)
@@ -172,20 +174,20 @@ def test_a_cgroup_is_asked_before_the_kernel_answers(rig, monkeypatch, how):
     limit = Limit(free=3 * MiB + 5, total=64 * MiB, source="cgroup v2 memory.max")
     monkeypatch.setattr(pool_module, "cgroup_limit", lambda: limit)
     pool = HostPool(100 * MiB, RigBackend(rig), on_refusal=how)
+    with pytest.raises(PinningError, match=r"3\.00 MiB of 64\.00 MiB are left by cgroup v2 memory\.max") as caught:
+        pool.reserve(8 * MiB)
     if how is OnRefusal.STOP:
-        with pytest.raises(PinningError, match=r"3\.00 MiB of 64\.00 MiB are left by cgroup v2 memory\.max"):
-            pool.reserve(8 * MiB)
         assert pool.reserved == 0
     else:
-        pool.reserve(8 * MiB)
-        assert pool.reserved == pool.limit == 3 * MiB
+        assert pool.reserved == pool.limit == caught.value.granted == 3 * MiB
     pool.trim()
 
 
 def test_a_pool_that_gets_nothing_at_all_goes_on_with_nothing(rig):
     rig.fake.register_limit(0)
     pool = HostPool(100 * MiB, RigBackend(rig), on_refusal=OnRefusal.GO_ON)
-    pool.reserve(8 * MiB)
-    assert (pool.reserved, pool.limit, pool.shortfall) == (0, 0, 8 * MiB)
+    with pytest.raises(PinningError, match="the system gives 0 B"):
+        pool.reserve(8 * MiB)
+    assert (pool.reserved, pool.limit) == (0, 0)
     with pytest.raises(HostLimitError):
         pool.take(64)

@@ -163,9 +163,7 @@ class ArgumentAxes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Device bytes at one moment of a block that runs by tiles, beside what it stashes.
-
-    ``full``: of full length, by tokens. ``tile``: of one tile, by its tokens. ``fixed``: sums of weight gradients."""
+    """Device bytes of a block by tiles at one moment beside its stash: by tokens, of one tile, and of weight sums."""
 
     full: Growth
     tile: Growth = field(default_factory=Growth)
@@ -181,6 +179,8 @@ class TiledProfile:
             log-sum-exps). resident: of those that stay (masks made inside). products: of matrix products, by tokens.
         forward, backward: moments that may be the worst.
         again_flops: run again; saved_flops: less of it by kept tokens. attention: kernel of each attention.
+        forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
+            seconds_per_flop; 0: not timed, and estimated from those of the block as it is.
     """
 
     stash: tuple[Growth, ...]
@@ -191,6 +191,9 @@ class TiledProfile:
     again_flops: Growth
     saved_flops: Growth
     attention: tuple[str, ...] = ()
+    forward_seconds: Growth = field(default_factory=Growth)
+    backward_seconds: Growth = field(default_factory=Growth)
+    seconds_per_flop: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@ A file may have been cut, merged or edited by hand. Everything that can be told 
 
     every number    not negative (but polynomial coefficients and results of operators), finite (but link rates)
     indices         within the lists that they point into
-    a block's plan  device_rows <= prefix <= tokens, an action for each group, named as in the profile
+    a block's plan  device_rows <= prefix <= tokens (by tiles device_rows are none or all), an action for each group,
+                    named as in the profile
 
 and before a plan is executed, that its actions and bytes are those that follow from its profile.
 """
@@ -161,12 +162,15 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
             yield Fault(f"{where}.tokens", planned.tokens, "0" if planned.tokens else "1 or more, as in the profile")
         if planned.prefix > planned.tokens:
             yield Fault(f"{where}.prefix", planned.prefix, f"at most {planned.tokens}, its tokens")
-        if planned.device_rows > planned.prefix:
-            yield Fault(f"{where}.device_rows", planned.device_rows, f"at most {planned.prefix}, its prefix")
         if len(planned.actions) != len(block.groups):
             count = f"a list of {len(planned.actions)}"
             yield Fault(f"{where}.actions", count, f"{len(block.groups)}, as many as profile.blocks[{index}].groups")
         tiled = planned.executor is Executor.TILED
+        rows = planned.device_rows
+        if tiled and rows not in (0, planned.tokens):
+            yield Fault(f"{where}.device_rows", rows, f"0 or {planned.tokens}, its tokens")
+        if not tiled and rows > planned.prefix:
+            yield Fault(f"{where}.device_rows", rows, f"at most {planned.prefix}, its prefix")
         if tiled and block.tiled is None:
             yield Fault(f"{where}.executor", planned.executor.value, "another one: the profile says nothing of tiles")
         if tiled != bool(planned.tile):

@@ -30,6 +30,8 @@ from memo_runtime.execution.tiled_block import Tiling
 from memo_runtime.integrations import huggingface
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
+from memo_runtime.planning.executors import tiles_are_worth_trying
+from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.later import Later
 from memo_runtime.profiling.machine import device_memory
@@ -53,6 +55,9 @@ _MOST_SHAPES = 7
 #: How often a kind of batch is profiled anew for a block that came late, which need not come again.
 _MOST_TRIES = 3
 _GRANTED = "what the system gave of more"
+_NO_TILES = (
+    "auto did not try tiles, which another rank may not need: give policy='tiled' where parameters are sharded"
+)
 _ALONE = "a batch of a new kind or shape came while parameters are sharded, so it was not profiled"
 
 
@@ -253,19 +258,57 @@ class Wrapped:
             if sizes is not None and not forwards_meet(self.model):
                 reading = readings[number] = self._completed(reading, sizes, batch)
             if sizes is not None and reading.knows(sizes):
-                measured = reading.measured.at(sizes.rows, sizes.tokens)
-                return self._plan(measured, sizes.tokens, accumulating=accumulating)
+                plan, readings[number] = self._plan_or_try_tiles(reading, sizes, batch, accumulating=accumulating)
+                return plan
         if self._known and forwards_meet(self.model):
             return self._plan_without_profiling(readings, shapes, accumulating=accumulating)
-        found = self._measure(batch)
-        self._known.put(key, [*readings[-_MOST_SHAPES:], Reading(found, shapes)])
-        return self._plan(found.profile, accumulating=accumulating)
+        plan, reading = self._plan_or_try_tiles(
+            Reading(self._measure(batch), shapes), Sizes({}, {}), batch, accumulating=accumulating
+        )
+        self._known.put(key, [*readings[-_MOST_SHAPES:], reading])
+        return plan
+
+    def _plan_or_try_tiles(
+        self, reading: Reading, sizes: Sizes, batch: Batch, *, accumulating: bool
+    ) -> tuple[Plan, Reading]:
+        """(the plan, ``reading`` with what was found out for it): ``auto`` tries tiles where that is worth it."""
+        plan, refusal = None, None
+        profile = reading.measured.at(sizes.rows, sizes.tokens)
+        try:
+            plan = self._plan(profile, sizes.tokens, accumulating=accumulating)
+        except PlanInfeasibleError as error:
+            refusal = error
+        profile, settings = self._asked(profile)
+        sheet = Sheet(profile, lengths_of(profile, sizes.tokens), accumulating=accumulating)
+        if tiles_are_worth_trying(sheet, settings, plan.forecast.step_seconds if plan is not None else None):
+            if not forwards_meet(self.model):
+                reading = self._with_tiles(reading, sizes, batch)
+                profile = reading.measured.at(sizes.rows, sizes.tokens)
+                return self._plan(profile, sizes.tokens, accumulating=accumulating), reading
+            self.session.note(_NO_TILES)
+        if plan is None:
+            assert refusal is not None, "there is a plan or an error"
+            raise refusal
+        return plan, reading
+
+    def _with_tiles(self, reading: Reading, sizes: Sizes, batch: Batch) -> Reading:
+        """``reading`` with what its blocks take by tiles, seen in calls of ``batch``, which has other ``sizes``."""
+        began = time.perf_counter()
+        by_tiles = Tiling()
+        Later(self.model, self._named(), self._runner(batch, by_tiles), batch).call_blocks(reading.measured)
+        logger.info("memo: blocks tried by tiles in %s", format_seconds(time.perf_counter() - began))
+        seen = by_tiles.added_to(reading.measured.at(sizes.rows, {}))
+        return replace(reading, measured=reading.measured.with_tiles_of(seen, sizes.rows))
+
+    def _asked(self, profile: Profile) -> tuple[Profile, Settings]:
+        """What is planned from: ``profile`` and the settings, less the host memory that the system refused."""
+        if self._granted is None:
+            return profile, self.settings
+        granted = replace(profile, host_bytes=self._granted, host_source=_GRANTED)
+        return granted, replace(self.settings, host_budget=None)
 
     def _plan(self, profile: Profile, tokens: Mapping[int, int] | None = None, *, accumulating: bool) -> Plan:
-        settings = self.settings
-        if self._granted is not None:
-            settings = replace(settings, host_budget=None)
-            profile = replace(profile, host_bytes=self._granted, host_source=_GRANTED)
+        profile, settings = self._asked(profile)
         return plan_with(profile, settings, self.session.demotions, tokens=tokens, accumulating=accumulating)
 
     def _plan_without_profiling(self, readings: Sequence[Reading], shapes: Shapes, *, accumulating: bool) -> Plan:
@@ -362,8 +405,10 @@ class Wrapped:
             forecast.recomputed_flops,
         )
         reasons: dict[str, list[str]] = {}
+        tiles = {block.tiled_reason for block in plan.profile.blocks} if plan.policy == Policy.AUTO else set()
         for block in plan.blocks:
-            if block.reason:
+            # That a block cannot run by tiles is a note of an auto plan already.
+            if block.reason and block.reason not in tiles:
                 reasons.setdefault(block.reason, []).append(block.name)
         for reason, names in reasons.items():
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""

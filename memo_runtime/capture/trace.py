@@ -45,6 +45,7 @@ from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.records import ArgumentAxes
 
 #: Meta entry of placeholders; traced values are detached.
 NEEDS_GRAD = "needs_grad"
@@ -105,6 +106,15 @@ def token_dims(call: BlockCall) -> tuple[int, dict[int, tuple[int, ...]]]:
             dims = tuple(at_right[:1]) or dims[:1]
         found[index] = dims
     return tokens, found
+
+
+def shortened(call: BlockCall, length: int) -> BlockCall:
+    """The first ``length`` tokens of ``call``, with memory and leaves of its own wherever it wants a gradient."""
+    _, dims = token_dims(call)
+    short = call.cut([ArgumentAxes(leaf=leaf, dims=where) for leaf, where in dims.items()], 0, length)
+    return short.replaced(
+        {index: leaf.detach().clone().requires_grad_() for index, leaf in short.tensors() if leaf.requires_grad}
+    )
 
 
 def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None = None) -> Trace:

@@ -17,6 +17,7 @@ from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
+from memo_runtime.execution.tiled_timing import time_tiles
 from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Profile, TiledProfile
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ class TiledForward:
             key = (captured.signature, captured.tokens(call))
             known = self._owner.session.tiled_profiles
             if key not in known:
-                known[key] = tiled_profile(captured, call)
+                # On CPU programs are the block's own operators: its own times are theirs.
+                on_gpu = call.leaves[captured.input_leaf].device.type == "cuda"
+                timed = time_tiles(self._block(), captured, call) if on_gpu else None
+                known[key] = tiled_profile(captured, call, timed)
             return known[key], ""
         except CaptureRefusedError as error:
             return None, str(error)

@@ -20,11 +20,10 @@ from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.copying import structural_copy
-from memo_runtime.capture.trace import token_dims
+from memo_runtime.capture.trace import shortened
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.mixers.by_rows import RowsAttention
 from memo_runtime.execution.tiled_run import Run
-from memo_runtime.records import ArgumentAxes
 
 _TILE = 8
 #: Lengths to try: several tiles and a remainder where the trace allows it.
@@ -76,10 +75,9 @@ def _moved_copy(block: nn.Module) -> nn.Module:
 
 def _short_call(captured: Captured, call: BlockCall) -> BlockCall:
     """The first tokens of ``call``, with random numbers for what needs a gradient."""
-    tokens, dims = token_dims(call)
+    tokens = captured.tokens(call)
     allowed = [n for n in _LENGTHS if n <= tokens and captured.traced.allows(n)]
-    length = allowed[0] if allowed else tokens
-    short = call.cut([ArgumentAxes(leaf=leaf, dims=where) for leaf, where in dims.items()], 0, length)
+    short = shortened(call, allowed[0] if allowed else tokens)
     fresh = {}
     for index, leaf in short.tensors():
         if index == captured.input_leaf or leaf.requires_grad:

@@ -7,7 +7,7 @@ attention saves and takes beside its tensors is seen in one short run of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from memo_runtime.execution.tiled_moments import Needs, Workspace, moments, poly
 from memo_runtime.execution.tiled_programs import Cost, make_programs, run_eagerly
 from memo_runtime.execution.tiled_run import rows_tile
 from memo_runtime.execution.tiled_swap import is_dense
+from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
 
 #: Tile at which programs are traced for their cost, on fake tensors; another of twice as many shows what grows.
@@ -34,8 +35,8 @@ _ATTENTION_TOKENS = {"cuda": 4096, "cpu": 64}
 _ROUNDED = {"efficient": 32}
 
 
-def tiled_profile(captured: Captured, call: BlockCall) -> TiledProfile:
-    """What ``captured`` takes for calls like ``call``."""
+def tiled_profile(captured: Captured, call: BlockCall, times: TileTimes | None = None) -> TiledProfile:
+    """What ``captured`` takes for calls like ``call``; ``times``: how long, if that was measured."""
     tokens = captured.tokens(call)
     device = call.leaves[captured.input_leaf].device
     costs = {index: _costs(captured, index, tokens, device) for index in range(len(captured.stages.stages))
@@ -46,7 +47,7 @@ def tiled_profile(captured: Captured, call: BlockCall) -> TiledProfile:
     needs = Needs(costs, _TILE, {node: one.workspace for node, one in tried.items()})
     forward, backward = moments(captured, needs, tokens)
     again, saved, products = _repeated(captured, costs, tokens)
-    return TiledProfile(
+    found = TiledProfile(
         stash=tuple(_stash(captured, call, tried.values(), tokens)),
         resident=_total(captured, captured.stages.fixed, tokens),
         products=products,
@@ -56,6 +57,24 @@ def tiled_profile(captured: Captured, call: BlockCall) -> TiledProfile:
         saved_flops=saved,
         attention=tuple(one.saved.kernel for one in tried.values()),
     )
+    return found if times is None else _timed(found, times, _forward_flops(costs))
+
+
+def _timed(profile: TiledProfile, times: TileTimes, flops: float) -> TiledProfile:
+    """``profile`` with seconds; what is run again takes what its FLOPs take in the forward, ``flops`` by token."""
+    rate = times.segment / flops if flops else 0.0
+    again, backward = profile.again_flops, times.backward
+    return replace(
+        profile,
+        forward_seconds=times.forward,
+        backward_seconds=replace(backward, linear=max(0.0, backward.linear - rate * again.linear)),
+        seconds_per_flop=rate,
+    )
+
+
+def _forward_flops(costs: dict[int, tuple[Cost, Cost]]) -> float:
+    """By token, of the segments; those in chunks of queries are not timed."""
+    return sum(cost.forward / _TILE for cost, _ in costs.values())
 
 
 def _costs(captured: Captured, index: int, tokens: int, device: torch.device) -> tuple[Cost, Cost]:

@@ -149,6 +149,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     assert takes is not None, "a block that is planned by tiles was profiled so"
     stash = sum(size.at(tokens) for size in takes.stash)
     swapped = 0 if plan.device_rows else stash
+    timed = takes if takes.seconds_per_flop else block
     return Footprint(
         skeletal=stash + takes.resident.at(tokens) + takes.products.at(plan.prefix),
         outgoing=swapped,
@@ -158,9 +159,9 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         landing=swapped,
         copies=swapped > 0,
         stashed=False,
-        forward=block.forward_seconds.exact(tokens),
-        backward=block.backward_seconds.exact(tokens),
-        again=plan.recomputed_flops * _seconds_per_flop(block, tokens),
+        forward=timed.forward_seconds.exact(tokens),
+        backward=timed.backward_seconds.exact(tokens),
+        again=plan.recomputed_flops * (takes.seconds_per_flop or _seconds_per_flop(block, tokens)),
         to_host=copy_seconds(plan.bytes_to_host, link.to_host),
         to_device=copy_seconds(plan.bytes_to_device, link.to_device),
         forward_peak=max((_moment_bytes(moment, plan) for moment in takes.forward), default=0),

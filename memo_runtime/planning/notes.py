@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memo_runtime.config import Settings
+from memo_runtime.planning.executors import chooses_executors
+from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.sheet import KEEP, Choice, Sheet
 from memo_runtime.planning.suggest import is_feasible
+from memo_runtime.planning.tiles import tiles_seen
 from memo_runtime.records import Executor
 from memo_runtime.units import format_bytes
 
@@ -51,9 +54,11 @@ def note_on_accumulation(sheet: Sheet, settings: Settings) -> Iterator[str]:
     accumulating = sheet.where(accumulating=True)
     if not is_feasible(accumulating, settings):
         gradients = format_bytes(sheet.profile.states.gradients)
+        untried = chooses_executors(settings, Budgets.of(sheet, settings)) and not tiles_seen(sheet)
         yield (
-            f"steps that start with gradients do not fit (accumulation, zero_grad(set_to_none=False)): {gradients} of "
-            "them would be there at every point, here they come as backward walks down"
+            f"steps that start with gradients do not fit{' by replay' if untried else ''} (accumulation, "
+            f"zero_grad(set_to_none=False)): {gradients} of them would be there at every point, here they come as "
+            "backward walks down"
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from memo_runtime.config import FIXED_ALPHA, Policy, Settings
-from memo_runtime.planning.freedom import Auto, AutoOnHost, FreeReplay
+from memo_runtime.planning.executors import EitherExecutor, chooses_executors
+from memo_runtime.planning.freedom import AutoOnHost, FreeReplay
 from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.single_alpha import ClosedForm, FixedFraction, KeepAll
@@ -51,6 +52,6 @@ def strategy_for(settings: Settings, budgets: Budgets) -> tuple[Strategy, tuple[
     if policy is Policy.AUTO and not limited:
         unfixed = keep_last is None
         return (AutoOnHost() if unfixed else ClosedForm(keep_last)), (_CPU_AUTO,)
-    if policy is Policy.AUTO and keep_last is None:
-        return Auto(), ()
+    if chooses_executors(settings, budgets):
+        return EitherExecutor(), ()
     return FreeReplay(keep_last, device_rows=limited), ()

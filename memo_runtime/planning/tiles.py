@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from memo_runtime.config import Policy, Settings
+from memo_runtime.config import LEAST_TILE, Policy, Settings, longest_tile
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.search import largest
 from memo_runtime.planning.sheet import Choice, PlanRequestError, Sheet
@@ -21,11 +21,9 @@ from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
 from memo_runtime.planning.treatment import at_prefix, floor_choices, kept_blocks
 from memo_runtime.records import Executor
 
-#: Tokens of a tile, of all sequences together: from here on GPUs run at their full rate. Tiles of 8K, 16K and 32K
-#: tokens are within 1 % of each other in time.
-_TILE_TOKENS = 8192
+#: Parts of the longest tile that shorter ones are.
 _SHORTER = (1, 2, 4, 8)
-_LEAST_TILE = 128
+_ESTIMATED = "step time by tiles is estimated from that of the blocks as they are"
 #: Alpha moves by this part at most, and by whole tiles.
 _ALPHA_STEPS = 64
 
@@ -55,7 +53,7 @@ class ByTiles(Strategy):
                     found.append(by_tiles(sheet, alpha, resident, tile))
             choices = fastest(sheet, budgets, found)
             if choices is not None:
-                return Decision(choices, ("step time by tiles is estimated from that of the blocks as they are",))
+                return Decision(choices, () if _timed(sheet) else (_ESTIMATED,))
         return None
 
     def _most(self, sheet: Sheet, budgets: Budgets, resident: int, tile: int) -> float | None:
@@ -73,14 +71,23 @@ class ByTiles(Strategy):
     def _tiles(self, sheet: Sheet) -> list[int]:
         if self.tile is not None:
             return [self.tile]
-        longest = max(_LEAST_TILE, _TILE_TOKENS // sheet.profile.rows // _LEAST_TILE * _LEAST_TILE)
-        return list(dict.fromkeys(max(_LEAST_TILE, longest // part) for part in _SHORTER))
+        longest = longest_tile(sheet.profile.rows)
+        return list(dict.fromkeys(max(LEAST_TILE, longest // part) for part in _SHORTER))
 
     def _residents(self, sheet: Sheet) -> list[int]:
         """Numbers of blocks at the end of each stack whose stash stays, the most first."""
         if self.keep_last is not None:
             return [self.keep_last]
         return list(range(max(Counter(block.stack for block in sheet.blocks).values(), default=0), -1, -1))
+
+
+def some_by_tiles(sheet: Sheet) -> bool:
+    """At least one block can run by tiles."""
+    return any(block.tiled is not None for block in sheet.blocks)
+
+
+def _timed(sheet: Sheet) -> bool:
+    return all(block.tiled.seconds_per_flop for block in sheet.blocks if block.tiled is not None)
 
 
 def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int) -> Choices:
@@ -105,10 +112,15 @@ def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int) -> Choices:
 
 def floor(sheet: Sheet, settings: Settings) -> Choices:
     """The choices that need least on the device: every activation sent away or made again."""
-    if settings.policy is not Policy.TILED:
-        return floor_choices(sheet)
-    tiles = ByTiles(0.0, 0, settings.tile)
-    return min(tiles.stand_bys(sheet), key=sheet.peak_bytes)
+    either = settings.policy is Policy.AUTO and settings.keep_last is None and some_by_tiles(sheet)
+    by_replay = [] if settings.policy is Policy.TILED else [floor_choices(sheet)]
+    tiled = ByTiles(0.0, 0, settings.tile).stand_bys(sheet) if either or not by_replay else ()
+    return min([*by_replay, *tiled], key=sheet.peak_bytes)
+
+
+def tiles_seen(sheet: Sheet) -> bool:
+    """Somebody tried to capture the blocks of this profile."""
+    return any(block.tiled is not None or block.tiled_reason for block in sheet.blocks)
 
 
 def _refuse_unseen(sheet: Sheet) -> None:
@@ -117,9 +129,7 @@ def _refuse_unseen(sheet: Sheet) -> None:
     Raises:
         PlanRequestError: no block of it was captured or refused.
     """
-    if any(block.tokens for block in sheet.blocks) and not any(
-        block.tiled is not None or block.tiled_reason for block in sheet.blocks
-    ):
+    if any(block.tokens for block in sheet.blocks) and not tiles_seen(sheet):
         raise PlanRequestError(
             "policy='tiled' plans from what tiles take, and this profile says nothing of them: make it with "
             "memo.profile(model, batch, tiles=True)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memo_runtime.config import Settings
+from memo_runtime.config import Policy, Settings
 from memo_runtime.errors import BlockFallbackError
 from memo_runtime.planning.rounding import prefix_of
 from memo_runtime.planning.sheet import KEEP, Choice, PlanRequestError, Sheet
@@ -73,7 +73,8 @@ def refuse_fallbacks(sheet: Sheet, choices: tuple[Choice, ...], settings: Settin
         return
     reasons: dict[str, list[str]] = {}
     for block, choice in zip(sheet.blocks, choices, strict=True):
-        if choice.reason:
+        # Tiles are not what auto was asked for: replay is as good an answer.
+        if choice.reason and not (settings.policy is Policy.AUTO and choice.reason == block.tiled_reason):
             reasons.setdefault(choice.reason, []).append(block.name)
     if not reasons:
         return

@@ -22,6 +22,7 @@ from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of, unprofiled
 from memo_runtime.records import BlockProfile
 
+_NOT_CALLED = "it was not called when the model was profiled"
 #: (block, its own forward, call, known profile, start) to a law.
 _Measure = Callable[[NamedBlock, Forward, BlockCall, BlockProfile, Start], Any]
 
@@ -40,7 +41,7 @@ class _Look(Walk):
         """Measure the law of the block's kind, unless that is done."""
         profile, law = self.measured.block(block.name), self.wanted.get(block.name)
         if profile is None:
-            return unprofiled(block, "it was not called when the model was profiled")
+            return unprofiled(block, _NOT_CALLED)
         if law is not None and id(law) not in self.found and not call.is_empty:
             start = Start(roots_of(block, call), self.device)
             self.found[id(law)] = self.measure(block, forward, call, profile, start)
@@ -52,6 +53,26 @@ class _Look(Walk):
 
     def finish(self) -> None:
         """Kinds that this batch does not call stay as they are: they are looked at when a batch calls them."""
+
+
+@dataclass(slots=True)
+class _Calls(Walk):
+    """Has every block called that the profile knows, for whoever else sees the calls; nothing is measured."""
+
+    measured: Measured = field(kw_only=True)
+    called: set[str] = field(default_factory=set)
+
+    def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        """What is known of the block."""
+        self.called.add(block.name)
+        return self.measured.block(block.name) or unprofiled(block, _NOT_CALLED)
+
+    def is_done(self) -> bool:
+        """Every block was called."""
+        return len(self.called) == len(self.blocks)
+
+    def finish(self) -> None:
+        """Blocks that this batch does not call are not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +109,11 @@ class Later:
         wanted = {name: law for name, law in measured.pairs.items() if not law.seen and law.stack in tokens}
         found = self._look(measured, wanted, measure)
         return replace(measured, pairs={name: found.get(id(law), law) for name, law in measured.pairs.items()})
+
+    def call_blocks(self, measured: Measured) -> None:
+        """Run the forward such that ``run`` sees a call of every block, and compute as little as that takes."""
+        blocks = {block.name: block for block in self.blocks}
+        _Calls(blocks, model_device(self.model), measured=measured).over(self.model, self.batch, self.run)
 
     def _look(self, measured: Measured, wanted: Mapping[str, Any], measure: _Measure) -> dict[int, Any]:
         blocks = {block.name: block for block in self.blocks}

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from memo_runtime.profiling.growth import line_through, times
 from memo_runtime.profiling.pairs import PairLaw
-from memo_runtime.profiling.rows import RowLaw
+from memo_runtime.profiling.rows import RowLaw, tiled_at
 from memo_runtime.records import BlockProfile, Growth, Profile
 
 
@@ -35,6 +35,14 @@ class Measured:
     def block(self, name: str) -> BlockProfile | None:
         """The profile of one block; None: it was not called."""
         return next((block for block in self.profile.blocks if block.name == name), None)
+
+    def with_tiles_of(self, seen: Profile, rows: Mapping[int, int]) -> Measured:
+        """The same with what blocks take by tiles in ``seen``, which is this profile ``at_rows(rows)`` beside that."""
+        blocks = tuple(
+            replace(block, tiled=tiled_at(found.tiled, 1 / self._ratio(block, rows)), tiled_reason=found.tiled_reason)
+            for block, found in zip(self.profile.blocks, seen.blocks, strict=True)
+        )
+        return replace(self, profile=replace(self.profile, blocks=blocks))
 
     def left_for_later(self, rows: Mapping[int, int]) -> bool:
         """Stacks that have other numbers of sequences now, ``rows``, were only seen with their own."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from memo_runtime.blocks.operators import base_name
+from memo_runtime.blocks.stopwatch import seconds_of
 from memo_runtime.profiling.observe import OperatorRecord
-from memo_runtime.profiling.stopwatch import seconds_of
 
 #: Operators that take queries, keys and values as [rows, heads, tokens, features] in front of everything else.
 _ATTENTION = (

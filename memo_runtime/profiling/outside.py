@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.stopwatch import seconds_of
 from memo_runtime.losses import linear_cross_entropy
 from memo_runtime.profiling.growth import fit_seconds, times
-from memo_runtime.profiling.stopwatch import seconds_of
 from memo_runtime.records import BlockProfile, Growth
 
 logger = logging.getLogger("memo_runtime")

@@ -80,7 +80,7 @@ class RowLaw:
             backward_peak=times(profile.backward_peak, ratio),
             rerun_peak=times(profile.rerun_peak, ratio),
             output=times(profile.output, ratio),
-            tiled=_tiled_at(profile.tiled, ratio),
+            tiled=tiled_at(profile.tiled, ratio),
         )
 
 
@@ -314,7 +314,7 @@ def _in_proportion(profile: BlockProfile, ratio: Fraction) -> BlockProfile:
     )
 
 
-def _tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None:
+def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None:
     """What a block takes by tiles for ``ratio`` times as many sequences."""
     if tiled is None:
         return None
@@ -331,4 +331,6 @@ def _tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | Non
         backward=moments(tiled.backward),
         again_flops=times(tiled.again_flops, ratio),
         saved_flops=times(tiled.saved_flops, ratio),
+        forward_seconds=times(tiled.forward_seconds, ratio),
+        backward_seconds=times(tiled.backward_seconds, ratio),
     )

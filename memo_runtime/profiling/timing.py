@@ -21,12 +21,12 @@ from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
+from memo_runtime.blocks.stopwatch import seconds_of, synchronize
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
 from memo_runtime.profiling.observe import observe
 from memo_runtime.profiling.start import Start
-from memo_runtime.profiling.stopwatch import seconds_of, synchronize
 from memo_runtime.profiling.trial import crop_tokens
 from memo_runtime.records import BlockProfile, Growth, PinKind, Role
 

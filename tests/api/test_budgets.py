@@ -50,12 +50,11 @@ def budget_between(policy: dict[str, Any], field: str) -> int:
     return (sizes[0] + sizes[1]) // 2
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, "auto"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_budget_below_the_floor_names_the_longest_length_and_that_fits(policy: str, slabs: list[int]) -> None:
-    settings = POLICIES.get(policy, {})
-    budget = budget_between(settings | {"policy": "recompute", "keep_last": 0, "alpha": None}, "peak_bytes")
-    if policy != "auto":
-        budget = budget_between(settings, "peak_bytes")
+    """For ``auto`` see ``tests/exactness/test_tiled_auto.py``."""
+    settings = POLICIES[policy]
+    budget = budget_between(settings, "peak_bytes")
     model, plain = memo.wrap(tower(), budget=budget, **settings), tower()
     message = refused(PlanInfeasibleError, step, model, signal(tokens=40))
     assert message.startswith("this step does not fit in ")

@@ -1,0 +1,159 @@
+"""Seconds of a block by tiles, for a plan: a few tiles of it, and its attention at the length of the call.
+
+    short run of whole tiles  -  attention at its length  =  the segments, on a line
+    attention at the full length: few groups of heads, times the groups
+
+The programs are those that the step will use, so what they take to compile is not lost. What the weights take that is
+the same at every length (casts, sums in float32) is in the line: it is small beside two long tiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree
+
+from memo_runtime.blocks.ambient import RandomState
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line
+from memo_runtime.blocks.stopwatch import seconds_of
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.split import Mixer
+from memo_runtime.capture.trace import shortened
+from memo_runtime.config import longest_tile
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
+from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.records import Growth
+
+logger = logging.getLogger("memo_runtime")
+
+#: Work before anything is timed: a device that has just woken up runs faster than it will.
+_LOAD_SECONDS = {"cuda": 0.5}
+_WARM = 2
+#: By name: its module takes a second to import where nothing is compiled.
+_COMPILER_ERROR = "TorchDynamoException"
+_SAMPLES = 3
+#: Query rows (heads times tokens) that keep a device busy: fewer groups of heads are not timed.
+_BUSY_ROWS = {"cuda": 2**18, "cpu": 2**8}
+
+
+@dataclass(frozen=True, slots=True)
+class TileTimes:
+    """Seconds of a block by tiles with nothing kept, by tokens; ``segment``: of its segments' forward, by token."""
+
+    forward: Growth
+    backward: Growth
+    segment: float
+
+
+def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall) -> TileTimes | None:
+    """Time ``captured`` for calls like ``call``.
+
+    None: it mixes tokens in a way that cannot be timed at full length beside the model (a mask of all pairs of
+    tokens, attention in chunks of queries), or there is no room for it.
+
+    Raises:
+        CaptureRefusedError: its programs do not compile.
+    """
+    mixers = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
+    if captured.mixers > len(mixers) or any(arguments_of(node)["attn_mask"] is not None for node in mixers):
+        return None
+    tokens = captured.tokens(call)
+    hidden: torch.Tensor = call.leaves[captured.input_leaf]
+    rows = max(1, hidden.numel() // hidden.shape[-1] // tokens)
+    tile = min(tokens, longest_tile(rows))
+    length = 2 * tile if 2 * tile <= tokens else tile
+    if not captured.traced.allows(length):
+        return None
+    try:
+        with RandomState.current(hidden.device).restored(), torch.enable_grad():
+            block = _time_block(tiles, captured, shortened(call, length), tile)
+            short, full = ([_time_attention(captured, node, count) for node in mixers] for count in (length, tokens))
+    except torch.OutOfMemoryError as error:
+        logger.info("memo: tiles are not timed, there is no room for it: %s", error)
+        return None
+    except RuntimeError as error:
+        if all(one.__name__ != _COMPILER_ERROR for one in type(error).__mro__):
+            raise
+        raise CaptureRefusedError("torch.compile", first_line(error)) from error
+    rest = [max(0.0, block[way] - sum(one[way] for one in short)) / length for way in (0, 1)]
+    squared = [sum(one[way] for one in full) / tokens**2 for way in (0, 1)]
+    forward, backward = (Growth(linear=rest[way], quadratic=squared[way]) for way in (0, 1))
+    return TileTimes(forward, backward, rest[0])
+
+
+def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int) -> tuple[float, float]:
+    """(forward, backward) of one call, nothing kept; no ``.grad`` is touched."""
+    device: torch.device = call.leaves[captured.input_leaf].device
+    inputs = [leaf for _, leaf in call.tensors() if leaf.requires_grad]
+    inputs += [one for one in tiles.block.parameters() if one.requires_grad]
+    way = Way(tile=tile)
+
+    def sample() -> tuple[float, float]:
+        outputs: list[Any] = []
+        forward = seconds_of(lambda: outputs.append(tiles.run(captured, call, way)), device)
+        results = [one for one in _pytree.tree_leaves(outputs.pop())
+                   if isinstance(one, torch.Tensor) and one.requires_grad]  # fmt: skip
+        ones = [torch.ones_like(one) for one in results]
+        backward = seconds_of(lambda: _gradients(results, inputs, ones), device)
+        return forward, backward
+
+    return _least(sample, device)
+
+
+def _gradients(results: list[torch.Tensor], inputs: list[torch.Tensor], ones: list[torch.Tensor]) -> None:
+    if results and inputs:
+        torch.autograd.grad(results, inputs, ones, allow_unused=True)
+
+
+def _time_attention(captured: Captured, node: fx.Node, tokens: int) -> tuple[float, float]:
+    """(forward, backward) of one attention at ``tokens`` tokens, by as many groups of heads as keep the device busy."""
+    named = arguments_of(node)
+    device: torch.device = node.meta["val"].device
+    shapes = {name: [int(captured.size(size, tokens)) for size in named[name].meta["val"].shape]
+              for name in ("query", "key", "value")}  # fmt: skip
+    batch, groups = shapes["query"][0], shapes["key"][1]
+    busy = _BUSY_ROWS.get(device.type, _BUSY_ROWS["cpu"])
+    timed = min(groups, -(-busy * groups // (tokens * shapes["query"][1])))
+    query, key, value = (
+        _random([1, shape[1] * timed // groups, *shape[2:]], node.meta["val"]) for shape in shapes.values()
+    )
+    inputs, settings = Inputs(query, key, value, None), Settings.of(named, query.shape[-1])
+
+    def sample() -> tuple[float, float]:
+        found: list[Any] = []
+        forward = seconds_of(lambda: found.append(attention_forward(inputs, settings, seed=0)), device)
+        output, saved = found.pop()
+        grad = torch.ones_like(output)
+        return forward, seconds_of(lambda: attention_backward(grad, inputs, output, saved, settings), device)
+
+    with torch.no_grad():
+        forward, backward = _least(sample, device)
+    times = batch * groups / timed
+    return forward * times, backward * times
+
+
+def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:
+    """Heads in front of tokens, in the memory order of a projection."""
+    batch, heads, length, depth = shape
+    made = torch.randn(batch, length, heads, depth, dtype=like.dtype, device=like.device)
+    return made.transpose(1, 2)
+
+
+def _least(sample: Callable[[], tuple[float, float]], device: torch.device) -> tuple[float, float]:
+    """The least of some samples, each way, from a device that has been at work."""
+    for _ in range(_WARM):
+        sample()
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < _LOAD_SECONDS.get(device.type, 0.0):
+        sample()
+    samples = [sample() for _ in range(_SAMPLES)]
+    return min(one[0] for one in samples), min(one[1] for one in samples)

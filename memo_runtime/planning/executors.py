@@ -1,0 +1,109 @@
+"""``auto`` where both executors may run: whether tiles are worth trying, and which of the two is faster.
+
+What blocks take by tiles is known only after they were captured, and compiled on a GPU, which takes longer than many
+steps. So the model is profiled and planned for replay first, and its blocks are tried by tiles only if
+
+* no plan by replay fits, or
+* on a GPU, by replay the step takes notably longer than with everything kept, by enough for the steps to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from memo_runtime.config import Policy, Settings
+from memo_runtime.planning.freedom import Auto
+from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.sheet import KEEP, Sheet
+from memo_runtime.planning.strategy import Choices, Decision, Strategy
+from memo_runtime.planning.tiles import ByTiles, some_by_tiles, tiles_seen
+from memo_runtime.records import Executor
+from memo_runtime.units import format_seconds
+
+#: Share by which replay may be slower than a step with everything kept: tiles repeat some of it too.
+_CLOSE = 0.03
+#: Steps that a run is taken to have, and seconds that capture and compilation take, in all and for each block.
+_STEPS = 1000
+_PREPARING = 20.0
+_PREPARING_EACH = 1.0
+
+_BY_TILES = ByTiles(alpha=None, keep_last=None, tile=None)
+
+
+def chooses_executors(settings: Settings, budgets: Budgets) -> bool:
+    """Whether ``settings`` leave it open how blocks run; ``keep_last`` is of blocks, which tiles do not keep."""
+    return settings.policy is Policy.AUTO and settings.keep_last is None and budgets.device is not None
+
+
+def tiles_are_worth_trying(sheet: Sheet, settings: Settings, step_seconds: float | None) -> bool:
+    """Whether blocks should be captured before ``auto`` plans for ``sheet``, which says nothing of tiles.
+
+    ``step_seconds``: of the best plan by replay; None: none fits.
+    """
+    budgets = Budgets.of(sheet, settings)
+    hopeless = not any(sheet.lengths) or budgets.over_device(sheet.around.base_bytes) > 0
+    if hopeless or tiles_seen(sheet) or not chooses_executors(settings, budgets):
+        return False
+    if step_seconds is None or not sheet.around.asynchronous:
+        return step_seconds is None
+    kept = _kept_seconds(sheet)
+    preparing = (_PREPARING + _PREPARING_EACH * len(sheet.blocks)) / _STEPS
+    return step_seconds - kept > max(_CLOSE * kept, preparing)
+
+
+@dataclass(frozen=True, slots=True)
+class EitherExecutor(Strategy):
+    """``auto``: the faster of the best plan by replay and the best by tiles, where these were tried."""
+
+    def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
+        """Those of replay, then those of tiles."""
+        yield from Auto().stand_bys(sheet)
+        if some_by_tiles(sheet):
+            yield from _BY_TILES.stand_bys(sheet)
+
+    def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
+        """The plan with the shorter step, and why the other is not taken."""
+        by_replay = Auto().decide(sheet, budgets)
+        if not tiles_seen(sheet):
+            return by_replay if by_replay is None else _untried(sheet, by_replay)
+        by_tiles = _BY_TILES.decide(sheet, budgets) if some_by_tiles(sheet) else None
+        chosen, note = by_replay, "blocks run by replay: none can by tiles"
+        if by_replay is None and by_tiles is not None:
+            chosen, note = by_tiles, "blocks run by tiles: replay does not fit"
+        elif by_replay is not None and by_tiles is not None:
+            replay, tiles = (sheet.forecast(one.choices).step_seconds for one in (by_replay, by_tiles))
+            taken, left = ("tiles", "replay") if tiles < replay else ("replay", "tiles")
+            chosen = by_tiles if tiles < replay else by_replay
+            first, second = sorted((tiles, replay))
+            note = f"blocks run by {taken}: a step of {format_seconds(first)}, and {format_seconds(second)} by {left}"
+        elif by_replay is not None and some_by_tiles(sheet):
+            note = "blocks run by replay: tiles do not fit"
+        if chosen is None:
+            return None
+        return Decision(chosen.choices, (note, *_refusals(sheet), *chosen.notes))
+
+
+def _untried(sheet: Sheet, decision: Decision) -> Decision:
+    """``decision`` with a note on tiles, unless everything is kept, which says enough."""
+    if all(choice.executor is Executor.KEEP for choice in decision.choices) or not sheet.around.asynchronous:
+        return decision
+    kept, step = _kept_seconds(sheet), sheet.forecast(decision.choices).step_seconds
+    share = 100 * (step - kept) / max(1e-12, kept)
+    note = f"blocks were not tried by tiles: by replay a step takes {share:.1f} % longer than with everything kept"
+    return Decision(decision.choices, (*decision.notes, note))
+
+
+def _refusals(sheet: Sheet) -> Iterator[str]:
+    """Why blocks cannot run by tiles, a reason each."""
+    reasons: dict[str, list[str]] = {}
+    for block in sheet.blocks:
+        if block.tiled is None and block.tiled_reason:
+            reasons.setdefault(block.tiled_reason, []).append(block.name)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"'{names[0]}'{others} cannot run by tiles: {reason}"
+
+
+def _kept_seconds(sheet: Sheet) -> float:
+    return sheet.forecast((KEEP,) * len(sheet.blocks)).step_seconds

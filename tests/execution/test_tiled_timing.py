@@ -1,0 +1,83 @@
+"""Seconds of tiles, with FLOPs for seconds: what is measured on a few tiles is what the whole block takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.execution import tiled_timing
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_profile import tiled_profile
+from memo_runtime.execution.tiled_timing import time_tiles
+from tests.capture.blocks import DocumentMask
+from tests.exactness import hand_written
+from tests.execution.test_tiled import double, hidden
+
+aten = torch.ops.aten
+
+
+def _pairs(query: Any, key: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    batch, heads, tokens, depth = query
+    return 4 * batch * heads * tokens * key[2] * depth
+
+
+def flops_of(run: Callable[[], object], device: torch.device | None = None) -> float:
+    """Of attention as of one matrix product in each direction, whatever kernel it is."""
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _pairs,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *rest, **more: _pairs(*rest, **more),
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
+    monkeypatch.setattr(tiled_timing, "seconds_of", flops_of)
+    monkeypatch.setattr(tiled_timing, "longest_tile", lambda rows: 24 // rows)
+    tiles, x = TiledBlock(double(hand_written.TwoMixers), tile=8), hidden(64)
+    call = BlockCall.of((x,), {})
+    captured = tiles.captured(call)
+    found = time_tiles(tiles, captured, call)
+    assert found is not None
+    profile = tiled_profile(captured, call, found)
+    assert profile.seconds_per_flop == 1.0  # a FLOP takes one second here
+    for tokens in (64, 40):
+        again = hidden(tokens)
+        outputs: list[torch.Tensor] = []
+        forward = flops_of(lambda again=again, outputs=outputs: outputs.append(tiles(again)))
+        backward = flops_of(lambda outputs=outputs: outputs.pop().sum().backward())
+        assert profile.forward_seconds.exact(tokens) == pytest.approx(forward, rel=1e-12)
+        repeated = profile.again_flops.at(tokens) * profile.seconds_per_flop
+        assert profile.backward_seconds.exact(tokens) + repeated == pytest.approx(backward, rel=1e-12)
+
+
+def test_one_group_of_heads_stands_for_all(monkeypatch):
+    whole = {}
+    for busy in (10**9, 1):
+        monkeypatch.setattr(tiled_timing, "seconds_of", flops_of)
+        monkeypatch.setitem(tiled_timing._BUSY_ROWS, "cpu", busy)
+        tiles = TiledBlock(double(hand_written.Attention), tile=8)
+        call = BlockCall.of((hidden(64),), {})
+        whole[busy] = time_tiles(tiles, tiles.captured(call), call)
+    assert whole[1] == whole[10**9]
+
+
+def test_a_mask_of_all_pairs_is_not_timed_and_gradients_are_left_alone():
+    tiles = TiledBlock(double(DocumentMask), tile=8)
+    call = BlockCall.of((hidden(), torch.zeros(3, 29, dtype=torch.long)), {})
+    assert time_tiles(tiles, tiles.captured(call), call) is None
+    block = double(hand_written.Attention)
+    tiles, call = TiledBlock(block, tile=8), BlockCall.of((hidden(),), {})
+    before = torch.random.get_rng_state()
+    found = time_tiles(tiles, tiles.captured(call), call)
+    assert found is not None
+    assert found.forward.exact(29) > 0
+    assert found.backward.exact(29) > 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(one.grad is None for one in [*block.parameters(), call.leaves[0]])

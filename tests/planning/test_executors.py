@@ -1,0 +1,144 @@
+"""``auto`` between replay and tiles: when tiles are tried, which is taken, and what the plan says of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from memo_runtime.config import make_settings
+from memo_runtime.errors import BlockFallbackError, PlanInfeasibleError
+from memo_runtime.planning.executors import tiles_are_worth_trying
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.records import Executor, Growth, Link, Moment, TiledProfile
+from memo_runtime.units import GiB
+from tests.planning.builders import llama_block, llama_profile, on_cpu, opaque, profile_of
+
+ROW = 2 * 2048
+#: A budget that replay keeps only by running everything again, and one that it does not keep.
+TIGHT, TOO_TIGHT = 28 * GiB, 17 * GiB
+
+
+def by_tiles(*, speed=1.0, reason=""):
+    """What a block of ``llama_block`` takes by tiles, ``speed`` times as fast as it is with nothing repeated."""
+    block = llama_block()
+    if reason:
+        return {"tiled": None, "tiled_reason": reason}
+    takes = TiledProfile(
+        stash=(Growth(linear=ROW), Growth(linear=ROW), Growth(linear=64)),
+        resident=Growth(),
+        products=Growth(linear=2 * (2 * 8192 + 2 * 2048)),
+        forward=(Moment(full=Growth(linear=3 * ROW)),),
+        backward=(Moment(full=Growth(linear=6 * ROW), tile=Growth(linear=20 * ROW), fixed=4 * 60 * 10**6),),
+        again_flops=Growth(linear=block.rerun_flops.linear),
+        saved_flops=Growth(linear=block.rerun_flops.linear * 0.9),
+        attention=("cudnn",),
+        forward_seconds=_times(block.forward_seconds, 1 / speed),
+        backward_seconds=_times(block.backward_seconds, 1 / speed),
+        seconds_per_flop=1 / 6e14 / speed,
+    )
+    return {"tiled": takes}
+
+
+def _times(growth, factor):
+    return replace(growth, linear=growth.linear * factor, quadratic=growth.quadratic * factor)
+
+
+def tried(profile, **how):
+    return replace(profile, blocks=tuple(replace(block, **by_tiles(**how)) for block in profile.blocks))
+
+
+def worth(profile, **settings):
+    wanted = make_settings(**settings)
+    sheet = Sheet(profile, lengths_of(profile, None))
+    try:
+        seconds = make_plan(profile, wanted).forecast.step_seconds
+    except PlanInfeasibleError:
+        seconds = None
+    return tiles_are_worth_trying(sheet, wanted, seconds)
+
+
+def test_tiles_are_tried_where_replay_is_slower_than_keeping_or_does_not_fit():
+    profile = llama_profile()
+    assert worth(profile, budget=TIGHT, host_budget="16GiB")
+    assert worth(profile, budget=TOO_TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings"),
+    {
+        "everything fits": (llama_profile(tokens=4096), {}),
+        "replay hides all copies": (llama_profile(link=Link(to_host=1e12, to_device=1e12)), {"budget": "60GiB"}),
+        "steps too short to pay for it": (llama_profile(1, tokens=2048), {"budget": "8.45GiB", "host_budget": "1GiB"}),
+        "another policy": (llama_profile(), {"policy": "replay", "budget": TOO_TIGHT}),
+        "blocks that stay were named": (llama_profile(), {"keep_last": 1, "budget": TOO_TIGHT}),
+        "done before": (tried(llama_profile(), reason="no"), {"budget": TOO_TIGHT}),
+        "less than the model itself": (llama_profile(), {"budget": "1GiB"}),
+        "a CPU without a budget": (on_cpu(llama_profile()), {}),
+        "a CPU where replay fits": (on_cpu(llama_profile()), {"budget": "40GiB"}),
+    }.values(),
+)
+def test_tiles_are_not_tried(profile, settings):
+    assert not worth(profile, **settings)
+
+
+def test_on_a_cpu_tiles_are_tried_where_replay_does_not_fit():
+    assert worth(on_cpu(llama_profile()), budget="8.2GiB")
+
+
+def plan(profile, **settings):
+    return make_plan(profile, make_settings(**settings))
+
+
+def test_the_faster_is_taken_and_both_times_are_said():
+    settings = {"budget": TIGHT, "host_budget": "16GiB"}
+    replay = plan(llama_profile(), **settings)
+    fast, slow = (plan(tried(llama_profile(), speed=speed), **settings) for speed in (1.0, 0.5))
+    assert {block.executor for block in fast.blocks} == {Executor.TILED}
+    assert fast.forecast.step_seconds < replay.forecast.step_seconds
+    assert fast.forecast.peak_bytes <= TIGHT
+    assert fast.notes[0].startswith("blocks run by tiles: a step of ")
+    assert slow.blocks == replay.blocks
+    assert slow.notes[0].startswith("blocks run by replay: a step of ")
+    assert "by tiles" in str(slow)
+    alone = plan(tried(llama_profile()), policy="tiled", **settings)
+    assert fast.blocks == alone.blocks
+
+
+def test_an_untried_plan_says_what_it_costs():
+    (note,) = (note for note in plan(llama_profile(), budget=TIGHT, host_budget="16GiB").notes if "tiles" in note)
+    assert "blocks were not tried by tiles: by replay a step takes" in note
+    assert not any("tiles" in note for note in plan(llama_profile(tokens=4096)).notes)
+
+
+def test_where_replay_does_not_fit_tiles_do():
+    with pytest.raises(PlanInfeasibleError):
+        plan(llama_profile(), budget=TOO_TIGHT)
+    found = plan(tried(llama_profile()), budget=TOO_TIGHT)
+    assert found.notes[0] == "blocks run by tiles: replay does not fit"
+    assert found.floor_bytes <= found.forecast.peak_bytes <= TOO_TIGHT
+    with pytest.raises(PlanInfeasibleError, match=r"tokens instead of 131,072") as error:
+        plan(tried(llama_profile()), budget="12.9GiB")
+    longest = int(str(error.value).split("would fit")[1].split()[0].replace(",", ""))
+    shorter = replace(llama_profile(tokens=longest))
+    assert plan(tried(shorter), budget="12.9GiB").blocks[0].executor is Executor.TILED
+
+
+def test_blocks_that_refuse_stay_under_replay_with_their_reason_named():
+    reason = "autograd.Function 'Round': no operator shows it"
+    profile = tried(llama_profile())
+    odd = replace(profile.blocks[5], **by_tiles(reason=reason))
+    mixed = replace(profile, blocks=(*profile.blocks[:5], odd, *profile.blocks[6:]))
+    found = plan(mixed, budget=TIGHT, host_budget="60GiB", strict=True)
+    assert {block.executor for block in found.blocks} == {Executor.TILED, Executor.REPLAY}
+    assert found.blocks[5].executor is Executor.REPLAY
+    assert f"'model.layers.5' cannot run by tiles: {reason}" in found.notes
+    none = plan(tried(llama_profile(), reason=reason), budget=TIGHT)
+    assert none.notes[0] == "blocks run by replay: none can by tiles"
+    assert f"'model.layers.0' and 15 more cannot run by tiles: {reason}" in none.notes
+
+
+def test_strict_still_refuses_what_replay_cannot():
+    blocks = [opaque(llama_block(0)), *(llama_block(number) for number in range(1, 4))]
+    profile = tried(profile_of(blocks), reason="no")
+    with pytest.raises(BlockFallbackError, match="cannot take policy 'auto'"):
+        plan(profile, budget=TIGHT, host_budget="60GiB", strict=True)

@@ -102,7 +102,7 @@ class TiledForward:
                 # On CPU programs are the block's own operators: its own times are theirs.
                 on_gpu = call.leaves[captured.input_leaf].device.type == "cuda"
                 timed = time_tiles(self._block(), captured, call) if on_gpu else None
-                known[key] = tiled_profile(captured, call, timed)
+                known[key] = tiled_profile(captured, call, timed, self._owner.session.programs.kernels)
             return known[key], ""
         except CaptureRefusedError as error:
             return None, str(error)

@@ -6,8 +6,9 @@ attention saves and takes beside its tensors is seen in one short run of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,19 +32,25 @@ from memo_runtime.records import Growth, TiledProfile, TokenAxis
 _TILE = 2048
 #: Tokens of the run of attention: enough for a kernel to show its workspace, few enough to be over at once.
 _ATTENTION_TOKENS = {"cuda": 4096, "cpu": 64}
+_USUAL: Mapping[tuple[str, str], str] = MappingProxyType({})
 #: Kernels that round the length of their log-sum-exps up.
 _ROUNDED = {"efficient": 32}
 
 
-def tiled_profile(captured: Captured, call: BlockCall, times: TileTimes | None = None) -> TiledProfile:
-    """What ``captured`` takes for calls like ``call``; ``times``: how long, if that was measured."""
+def tiled_profile(
+    captured: Captured, call: BlockCall, times: TileTimes | None = None, kernels: Mapping[tuple[str, str], str] = _USUAL
+) -> TiledProfile:
+    """What ``captured`` takes for calls like ``call``.
+
+    ``times``: how long, if that was measured. ``kernels``: of attention, as in ``ProgramCache``.
+    """
     tokens = captured.tokens(call)
     device = call.leaves[captured.input_leaf].device
     costs = {index: _costs(captured, index, tokens, device) for index in range(len(captured.stages.stages))
              if isinstance(captured.stages.stages[index], Segment)}  # fmt: skip
     mixers = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
     with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        tried = {node: _try(captured, node, tokens) for node in mixers}
+        tried = {node: _try(captured, node, tokens, kernels.get((captured.signature, node.name))) for node in mixers}
     needs = Needs(costs, _TILE, {node: one.workspace for node, one in tried.items()})
     forward, backward = moments(captured, needs, tokens)
     again, saved, products = _repeated(captured, costs, tokens)
@@ -155,7 +162,7 @@ class _Tried:
     workspace: Workspace
 
 
-def _try(captured: Captured, node: fx.Node, tokens: int) -> _Tried:
+def _try(captured: Captured, node: fx.Node, tokens: int, kernel: str | None) -> _Tried:
     """Run one attention on random numbers of few tokens."""
     named = arguments_of(node)
     device = node.meta["val"].device
@@ -167,7 +174,7 @@ def _try(captured: Captured, node: fx.Node, tokens: int) -> _Tried:
     biased = named["attn_mask"] in captured.stages.differentiable
     settings = Settings.of(named, query.shape[-1])
     meter = _Meter(device)
-    output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased)
+    output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased, kernel=kernel)
     forward = meter.beyond([output, *saved.tensors])
     meter = _Meter(device)
     grads = attention_backward(torch.ones_like(output), inputs, output, saved, settings)

@@ -41,6 +41,8 @@ class ProgramCache:
         self._programs: dict[tuple[Any, ...], Programs] = {}
         #: Signatures of captures that were compared with their modules.
         self.checked: set[str] = set()
+        #: Kernels of attention that were fastest when timed, by signature and mixer.
+        self.kernels: dict[tuple[str, str], str] = {}
 
     def get(
         self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
@@ -216,7 +218,8 @@ class Run:
         inputs, settings, biased = self._attention(mixer, values)
         by_rows = biased or (self.reproducible and settings.dropout > 0.0)
         seed = self.attention_seed(len(self.saved))
-        output, saved = attention_forward(inputs, settings, seed=seed, by_rows=by_rows)
+        kernel = self.programs.kernels.get((self.captured.signature, mixer.node.name))
+        output, saved = attention_forward(inputs, settings, seed=seed, by_rows=by_rows, kernel=kernel)
         values[mixer.node] = output
         self.saved[mixer.node] = saved
         self.kernels.append(saved.kernel)

@@ -29,9 +29,10 @@ from memo_runtime.capture.split import Mixer
 from memo_runtime.capture.trace import shortened
 from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
-from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
+from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward, kernels_for
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.records import Growth
+from memo_runtime.units import format_seconds
 
 logger = logging.getLogger("memo_runtime")
 
@@ -75,8 +76,10 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall) -> TileTi
         return None
     try:
         with RandomState.current(hidden.device).restored(), torch.enable_grad():
+            attentions = [_Attention(captured, node) for node in mixers]
+            full = [one.fastest(tiles.programs.kernels, tokens) for one in attentions]
             block = _time_block(tiles, captured, shortened(call, length), tile)
-            short, full = ([_time_attention(captured, node, count) for node in mixers] for count in (length, tokens))
+            short = [one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions]
     except torch.OutOfMemoryError as error:
         logger.info("memo: tiles are not timed, there is no room for it: %s", error)
         return None
@@ -114,31 +117,69 @@ def _gradients(results: list[torch.Tensor], inputs: list[torch.Tensor], ones: li
         torch.autograd.grad(results, inputs, ones, allow_unused=True)
 
 
-def _time_attention(captured: Captured, node: fx.Node, tokens: int) -> tuple[float, float]:
-    """(forward, backward) of one attention at ``tokens`` tokens, by as many groups of heads as keep the device busy."""
-    named = arguments_of(node)
-    device: torch.device = node.meta["val"].device
-    shapes = {name: [int(captured.size(size, tokens)) for size in named[name].meta["val"].shape]
-              for name in ("query", "key", "value")}  # fmt: skip
-    batch, groups = shapes["query"][0], shapes["key"][1]
-    busy = _BUSY_ROWS.get(device.type, _BUSY_ROWS["cpu"])
-    timed = min(groups, -(-busy * groups // (tokens * shapes["query"][1])))
-    query, key, value = (
-        _random([1, shape[1] * timed // groups, *shape[2:]], node.meta["val"]) for shape in shapes.values()
-    )
-    inputs, settings = Inputs(query, key, value, None), Settings.of(named, query.shape[-1])
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """One attention of a block, timed by as many groups of heads as keep the device busy, and scaled to all."""
 
-    def sample() -> tuple[float, float]:
-        found: list[Any] = []
-        forward = seconds_of(lambda: found.append(attention_forward(inputs, settings, seed=0)), device)
-        output, saved = found.pop()
-        grad = torch.ones_like(output)
-        return forward, seconds_of(lambda: attention_backward(grad, inputs, output, saved, settings), device)
+    captured: Captured
+    node: fx.Node
 
-    with torch.no_grad():
-        forward, backward = _least(sample, device)
-    times = batch * groups / timed
-    return forward * times, backward * times
+    @property
+    def key(self) -> tuple[str, str]:
+        """What its kernel is remembered by."""
+        return self.captured.signature, self.node.name
+
+    def inputs(self, tokens: int) -> Inputs:
+        """Random queries, keys and values of some groups of heads of one sequence."""
+        shapes = self._shapes(tokens)
+        groups, timed = shapes["key"][1], self._timed(tokens)
+        query, key, value = (
+            _random([1, shape[1] * timed // groups, *shape[2:]], self.node.meta["val"]) for shape in shapes.values()
+        )
+        return Inputs(query, key, value, None)
+
+    def _shapes(self, tokens: int) -> dict[str, list[int]]:
+        named = arguments_of(self.node)
+        return {name: [int(self.captured.size(size, tokens)) for size in named[name].meta["val"].shape]
+                for name in ("query", "key", "value")}  # fmt: skip
+
+    def _timed(self, tokens: int) -> int:
+        shapes = self._shapes(tokens)
+        groups = shapes["key"][1]
+        busy = _BUSY_ROWS.get(self.node.meta["val"].device.type, _BUSY_ROWS["cpu"])
+        return min(groups, -(-busy * groups // (tokens * shapes["query"][1])))
+
+    def fastest(self, kernels: dict[tuple[str, str], str], tokens: int) -> tuple[float, float]:
+        """(forward, backward) at ``tokens`` tokens by the fastest kernel, which ``kernels`` gets to know."""
+        inputs = self.inputs(tokens)
+        found = {name: self.seconds(inputs, name) for name in kernels_for(inputs, self._settings(inputs))}
+        kernels[self.key] = min(found, key=lambda name: sum(found[name]))
+        if len(found) > 1:
+            listed = ", ".join(f"{name} {format_seconds(sum(one))}" for name, one in found.items())
+            logger.info("memo: attention over %d tokens, forward and backward: %s", tokens, listed)
+        return found[kernels[self.key]]
+
+    def _settings(self, inputs: Inputs) -> Settings:
+        return Settings.of(arguments_of(self.node), inputs.query.shape[-1])
+
+    def seconds(self, inputs: Inputs, kernel: str | None) -> tuple[float, float]:
+        """(forward, backward) of all heads of all sequences."""
+        settings, device = self._settings(inputs), inputs.query.device
+
+        def sample() -> tuple[float, float]:
+            found: list[Any] = []
+            forward = seconds_of(
+                lambda: found.append(attention_forward(inputs, settings, seed=0, kernel=kernel)), device
+            )
+            output, saved = found.pop()
+            grad = torch.ones_like(output)
+            return forward, seconds_of(lambda: attention_backward(grad, inputs, output, saved, settings), device)
+
+        with torch.no_grad():
+            forward, backward = _least(sample, device)
+        shapes = self._shapes(inputs.query.shape[2])
+        times = shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
+        return forward * times, backward * times
 
 
 def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:

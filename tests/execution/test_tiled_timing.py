@@ -11,12 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_timing
+from memo_runtime.execution.mixers import attention
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_timing import time_tiles
 from tests.capture.blocks import DocumentMask
 from tests.exactness import hand_written
 from tests.execution.test_tiled import double, hidden
+from tests.execution.tiles import assert_exact, call_of
 
 aten = torch.ops.aten
 
@@ -66,6 +68,23 @@ def test_one_group_of_heads_stands_for_all(monkeypatch):
         call = BlockCall.of((hidden(64),), {})
         whole[busy] = time_tiles(tiles, tiles.captured(call), call)
     assert whole[1] == whole[10**9]
+
+
+def test_the_fastest_kernel_of_attention_is_taken_and_named(monkeypatch):
+    def both(inputs: Any, settings: Any) -> list[str]:
+        return ["cpu", "rows"]
+
+    for module in (tiled_timing, attention):
+        monkeypatch.setattr(module, "kernels_for", both)
+    seconds = {"cpu": (1.0, 3.0), "rows": (2.0, 1.0)}
+    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel: seconds[kernel])
+    tiles = TiledBlock(double(hand_written.Attention), tile=8)
+    call = BlockCall.of((hidden(),), {})
+    captured = tiles.captured(call)
+    assert time_tiles(tiles, captured, call) is not None
+    assert tiled_profile(captured, call, kernels=tiles.programs.kernels).attention == ("rows",)
+    assert_exact(call_of(tiles.block, hidden()), tiles)
+    assert tiles.kernels == ["rows"]
 
 
 def test_a_mask_of_all_pairs_is_not_timed_and_gradients_are_left_alone():

@@ -2,9 +2,9 @@
 
 PyTorch's fused kernels yield their output and the log-sum-exp of each row, and their backward needs nothing else beside
 queries, keys and values. Called here as operators, so forward is run once and backward starts from what was saved,
-while queries, keys and values are rebuilt. Which kernel serves a call is PyTorch's to allow and chosen in the order
-cuDNN, flash, memory-efficient; what no fused kernel takes (a bias that needs a gradient, dropout on CPU) goes in
-chunks of queries (``by_rows.py``).
+while queries, keys and values are rebuilt. Which kernels may serve a call is PyTorch's to say. The one that was fastest
+when they were timed (``tiled_timing.py``) is taken, else the first of cuDNN, flash, memory-efficient. What no fused
+kernel takes (a bias that needs a gradient, dropout on CPU) goes in chunks of queries (``by_rows.py``).
 """
 
 from __future__ import annotations
@@ -61,36 +61,44 @@ class Inputs:
     mask: torch.Tensor | None
 
 
-def choose_kernel(inputs: Inputs, settings: Settings) -> str:
-    """Name of the kernel that will serve this call."""
+def kernels_for(inputs: Inputs, settings: Settings) -> list[str]:
+    """Names of the kernels that may serve this call, the usual one first; never empty."""
     query = inputs.query
     if query.device.type == "cpu":
         wide = query.shape[-1] == inputs.value.shape[-1]
-        return "cpu" if settings.dropout == 0.0 and wide else "rows"
+        return ["cpu" if settings.dropout == 0.0 and wide else "rows"]
+    found = []
     backends = torch.backends.cuda
     params = backends.SDPAParams(
         query, inputs.key, inputs.value, inputs.mask, settings.dropout, settings.causal, settings.grouped
     )
     # cuDNN masks whole rows differently, so masks go to the kernel that PyTorch itself prefers for them.
     if inputs.mask is None and backends.can_use_cudnn_attention(params):
-        return "cudnn"
+        found.append("cudnn")
     if inputs.mask is None and query.shape[-1] % 8 == 0 and backends.can_use_flash_attention(params):
-        return "flash"
+        found.append("flash")
     expanded = _expanded(inputs)
     params = backends.SDPAParams(
         query, expanded.key, expanded.value, inputs.mask, settings.dropout, settings.causal, False
     )
-    return "efficient" if backends.can_use_efficient_attention(params) else "rows"
+    if backends.can_use_efficient_attention(params):
+        found.append("efficient")
+    return found or ["rows"]
 
 
 def attention_forward(
-    inputs: Inputs, settings: Settings, *, seed: int, by_rows: bool = False
+    inputs: Inputs, settings: Settings, *, seed: int, by_rows: bool = False, kernel: str | None = None
 ) -> tuple[torch.Tensor, Saved]:
     """(output, what backward needs beside the inputs); ``seed`` draws dropout where no fused kernel does.
 
-    ``by_rows``: no fused kernel, since the mask needs a gradient or the dropout must be known.
+    ``by_rows``: no fused kernel, since the mask needs a gradient or the dropout must be known. ``kernel``: the one to
+    take, if it may serve this call.
     """
-    kernel = "rows" if by_rows else choose_kernel(inputs, settings)
+    if by_rows:
+        kernel = "rows"
+    else:
+        allowed = kernels_for(inputs, settings)
+        kernel = kernel if kernel in allowed else allowed[0]
     return _FORWARD[kernel](inputs, settings, seed)
 
 

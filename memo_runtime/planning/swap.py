@@ -34,6 +34,7 @@ from memo_runtime.planning.forecast import (
 )
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.lines import Lines, lines_of
+from memo_runtime.planning.modelling import load_pulp
 from memo_runtime.planning.rounding import granule, round_prefix, whole_granules
 from memo_runtime.planning.search import largest
 from memo_runtime.planning.sheet import Choice, Sheet
@@ -185,7 +186,7 @@ class _Program:
 
     def solve(self) -> dict[int, tuple[float, float]] | None:
         """(prefix rows, device rows) of every block with lines; None if no solution exists."""
-        import pulp
+        pulp = load_pulp()
 
         self._problem = pulp.LpProblem("swap", pulp.LpMinimize)
         for index in self.lines:
@@ -213,7 +214,7 @@ class _Program:
 
     def _variable(self, name: str, most: float | None = None) -> Any:
         """A variable of at least 0."""
-        import pulp
+        pulp = load_pulp()
 
         if hasattr(self._problem, "add_variable"):
             return self._problem.add_variable(name, 0, most)
@@ -243,7 +244,7 @@ class _Program:
         return line.copied + host + self._rebuilt_bytes(index)
 
     def _hold_host(self, feet: Sequence[Footprint]) -> None:
-        import pulp
+        pulp = load_pulp()
 
         fixed = sum(
             self.sheet.one(index, self.base[index])[0].host_bytes
@@ -300,7 +301,7 @@ class _Program:
         self._problem += excess <= 0
 
     def _minimise(self, feet: Sequence[Footprint]) -> None:
-        import pulp
+        pulp = load_pulp()
 
         around, link = self.sheet.around, self.sheet.profile.link
         scale = 1 / max(1e-9, sum(foot.forward + foot.backward for foot in feet))
@@ -335,7 +336,7 @@ class _Program:
 
 def _run(problem: Any) -> int:
     """Solve with CBC, silently and on one thread; the status is that of ``pulp``."""
-    import pulp
+    pulp = load_pulp()
 
     with warnings.catch_warnings():
         # PuLP 3 announces that version 4 will get CBC from elsewhere, under another name.

@@ -115,7 +115,6 @@ class PlannedLayout:
                     stash.keep(entry.index, counted=False)
                 if counted and group.saved:
                     stash.hold_kept(group.size.at(self.plan.tokens))
-                    stash.resident_bytes += group.size.at(self.plan.tokens) if self.plan.resident else 0
                 continue
             piece = Piece(action, stash.tools.ledger, group.size.at(self.plan.tokens))
             stash.pieces.append(piece)

@@ -124,8 +124,6 @@ class Stash:
         self._fetch_below_at: int | None = None
         self._kept_bytes = 0
         self._skeletal_bytes = 0
-        #: Of the kept bytes those that the plan counts among what the forward holds (``BlockPlan.resident``).
-        self.resident_bytes = 0
         self._settled = False
 
     # ---- forward
@@ -191,10 +189,9 @@ class Stash:
                 )
         self.pending = []
         self.versions = []
-        # What stays is counted by hold_kept and by the pieces from here on; what stays as it is, never twice.
-        self.tools.ledger.drop(self.resident_bytes)
+        # Rows that were copied are counted by their pieces already; what stays where it is, never twice.
+        self.tools.ledger.drop(self._skeletal_bytes)
         self.tools.ledger.hold(self._kept_bytes)
-        self.tools.ledger.drop(self._skeletal_bytes - self.resident_bytes)
         self._skeletal_bytes = 0
         self._settled = True
 

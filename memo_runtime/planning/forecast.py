@@ -45,12 +45,13 @@ class Footprint:
         skeletal: saved while its forward runs. outgoing: sources of its copies to the host. kept: stashed on
             the device. full: all that its rerun and backward need, fetched and rebuilt. spent: what of that only
             the rerun reads. landing: buffers of its fetch.
-        copies: its backward fetches something. stashed: its stash is sorted when its forward ends, when what
-            is kept has been copied and what it was copied from is still there.
+        copies: its backward fetches something. stashed: its stash is sorted when its forward ends, when rows
+            that are kept have been copied and what they were copied from is still there.
         to_host, to_device: seconds of its copies alone. again: seconds of its rerun.
         forward_peak, backward_peak: transient bytes beyond all these. end_peak: when its stash is sorted.
         rerun_peak: in its rerun, with the gradient that waits for it; 0: it has none.
-        gradients: of its own parameters. stays: of ``kept``, what stays as it is and is not copied.
+        gradients: of its own parameters. kept_rows: of ``kept``, rows that are copied for it; all else that is
+            kept stays where it is.
     """
 
     skeletal: int
@@ -71,7 +72,7 @@ class Footprint:
     end_peak: int
     rerun_peak: int
     gradients: int
-    stays: int = 0
+    kept_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     if plan.executor is Executor.TILED:
         return _tiled_footprint(block, plan, link)
     tokens = plan.tokens
-    skeletal = outgoing = full = spent = landing = unsaved_input = stays = 0
+    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = 0
     copies = False
     for group, action in zip(block.groups, plan.actions, strict=True):
         if group.role in RESIDENT_ROLES:
@@ -114,12 +115,11 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
             full += fetched
             landing += fetched
             spent += 0 if group.saved else fetched
+            kept_rows += row_bytes(group, plan.device_rows) if action is Action.PREFIX else 0
             if action is not Action.PREFIX or plan.prefix > plan.device_rows:
                 outgoing += size
         elif action is Action.REBUILD and group.saved:
             full += size
-        elif plan.resident and group.saved:
-            stays += size
     return Footprint(
         skeletal=skeletal,
         outgoing=outgoing,
@@ -140,7 +140,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         end_peak=block.output.at(tokens) + unsaved_input,
         rerun_peak=rerun_bytes(block, plan),
         gradients=block.gradients,
-        stays=stays,
+        kept_rows=kept_rows,
     )
 
 
@@ -302,7 +302,7 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
         stash = kept + outgoing + block.skeletal
         yield _Point(stash, transient * block.forward_peak, 0, index, "forward")
         if block.stashed:
-            yield _Point(stash + block.kept - block.stays, transient * block.end_peak, 0, index, "end of forward")
+            yield _Point(stash + block.kept_rows, transient * block.end_peak, 0, index, "end of forward")
         outgoing = block.outgoing if around.asynchronous else 0
         kept += block.kept
     # Compute waits for the last copies before it goes on to the head.

@@ -50,7 +50,10 @@ class Auto(Strategy):
             yield from _ends(sheet, _last(sheet, count))
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
-        """The fastest plan over some numbers of kept blocks, by the program and the stand-bys of each."""
+        """The fastest plan over some numbers of kept blocks, by the program and the stand-bys of each.
+
+        Where no stand-by fits, the program is asked once, with no block kept whole.
+        """
         everything = (KEEP,) * len(sheet.blocks)
         if fits(sheet, budgets, everything):
             return Decision(everything, ("everything fits on the device, so nothing is moved",))
@@ -60,7 +63,8 @@ class Auto(Strategy):
             if any(fits(sheet, budgets, choices) for choices in _ends(sheet, _last(sheet, count)))
         ]
         if not counts:
-            return None
+            best = _solved(sheet, budgets, frozenset(), device_rows=True)
+            return None if best is None else Decision(best)
         tries = _Tries(sheet, budgets)
         return Decision(tries.plan(lowest(counts, tries.seconds)))
 
@@ -132,19 +136,20 @@ def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
 def _solved(sheet: Sheet, budgets: Budgets, kept: frozenset[int], *, device_rows: bool) -> Choices | None:
     ends = list(_ends(sheet, kept))
     solved = solve_prefixes(sheet, budgets, ends[0], device_rows=device_rows)
-    candidates = ends if solved is None else [solved, *ends]
-    return fastest(sheet, budgets, [*candidates, *(_last_resident(sheet, one) for one in candidates)])
+    return fastest(sheet, budgets, ends if solved is None else [*_variants(sheet, solved), *ends])
 
 
-def _last_resident(sheet: Sheet, choices: Choices) -> Choices:
-    """``choices`` with the last block's input and mixers on the device, where it is run again.
+def _variants(sheet: Sheet, choices: Choices) -> Iterator[Choices]:
+    """``choices``, and with the last block's input and mixers on the device, where it is run again.
 
     It goes straight into backward: nothing would hide their copies, and they would be back before anything is freed.
     """
-    *others, last = choices
-    if last.executor is not Executor.REPLAY or last.prefix >= sheet.lengths[-1] or not sheet.around.asynchronous:
-        return choices
-    return (*others, replace(last, resident=True))
+    yield choices
+    if not choices or not sheet.around.asynchronous:
+        return
+    last = choices[-1]
+    if last.executor is Executor.REPLAY and last.prefix < sheet.lengths[-1]:
+        yield (*choices[:-1], replace(last, resident=True))
 
 
 def _last(sheet: Sheet, count: int) -> frozenset[int]:
@@ -153,5 +158,5 @@ def _last(sheet: Sheet, count: int) -> frozenset[int]:
 
 
 def _ends(sheet: Sheet, kept: frozenset[int]) -> Iterator[Choices]:
-    yield at_fraction(sheet, 0.0, kept)
-    yield at_fraction(sheet, 1.0, kept)
+    for alpha in (0.0, 1.0):
+        yield from _variants(sheet, at_fraction(sheet, alpha, kept))

@@ -34,10 +34,10 @@ class Suggestion:
 
 
 def is_feasible(sheet: Sheet, settings: Settings) -> bool:
-    """Whether ``decide`` would find a plan, without looking for the best one."""
+    """Whether ``decide`` would find a plan, mostly without looking for the best one."""
     budgets = Budgets.of(sheet, settings)
     strategy, _ = strategy_for(settings, budgets)
-    return strategy.first_fitting(sheet, budgets) is not None
+    return strategy.is_feasible(sheet, budgets)
 
 
 def for_device(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
@@ -76,7 +76,7 @@ def longest_that_fits(sheet: Sheet, settings: Settings) -> int:
 
 
 def size_at_least(size_bytes: int) -> str:
-    """A size in words of this library that is ``size_bytes`` or slightly more: ``"84.13GiB"``."""
+    """A size in words of this library that is ``size_bytes`` or slightly more: ``"84.13GiB"``, ``"320B"``."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         scale = parse_bytes(f"1{unit}")
         if size_bytes >= scale:
@@ -84,7 +84,7 @@ def size_at_least(size_bytes: int) -> str:
             while parse_bytes(f"{hundredths / 100:.2f}{unit}") < size_bytes:
                 hundredths += 1
             return f"{hundredths / 100:.2f}{unit}"
-    return str(size_bytes)
+    return f"{size_bytes}B"
 
 
 def _planned(sheet: Sheet, settings: Settings) -> Decision | None:

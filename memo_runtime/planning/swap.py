@@ -135,7 +135,7 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     crowded: set[int] = set()
     kept = outgoing = 0
     for index, foot in enumerate(feet):
-        at_end = foot.kept - foot.stays + transient * foot.end_peak if foot.stashed else 0
+        at_end = foot.kept_rows + transient * foot.end_peak if foot.stashed else 0
         if kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end) > room:
             crowded.add(index - 1)
         outgoing = foot.outgoing if sheet.around.asynchronous else 0
@@ -276,7 +276,9 @@ class _Program:
                 after = self._variable(f"kept_{index}")
                 self._problem += after == kept + scale * foot.kept + rows * self._device[index]
             if foot.stashed:
-                self._hold(after + scale * (outgoing + foot.skeletal + transient * foot.end_peak - room))
+                # Of what is kept, only rows are copied: the rest is among what the forward saved.
+                at_end = outgoing + foot.skeletal + transient * foot.end_peak
+                self._hold(after + scale * (at_end - (foot.kept - foot.kept_rows) - room))
             kept = after
             fetched = self._rebuilt_bytes(index) if index in self.lines else 0
             # What depends on a variable is never few beside what a block frees.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memo_runtime as memo
-from memo_runtime.planning.actions import plan_block
+from memo_runtime.planning.actions import RESIDENT_ROLES, plan_block
 from memo_runtime.records import Executor
 from tests.exactness.models import FAMILIES, text
 
@@ -37,3 +37,16 @@ def test_a_resident_block_copies_less_and_computes_the_same(prefix):
     assert done.bytes_kept > plan.blocks[-1].bytes_to_host // 2
     totals = memo.report(model).totals
     assert (totals.stash_bytes, totals.host_bytes_in_use, totals.open_copies) == (0, 0, 0)
+
+
+def test_what_is_too_small_to_be_moved_is_never_held_twice():
+    """Attention's log-sum-exp, under 1 KiB, stays where it was saved."""
+    model, data = FAMILIES["llama"].make(num_hidden_layers=1), text(rows=1, tokens=21)
+    memo.wrap(model, policy="swap", keep_last=0, blocks="model.layers.0")
+    run(model, data)
+    totals = memo.report(model).totals
+    assert totals.bytes_kept > 0
+    assert totals.stash_peak_bytes == totals.forecast.stash_peak_bytes
+    groups = model._memo.session.plan.profile.blocks[0].groups
+    saved = sum(group.size.at(21) for group in groups if group.saved and group.role not in RESIDENT_ROLES)
+    assert totals.stash_peak_bytes == saved

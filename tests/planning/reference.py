@@ -32,9 +32,17 @@ def kept(profile, plan, index):
     for group, action, size in groups_of(profile, plan, index):
         if action is Action.KEEP and group.saved:
             total += size
-        elif action is Action.PREFIX:
-            total += round(group.size.linear * plan[index].device_rows)
-    return total
+    return total + cloned(profile, plan, index)
+
+
+def cloned(profile, plan, index):
+    """Rows that stay are copied out of the tensor that they are part of; all else that stays is what was saved."""
+    rows = plan[index].device_rows
+    return sum(
+        round(group.size.linear * rows)
+        for group, action, _ in groups_of(profile, plan, index)
+        if action is Action.PREFIX
+    )
 
 
 def full(profile, plan, index):
@@ -121,9 +129,9 @@ def peaks(profile, plan, accumulating=False):
         device.append(held + (profile.blocks[i].forward_peak.at(plan[i].tokens) + beside if cuda else 0))
         if plan[i].executor in (Executor.REPLAY, Executor.RECOMPUTE):
             # Its stash is made while the tensors that it is made from are still there.
-            stash.append(held + kept(profile, plan, i))
+            stash.append(held + cloned(profile, plan, i))
             result = profile.blocks[i].output.at(plan[i].tokens)
-            device.append(held + kept(profile, plan, i) + (result + beside if cuda else 0))
+            device.append(held + cloned(profile, plan, i) + (result + beside if cuda else 0))
     everything = sum(kept(profile, plan, j) for j in range(count))
     tokens = plan[-1].tokens if count else 0
     stash.append(everything)

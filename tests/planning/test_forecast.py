@@ -6,6 +6,8 @@ import pytest
 
 from memo_runtime.config import make_settings
 from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.planning.actions import plan_block
+from memo_runtime.planning.forecast import footprint
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Executor, Growth, Link, ModelStates, Role
 from tests.planning import reference
@@ -212,3 +214,21 @@ def test_the_last_block_keeps_what_its_rerun_starts_from_where_nothing_would_hid
     assert plan.forecast.step_seconds <= everywhere.step_seconds - 2 * 20 / 120 + 1e-9
     on_host = make_plan(on_cpu(profile), make_settings(policy="replay", keep_last=0, budget=everywhere.peak_bytes))
     assert not any(block.resident for block in on_host.blocks)
+
+
+@pytest.mark.parametrize("policy", ["swap", "recompute", "replay"])
+def test_what_stays_where_it_was_saved_is_never_there_twice(policy):
+    # Random numbers of 1,000 bytes are too few to be moved; the last block's are resident as well.
+    blocks = [llama_block(number, tokens=1000, groups=(group(Role.RANDOM, 1),)) for number in range(2)]
+    profile = profile_of(blocks)
+    plan = make_plan(profile, make_settings(policy=policy, keep_last=0, budget=10**12))
+    assert plan.forecast.bytes_kept == plan.forecast.stash_peak_bytes == 2000
+    assert (plan.forecast.stash_peak_bytes, plan.forecast.peak_bytes) == reference.peaks(profile, plan.blocks)
+
+
+def test_rows_that_stay_are_copied_out_of_what_was_saved():
+    block, link = small_block(0), Link(to_host=1.0, to_device=1.0)
+    foot = footprint(block, plan_block(block, Executor.REPLAY, TOKENS, 2048, 1024), link)
+    assert foot.kept_rows == foot.kept == 100 * 1024
+    resident = footprint(block, plan_block(block, Executor.REPLAY, TOKENS, 2048, 1024, resident=True), link)
+    assert (resident.kept_rows, resident.kept) == (100 * 1024, 100 * 1024 + 20 * TOKENS)

@@ -8,8 +8,9 @@ from memo_runtime.config import make_settings
 from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.suggest import size_at_least
+from memo_runtime.records import Role
 from memo_runtime.units import GiB, parse_bytes
-from tests.planning.builders import llama_block, llama_profile, on_cpu, opaque, profile_of
+from tests.planning.builders import group, llama_block, llama_profile, on_cpu, opaque, profile_of
 
 PROFILE = llama_profile(12)
 
@@ -188,3 +189,12 @@ def test_stacks_are_shortened_together():
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 2**30 - 1, 2**30, 2**30 + 1, 123456789012, 10**14])
 def test_a_size_in_words_is_no_smaller(size):
     assert size <= parse_bytes(size_at_least(size)) <= size * 1.01 + 11
+
+
+def test_a_host_budget_of_a_few_bytes_is_suggested_with_its_unit():
+    # A bare number of a few bytes is refused: it is taken for a forgotten unit.
+    profile = on_cpu(profile_of([opaque(llama_block(tokens=17, groups=(group(Role.INPUT, 10, saved=False),)))]))
+    settings = {"policy": "recompute", "keep_last": 0, "host_budget": "0B"}
+    text = refused(profile, error=HostLimitError, **settings)
+    assert "host_budget='192B'" in text
+    assert_suggestions_fit(text, profile, **settings)

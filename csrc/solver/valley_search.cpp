@@ -88,6 +88,13 @@ class Search {
     return std::any_of(rest_.begin(), rest_.end(), [&](Offset load) { return load > capacity_; });
   }
 
+  // Whether more than a hundredth of the capacity is free, over all slots.
+  bool has_room() const {
+    double used = 0.0;
+    for (const Offset load : rest_) used += static_cast<double>(load);
+    return used < 0.99 * static_cast<double>(capacity_) * static_cast<double>(in_.num_slots);
+  }
+
   Outcome run(std::int64_t node_limit, bool shuffled) {
     node_limit_ = num_nodes_ + node_limit;
     shuffled_ = shuffled;
@@ -385,13 +392,23 @@ Outcome valley_search(const Instance& instance, Offset capacity, std::uint64_t s
   Search search(instance, capacity, seed, stopper);
   *nodes = 0;
   if (search.overloaded()) return Outcome::kInfeasible;
-  std::int64_t limit = 3 * static_cast<std::int64_t>(instance.num_requests) + 100;
+  // Short restarts, each a little longer. In perfect packings a wrong start shows at once; where there is room to
+  // waste it may show late, and restarts that are much longer take turns with the short ones, for as many nodes.
+  const std::int64_t num_requests = instance.num_requests;
+  std::int64_t limit = 3 * num_requests + 100, long_limit = search.has_room() ? 40 * num_requests : 0, balance = 0;
   Outcome outcome = Outcome::kLimit;
   bool shuffled = seed != 0;
   while (outcome == Outcome::kLimit && search.num_nodes() < max_nodes) {
-    outcome = search.run(std::min(limit, max_nodes - search.num_nodes()), shuffled);
+    const bool is_long = long_limit > 0 && balance <= 0;
+    const std::int64_t before = search.num_nodes();
+    outcome = search.run(std::min(is_long ? long_limit : limit, max_nodes - before), shuffled);
     shuffled = true;
-    limit += limit / 40;
+    balance += is_long ? search.num_nodes() - before : before - search.num_nodes();
+    if (is_long) {
+      long_limit += long_limit / 40;
+    } else {
+      limit += limit / 40;
+    }
   }
   *nodes = search.num_nodes();
   if (outcome == Outcome::kFound) {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from memo_solver import cpsat, heuristics, native
 from memo_solver.bounds import peak_load
 from memo_solver.errors import InputError, MissingSolverError
-from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes
+from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes, is_perfect
 from memo_solver.outcome import Outcome
 from memo_solver.params import Progress, ProgressListener, SolveParams, Switch
 from memo_solver.race import race
@@ -225,17 +225,37 @@ class _Solve:
             self._polish()
 
     def _search_down(self, state: SectionState, round_index: int, used: set[str]) -> None:
-        """Ask for the target; when it is not decided, every other round asks half-way down as well."""
+        """Ask for the target; while it is not decided, heights between it and the incumbent as well.
+
+        A perfect packing is mostly found or not, so the target comes first and most of the time goes there.
+        Others have a lowest height that search reaches, and it may be far from the target: from round 1 on
+        the incumbent is lowered before the target is asked for, which may spend the whole round in vain.
+        """
+        minimise = self.problem.capacity is None
+        perfect = is_perfect(state.section, self.target // state.section.unit)
+        if minimise and not perfect and round_index > 0:
+            self._descend(state, round_index, used)
         while state.peak is None or state.peak > self.target:
             height = self.target // state.section.unit
-            if self._ask(state, height, round_index, used) is not None:
-                if self._too_small():
-                    return
-                continue
-            if self.problem.capacity is not None or round_index % 2 == 1:
+            if self._ask(state, height, round_index, used) is None:
+                if minimise and round_index % 2 == 0 and (perfect or round_index == 0):
+                    self._bisect(state, height, round_index, used)
                 return
-            self._bisect(state, height, round_index, used)
-            return
+            if self._too_small():
+                return
+
+    def _descend(self, state: SectionState, round_index: int, used: set[str]) -> None:
+        """Lower the incumbent by steps, each twice the last, until one is not decided or reaches the target."""
+        step = state.step or max(1, state.bound // 200)
+        while state.peak_units is not None and state.peak_units - step > self.target // state.section.unit:
+            answer = self._ask(state, state.peak_units - step, round_index, used)
+            if answer is Outcome.FOUND:
+                step *= 2
+                continue
+            step = max(1, step // 2)
+            if answer is None:
+                break
+        state.step = step
 
     def _bisect(self, state: SectionState, low: int, round_index: int, used: set[str]) -> None:
         """Lower the incumbent towards a height that was not decided.

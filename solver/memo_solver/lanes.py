@@ -24,7 +24,7 @@ MAX_EXACT_REQUESTS = 2500
 ROUND_SECONDS = 1.2
 """Aim for one lane in round 1, on a core of 2024; only the ratio between lanes matters."""
 ROUND_GROWTH = 2.5
-VALLEY_NODES = 250_000
+VALLEY_NODES = 750_000
 CANONICAL_NODES = 8_000
 SHAKEN_NODES = 80_000
 PYTHON_NODES = 3_000
@@ -39,6 +39,16 @@ IMPORT_SECONDS = 2.0
 """Time left below which OR-Tools is not imported any more."""
 
 
+def mean_slack(section: Section, height: int) -> float:
+    """Share of a height (units) that is free, over all slots: 0 in a perfect packing."""
+    return 1.0 - sum(section.loads()) / (max(height, 1) * section.num_slots)
+
+
+def is_perfect(section: Section, height: int) -> bool:
+    """Whether a placement of this height would leave next to nothing free."""
+    return mean_slack(section, height) < PERFECT_SLACK
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One section, one height (in units), and the time left."""
@@ -51,7 +61,7 @@ class Question:
     @property
     def mean_slack(self) -> float:
         """Share of the capacity that is free, over all slots: 0 in a perfect packing."""
-        return 1.0 - sum(self.section.loads()) / (max(self.capacity, 1) * self.section.num_slots)
+        return mean_slack(self.section, self.capacity)
 
     @property
     def seconds_left(self) -> float:
@@ -162,7 +172,8 @@ def _own_searches(
         canonical = _Canonical(question, order, int(nodes * seconds), compiled)
         tasks.append(Task(name=f"canonical search {number}", run=canonical))
     if compiled is not None and question.round_index > 0:
-        share = seconds / (8 if question.mean_slack < PERFECT_SLACK else 16) if tight else seconds
+        # Its nodes cost more the more room there is, and there the valley search finds more in the time as well.
+        share = seconds / ((8 if question.mean_slack < PERFECT_SLACK else 16) if tight else 2)
         tasks += _shaken_searches(question, params, compiled, seconds=share)
     return tasks
 
@@ -174,8 +185,7 @@ def _valley_searches(
     if compiled is None or any(alignment != 1 for alignment in question.section.alignment):
         return []
     seed = params.seed * 1000 + question.round_index + 100 * lane
-    nodes = VALLEY_NODES * (3 if question.mean_slack < TIGHT_SLACK else 1)
-    return [Task(name="valley search", run=_Valley(question, seed, int(nodes * seconds), compiled))]
+    return [Task(name="valley search", run=_Valley(question, seed, int(VALLEY_NODES * seconds), compiled))]
 
 
 def _shaken_searches(

@@ -26,6 +26,8 @@ class SectionState:
         self.bound = load.bound
         self.offsets: tuple[int, ...] | None = None
         self.peak_units: int | None = None
+        self.step: int | None = None
+        """How far below the incumbent the next height to ask for is (units); None = nothing was asked so far."""
         self._heights: ReachableHeights | None = None
 
     @property

@@ -21,9 +21,10 @@ Row = dict[str, Any]
 BEGIN, END = "<!-- made by benchmarks.solver.document -->\n", "<!-- end -->\n"
 DOCUMENT = ROOT / "docs" / "solver.md"
 ROWS = RESULTS / "solver_table.jsonl"
+PUBLISHED = RESULTS / "solver_published.jsonl"
 
 
-def text(rows: Iterable[Row]) -> str:
+def text(rows: Iterable[Row], published: Iterable[Row] = ()) -> str:
     """The section, one part for each kind of row that there is; of rows for one job the last counts."""
     latest = {key_of(row): row for row in rows if "error" not in row}
     by_section: dict[str, list[Row]] = defaultdict(list)
@@ -32,7 +33,7 @@ def text(rows: Iterable[Row]) -> str:
     tight = [row for name in SECTIONS for row in by_section[name] if "solved" in row]
     parts = [_machine(list(latest.values())), *_solved(tight), *_traces(by_section["traces"])]
     parts += [*_steps(by_section["layered"]), *_blocks(by_section["layered"])]
-    parts += [*_refused(by_section["refused"]), *_fuzz(by_section["fuzz"])]
+    parts += [*_refused(by_section["refused"]), *_fuzz(by_section["fuzz"]), *_published(published)]
     return "\n".join(parts)
 
 
@@ -47,7 +48,7 @@ def _machine(rows: list[Row]) -> str:
         f"{known[0]['cpu']}, {cores} cores for each run, runs side by side: {workers}, load at the start {min(loads)} "
         f"to {max(loads)}; Python {known[0]['python']}, OR-Tools {versions['ortools']}, omnimalloc "
         f"{versions['omnimalloc']}, PuLP {versions['pulp']}; commit {commits}. Rows: "
-        f"`benchmarks/results/{ROWS.name}`. All instances are synthetic, by seed."
+        f"`benchmarks/results/{ROWS.name}`. All instances of this part are synthetic, by seed."
     )
     return textwrap.fill(said, 118) + "\n"
 
@@ -156,6 +157,36 @@ def _fuzz(rows: list[Row]) -> list[str]:
     ]
 
 
+def _published(rows: Iterable[Row]) -> list[str]:
+    latest = {(row["set"], row["instance"]): row for row in rows}
+    parts = []
+    for name in dict.fromkeys(group for group, _ in latest):
+        runs = [row for (group, _), row in latest.items() if group == name]
+        known = runs[0]["provenance"]
+        loads = [row["load_average"] for row in runs]
+        said = (
+            f"Published instances that are not in this repository: {name}. At most {runs[0]['limit_seconds']:g} s "
+            f"each, {sum(row['seconds'] for row in runs):.1f} s in all; {known['threads']} threads, one after the other on a "
+            f"machine of {known['cores']} cores with a load of {min(loads)} to {max(loads)}; commit "
+            f"{_short(known['commit'])}. Rows: `benchmarks/results/{PUBLISHED.name}`."
+        )
+        lines = [
+            textwrap.fill(said, 118) + "\n",
+            "| instance | requests | asked | load | best known | peak | bound | answer | time |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in runs:
+            asked = "lowest" if row["capacity"] is None else f"{row['capacity']:,}"
+            best = "-" if row["best_known"] is None else f"{row['best_known']:,}"
+            peak = "-" if row["peak"] is None else f"{row['peak']:,}"
+            lines.append(
+                f"| {row['instance']} | {row['num_requests']:,} | {asked} | {row['load']:,} | {best} | {peak} "
+                f"| {row['lower_bound']:,} | {row['status']} | {row['seconds']:.2f} s |"
+            )
+        parts += [*lines, ""]
+    return parts
+
+
 def replaced(document: str, made: str) -> str:
     """The document with `made` between its marks."""
     head, rest = document.split(BEGIN)
@@ -169,7 +200,8 @@ def main() -> None:
     rows = read_rows(parser.parse_args().rows)
     if not rows:
         raise SystemExit("there are no rows: run python -m benchmarks.solver.table first")
-    DOCUMENT.write_text(replaced(DOCUMENT.read_text(encoding="utf-8"), text(rows)), encoding="utf-8")
+    made = text(rows, read_rows(PUBLISHED))
+    DOCUMENT.write_text(replaced(DOCUMENT.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def bilevel(num_requests: int, seed: int, num_wrapping: int, limit: float) -> di
     seconds = time.monotonic() - start
     solution = result.solution
     assert solution.peak is not None
+    assert result.rectangle_peak is not None
     return {
         "num_requests": 0 if solution.placement is None else len(solution.placement.offsets),
         "seconds": round(seconds, 3),

@@ -35,7 +35,7 @@ def solve(
     time_limit: Annotated[str, typer.Option(help="Hard limit, such as 30s, 500ms or 2m.")] = "30s",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same placement.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Searches side by side; all cores if not given.")
+        int | None, typer.Option(min=1, help="Searches side by side; all cores if not given, which is also the most.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the placement goes (.csv or .json).")
@@ -59,7 +59,7 @@ def solve(
     from memo_solver.native import native_status
     from memo_solver.params import SolveParams
     from memo_solver.reading import read_file
-    from memo_solver.writing import check_writable, write_placement
+    from memo_solver.writing import check_offsets, check_writable, write_placement
 
     try:
         if output is not None:
@@ -71,6 +71,8 @@ def solve(
             typer.echo(f"memo: compiled search not in use ({status.reason}); this is slower", err=True)
         with ProgressLine() as line:
             solution = run(loaded.problem, params, progress=line, hint=loaded.placement)
+        if as_json and solution.placement is not None:
+            check_offsets(solution.placement.problem, solution.placement.offsets)
         if output is not None and solution.placement is not None:
             with _uninterrupted():
                 write_placement(solution.placement, output)

@@ -95,6 +95,7 @@ def summary_text(solution: Solution, *, written_to: Path | None) -> str:
         more = f" and {len(proof.request_ids) - 8} more" if len(proof.request_ids) > 8 else ""
         what = "proof" if solution.status.value == "infeasible" else "bound"
         lines.append(f"# {what}: at time {proof.time} these need {proof.bound}: {shown}{more}")
+        lines.append(f"#   {proof.reason}")
     elif proof is not None and solution.placement is None:
         lines.append(f"# bound proved by: {proof.reason}")
     lines += [f"#   {s.name:24} {format_seconds(s.seconds):>10}  {s.note}" for s in solution.stages]

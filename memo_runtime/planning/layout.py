@@ -169,15 +169,16 @@ def _solve(blocks: list[Block], iteration: Iteration, seconds: float, threads: i
 
 
 def _arena(stream: int, base: int, solved: BilevelSolution, num_blocks: int) -> StreamArena:
-    peak = solved.solution.peak
+    peak, rectangle_peak = solved.solution.peak, solved.rectangle_peak
     assert peak is not None
+    assert rectangle_peak is not None  # in units of the alignment: nothing is near 64 bits
     return StreamArena(
         stream=stream,
         base=base,
         size=peak * ALIGNMENT,
         lower_bound=solved.solution.lower_bound * ALIGNMENT,
         flat_peak=solved.flat_peak * ALIGNMENT,
-        rectangle_peak=solved.rectangle_peak * ALIGNMENT,
+        rectangle_peak=rectangle_peak * ALIGNMENT,
         num_blocks=num_blocks,
         num_distinct=solved.num_distinct_blocks,
     )

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from memo_solver.cyclic import Unrolled, solve_unrolled, unroll
+from memo_solver.cyclic import Unrolled, solve_unrolled, unroll, unused_name
 from memo_solver.engine import solve
 from memo_solver.errors import InputError
 from memo_solver.level_cache import Level1, LevelCache, content_hash
 from memo_solver.params import ProgressListener, SolveParams, Switch
-from memo_solver.records import Placement, Problem, Request, Solution, Stage, Status
+from memo_solver.records import MAX_VALUE, Placement, Problem, Request, Solution, Stage, Status
 from memo_solver.validator import validate
 
 
@@ -78,8 +78,9 @@ class BilevelSolution:
     solution: Solution
     flat_peak: int
     """Of the flat heuristic alone."""
-    rectangle_peak: int
-    """Of level 2 with whole rectangles, as MEMO plans."""
+    rectangle_peak: int | None
+    """Of level 2 with whole rectangles, as MEMO plans; None where a block has none of 64 bits: its height or
+    the common multiple of its alignments is larger."""
     num_distinct_blocks: int
     num_cached_blocks: int
 
@@ -147,7 +148,8 @@ class _Bilevel:
         assert flat.placement is not None
         flat_peak = flat.placement.peak
         level1 = self.place_blocks()
-        start = self.start_from(level1, self.place_rectangles(level1))
+        pseudo = self.rectangles(level1)
+        start = None if pseudo is None else self.start_from(level1, self.place_rectangles(pseudo))
         solution = flat
         if flat_peak > flat.lower_bound:
             since = time.monotonic()
@@ -156,7 +158,7 @@ class _Bilevel:
         return BilevelSolution(
             solution=self.finish(solution),
             flat_peak=flat_peak,
-            rectangle_peak=start.peak,
+            rectangle_peak=None if start is None else start.peak,
             num_distinct_blocks=len(set(self.keys)),
             num_cached_blocks=self.num_cached,
         )
@@ -169,11 +171,11 @@ class _Bilevel:
         self.stage("flat heuristic", since, solution.peak, f"{len(self.requests)} requests")
         return solution
 
-    def repair(self, flat: Solution, start: Placement) -> Solution:
+    def repair(self, flat: Solution, start: Placement | None) -> Solution:
         """Push the lower of both placements down and repair it, if there is time for a pass."""
         assert flat.placement is not None
         best = flat
-        if start.peak < flat.placement.peak:
+        if start is not None and start.peak < flat.placement.peak:
             validate(start.problem, start.offsets)
             best = replace(flat, placement=start, proof=flat.proof)
         assert best.placement is not None
@@ -214,31 +216,38 @@ class _Bilevel:
         self.stage("level 1", since, max((e.peak for e in placed.values()), default=0), note)
         return placed
 
-    def place_rectangles(self, level1: dict[str, Level1]) -> dict[str, int]:
-        """Level 2: blocks as pseudo-requests beside what lives across them; offsets by id."""
-        since = time.monotonic()
+    def rectangles(self, level1: dict[str, Level1]) -> list[Request] | None:
+        """Each block as one pseudo-request; None when one of them would not be a request of 64 bits."""
+        taken = {r.id for r in self.iteration.requests}
         pseudo = []
         for key, block in zip(self.keys, self.blocks, strict=True):
             alignment = math.lcm(*(r.alignment for r in block.requests))
-            name = f"block {block.id}"
+            if max(alignment, level1[key].peak) > MAX_VALUE:
+                note = f"left out: block '{block.id}' as a whole is no request of 64 bits"
+                self.stage("level 2", time.monotonic(), None, note)
+                return None
+            name = unused_name(f"block {block.id}", taken)
             pseudo.append(Request(name, block.lower, block.upper, level1[key].peak, alignment))
+        return pseudo
+
+    def place_rectangles(self, pseudo: list[Request]) -> tuple[int, ...]:
+        """Level 2: blocks as pseudo-requests beside what lives across them; offsets in this order."""
+        since = time.monotonic()
         requests = (*pseudo, *self.iteration.requests)
         unrolled = unroll(requests, self.iteration.period)
         solution = solve_unrolled(unrolled, self.limited(0.3))
         assert solution.placement is not None
-        offsets = unrolled.offsets(solution.placement, requests)
         self.stage("level 2", since, solution.peak, f"{len(requests)} requests")
-        return {r.id: offset for r, offset in zip(requests, offsets, strict=True)}
+        return unrolled.offsets(solution.placement, requests)
 
-    def start_from(self, level1: dict[str, Level1], rectangles: dict[str, int]) -> Placement:
+    def start_from(self, level1: dict[str, Level1], rectangles: tuple[int, ...]) -> Placement:
         """Level-2 base + level-1 offset for every request, as a placement of the pieces."""
         offsets: dict[str, int] = {}
-        for key, block in zip(self.keys, self.blocks, strict=True):
-            base = rectangles[f"block {block.id}"]
+        for key, block, base in zip(self.keys, self.blocks, rectangles, strict=False):
             for r, offset in zip(block.requests, level1[key].offsets, strict=True):
                 offsets[f"{block.id}/{r.id}"] = base + offset
-        for r in self.iteration.requests:
-            offsets[r.id] = rectangles[r.id]
+        across = rectangles[len(self.blocks) :]
+        offsets |= {r.id: offset for r, offset in zip(self.iteration.requests, across, strict=True)}
         return _as_pieces(self.unrolled, offsets)
 
     def finish(self, solution: Solution) -> Solution:
@@ -254,11 +263,15 @@ class _Bilevel:
             if solution.lower_bound > problem.capacity:
                 status = Status.INFEASIBLE
             placement = placement if fits else None
-        return replace(solution, status=status, placement=placement, stages=tuple(self.stages))
+        proof = solution.proof
+        if proof is not None:
+            owners = self.unrolled.owners
+            proof = replace(proof, request_ids=tuple(dict.fromkeys(owners.get(i, i) for i in proof.request_ids)))
+        return replace(solution, status=status, placement=placement, proof=proof, stages=tuple(self.stages))
 
 
 def _as_pieces(unrolled: Unrolled, offsets: dict[str, int]) -> Placement:
-    owner = {piece: name for name, piece in (*unrolled.heads.items(), *unrolled.tails.items())}
+    owner = unrolled.owners
     free = Problem(requests=unrolled.problem.requests)
     placed = tuple(offsets[owner.get(r.id, r.id)] for r in free.requests)
     return Placement(problem=free, offsets=placed)

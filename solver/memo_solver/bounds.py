@@ -20,6 +20,12 @@ from memo_solver.sections import Section
 
 ALIVE_TOGETHER = "these requests are alive together"
 
+
+def rounded_up(multiple: int) -> str:
+    """Reason of a bound that counts more than the bytes: all alignments are multiples of `multiple`."""
+    return f"{ALIVE_TOGETHER}, and each but the topmost takes a multiple of {multiple}"
+
+
 MAX_SUM_BITS = 2_000_000_000
 """Work allowed for the table of sums, in bit operations (about a tenth of a second)."""
 

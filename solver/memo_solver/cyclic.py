@@ -37,6 +37,11 @@ class Unrolled:
         """Ids of the pieces in stacking order."""
         return tuple(piece for name in self.heads for piece in (self.heads[name], self.tails[name]))
 
+    @property
+    def owners(self) -> dict[str, str]:
+        """Request (id) of each piece (id)."""
+        return {piece: name for pieces in (self.heads, self.tails) for name, piece in pieces.items()}
+
     def offsets(self, placement: Placement, requests: tuple[Request, ...]) -> tuple[int, ...]:
         """Offset of each original request; both pieces must agree."""
         by_id = placement.by_id()
@@ -44,6 +49,14 @@ class Unrolled:
             if by_id[head] != by_id[self.tails[name]]:
                 raise AssertionError(f"the pieces of '{name}' were placed at two addresses")
         return tuple(by_id[self.heads.get(r.id, r.id)] for r in requests)
+
+
+def unused_name(name: str, taken: set[str]) -> str:
+    """The name, with as many marks behind it as make it one that nobody has; it is taken from then on."""
+    while name in taken:
+        name += "'"
+    taken.add(name)
+    return name
 
 
 def unroll(requests: tuple[Request, ...], period: int | None) -> Unrolled:
@@ -66,8 +79,9 @@ def unroll(requests: tuple[Request, ...], period: int | None) -> Unrolled:
     heads: dict[str, str] = {}
     tails: dict[str, str] = {}
     pieces = list(plain)
+    taken = {r.id for r in requests}
     for r in wrapping:
-        heads[r.id], tails[r.id] = f"{r.id}@start", f"{r.id}@end"
+        heads[r.id], tails[r.id] = unused_name(f"{r.id}@start", taken), unused_name(f"{r.id}@end", taken)
         pieces.append(Request(heads[r.id], 0, r.upper - period, r.size, r.alignment))
         pieces.append(Request(tails[r.id], r.lower, period, r.size, r.alignment))
     return Unrolled(problem=Problem(requests=tuple(pieces)), heads=heads, tails=tails)

@@ -86,6 +86,7 @@ class _Solve:
         kept = 0.05 * min(params.time_limit_seconds, 8.0) + VALIDATION_SECONDS * len(problem.requests)
         self.deadline = now + max(params.time_limit_seconds - kept, 0.5 * params.time_limit_seconds)
         self.states: list[SectionState] = []
+        self.is_split = False
         self.stages: list[Stage] = []
         self.interrupted = False
         self.told, self.tell_next = "", 0.0
@@ -97,6 +98,7 @@ class _Solve:
             return refused
         try:
             self.states = [self._state(section) for section in split(self.problem)]
+            self.is_split = True
             self._close_stage("reductions and bounds", f"{len(self.states)} sections")
             if not self._too_small():
                 if self.hint is not None:
@@ -150,6 +152,8 @@ class _Solve:
 
     @property
     def peak(self) -> int | None:
+        if not self.is_split:
+            return None
         peaks = [state.peak for state in self.states]
         return None if None in peaks else max((p for p in peaks if p is not None), default=0)
 
@@ -337,14 +341,14 @@ class _Solve:
         )
 
     def _placement(self) -> Placement | None:
+        if not self.is_split:
+            return None  # interrupted before the sections were known
         offsets = [0] * len(self.problem.requests)
         for state in self.states:
             if state.offsets is None:
                 return None
             for i, offset in zip(state.section.index, state.offsets, strict=True):
                 offsets[i] = offset * state.section.unit
-        if self.interrupted and not self.states and self.problem.requests:
-            return None  # interrupted before the sections were known
         free = Problem(requests=self.problem.requests)
         validate(free, offsets)
         self._close_stage("validation", "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,11 @@ class Switch(enum.Enum):
     OFF = "off"
 
 
+@functools.cache
+def _warn_once(asked: int, cores: int) -> None:
+    logging.getLogger("memo_solver").warning("%d threads asked for, %d used: one for each core", asked, cores)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveParams:
     """Limits and switches of one solve; the defaults suit an interactive user."""
@@ -29,7 +36,7 @@ class SolveParams:
     seed: int = 0
     """Same seed, same problem, no limit hit: same placement."""
     num_threads: int | None = None
-    """Searches that run beside each other; None = the cores this process may use."""
+    """Searches that run beside each other; None = the cores this process may use, which is also the most."""
     native: Switch = Switch.AUTO
     """The compiled search."""
     cpsat: Switch = Switch.AUTO
@@ -51,8 +58,13 @@ class SolveParams:
 
     @property
     def threads(self) -> int:
-        """Number of threads to use."""
-        return self.num_threads or len(os.sched_getaffinity(0))
+        """Number of threads to use: more than there are cores would only overrun the limit."""
+        cores = len(os.sched_getaffinity(0))
+        if self.num_threads is None:
+            return cores
+        if self.num_threads > cores:
+            _warn_once(self.num_threads, cores)
+        return min(self.num_threads, cores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from memo_solver import native
-from memo_solver.bounds import ALIVE_TOGETHER, ReachableHeights, contention, load_bound
+from memo_solver.bounds import ALIVE_TOGETHER, ReachableHeights, contention, load_bound, rounded_up
 from memo_solver.orders import heuristic_names, heuristic_order
 from memo_solver.records import Problem, Proof
 from memo_solver.sections import Section
@@ -86,10 +88,13 @@ class SectionState:
         if self.bound > self._load.bound:
             reason = f"exhaustive search over {self.section.num_requests} requests"
             return Proof(bound=self.lower_bound, reason=reason)
-        members = [self.section.index[i] for i in self.section.members(self._load.slot)]
+        alive = self.section.members(self._load.slot)
+        multiple = math.gcd(*self.section.alignment)
+        rounded = any(self.section.size[i] % multiple for i in alive)
+        members = [self.section.index[i] for i in alive]
         return Proof(
             bound=self.lower_bound,
-            reason=ALIVE_TOGETHER,
+            reason=rounded_up(multiple * self.section.unit) if rounded else ALIVE_TOGETHER,
             time=max(problem.requests[i].lower for i in members),
             request_ids=tuple(problem.requests[i].id for i in members),
         )

@@ -30,7 +30,7 @@ def format_csv(problem: Problem, offsets: tuple[int, ...] | None = None) -> str:
     Raises:
         InputError: an id or offset would not be read back as it is.
     """
-    _check_offsets(problem, offsets)
+    check_offsets(problem, offsets)
     blank = next((r.id for r in problem.requests if r.id != r.id.strip()), None)
     if blank is not None:
         raise InputError(f"id {blank!r} begins or ends with a blank, which CSV files lose: write a .json file")
@@ -61,7 +61,7 @@ def format_json(problem: Problem, offsets: tuple[int, ...] | None = None) -> str
     Raises:
         InputError: an offset would not be read back.
     """
-    _check_offsets(problem, offsets)
+    check_offsets(problem, offsets)
     lines = []
     for i, r in enumerate(problem.requests):
         row: dict[str, str | int] = {
@@ -75,8 +75,12 @@ def format_json(problem: Problem, offsets: tuple[int, ...] | None = None) -> str
     return f'{{"capacity": {capacity}, "requests": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _check_offsets(problem: Problem, offsets: tuple[int, ...] | None) -> None:
-    """Files hold signed 64-bit numbers; sums of sizes may be more."""
+def check_offsets(problem: Problem, offsets: tuple[int, ...] | None) -> None:
+    """Whatever is written holds signed 64-bit numbers, which sums of sizes may exceed.
+
+    Raises:
+        InputError: an offset does.
+    """
     for request, offset in zip(problem.requests, offsets or (), strict=False):
         if offset > MAX_VALUE:
             raise InputError(f"request '{request.id}': offset {offset} does not fit in 64 bits: use a larger unit")

@@ -79,3 +79,37 @@ def test_a_capacity_is_answered():
     solution = solve_bilevel([], fits, PARAMS).solution
     assert solution.status is Status.OPTIMAL
     validate(Problem(requests=fits.requests), solution.placement.offsets)
+
+
+def test_alignments_without_a_common_multiple_of_64_bits_get_the_flat_placement():
+    huge = 2**62
+    requests = (Request("p", 0, 1, 3, huge - 1), Request("q", 0, 1, 3, huge - 3), Request("r", 0, 1, 5))
+    params = SolveParams(time_limit_seconds=0.5, num_threads=2)
+    result = solve_bilevel([Block(id="b", lower=0, upper=1, requests=requests)], Iteration(requests=()), params)
+    assert result.rectangle_peak is None
+    assert result.solution.peak == result.flat_peak
+    validate(result.solution.placement.problem, result.solution.placement.offsets)
+    assert any("block 'b' as a whole" in stage.note for stage in result.solution.stages)
+
+
+def test_a_block_higher_than_64_bits_gets_the_flat_placement():
+    requests = tuple(Request(f"r{k}", 0, 1, 2**62) for k in range(3))
+    result = solve_bilevel([Block(id="b", lower=0, upper=1, requests=requests)], Iteration(requests=()), PARAMS)
+    assert (result.rectangle_peak, result.solution.peak) == (None, 3 * 2**62)
+
+
+def test_ids_of_users_do_not_meet_those_that_are_made():
+    """Pseudo-requests are called 'block x' and pieces 'x@start': a user may call requests just so."""
+    blocks = [Block(id="x", lower=0, upper=2, requests=(Request("r", 0, 2, 2),))]
+    names = ("block x", "w@start", "w@end", "w@start'", "block x'")
+    iteration = Iteration(requests=(Request("w", 8, 13, 4), *(Request(n, 4, 6, 1) for n in names)), period=10)
+    solution = solve_bilevel(blocks, iteration, PARAMS).solution
+    assert solution.peak == 6
+    assert set(solution.placement.by_id()) == {"x/r", "w", *names}
+    assert set(solution.proof.request_ids) <= {"x/r", "w", *names}
+
+
+@pytest.mark.parametrize("period", [0, -3, 2.5, True, "10"])
+def test_a_period_that_is_no_number_of_moments_is_refused(period):
+    with pytest.raises(InputError, match="period must be an integer of at least 1"):
+        Iteration(requests=(), period=period)

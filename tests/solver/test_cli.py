@@ -42,6 +42,24 @@ def test_json_holds_the_offsets_by_id(trace):
     assert set(answer["offsets"]) == {"a", "b", "c"}
 
 
+def test_offsets_beyond_64_bits_are_refused_in_all_that_is_written(tmp_path):
+    path, old = tmp_path / "high.csv", tmp_path / "out.csv"
+    path.write_text("id,lower,upper,size\n" + "".join(f"r{k},0,1,{2**62}\n" for k in range(4)))
+    old.write_text("old")
+    assert "optimal: peak 18446744073709551616" in memo(path).stdout
+    for arguments in (["--json"], ["-o", old]):
+        done = memo(path, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "does not fit in 64 bits: use a larger unit" in done.stderr
+    assert old.read_text() == "old"
+
+
+def test_a_refusal_has_no_peak_in_its_stages(trace):
+    answer = json.loads(memo(trace, "--json", "--capacity", "5").stdout)
+    assert (answer["status"], answer["peak"]) == ("infeasible", None)
+    assert [stage["peak"] for stage in answer["stages"]] == [None]
+
+
 def test_what_cannot_fit_exits_with_3_names_the_proof_and_leaves_the_old_file(trace, tmp_path):
     old = tmp_path / "out.csv"
     old.write_text("old")
@@ -67,6 +85,7 @@ def test_what_is_not_found_in_the_time_exits_with_4(tmp_path):
     [
         (["--capacity", "2"], "at least 3"),
         (["--capacity", "lots"], "is not a size"),
+        (["--capacity", "6.5"], "no whole number of bytes"),
         (["--time-limit", "soon"], "is not a time"),
         (["--time-limit", "0s"], "above 0"),
         (["-o", "/nonexistent/out.csv"], "no folder"),

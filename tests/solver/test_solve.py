@@ -1,3 +1,4 @@
+import os
 import random
 import time
 
@@ -85,6 +86,29 @@ def test_an_optimum_above_the_load_is_proved_by_search(params):
     assert "exhaustive search" in solution.proof.reason
     refused = solve(Problem(requests=problem.requests, capacity=7), params)
     assert refused.status is Status.INFEASIBLE
+
+
+def test_a_bound_of_rounded_sizes_says_so():
+    problem = Problem(requests=tuple(Request(f"r{k}", 0, 2, 3, 8) for k in range(3)))
+    proof = solve(problem, PARAMS).proof
+    assert (proof.bound, proof.request_ids) == (19, ("r0", "r1", "r2"))
+    assert proof.reason == "these requests are alive together, and each but the topmost takes a multiple of 8"
+    plain = solve(Problem(requests=tuple(Request(f"r{k}", 0, 2, 16, 8) for k in range(3))), PARAMS).proof
+    assert plain.reason == "these requests are alive together"
+
+
+def test_what_was_refused_before_it_was_placed_has_no_peak():
+    problem = Problem(requests=(Request("a", 0, 2, 3), Request("b", 1, 2, 3)), capacity=5)
+    assert [stage.peak for stage in solve(problem, PARAMS).stages] == [None]
+    assert [stage.peak for stage in solve(Problem(requests=()), PARAMS).stages][-1] == 0
+
+
+def test_more_threads_than_cores_are_not_used_and_that_is_said_once(caplog):
+    cores = len(os.sched_getaffinity(0))
+    for _ in range(2):
+        assert SolveParams(num_threads=cores + 397).threads == cores
+    said = f"{cores + 397} threads asked for, {cores} used: one for each core"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_an_empty_problem_is_answered():

@@ -166,8 +166,8 @@ def _published(rows: Iterable[Row]) -> list[str]:
         loads = [row["load_average"] for row in runs]
         said = (
             f"Published instances that are not in this repository: {name}. At most {runs[0]['limit_seconds']:g} s "
-            f"each, {sum(row['seconds'] for row in runs):.1f} s in all; {known['threads']} threads, one after the other on a "
-            f"machine of {known['cores']} cores with a load of {min(loads)} to {max(loads)}; commit "
+            f"each, {sum(row['seconds'] for row in runs):.1f} s in all; {known['threads']} threads, one after the "
+            f"other on a machine of {known['cores']} cores with a load of {min(loads)} to {max(loads)}; commit "
             f"{_short(known['commit'])}. Rows: `benchmarks/results/{PUBLISHED.name}`."
         )
         lines = [

@@ -14,36 +14,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from memo_runtime.placement import PlacedRequest
+from memo_runtime.sizes import Bundle as Bundle
+from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 2
-
-#: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
-HOST_ALIGNMENT = 64
+SCHEMA_VERSION = 3
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
-
-#: Groups smaller than this stay on the device: a copy costs more than the bytes are worth.
-MIN_SWAP_BYTES = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Growth:
-    """``constant + linear * t + quadratic * t**2`` with t the tokens, rounded up to ``multiple``."""
-
-    constant: float = 0
-    linear: float = 0
-    quadratic: float = 0
-    multiple: int = 1
-
-    def at(self, tokens: int) -> int:
-        """Value at ``tokens``, as a whole number (bytes, FLOPs)."""
-        return round(self.exact(tokens))
-
-    def exact(self, tokens: int) -> float:
-        """Value at ``tokens`` without rounding (seconds)."""
-        t = -(-tokens // self.multiple) * self.multiple
-        return self.constant + self.linear * t + self.quadratic * t * t
 
 
 class Role(StrEnum):
@@ -110,6 +87,7 @@ class TensorGroup:
         saved: autograd reads them in backward; False: only the rerun does (an input or a replaced output).
         splits: the token rows can be separated (one token dimension).
         estimated: the size depends on data and is only an estimate at other lengths.
+        bundle: it stands for many storages, which are found at every call; None: it is one.
     """
 
     role: Role
@@ -117,6 +95,7 @@ class TensorGroup:
     saved: bool = True
     splits: bool = True
     estimated: bool = False
+    bundle: Bundle | None = None
 
 
 class PinKind(StrEnum):

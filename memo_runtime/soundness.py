@@ -19,7 +19,7 @@ from typing import Any
 
 from memo_runtime.config import Policy
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.records import BlockPlan, BlockProfile, Executor, Growth, Link, Pin, Plan, Profile
+from memo_runtime.records import BlockPlan, BlockProfile, Bundle, Executor, Growth, Link, Pin, Plan, Profile
 
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = 1e300
@@ -129,6 +129,9 @@ def _block_faults(block: BlockProfile, where: str) -> Iterator[Fault]:
         yield from _beyond(pin.saved, saved, f"{where}.pins[{index}].saved", "saved")
     for index, group in enumerate(block.groups):
         yield from _negative(group.size, block.tokens, f"{where}.groups[{index}].size")
+        for field in fields(Bundle) if group.bundle is not None else ():
+            size = getattr(group.bundle, field.name)
+            yield from _negative(size, block.tokens, f"{where}.groups[{index}].bundle.{field.name}")
     for field in fields(BlockProfile):
         value = getattr(block, field.name)
         if isinstance(value, Growth):

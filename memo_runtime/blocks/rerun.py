@@ -8,6 +8,7 @@ last one, before the operators behind it (the MLP's down projection) run.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,15 @@ Forward = Callable[..., Any]
 
 class _AllSavedError(Exception):
     """The last tensor that backward needs has been made."""
+
+
+class _Kept:
+    """What a graph holds of a tensor where its run may go backward itself."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 def stops_early(block: nn.Module) -> bool:
@@ -40,6 +50,7 @@ def run_again(
     mode: contextlib.AbstractContextManager[Any],
     last: int | None,
     on_walk: Callable[[], None] | None = None,
+    held: list[weakref.ref[Any]] | None = None,
 ) -> int:
     """Run ``forward`` with grad and hand over every tensor that it saves, detached, with its index.
 
@@ -51,6 +62,7 @@ def run_again(
         last: index of the last tensor; the run ends there. None: run to the end.
         on_walk: called when the forward itself goes backward, which takes that all that it saves is kept meanwhile;
             None: it does not.
+        held: with ``on_walk``, gets a reference for every tensor that dies where its node is gone.
 
     Returns:
         How many tensors were saved.
@@ -61,18 +73,21 @@ def run_again(
     walker = [on_walk] if on_walk is not None else []
     walks = on_walk is not None
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+    def pack(tensor: torch.Tensor) -> _Kept | None:
         nonlocal count
         index, count = count, count + 1
         receiver[0](index, tensor.detach())
         if index == last:
             raise _AllSavedError
-        return tensor.detach() if walks else None
+        kept = _Kept(tensor.detach()) if walks else None
+        if held is not None and kept is not None:
+            held.append(weakref.ref(kept))
+        return kept
 
-    def unpack(kept: torch.Tensor | None) -> torch.Tensor:
+    def unpack(kept: _Kept | None) -> torch.Tensor:
         assert kept is not None and walker, "a rerun's own graph is never walked backward"
         walker[0]()
-        return kept
+        return kept.tensor
 
     args, kwargs = call.arguments()
     with (

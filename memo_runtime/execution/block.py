@@ -213,7 +213,6 @@ class BlockForward:
             pinned=plan.executor == Executor.REPLAY,
             input_leaf=profile.input_leaf if profile.tokens else None,
         )
-        stash.hold_skeletal(sum(t.numel() * t.element_size() for t in stash.pending))
         return storage.sort(stash, call, captured, parameter_storages(self.block))
 
     def _rerun(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.grouping import Member, by_storage, locate
+from memo_runtime.blocks.grouping import Member, locate
+from memo_runtime.blocks.parcels import held_bytes, parcels_of
 from memo_runtime.blocks.pins import PinKey, Values
 from memo_runtime.blocks.region import Region
 from memo_runtime.blocks.rerun import storage_key
@@ -20,7 +21,6 @@ from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.replay import Source
 from memo_runtime.execution.stash import Stash
 from memo_runtime.records import (
-    MIN_SWAP_BYTES,
     Action,
     BlockPlan,
     BlockProfile,
@@ -43,10 +43,6 @@ class Sorted:
     input_source: Source = field(default_factory=Source)
     pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
     outgoing: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _has_tokens(tensor: torch.Tensor, axis: TokenAxis | None, tokens: int) -> bool:
@@ -112,7 +108,7 @@ class PlannedLayout:
             if action == Action.KEEP:
                 counted = group.role not in (Role.PARAMETER, Role.SHARED)
                 for entry in saved:
-                    stash.keep(entry.index, counted=False)
+                    stash.keep(entry.index)
                 if counted and group.saved:
                     stash.hold_kept(group.size.at(self.plan.tokens))
                 continue
@@ -192,27 +188,25 @@ class StorageLayout:
         """Like ``PlannedLayout.sort``; ``kept`` are the storages of the block's parameters."""
         result = Sorted(complete=not self.rebuild)
         kept = kept | {storage_key(t) for leaf, t in call.tensors() if leaf != self.input_leaf}
+        hidden = call.leaves[self.input_leaf] if self.input_leaf is not None else None
+        stash.hold_skeletal(held_bytes((t for t in stash.pending if storage_key(t) not in kept), hidden))
         needed = self._needed(call, captured) if self.rebuild else {}
         wanted = {storage_key(tensor) for tensor in needed.values()} - kept
         stored: list[Member] = []
-        dropped = Piece(Action.REBUILD, stash.tools.ledger, 0)
+        dropped: list[int] = []
         for index, tensor in enumerate(stash.pending):
             if stash.holder(index) is None:
                 continue  # its node is gone: the forward went backward itself, or dropped that branch
             key = storage_key(tensor)
-            if key in kept or not tensor.numel() or (not self.rebuild and _size(tensor) < MIN_SWAP_BYTES):
-                stash.keep(index, counted=key not in kept)
-            elif not self.rebuild or (key in wanted and _size(tensor) >= MIN_SWAP_BYTES):
+            if key in kept or not tensor.numel():
+                stash.keep(index)
+            elif not self.rebuild or key in wanted:
                 stored.append(Member(tensor, None, index))
-            elif key in wanted:
-                stash.keep(index, counted=True)
             else:
-                dropped.size_bytes += _size(tensor)
-                stash.assign(index, dropped, 0)
-        if dropped.users:
-            stash.pieces.append(dropped)
-        stored += [Member(t, None) for t in needed.values() if storage_key(t) in wanted and _size(t) >= MIN_SWAP_BYTES]
-        found = self._store(result, stash, stored, exact=not self.rebuild)
+                dropped.append(index)
+        self._drop(stash, dropped)
+        stored += [Member(tensor, None) for tensor in needed.values() if storage_key(tensor) in wanted]
+        found = self._store(result, stash, stored, storage_key(hidden) if hidden is not None else None)
         sources = {name: found.get(id(t)) or Source(kept=t) for name, t in needed.items()}
         result.input_source = sources.get(_INPUT, Source())
         for pin, values in captured.items() if self.rebuild and self.pinned else ():
@@ -220,6 +214,15 @@ class StorageLayout:
                 output: sources.get((pin, output)) or Source(kept=value) for output, value in values.items()
             }
         return result
+
+    @staticmethod
+    def _drop(stash: Stash, dropped: list[int]) -> None:
+        if not dropped:
+            return
+        piece = Piece(Action.REBUILD, stash.tools.ledger, held_bytes(stash.pending[index] for index in dropped))
+        stash.pieces.append(piece)
+        for index in dropped:
+            stash.assign(index, piece, 0)
 
     def _needed(self, call: BlockCall, captured: Captured) -> dict[object, torch.Tensor]:
         """Tensors that the rerun needs, by what they are."""
@@ -232,22 +235,24 @@ class StorageLayout:
                     needed[pin, output] = value
         return needed
 
-    @staticmethod
-    def _store(result: Sorted, stash: Stash, members: list[Member], *, exact: bool) -> dict[int, Source]:
-        """Make one piece per storage; returns where members that are no saved tensors are, by identity."""
+    def _store(
+        self, result: Sorted, stash: Stash, members: list[Member], whole: int | None
+    ) -> dict[int, Source]:
+        """Make the pieces; returns where members that are no saved tensors are, by identity."""
         found: dict[int, Source] = {}
-        for same in by_storage(members):
-            for region, flat, inside in locate(same, 1):
-                piece = Piece(Action.HOST, stash.tools.ledger, _size(flat))
-                stash.pieces.append(piece)
-                piece.exact = exact
-                piece.store(region, flat, 0, 0, stash.tools.pool)
-                result.outgoing.append((piece, flat))
-                for position, member in enumerate(inside):
-                    if member.index is not None:
-                        stash.assign(member.index, piece, position)
-                    else:
-                        found[id(member.tensor)] = Source(piece, position)
+        sorted_ = parcels_of(members, whole=whole)
+        stash.hold_gathered(sorted_.gathered)
+        for parcel in sorted_.parcels:
+            piece = Piece(Action.HOST, stash.tools.ledger, parcel.size_bytes)
+            stash.pieces.append(piece)
+            piece.exact = not self.rebuild
+            piece.store(parcel.region, parcel.flat, 0, 0, stash.tools.pool)
+            result.outgoing.append((piece, parcel.flat))
+            for position, member in enumerate(parcel.members):
+                if member.index is not None:
+                    stash.assign(member.index, piece, position)
+                else:
+                    found[id(member.tensor)] = Source(piece, position)
         return found
 
 

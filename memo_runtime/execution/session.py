@@ -32,6 +32,7 @@ from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
+from memo_runtime.execution.peak import PeakWatch, device_peak
 from memo_runtime.execution.stash import Stash, Tools
 from memo_runtime.execution.tiled_block import Sources, new_programs
 from memo_runtime.execution.tiled_run import ProgramCache
@@ -100,6 +101,7 @@ class Session:
         self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
         self._witnessed: set[tuple[str, int, int]] = set()
         self._ready: deque[weakref.ref[Stash]] = deque()
+        self._peak = PeakWatch()
 
     @property
     def observer(self) -> Observer | None:
@@ -214,6 +216,7 @@ class Session:
         self.last_stash = None
         self._release_copies()
         self.tools.ledger.reset_peak()
+        self._peak.begin(self.tools.device)
 
     def begin_if_new(self) -> None:
         """Begin a step unless this forward follows another whose backward is still to come."""
@@ -287,7 +290,15 @@ class Session:
         if torch._C._current_graph_task_id() != -1:
             step.in_backward = True
             # Called by the engine when this backward pass is over; the last touch is the end of the step.
-            torch.autograd.Variable._execution_engine.queue_callback(step.end_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, step))
+
+    def _end_backward(self, step: StepCounters) -> None:
+        """A backward pass through ``step`` is over; called once for each of its blocks."""
+        if step.in_backward and step is self._step:
+            exceeded = self._peak.end(self.tools.device, self.tools.ledger, self.plan)
+            if exceeded:
+                self.note(exceeded)
+        step.end_backward()
 
     def asks_for_witness(self, name: str, plan: BlockPlan) -> bool:
         """Whether a rerun of this call is compared with its forward.
@@ -368,17 +379,12 @@ class Session:
         forecast = self.plan.forecast if self.plan is not None else Forecast()
         states = self.plan.profile.states if self.plan is not None else None
         tools = self.tools
-        if tools.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(tools.device)
-        else:
-            fixed = states.parameters + states.buffers + states.gradients + states.optimizer if states else 0
-            peak = fixed + tools.ledger.peak
         totals = Totals(
             bytes_to_host=sum(b.bytes_to_host for b in blocks),
             bytes_to_device=sum(b.bytes_to_device for b in blocks),
             bytes_kept=sum(b.bytes_kept for b in blocks),
             recomputed_flops=sum(b.recomputed_flops for b in blocks),
-            peak_bytes=peak,
+            peak_bytes=device_peak(tools.device, tools.ledger, self.plan),
             stash_peak_bytes=tools.ledger.peak,
             stash_bytes=tools.ledger.current,
             host_bytes=tools.pool.reserved,

@@ -149,14 +149,12 @@ class Stash:
             piece.users += 1
             piece.indices.append(index)
 
-    def keep(self, index: int, *, counted: bool) -> None:
-        """Saved tensor ``index`` stays on the device; ``counted`` unless it is a parameter or shared."""
+    def keep(self, index: int) -> None:
+        """Saved tensor ``index`` stays on the device as it is; what it takes is counted elsewhere."""
         holder = self.holder(index)
         if holder is not None:
             holder.kept = self.pending[index]
             holder.version = self.versions[index]
-        if counted:
-            self.hold_kept(self.pending[index].numel() * self.pending[index].element_size())
 
     def hold_kept(self, count: int) -> None:
         """``count`` bytes stay on the device until the stash is gone."""
@@ -166,6 +164,11 @@ class Stash:
     def hold_skeletal(self, count: int) -> None:
         """``count`` bytes are held while the forward's tensors are alive; ``settle`` drops them."""
         self._skeletal_bytes = count
+        self.tools.ledger.hold(count)
+
+    def hold_gathered(self, count: int) -> None:
+        """``count`` bytes were copied on the device to be sent together; ``settle`` drops them."""
+        self._skeletal_bytes += count
         self.tools.ledger.hold(count)
 
     def send(self, outgoing: list[tuple[Piece, torch.Tensor]]) -> Outgoing:

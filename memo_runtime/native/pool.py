@@ -17,15 +17,10 @@ from memo_runtime.errors import HostLimitError, PinningError
 from memo_runtime.native.backend import Backend
 from memo_runtime.native.limits import cgroup_limit
 from memo_runtime.native.slab import Slab
-from memo_runtime.records import HOST_ALIGNMENT
+from memo_runtime.sizes import HOST_ALIGNMENT, slot_bytes
 from memo_runtime.units import format_bytes, format_seconds
 
 logger = logging.getLogger("memo_runtime")
-
-
-def aligned(size_bytes: int) -> int:
-    """``size_bytes`` rounded up to a slot."""
-    return -(-size_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT
 
 
 class Slot:
@@ -87,7 +82,7 @@ class HostPool:
                 ``limit`` becomes that, and so does the error's ``granted``.
         """
         with self._lock:
-            missing = aligned(size_bytes) - self.reserved
+            missing = slot_bytes(size_bytes) - self.reserved
             if missing <= 0:
                 return
             began = time.perf_counter()
@@ -99,8 +94,8 @@ class HostPool:
             if why:
                 self.limit = self.reserved
                 raise PinningError(
-                    f"{format_bytes(aligned(size_bytes))} of host memory were asked for within host_budget, {asked}, "
-                    f"and the system gives {format_bytes(self.reserved)}: {why}",
+                    f"{format_bytes(slot_bytes(size_bytes))} of host memory were asked for within host_budget, "
+                    f"{asked}, and the system gives {format_bytes(self.reserved)}: {why}",
                     granted=self.reserved,
                 )
 
@@ -115,7 +110,7 @@ class HostPool:
             HostLimitError: as ``reserve``; what was unused was freed.
         """
         with self._lock:
-            if not aligned(size_bytes) <= self.reserved <= self.limit:
+            if not slot_bytes(size_bytes) <= self.reserved <= self.limit:
                 self.trim()
             self.reserve(size_bytes)
 
@@ -126,7 +121,7 @@ class HostPool:
             HostLimitError: the limit does not allow another slab, or the system does not (``PinningError``); nothing
                 was changed.
         """
-        size = aligned(size_bytes)
+        size = slot_bytes(size_bytes)
         with self._lock:
             for slab in self._slabs:
                 start = slab.take(size, HOST_ALIGNMENT)

@@ -9,16 +9,8 @@ Execution obeys these actions, and its counters equal the numbers computed here.
 
 from __future__ import annotations
 
-from memo_runtime.records import (
-    HOST_ALIGNMENT,
-    MIN_SWAP_BYTES,
-    Action,
-    BlockPlan,
-    BlockProfile,
-    Executor,
-    Role,
-    TensorGroup,
-)
+from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role, TensorGroup
+from memo_runtime.sizes import MIN_SWAP_BYTES, slot_bytes
 
 #: Roles whose bytes belong to the model or to all blocks: never moved, never counted for a block.
 RESIDENT_ROLES = (Role.PARAMETER, Role.SHARED)
@@ -35,11 +27,6 @@ def splits(group: TensorGroup) -> bool:
 def row_bytes(group: TensorGroup, rows: int) -> int:
     """Bytes of ``rows`` token rows of a group that splits."""
     return round(group.size.linear * rows)
-
-
-def slot_bytes(size_bytes: int) -> int:
-    """Host memory that ``size_bytes`` occupy."""
-    return -(-size_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT
 
 
 def block_actions(
@@ -69,7 +56,9 @@ def _recompute_action(group: TensorGroup) -> Action:
 
 
 def _host_or_keep(group: TensorGroup, tokens: int) -> Action:
-    return Action.HOST if group.size.at(tokens) >= MIN_SWAP_BYTES else Action.KEEP
+    # Of a bundle what is small is packed, and the rest is not.
+    worth = group.bundle is not None or group.size.at(tokens) >= MIN_SWAP_BYTES
+    return Action.HOST if worth else Action.KEEP
 
 
 def _swap_action(group: TensorGroup, tokens: int, device_rows: int) -> Action:
@@ -102,12 +91,19 @@ def _replay_action(group: TensorGroup, tokens: int, prefix: int) -> Action:
 def copied_bytes(group: TensorGroup, action: Action, tokens: int, prefix: int, device_rows: int) -> int:
     """Bytes of ``group`` that go to the host and come back."""
     if action is Action.HOST:
-        return group.size.at(tokens)
+        return (group.size if group.bundle is None else group.bundle.copied).at(tokens)
     if action is Action.PREFIX:
         return row_bytes(group, prefix - device_rows)
     if action is Action.TAIL:
         return row_bytes(group, tokens - prefix)
     return 0
+
+
+def host_memory(group: TensorGroup, action: Action, tokens: int, copied: int) -> int:
+    """Host memory that the ``copied`` bytes of ``group`` occupy."""
+    if action is Action.HOST and group.bundle is not None:
+        return group.bundle.slots.at(tokens)
+    return slot_bytes(copied)
 
 
 def kept_bytes(group: TensorGroup, action: Action, tokens: int, device_rows: int) -> int:
@@ -158,7 +154,9 @@ def plan_block(
         bytes_to_host=sum(copied),
         bytes_to_device=sum(copied),
         bytes_kept=sum(kept_bytes(group, action, tokens, device_rows) for group, action in pairs),
-        host_bytes=sum(slot_bytes(size) for size in copied),
+        host_bytes=sum(
+            host_memory(group, action, tokens, size) for (group, action), size in zip(pairs, copied, strict=True)
+        ),
         recomputed_flops=_recomputed_flops(block, executor, tokens, prefix),
         reason=reason,
         resident=resident,

@@ -52,6 +52,7 @@ class Footprint:
         rerun_peak: in its rerun, with the gradient that waits for it; 0: it has none.
         gradients: of its own parameters. kept_rows: of ``kept``, rows that are copied for it; all else that is
             kept stays where it is.
+        gathered: copies of small tensors, made when its stash is sorted to be sent together.
     """
 
     skeletal: int
@@ -73,6 +74,7 @@ class Footprint:
     rerun_peak: int
     gradients: int
     kept_rows: int = 0
+    gathered: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,17 +103,25 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     if plan.executor is Executor.TILED:
         return _tiled_footprint(block, plan, link)
     tokens = plan.tokens
-    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = 0
+    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = gathered = 0
     copies = False
     for group, action in zip(block.groups, plan.actions, strict=True):
         if group.role in RESIDENT_ROLES:
             continue
         size = group.size.at(tokens)
-        skeletal += size if group.saved else 0
+        if group.bundle is not None:
+            skeletal += group.bundle.live.at(tokens)
+        else:
+            skeletal += size if group.saved else 0
         unsaved_input += size if group.role is Role.INPUT and not group.saved else 0
         if action in (Action.HOST, Action.PREFIX, Action.TAIL):
             copies = True
-            fetched = row_bytes(group, tokens - plan.prefix) if action is Action.TAIL else size
+            fetched = size
+            if action is Action.TAIL:
+                fetched = row_bytes(group, tokens - plan.prefix)
+            elif group.bundle is not None:
+                fetched = group.bundle.copied.at(tokens)
+                gathered += group.bundle.gathered.at(tokens)
             full += fetched
             landing += fetched
             spent += 0 if group.saved else fetched
@@ -122,7 +132,8 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
             full += size
     return Footprint(
         skeletal=skeletal,
-        outgoing=outgoing,
+        # Copies that were made to be sent stay until they are, and so may what they were made of.
+        outgoing=outgoing + gathered,
         kept=plan.bytes_kept,
         full=full,
         spent=spent,
@@ -141,6 +152,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         rerun_peak=rerun_bytes(block, plan),
         gradients=block.gradients,
         kept_rows=kept_rows,
+        gathered=gathered,
     )
 
 
@@ -302,7 +314,8 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
         stash = kept + outgoing + block.skeletal
         yield _Point(stash, transient * block.forward_peak, 0, index, "forward")
         if block.stashed:
-            yield _Point(stash + block.kept_rows, transient * block.end_peak, 0, index, "end of forward")
+            sorting = stash + block.kept_rows + block.gathered
+            yield _Point(sorting, transient * block.end_peak, 0, index, "end of forward")
         outgoing = block.outgoing if around.asynchronous else 0
         kept += block.kept
     # Compute waits for the last copies before it goes on to the head.

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memo_runtime.planning.actions import block_actions, slot_bytes, splits
+from memo_runtime.planning.actions import block_actions, splits
 from memo_runtime.planning.forecast import rerun_line
 from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.sheet import Choice, Sheet
-from memo_runtime.records import HOST_ALIGNMENT, Action, BlockProfile, Executor
+from memo_runtime.records import Action, BlockProfile, Executor
+from memo_runtime.sizes import HOST_ALIGNMENT, slot_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

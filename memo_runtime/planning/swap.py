@@ -135,7 +135,7 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     crowded: set[int] = set()
     kept = outgoing = 0
     for index, foot in enumerate(feet):
-        at_end = foot.kept_rows + transient * foot.end_peak if foot.stashed else 0
+        at_end = foot.kept_rows + foot.gathered + transient * foot.end_peak if foot.stashed else 0
         if kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end) > room:
             crowded.add(index - 1)
         outgoing = foot.outgoing if sheet.around.asynchronous else 0
@@ -277,7 +277,7 @@ class _Program:
                 self._problem += after == kept + scale * foot.kept + rows * self._device[index]
             if foot.stashed:
                 # Of what is kept, only rows are copied: the rest is among what the forward saved.
-                at_end = outgoing + foot.skeletal + transient * foot.end_peak
+                at_end = outgoing + foot.skeletal + foot.gathered + transient * foot.end_peak
                 self._hold(after + scale * (at_end - (foot.kept - foot.kept_rows) - room))
             kept = after
             fetched = self._rebuilt_bytes(index) if index in self.lines else 0

@@ -30,6 +30,7 @@ from memo_runtime.profiling.trial import (
     run_trial,
     search,
     shorter_lengths,
+    shorter_runs,
     whole_flops,
 )
 from memo_runtime.profiling.unsliced import unsliced
@@ -122,7 +123,7 @@ def calibrate_again(
 
 def _without_saves(subject: Subject, trial: Trial) -> BlockProfile:
     """A block without a backward, such as a frozen one below all that trains: there is nothing to stash for it."""
-    forward_flops, _ = whole_flops(subject, trial)
+    forward_flops, _ = whole_flops(subject, shorter_runs(subject, trial))
     return replace(base_profile(subject, trial), sliceable=True, replayable=True, forward_flops=forward_flops)
 
 
@@ -139,7 +140,7 @@ def _sliced(subject: Subject, trial: Trial) -> BlockProfile:
         lengths = replace(trial.lengths, start=start)
         tail = trial.call.cut(trial.arguments, start, trial.lengths.whole)
         points.append((length, _tail_flops(subject, trial, tail, lengths, last)))
-    forward_flops, recompute_flops = whole_flops(subject, trial)
+    forward_flops, recompute_flops = whole_flops(subject, shorter_runs(subject, trial))
     return replace(
         base_profile(subject, trial),
         saved=tuple(inventory.saved),

@@ -128,6 +128,27 @@ def fit_peak(points: Sequence[tuple[int, int]], *, curved: bool) -> Growth:
     return Growth(constant=count - steepest * tokens, linear=steepest)
 
 
+#: A square is believed where it is at least this part of the whole: sizes that depend on data curve a little.
+_SQUARE = 0.05
+
+
+def fit_bytes(points: Sequence[tuple[int, int]]) -> Growth:
+    """Bytes by tokens, exact at the longest of up to three lengths; what does not grow is told from what does."""
+    unique = sorted(dict(points).items())[-3:]
+    tokens, count = unique[-1]
+    if len(unique) == 3:
+        fitted = fit_counts(unique)
+        square = fitted.quadratic * tokens * tokens
+        if square >= _SQUARE * count > 0 and fitted.linear >= 0 and fitted.constant >= 0:
+            return fitted
+    if len(unique) > 1:
+        fitted = fit_counts([unique[0], unique[-1]])
+        # No length has less than nothing.
+        if fitted.linear >= 0 and fitted.linear + fitted.constant >= 0:
+            return fitted
+    return polynomial_bytes(count, tokens, 1)
+
+
 def polynomial_bytes(size_bytes: int, tokens: int, dims: int, multiple: int = 1) -> Growth:
     """Bytes of a tensor with ``dims`` token dimensions that takes ``size_bytes`` at ``tokens``."""
     rounded = -(-tokens // multiple) * multiple

@@ -22,7 +22,7 @@ from memo_runtime.blocks.failures import pass_on
 from memo_runtime.profiling.inventory import take_inventory
 from memo_runtime.profiling.observe import Observation
 from memo_runtime.profiling.slicing import Slicing, slice_alike
-from memo_runtime.profiling.trial import Subject, Trial, rerun_end, run_whole
+from memo_runtime.profiling.trial import Subject, Trial, run_whole
 from memo_runtime.profiling.unsliced import unsliced
 from memo_runtime.records import ArgumentAxes, BlockProfile
 
@@ -124,12 +124,8 @@ def _like_as_a_whole(example: Example, subject: Subject, trial: Trial) -> BlockP
     operators, _ = example.sketch
     if {record.key[0] for record in whole.operators} != {operator[0] for operator in operators}:
         return None
-    tokens = trial.lengths.whole
-    counts = known.forward_flops.at(tokens), known.recompute_flops.at(tokens)
-    known_flops = known.forward_flops, known.recompute_flops
-    same_flops = counts == (whole.flops, rerun_end(subject, whole))
     trial.slicing = Slicing(reason=example.reason)
-    return unsliced(subject, trial, example.reason, flops=known_flops if same_flops else None)
+    return unsliced(subject, trial, example.reason, like=known)
 
 
 def _sketch(observation: Observation) -> Sketch:

@@ -5,6 +5,8 @@ Observations hold all results alive, so they are made on a short crop of the seq
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,6 +152,35 @@ def observe(
     observation.saved_early = _saved_early(saves, mode.operators)
     observation.flops = mode.flops
     return observation
+
+
+def dropped_saves(forward: Forward, call: BlockCall) -> frozenset[int]:
+    """Saved tensors whose nodes are gone when ``forward`` is done: nothing that it yields comes from them.
+
+    In a run of its own: what ``observe`` records holds every node.
+    """
+    held: list[weakref.ref[Any]] = []
+    found: set[int] = set()
+    device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        found.update(index for index, kept in enumerate(held) if kept() is None)
+        return output
+
+    with AutocastState.current(device).uncached().restored():
+        run_again(
+            watched, call, _forget, mode=contextlib.nullcontext(), last=None, on_walk=_go_on, held=held,
+        )  # fmt: skip
+    return frozenset(found)
+
+
+def _forget(index: int, tensor: torch.Tensor) -> None:
+    """Nobody needs it."""
+
+
+def _go_on() -> None:
+    """It went backward itself."""
 
 
 def _saved_early(saves: Sequence[tuple[torch.Tensor, int, int]], operators: Sequence[OperatorRecord]) -> str:

@@ -16,9 +16,10 @@ where a forward is a collective of all ranks it cannot wait, since no rank may r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import nn
@@ -30,7 +31,17 @@ from memo_runtime.profiling.calibrate import calibrate_again
 from memo_runtime.profiling.growth import line_through, times
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.trial import crop_tokens
-from memo_runtime.records import BlockProfile, Moment, Pin, SavedTensor, TensorGroup, TiledProfile, TokenAxis
+from memo_runtime.records import (
+    BlockProfile,
+    Bundle,
+    Growth,
+    Moment,
+    Pin,
+    SavedTensor,
+    TensorGroup,
+    TiledProfile,
+    TokenAxis,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +286,9 @@ def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int
         return TokenAxis(dim=x.dim, outer=outer, inner=inner)
 
     def group(x: TensorGroup, y: TensorGroup) -> TensorGroup:
-        return replace(x, size=line_through(x.size, y.size, share), estimated=x.estimated or y.estimated)
+        bundle = _bundle(partial(line_through, share=share), x.bundle, y.bundle)
+        size = line_through(x.size, y.size, share)
+        return replace(x, size=size, bundle=bundle, estimated=x.estimated or y.estimated)
 
     def saved(x: SavedTensor, y: SavedTensor) -> SavedTensor:
         return replace(x, axis=axis(x.axis, y.axis))
@@ -298,6 +311,14 @@ def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int
         return None
 
 
+def _bundle(change: Callable[..., Growth], *bundles: Bundle | None) -> Bundle | None:
+    """``change`` of each part of ``bundles``; None where they are none."""
+    if None in bundles:
+        return None
+    names = [part.name for part in fields(Bundle)]
+    return Bundle(**{name: change(*(getattr(bundle, name) for bundle in bundles)) for name in names})
+
+
 class _NoLineError(Exception):
     """A count would be no whole number."""
 
@@ -305,9 +326,13 @@ class _NoLineError(Exception):
 def _in_proportion(profile: BlockProfile, ratio: Fraction) -> BlockProfile:
     """Every size in proportion to the rows, marked as an estimate; a call that saves something else is stored whole."""
 
+    def group(known: TensorGroup) -> TensorGroup:
+        bundle = _bundle(partial(times, ratio=ratio), known.bundle)
+        return replace(known, size=times(known.size, ratio), bundle=bundle, estimated=True)
+
     return replace(
         profile,
-        groups=tuple(replace(group, size=times(group.size, ratio), estimated=True) for group in profile.groups),
+        groups=tuple(map(group, profile.groups)),
         forward_flops=times(profile.forward_flops, ratio),
         rerun_flops=times(profile.rerun_flops, ratio),
         recompute_flops=times(profile.recompute_flops, ratio),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -168,14 +169,21 @@ def rerun_end(subject: Subject, whole: Observation) -> int:
     return whole.flops if last_save(subject, whole) in (None, -1) else whole.flops_to_last_save
 
 
-def whole_flops(subject: Subject, trial: Trial) -> tuple[Growth, Growth]:
-    """(FLOPs of a forward, FLOPs of a rerun without pins)."""
-    seen = [(trial.lengths.whole, trial.whole)]
+def shorter_runs(subject: Subject, trial: Trial) -> list[Trial]:
+    """The trial's whole at the shorter lengths at which the block runs, and that itself."""
+    runs = []
     for length in shorter_lengths(trial) if trial.lengths.start else ():
+        call = subject.crop(trial.arguments, length)
         try:
-            seen.append((length, observe(subject.forward, subject.crop(trial.arguments, length))))
+            whole = observe(subject.forward, call)
         except Exception as error:
             pass_on(error)
             continue
-    forward = [(length, whole.flops) for length, whole in seen]
-    return fit_counts(forward), fit_counts([(length, rerun_end(subject, whole)) for length, whole in seen])
+        runs.append(replace(trial, lengths=Lengths(whole=length, start=0), call=call, whole=whole))
+    return [*runs, trial]
+
+
+def whole_flops(subject: Subject, runs: Sequence[Trial]) -> tuple[Growth, Growth]:
+    """(FLOPs of a forward, FLOPs of a rerun without pins), from ``shorter_runs``."""
+    forward = [(run.lengths.whole, run.whole.flops) for run in runs]
+    return fit_counts(forward), fit_counts([(run.lengths.whole, rerun_end(subject, run.whole)) for run in runs])

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from memo_runtime.blocks.ambient import RandomState
-from memo_runtime.blocks.rerun import parameter_storages, storage_key
+from memo_runtime.profiling.bundles import bundles, bundles_at, count_bundles
 from memo_runtime.profiling.compare import close
-from memo_runtime.profiling.growth import fit_counts, polynomial_bytes
+from memo_runtime.profiling.growth import fit_counts
 from memo_runtime.profiling.observe import Observation, observe
 from memo_runtime.profiling.slicing import full_values, named_pins
-from memo_runtime.profiling.trial import Subject, Trial, base_profile, last_save, whole_flops
-from memo_runtime.records import BlockProfile, Growth, Pin, PinKind, Role, TensorGroup
+from memo_runtime.profiling.trial import (
+    Subject,
+    Trial,
+    base_profile,
+    last_save,
+    rerun_end,
+    shorter_runs,
+    whole_flops,
+)
+from memo_runtime.records import BlockProfile, Pin
 
 
-def unsliced(
-    subject: Subject, trial: Trial, reason: str, *, flops: tuple[Growth, Growth] | None = None
-) -> BlockProfile:
-    """The profile of a block that no slice serves, for ``reason``; ``flops`` as ``whole_flops`` has them, if known."""
+def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile | None = None) -> BlockProfile:
+    """The profile of a block that no slice serves, for ``reason``; ``like``: that of a block that may be like it."""
     pins = named_pins(trial.whole)
     values = full_values(trial.whole, pins)
     again = observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
@@ -32,20 +36,20 @@ def unsliced(
         reason += "; run again at full length with its mixers replaced, it saves something else"
     if not rerunnable and not early:
         reason += "; nothing of it is run again, since a second run as a whole is not the first"
-    forward_flops, recompute_flops = flops or whole_flops(subject, trial)
+    sizes = like if like is not None and _alike(subject, trial, like) else _measured(subject, trial)
     return replace(
         base_profile(subject, trial),
-        groups=tuple(_dynamic_groups(subject, trial, pins)),
+        groups=sizes.groups,
         pins=tuple(Pin(op=key[0], call=key[1], output=0, kind=kind) for key, kind in pins.items()),
         replayable=replayable,
         rerunnable=rerunnable,
         inner_autograd=trial.whole.walked,
         dynamic=True,
         reason=reason,
-        forward_flops=forward_flops,
+        forward_flops=sizes.forward_flops,
         # Without its mixers a rerun costs in proportion to the tokens.
         rerun_flops=fit_counts([(trial.lengths.whole, again.flops)]),
-        recompute_flops=recompute_flops,
+        recompute_flops=sizes.recompute_flops,
     )
 
 
@@ -62,36 +66,22 @@ def _rerunnable(subject: Subject, trial: Trial) -> bool:
     return _same_saves(first, second) and all(parameter.grad is None for parameter in subject.block.parameters())
 
 
-def _dynamic_groups(subject: Subject, trial: Trial, pins: dict[tuple[str, int], PinKind]) -> list[TensorGroup]:
+def _alike(subject: Subject, trial: Trial, like: BlockProfile) -> bool:
+    """``trial`` took what ``like`` says."""
     tokens = trial.lengths.whole
-    hidden = trial.call.leaves[subject.input_leaf]
-    size = hidden.untyped_storage().nbytes()
-    seen = {storage_key(hidden)}
-    kept = trial.whole.derived_storages(parameter_storages(subject.block))
-    kept |= {storage_key(t) for _, t in trial.call.tensors()}
-    input_saved = any(storage_key(tensor) in seen for tensor in trial.whole.saved)
-    groups = [TensorGroup(role=Role.INPUT, size=polynomial_bytes(size, tokens, 1), saved=input_saved, splits=False)]
-    records = trial.whole.by_key()
-    saved_storages = {storage_key(tensor) for tensor in trial.whole.saved}
-    for key, kind in pins.items():
-        for value in records[key].pin_values().values():
-            if not isinstance(value, torch.Tensor) or not value.numel() or storage_key(value) in seen | kept:
-                continue
-            seen.add(storage_key(value))
-            groups.append(
-                TensorGroup(
-                    role=Role.MIXER if kind == PinKind.MIXER else Role.RANDOM,
-                    size=polynomial_bytes(value.untyped_storage().nbytes(), tokens, 1 if value.numel() > 1 else 0),
-                    saved=storage_key(value) in saved_storages,
-                    splits=False,
-                )
-            )
-    others = [tensor for tensor in trial.whole.saved if storage_key(tensor) not in seen | kept]
-    rest = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in others}
-    if rest:
-        groups.append(
-            TensorGroup(
-                role=Role.WHOLE, size=polynomial_bytes(sum(rest.values()), tokens, 1), splits=False, estimated=True
-            )
-        )
-    return groups
+    flops = like.forward_flops.at(tokens), like.recompute_flops.at(tokens)
+    if flops != (trial.whole.flops, rerun_end(subject, trial.whole)):
+        return False
+    return bundles_at(like.groups, tokens) == count_bundles(subject, trial)
+
+
+def _measured(subject: Subject, trial: Trial) -> BlockProfile:
+    """Groups and FLOPs by tokens."""
+    runs = shorter_runs(subject, trial)
+    forward_flops, recompute_flops = whole_flops(subject, runs)
+    return replace(
+        base_profile(subject, trial),
+        groups=bundles(subject, runs),
+        forward_flops=forward_flops,
+        recompute_flops=recompute_flops,
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import memo_runtime as memo
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Plan, Report
+from memo_runtime.records import Executor, Plan, Report
 from memo_runtime.wrapping import find_wrapped
 
 TOLERANCE = 1e-12
@@ -139,23 +139,13 @@ def plan_of(model: nn.Module) -> Plan:
     return wrapped.session.plan
 
 
-def _estimates(profile: BlockProfile, plan: BlockPlan) -> bool:
-    """A part of the planned copies is an estimate."""
-    stored = (Action.HOST, Action.PREFIX, Action.TAIL)
-    return any(
-        group.estimated and (action in stored or (action == Action.KEEP and group.saved))
-        for group, action in zip(profile.groups, plan.actions, strict=True)
-    )
-
-
 def assert_trade(model: nn.Module, *, times: int = 1) -> None:
     """Every block moved, kept and spent what its plan says, to the byte; ``times`` calls and backward passes."""
     plan, report = plan_of(model), memo.report(model)
     assert [block.name for block in report.blocks] == [block.name for block in plan.blocks]
-    for done, planned, profile in zip(report.blocks, plan.blocks, plan.profile.blocks, strict=True):
-        exact = ("recomputed_flops",) if _estimates(profile, planned) else TRADE
-        got = {name: getattr(done, name) for name in exact}
-        assert got == {name: times * getattr(planned, name) for name in exact}, done.name
+    for done, planned in zip(report.blocks, plan.blocks, strict=True):
+        got = {name: getattr(done, name) for name in TRADE}
+        assert got == {name: times * getattr(planned, name) for name in TRADE}, done.name
         assert done.executor == planned.executor
         assert done.alpha == planned.alpha
 

@@ -15,8 +15,9 @@ from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_swap import TiledSwap, is_dense
 from memo_runtime.native.backend import TorchBackend
 from memo_runtime.native.engine import Ticket
-from memo_runtime.native.pool import HostPool, aligned
+from memo_runtime.native.pool import HostPool
 from memo_runtime.native.twin import TorchEngine
+from memo_runtime.sizes import slot_bytes
 from tests.capture import blocks
 from tests.exactness import hand_written
 from tests.exactness.hand_written import HEADS, WIDTH
@@ -154,7 +155,7 @@ def test_an_abandoned_step_gives_host_memory_back():
 
 def test_the_budget_is_exact():
     layers = stack(count=1)
-    need = 2 * aligned(2 * TOKENS * WIDTH * 8) + aligned(2 * TOKENS * HEADS * 8)
+    need = 2 * slot_bytes(2 * TOKENS * WIDTH * 8) + slot_bytes(2 * TOKENS * HEADS * 8)
     step(layers, tiles(layers, swap_of(need)))
     swap = swap_of(need - 1)
     with pytest.raises(HostLimitError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from memo_solver import cpsat, heuristics, native
 from memo_solver.bounds import peak_load
 from memo_solver.errors import InputError, MissingSolverError
-from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes, is_perfect
+from memo_solver.lanes import MAX_EXACT_REQUESTS, Question, build_lanes, is_perfect, is_tight
 from memo_solver.outcome import Outcome
 from memo_solver.params import Progress, ProgressListener, SolveParams, Switch
 from memo_solver.race import race
@@ -229,24 +229,31 @@ class _Solve:
             self._polish()
 
     def _search_down(self, state: SectionState, round_index: int, used: set[str]) -> None:
-        """Ask for the target; while it is not decided, heights between it and the incumbent as well.
+        """Ask for the target and, while it is not decided, for heights between it and the incumbent.
 
-        A perfect packing is mostly found or not, so the target comes first and most of the time goes there.
-        Others have a lowest height that search reaches, and it may be far from the target: from round 1 on
-        the incumbent is lowered before the target is asked for, which may spend the whole round in vain.
+        A perfect packing is found or not: most of the time goes to the target. Others have a lowest height that
+        search reaches, and it may be far from the target, where a whole round is spent in vain: from round 1 on
+        the incumbent is lowered as well, and first where there is much room.
         """
         minimise = self.problem.capacity is None
-        perfect = is_perfect(state.section, self.target // state.section.unit)
-        if minimise and not perfect and round_index > 0:
+        height = self.target // state.section.unit
+        perfect, roomy = is_perfect(state.section, height), not is_tight(state.section, height)
+        lowered = minimise and roomy and round_index > 0
+        if lowered:
             self._descend(state, round_index, used)
         while state.peak is None or state.peak > self.target:
             height = self.target // state.section.unit
-            if self._ask(state, height, round_index, used) is None:
-                if minimise and round_index % 2 == 0 and (perfect or round_index == 0):
-                    self._bisect(state, height, round_index, used)
+            if self._ask(state, height, round_index, used) is not None:
+                if self._too_small():
+                    return
+                continue
+            if not minimise or lowered:
                 return
-            if self._too_small():
-                return
+            if round_index == 0 or (perfect and round_index % 2 == 0):
+                self._bisect(state, height, round_index, used)
+            elif not perfect:
+                self._descend(state, round_index, used)
+            return
 
     def _descend(self, state: SectionState, round_index: int, used: set[str]) -> None:
         """Lower the incumbent by steps, each twice the last, until one is not decided or reaches the target."""

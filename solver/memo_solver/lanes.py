@@ -49,6 +49,11 @@ def is_perfect(section: Section, height: int) -> bool:
     return mean_slack(section, height) < PERFECT_SLACK
 
 
+def is_tight(section: Section, height: int) -> bool:
+    """Whether it would leave so little that the valley search is good at it."""
+    return mean_slack(section, height) < TIGHT_SLACK
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One section, one height (in units), and the time left."""
@@ -163,13 +168,16 @@ def _own_searches(
     question: Question, params: SolveParams, compiled: native.NativeSection | None, *, seconds: float
 ) -> list[Task]:
     section = question.section
-    tight = question.mean_slack < TIGHT_SLACK
+    tight = is_tight(section, question.capacity)
     tasks = _valley_searches(question, params, compiled, seconds=seconds, lane=0)
     nodes = CANONICAL_NODES if compiled is not None else PYTHON_NODES // 5
     if tight and compiled is not None:
         nodes //= 4
     for number, order in enumerate(orders.exact_orders(section)):
-        canonical = _Canonical(question, order, int(nodes * seconds), compiled)
+        effort = int(nodes * seconds)
+        if compiled is not None:
+            effort = max(effort, 2 * section.num_requests)  # down to the last request at least
+        canonical = _Canonical(question, order, effort, compiled)
         tasks.append(Task(name=f"canonical search {number}", run=canonical))
     if compiled is not None and question.round_index > 0:
         # Its nodes cost more the more room there is, and there the valley search finds more in the time as well.

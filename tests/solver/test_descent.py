@@ -6,7 +6,7 @@ import pytest
 
 from memo_solver import Problem, SolveParams
 from memo_solver.engine import _Solve
-from memo_solver.instances import planted_packing, random_requests
+from memo_solver.instances import loose_packing, planted_packing, random_requests
 from memo_solver.outcome import Outcome
 from memo_solver.sections import split
 
@@ -53,6 +53,11 @@ def test_the_next_round_goes_on_with_half_the_step_that_was_too_much(roomy, monk
 def test_the_first_round_asks_for_the_target_and_then_half_way_down(roomy, monkeypatch):
     (heights,) = asked(roomy, 1.07, monkeypatch, rounds=[0])
     assert heights[:3] == [1.0, 1.1, 1.05]
+
+
+def test_a_tight_section_is_asked_for_its_target_first(monkeypatch):
+    (heights,) = asked(loose_packing(150, seed=2, slack=0.05), 1.1, monkeypatch, rounds=[1])
+    assert heights == pytest.approx([1.0, 1.195, 1.185, 1.165, 1.125, 1.045], abs=0.01)
 
 
 def test_a_perfect_packing_gets_all_the_effort_at_its_target(monkeypatch):

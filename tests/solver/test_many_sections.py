@@ -13,12 +13,12 @@ from memo_solver.validator import validate
 
 
 def test_progress_costs_no_more_than_the_solve():
-    requests = tuple(Request(f"r{i}", i, i + 1, i % 99 + 1) for i in range(20_000))
+    requests = tuple(Request(f"r{i}", i, i + 1, i % 99 + 1) for i in range(6_000))
     heard = []
     start = time.process_time()
     solution = solve(Problem(requests=requests), SolveParams(time_limit_seconds=0.1), progress=heard.append)
-    # 60 s when every section counted all others.
-    assert time.process_time() - start < 15
+    # 6 s when every section counted all others.
+    assert time.process_time() - start < 3
     assert solution.peak == 99
     assert heard
 
@@ -36,11 +36,11 @@ def hard_core(copies):
 
 
 def test_the_limit_holds_for_many_sections_without_an_answer():
-    problem = Problem(requests=hard_core(3_000))
+    problem = Problem(requests=hard_core(1_500))
     start = time.process_time()
-    solution = solve(problem, SolveParams(time_limit_seconds=1, num_threads=1))
-    # One pass of first fit over every section has to be; 9 s when each section began what it had no time for.
-    assert time.process_time() - start < 4
+    solution = solve(problem, SolveParams(time_limit_seconds=0.5, num_threads=1))
+    # One pass of first fit over every section has to be; 4 s more when each section began what it had no time for.
+    assert time.process_time() - start < 2
     validate(problem, solution.placement.offsets)
 
 

@@ -119,3 +119,13 @@ def test_from_round_two_tight_sections_get_a_second_valley_search_with_another_s
     seeds = [*valleys(1, tight), *valleys(2, tight), *valleys(3, tight)]
     assert len(seeds) == 5
     assert len(set(seeds)) == 5
+
+
+@pytest.mark.skipif(not native.native_status().available, reason="the compiled search is not built")
+def test_the_shortest_canonical_search_comes_to_the_last_request():
+    section = split(random_requests(600, seed=1))[0]
+    asked = lanes.Question(section=section, capacity=10**6, round_index=0, deadline=time.monotonic() + 60)
+    (lane,) = lanes.build_lanes(asked, SolveParams(num_threads=1), native.NativeSection(section))
+    found = [task.run(StopFlag()) for task in lane if task.name.startswith("canonical")]
+    assert {result.outcome for result in found} == {Outcome.FOUND}
+    assert all(result.effort >= section.num_requests for result in found)

@@ -345,7 +345,7 @@ class Wrapped:
     def _measure(self, batch: Batch, *, before: Measured | None = None, tiles: bool = False) -> Measured:
         self.profiled += 1
         began = time.perf_counter()
-        by_tiles = Tiling() if tiles or self.settings.policy is Policy.TILED else None
+        by_tiles = Tiling(self.settings.tile) if tiles or self.settings.policy is Policy.TILED else None
         measured = profile_model(
             self.model,
             self._named(),

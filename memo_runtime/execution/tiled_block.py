@@ -92,8 +92,8 @@ class TiledForward:
             self._tiles = TiledBlock(owner.block, tile=1, programs=programs, forward=forward)
         return self._tiles
 
-    def profile(self, call: BlockCall) -> tuple[TiledProfile | None, str]:
-        """(what the block takes by tiles, why it cannot run so)."""
+    def profile(self, call: BlockCall, tile: int | None) -> tuple[TiledProfile | None, str]:
+        """(what the block takes by tiles, why it cannot run so); ``tile``: as the user has fixed it."""
         try:
             captured = self._block().captured(call)
             key = (captured.signature, captured.tokens(call))
@@ -101,7 +101,7 @@ class TiledForward:
             if key not in known:
                 # On CPU programs are the block's own operators: its own times are theirs.
                 on_gpu = call.leaves[captured.input_leaf].device.type == "cuda"
-                timed = time_tiles(self._block(), captured, call) if on_gpu else None
+                timed = time_tiles(self._block(), captured, call, tile) if on_gpu else None
                 known[key] = tiled_profile(captured, call, timed, self._owner.session.programs.kernels)
             return known[key], ""
         except CaptureRefusedError as error:
@@ -133,16 +133,18 @@ class TiledForward:
 
 
 class Tiling:
-    """What the blocks of a model take by tiles, seen while the model is profiled."""
+    """What the blocks of a model take by tiles, seen while it is profiled; ``tile``: as the user has fixed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tile: int | None = None) -> None:
+        self._tile = tile
         self._found: dict[str, tuple[TiledProfile | None, str]] = {}
 
     def see(self, block: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first call of ``block``."""
         if block.name not in self._found:
             call = BlockCall.of(args, kwargs)
-            self._found[block.name] = (None, "its input is empty") if call.is_empty else block.tiles.profile(call)
+            empty = (None, "its input is empty")
+            self._found[block.name] = empty if call.is_empty else block.tiles.profile(call, self._tile)
 
     def added_to(self, profile: Profile) -> Profile:
         """``profile`` with what was found."""

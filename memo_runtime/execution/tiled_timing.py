@@ -55,8 +55,10 @@ class TileTimes:
     segment: float
 
 
-def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall) -> TileTimes | None:
-    """Time ``captured`` for calls like ``call``.
+def time_tiles(
+    tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int | None = None
+) -> TileTimes | None:
+    """Time ``captured`` for calls like ``call``; ``tile``: tokens of a tile, where the user has fixed it.
 
     None: it mixes tokens in a way that cannot be timed at full length beside the model (a mask of all pairs of
     tokens, attention in chunks of queries), or there is no room for it.
@@ -70,7 +72,7 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall) -> TileTi
     tokens = captured.tokens(call)
     hidden: torch.Tensor = call.leaves[captured.input_leaf]
     rows = max(1, hidden.numel() // hidden.shape[-1] // tokens)
-    tile = min(tokens, longest_tile(rows))
+    tile = min(tokens, longest_tile(rows) if tile is None else tile)
     length = 2 * tile if 2 * tile <= tokens else tile
     if not captured.traced.allows(length):
         return None

@@ -9,7 +9,7 @@ kernel takes (a bias that needs a gradient, dropout on CPU) goes in chunks of qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,29 +61,36 @@ class Inputs:
     mask: torch.Tensor | None
 
 
-def kernels_for(inputs: Inputs, settings: Settings) -> list[str]:
-    """Names of the kernels that may serve this call, the usual one first; never empty."""
+def kernels_for(inputs: Inputs, settings: Settings) -> Iterator[str]:
+    """Names of the kernels that may serve this call, the usual one first; at least one.
+
+    One at a time: to ask for the memory-efficient kernel takes keys and values as wide as it wants them.
+    """
     query = inputs.query
     if query.device.type == "cpu":
         wide = query.shape[-1] == inputs.value.shape[-1]
-        return ["cpu" if settings.dropout == 0.0 and wide else "rows"]
-    found = []
+        yield "cpu" if settings.dropout == 0.0 and wide else "rows"
+        return
     backends = torch.backends.cuda
     params = backends.SDPAParams(
         query, inputs.key, inputs.value, inputs.mask, settings.dropout, settings.causal, settings.grouped
     )
     # cuDNN masks whole rows differently, so masks go to the kernel that PyTorch itself prefers for them.
+    fused = False
     if inputs.mask is None and backends.can_use_cudnn_attention(params):
-        found.append("cudnn")
+        fused = True
+        yield "cudnn"
     if inputs.mask is None and query.shape[-1] % 8 == 0 and backends.can_use_flash_attention(params):
-        found.append("flash")
+        fused = True
+        yield "flash"
     expanded = _expanded(inputs)
     params = backends.SDPAParams(
         query, expanded.key, expanded.value, inputs.mask, settings.dropout, settings.causal, False
     )
     if backends.can_use_efficient_attention(params):
-        found.append("efficient")
-    return found or ["rows"]
+        yield "efficient"
+    elif not fused:
+        yield "rows"
 
 
 def attention_forward(
@@ -96,9 +103,8 @@ def attention_forward(
     """
     if by_rows:
         kernel = "rows"
-    else:
-        allowed = kernels_for(inputs, settings)
-        kernel = kernel if kernel in allowed else allowed[0]
+    elif kernel is None or kernel not in kernels_for(inputs, settings):
+        kernel = next(kernels_for(inputs, settings))
     return _FORWARD[kernel](inputs, settings, seed)
 
 

@@ -11,6 +11,10 @@ HOST_ALIGNMENT = 64
 MIN_SWAP_BYTES = 1024
 
 
+#: Rows of a dropped tensor that are compared when it is rebuilt.
+WITNESS_ROWS = 8
+
+
 def slot_bytes(size_bytes: int) -> int:
     """Host memory that ``size_bytes`` occupy."""
     return -(-size_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT

@@ -2,7 +2,8 @@
 
 What can be rebuilt is found on a short crop, before training. Code that behaves differently at the real length, weights
 that were exchanged since, or an attribute that changed, would rebuild something else, and the gradient would be wrong
-with nothing to show for it. A few rows of each dropped tensor are kept and compared; a difference is an error.
+with nothing to show for it. A few rows of each dropped tensor are kept and compared; a difference is an error. They are
+kept and compared in host memory: on the device those of all blocks together were 1 to 2 MiB that no plan counted.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.records import TokenAxis
+from memo_runtime.sizes import WITNESS_ROWS
 
-_ROWS = 8
 _ELEMENTS = 64
 #: Relative L2 difference that rounding may explain, as for crops (profiling/compare.py).
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 3e-2
 
 
-def _spread(start: int, stop: int, count: int, device: torch.device) -> torch.Tensor:
+def _spread(start: int, stop: int, count: int) -> torch.Tensor:
     """Up to ``count`` whole numbers of [start, stop), both ends among them."""
     count = min(count, stop - start)
-    return torch.linspace(start, stop - 1, count, dtype=torch.float64).round().long().to(device)
+    return torch.linspace(start, stop - 1, count, dtype=torch.float64).round().long()
 
 
 @dataclass(slots=True)
@@ -48,11 +49,11 @@ class Witness:
         if not tensor.numel() or (axis is None and not tensor.is_contiguous()):
             return
         if axis is not None:
-            at = _spread(self.prefix, self.tokens, _ROWS, tensor.device)
+            at = _spread(self.prefix, self.tokens, WITNESS_ROWS)
             values = _rows(tensor, axis, self.tokens, at)
         else:
-            at = _spread(0, tensor.numel(), _ELEMENTS, tensor.device)
-            values = tensor.view(-1)[at]
+            at = _spread(0, tensor.numel(), _ELEMENTS)
+            values = _elements(tensor, at)
         self.samples[index] = _Sample(values, at, axis)
 
     def compare(self, index: int, rebuilt: torch.Tensor) -> None:
@@ -63,7 +64,7 @@ class Witness:
         if sample.axis is not None:
             found = _rows(rebuilt, sample.axis, self.tokens - self.prefix, sample.at - self.prefix)
         elif rebuilt.is_contiguous() and rebuilt.numel() > int(sample.at[-1]):
-            found = rebuilt.view(-1)[sample.at]
+            found = _elements(rebuilt, sample.at)
         else:
             return
         if not _agree(found, sample.values):
@@ -77,7 +78,11 @@ class Witness:
 
 def _rows(tensor: torch.Tensor, axis: TokenAxis, tokens: int, at: torch.Tensor) -> torch.Tensor:
     split: torch.Tensor = tensor.unflatten(axis.dim, (axis.outer, tokens, axis.inner))
-    return split.index_select(axis.dim + 1, at)
+    return split.index_select(axis.dim + 1, at.to(tensor.device)).cpu()
+
+
+def _elements(tensor: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1)[at.to(tensor.device)].cpu()
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

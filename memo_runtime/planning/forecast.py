@@ -35,6 +35,8 @@ from memo_runtime.records import (
     Profile,
     Role,
 )
+from memo_runtime.sizes import WITNESS_ROWS
+from memo_runtime.units import MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +224,29 @@ def _rerun_seconds(block: BlockProfile, plan: BlockPlan) -> float:
     return 0.0
 
 
+#: Of a free block that is at most this much larger than a request PyTorch's allocator splits nothing off, and counts
+#: all of it as allocated (``kSmallSize``, c10/cuda/CUDACachingAllocator.cpp; expandable segments split everything).
+_UNSPLIT = MiB
+#: It rounds small requests up to this.
+_SMALLEST = 512
+
+
+def allowance(profile: Profile, tokens: int) -> int:
+    """Bytes on a device with an allocator that are nobody's: what it adds to large tensors, and a sample of a witness.
+
+    A block in backward takes tensors of several sizes (slices of reruns among them) out of what others have freed, so
+    that each may be larger than it asked for; what is kept mostly returns to where one of its size was.
+    """
+    most = sample = 0
+    for block in profile.blocks:
+        sizes = [(group, group.size.at(max(tokens, block.tokens))) for group in block.groups]
+        own = [(group, size) for group, size in sizes if group.role not in RESIDENT_ROLES]
+        most = max(most, sum(size > _UNSPLIT for _, size in own))
+        rows = max((round(group.size.linear) for group, _ in own if group.splits), default=0)
+        sample = max(sample, WITNESS_ROWS * rows)
+    return (0 if profile.expandable else most * _UNSPLIT) + sample + 2 * _SMALLEST
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """The part of a step that no choice changes: the model's states, the head and the loss.
@@ -229,7 +254,7 @@ class Surroundings:
     Attributes:
         asynchronous: copies run beside compute (CUDA).
         base_bytes: on the device at every point: states, with the optimizer's in full; on CUDA also what else was
-            alive in the profiled step. Gradients in full where they do not come ``gradual``ly.
+            alive in the profiled step, and an ``allowance``. Gradients in full where they do not come ``gradual``ly.
         gradual: gradients come as backward walks down, where an allocator counts (CUDA). On CPU, where bytes are
             accounted, they are reserved at every point.
         outside_gradients: of parameters outside the blocks, from the head's backward on; 0 if not gradual.
@@ -258,6 +283,7 @@ class Surroundings:
                 + max(0, states.optimizer - states.optimizer_present)
                 + profile.shared.at(tokens)
                 + profile.outside_forward.at(tokens)
+                + allowance(profile, tokens)
             )
         else:
             base = states.parameters + states.buffers + states.gradients + states.optimizer

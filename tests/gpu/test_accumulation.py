@@ -65,3 +65,19 @@ def test_a_budget_holds_with_and_without_gradients(share):
             assert peak <= forecast <= budget
         model.zero_grad(set_to_none=True)
     memo.unwrap(model)
+
+
+def test_comparing_a_rerun_with_its_forward_takes_one_sample_of_device_memory():
+    model = made()
+    inputs = torch.randn(1, TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    plan = memo.plan(memo.profile(model, inputs), policy="recompute", keep_last=0)
+    memo.wrap(model, plan=plan)
+    peaks = []
+    for _ in range(3):  # only the first step under a plan compares
+        inputs.grad = None
+        model.zero_grad(set_to_none=True)
+        peaks.append(peak_of_step(model, inputs))
+    assert peaks[1] == peaks[2]
+    assert 0 <= peaks[0] - peaks[1] <= 8 * 4 * HIDDEN * 2 + 1024
+    assert peaks[0] <= plan.forecast.peak_bytes
+    memo.unwrap(model)

@@ -111,6 +111,16 @@ def rerun(profile, plan, index):
     return None
 
 
+def allowed(profile, tokens):
+    """1 MiB for each large tensor of the block that has most, and 8 rows of the widest that splits."""
+    large, rows = [], [0]
+    for block in profile.blocks:
+        moved = [group for group in block.groups if group.role not in (Role.PARAMETER, Role.SHARED)]
+        large.append(sum(group.size.at(max(tokens, block.tokens)) > 2**20 for group in moved))
+        rows += [8 * round(group.size.linear) for group in moved if group.splits]
+    return (0 if profile.expandable else 2**20 * max(large, default=0)) + max(rows) + 1024
+
+
 def peaks(profile, plan, accumulating=False):
     """(stash peak, device peak) by the definition of every point of the step."""
     cuda = profile.device_type != "cpu"
@@ -159,7 +169,7 @@ def peaks(profile, plan, accumulating=False):
         if accumulating:
             base += max(states.gradients, states.gradients_present)
         base += states.optimizer - states.optimizer_present
-        base += profile.shared.at(tokens) + profile.outside_forward.at(tokens)
+        base += profile.shared.at(tokens) + profile.outside_forward.at(tokens) + allowed(profile, tokens)
     else:
         base = states.parameters + states.buffers + states.gradients + states.optimizer
     return max(stash), base + max(device)

@@ -277,7 +277,8 @@ class Wrapped:
         try:
             plan = self._plan(profile, sizes.tokens, accumulating=accumulating)
         except PlanInfeasibleError as error:
-            refusal = error
+            # Its traceback would hold this frame, and so the batch, until the next garbage collection.
+            refusal = error.with_traceback(None)
         profile, settings = self._asked(profile)
         sheet = Sheet(profile, lengths_of(profile, sizes.tokens), accumulating=accumulating)
         if tiles_are_worth_trying(sheet, settings, plan.forecast.step_seconds if plan is not None else None):

@@ -207,12 +207,14 @@ class Run:
             else:
                 results = programs.forward(*sources)
             self.again_flops += 0 if keep else programs.cost.forward
-            for node, result in zip(segment.outputs, results, strict=True):
+            for place, node in enumerate(segment.outputs):
                 axis = segment.axes[node]
                 assert axis is not None, "a segment yields values with tokens"
                 if start == 0:
-                    values[node] = _like(result, axis, self.tokens, stop)
-                _write(values[node], axis, self.tokens, start, result)
+                    values[node] = _like(results[place], axis, self.tokens, stop)
+                _write(values[node], axis, self.tokens, start, results[place])
+            # Not alive while the next tile runs: they are as large as what a program takes itself.
+            del sources, results
 
     def _mix(self, mixer: Mixer, values: Values) -> None:
         inputs, settings, biased = self._attention(mixer, values)
@@ -305,6 +307,7 @@ class Run:
             for node, place in zip(segment.sources, programs.places, strict=True):
                 if place is not None:
                     found.add_tile(node, segment.axes[node], Part(place, results, start), values[node])
+            del sources, tangents, kept, results
 
     def _tangent(
         self, layout: torch.Tensor, axis: TokenAxis | None, grad: torch.Tensor | None, start: int, stop: int

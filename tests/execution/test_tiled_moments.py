@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_profile import tiled_profile
-from memo_runtime.execution.tiled_run import Run
+from memo_runtime.execution.tiled_run import ProgramCache, Run
 from tests.exactness.hand_written import merge_heads
 
 TOKENS, WIDTH, HEADS = 64, 32, 4
@@ -125,3 +125,33 @@ def test_that_many_bytes_are_alive_while_a_block_runs(monkeypatch):
     sums = sum(one.numel() * 8 for one in (block.up.weight, block.down.weight))  # as large as x, and made by then
     # Beside x, o, y, and dy, which was there before: dx, do, q, k, v, dq, dk, dv.
     assert peaks["backward"] - made == 8 * unit + sums
+
+
+class Watched:
+    """A compiler whose programs note how many results of the one before are still alive when they are called."""
+
+    def __init__(self):
+        self.left_over = []
+        self._results = []
+
+    def __call__(self, module):
+        def program(*args):
+            self.left_over.append(sum(one() is not None for one in self._results))
+            results = module.forward(*args)
+            given = {one.untyped_storage().data_ptr() for one in args}
+            made = [one for one in results if one.untyped_storage().data_ptr() not in given]
+            self._results = [weakref.ref(one) for one in made]
+            return results
+
+        return program
+
+
+def test_what_a_tile_yielded_is_gone_when_the_next_one_runs():
+    watched = Watched()
+    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    tiled = TiledBlock(Grouped(HEADS), tile=16, programs=ProgramCache(watched))
+    y = tiled(x)
+    watched.left_over.clear()
+    y.backward(torch.randn(1, TOKENS, WIDTH))
+    assert len(watched.left_over) == 3 * TOKENS // 16
+    assert set(watched.left_over) == {0}

@@ -1,5 +1,6 @@
-"""What every test shares: one thread per worker, and reasons for skipped GPU tests."""
+"""What every test shares: one thread per worker, less for the garbage collector to look at, skips of GPU tests."""
 
+import gc
 import importlib.util
 import os
 
@@ -14,6 +15,13 @@ def pytest_configure(config):
         import torch
 
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    # Modules and test items live to the end. Many tests collect garbage at every step, and looking through all that
+    # PyTorch and transformers define takes 0.4 s each time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

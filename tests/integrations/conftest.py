@@ -1,21 +1,13 @@
-"""Tiny models on one thread: two threads on a shared machine only wait for each other."""
+"""Tiny models, whose logits are lazy all the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from memo_runtime.integrations import huggingface
+from tests.tiny import few_samples, one_thread
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["few_samples", "lazy_whatever_the_size", "one_thread"]
 
 
 @pytest.fixture(autouse=True)

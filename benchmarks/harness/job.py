@@ -43,6 +43,7 @@ class Job:
         host_budget: the same for host memory, at all lengths.
         sketch_at: length at which gradients are sketched; None: nowhere.
         deadline: Unix time at which nothing may be running any more; None: none.
+        traces: path of the Chrome traces of one more step per length, without ``-TOKENS.json.gz``; None: no traces.
     """
 
     contender: str
@@ -53,6 +54,7 @@ class Job:
     host_budget: int | None = None
     sketch_at: int | None = None
     deadline: float | None = None
+    traces: str | None = None
 
     def to_json(self) -> str:
         """One line."""

@@ -25,6 +25,7 @@ class Options:
     Attributes:
         entries: contenders in the order in which they run. lengths: in tokens, shortest first.
         minutes: time for all of it; None: as long as it takes.
+        traces: folder for a Chrome trace of one more step of each contender at each length; None: no traces.
     """
 
     run: str
@@ -36,6 +37,7 @@ class Options:
     host_budget: int | None
     minutes: float | None
     commit: str
+    traces: Path | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--loss", default="auto", choices=["auto", "tiled", "native"], help="head and loss of all, scope step")
     add("--steps", type=int, help="cap on steady and on warm-up steps")
     add("--seed", type=int, default=0)
+    add("--traces", type=Path, metavar="FOLDER", help="one more step of each as a Chrome trace, and its copies' shares")
     add("--minutes", type=float, help="stop in time; the same command goes on")
     add("--commit", help="commit of the tree that runs, where it is no checkout")
     return parser
@@ -120,5 +123,5 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     return Options(
         run=given.run, out=given.out, entries=entries, lengths=given.lengths, settings=settings, budget=given.budget,
-        host_budget=given.host_budget, minutes=given.minutes, commit=found,
+        host_budget=given.host_budget, minutes=given.minutes, commit=found, traces=given.traces,
     )  # fmt: skip

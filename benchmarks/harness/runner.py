@@ -170,6 +170,10 @@ class Runner:
             return NOT_IN_TIME
         return FAILED if any(row["status"] == "error" for row in self.file.rows) else DONE
 
+    def _traces(self, entry: Entry) -> str | None:
+        folder = self.options.traces
+        return None if folder is None else str(folder / f"{self.options.run}-{entry.label.replace('@', '-at-')}")
+
     def _walk(self, entry: Entry, lengths: tuple[int, ...]) -> None:
         budgets = self.budgets(entry)
         job = Job(
@@ -181,6 +185,7 @@ class Runner:
             host_budget=self.options.host_budget if entry.takes_budget else None,
             sketch_at=None if entry.name == "kernels" else self.options.lengths[0],
             deadline=self.deadline,
+            traces=self._traces(entry),
         )
         child = Child(job)
         for measured in child:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from benchmarks.harness.rows import Row
@@ -42,6 +42,16 @@ def _cells(row: Row, base: Row | None, unit: int) -> tuple[str, ...]:
     return (row["contender"], *times, str(row["n"]), _number(speed, ".2f"), *shares, *memory, gradients)
 
 
+def _copies(row: Row) -> Iterator[str]:
+    """What a traced step's copies took."""
+    trace = (row["details"] or {}).get("trace")
+    if trace and trace["exposed_share"] is not None:
+        yield (
+            f"{row['contender']} at {row['seq_len']:,}: {trace['copy_seconds']:.3f} s of copies, "
+            f"{trace['exposed_share']:.1%} not hidden ({trace['file']})"
+        )
+
+
 def _unit(rows: Sequence[Row]) -> tuple[str, int]:
     """GiB, or MiB where no peak reaches one."""
     largest = max((row["peak_allocated"] or 0 for row in rows), default=0)
@@ -71,6 +81,7 @@ def run_table(rows: Sequence[Row]) -> str:
     over = [row for row in ordered if row["gpu"] and row["budget"] and (row["peak_allocated"] or 0) > row["budget"]]
     lines += [""] if over else []
     lines += [f"{row['contender']} at {row['seq_len']:,}: its peak is above its budget" for row in over]
+    lines += [text for row in ordered for text in _copies(row)]
     stopped = [row for row in ordered if row["status"] != "ok"]
     lines += [""] if stopped else []
     lines += [

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -25,6 +26,7 @@ from benchmarks.harness.memory import cpu_peak, cuda_peaks, host_facts, limit_me
 from benchmarks.harness.sketch import encode, norm, sketch
 from benchmarks.harness.subject import OnGradients
 from benchmarks.harness.timing import percentiles, predicted_seconds, step_counts
+from benchmarks.harness.tracing import traced_step
 from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.reporting.mfu import utilization
 
@@ -102,6 +104,8 @@ def measure(contender: Contender, job: Job, tokens: int) -> Measurement:
         facts["pinned_bytes"] += contender.pinned_bytes()
     facts |= _throughput(contender, tokens, facts["step_seconds"])
     facts["details"] = contender.details()
+    if job.traces is not None:
+        facts["details"]["trace"] = traced_step(contender, Path(f"{job.traces}-{tokens}.json.gz"))
     if contender.device.type == "cpu":
         facts["peak_allocated"] = cpu_peak(contender.step, contender.resident_bytes())
     return facts

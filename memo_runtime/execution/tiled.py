@@ -207,7 +207,7 @@ class _TiledFunction(torch.autograd.Function):
             state.tensors = tuple(next(rest) for _ in state.tensors)
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
-            with torch.autocast(run.device.type, enabled=False):
+            with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
                 found = run.backward(values, grads)
         finally:
             # Whoever keeps the loss keeps this node: it must hold nothing any more.

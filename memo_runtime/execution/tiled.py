@@ -23,6 +23,7 @@ from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
+from memo_runtime.execution.tiled_overwrite import holders, sole_holders
 from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_run import ProgramCache, Run
@@ -158,6 +159,7 @@ def _checked_run(captured: Captured, block: nn.Module, call: BlockCall, tile: in
 
 def _apply(run: Run, block: nn.Module, call: BlockCall) -> Any:
     captured = run.captured
+    sole_holders()  # found out here, not in the middle of a backward
     tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
     results = _TiledFunction.apply(run, *tensors)  # type: ignore[no-untyped-call]
     return _pytree.tree_unflatten(list(results), captured.traced.output)
@@ -193,6 +195,9 @@ class _TiledFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        # Before anything here holds one of them.
+        alone = sole_holders()
+        sole = [at for at in range(len(grads)) if alone is not None and holders(grads, at) == alone]
         run: Run = ctx.run
         nodes = _placeholders(run.captured)
         stored: list[Any] = list(ctx.saved_tensors)
@@ -208,7 +213,7 @@ class _TiledFunction(torch.autograd.Function):
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
             with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
-                found = run.backward(values, grads)
+                found = run.backward(values, grads, sole)
         finally:
             # Whoever keeps the loss keeps this node: it must hold nothing any more.
             for state in run.saved.values():

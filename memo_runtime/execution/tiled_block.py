@@ -13,6 +13,7 @@ from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
 from memo_runtime.execution.counters import BlockCounters, StepCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_overwrite import sole_holders
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache, Run
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 
 _NOT_CALLED = "it was not called when the model was profiled, so nothing is known of its tiles"
+
+
+_HELD = (
+    "the gradient of its result is held elsewhere too (a hook that keeps it, a sum behind the block), so its backward "
+    "takes one tensor of full length more than planned"
+)
 
 
 def new_programs(device: torch.device) -> ProgramCache:
@@ -67,14 +74,17 @@ class _InSession:
 class _Ended:
     """Counts what a backward has run again."""
 
-    def __init__(self, session: Session, counters: BlockCounters) -> None:
+    def __init__(self, session: Session, counters: BlockCounters, name: str) -> None:
         self._session = session
+        self._name = name
         self._step: StepCounters = session.step
         self._counters = counters
 
     def __call__(self, run: Run) -> None:
         self._counters.recomputed_flops += run.again_flops
         run.again_flops = 0
+        if run.held_elsewhere and sole_holders() is not None:
+            self._session.note(f"'{self._name}': {_HELD}")
         self._step.clock.touch()
 
 
@@ -123,7 +133,7 @@ class TiledForward:
         )  # fmt: skip
         count = -(-tokens // tile)
         kept = count if plan.prefix >= plan.tokens else plan.prefix * tokens // plan.tokens // tile
-        ended = _Ended(session, counters)
+        ended = _Ended(session, counters, self._owner.name)
         way = Way(tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, ended=ended)
         with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
             output = tiles.run(captured, call, way)

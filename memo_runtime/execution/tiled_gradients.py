@@ -34,6 +34,8 @@ class Gradients:
         self._tokens = tokens
         self._sums: dict[fx.Node, torch.Tensor] = {}
         self._owned: set[fx.Node] = set()
+        #: Memory that the gradients of some values may be written to.
+        self._places: dict[fx.Node, torch.Tensor] = {}
         #: Values whose first full-length gradient is being filled, and up to where.
         self._filled: dict[fx.Node, int] = {}
 
@@ -48,6 +50,10 @@ class Gradients:
             self._sums[node] = grad  # somebody else's memory: copied before anything is added to it
         else:
             self._own(node).add_(grad)
+
+    def place(self, node: fx.Node, over: torch.Tensor) -> None:
+        """Write the gradient of ``node`` over ``over``, which is laid out like it; each of its tiles is read before."""
+        self._places[node] = over
 
     def take(self, node: fx.Node) -> torch.Tensor | None:
         """The sum so far, which is not kept."""
@@ -74,7 +80,8 @@ class Gradients:
     def _add_rows(self, node: fx.Node, axis: TokenAxis, grad: torch.Tensor, value: torch.Tensor, start: int) -> None:
         length = grad.shape[axis.dim] // (axis.outer * axis.inner)
         if start == 0 and node not in self._sums:
-            self._sums[node] = torch.empty_like(value)
+            place = self._places.pop(node, None)
+            self._sums[node] = place if place is not None else torch.empty_like(value)
             self._owned.add(node)
             self._filled[node] = 0
         target = rows(self._own(node), axis, self._tokens, start, start + length)

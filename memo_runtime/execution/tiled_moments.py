@@ -6,8 +6,9 @@ Counted is what a block holds beside its stash (inputs, results of attention, lo
     backward   the gradients that came, and
                segment: those that it makes | mixer: queries, keys, values and their gradients, and that of its result
 
-For a block of one attention the worst moment is the backward of that attention: beside x and o there are dy, dx, do, q,
-k, v, dq, dk, dv, eight tensors as long and as wide as x where keys and values have a quarter of its heads.
+Gradients that are written over those that came (``tiled_overwrite.py``) are counted once. For a block of one attention
+the worst moment is the backward of that attention: beside x and o there are dx over dy, do, q, k, v, dq, dk, dv, seven
+tensors in all as long and as wide as x where keys and values have a quarter of its heads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment
 from memo_runtime.execution.tiled_gradients import sum_dtype
+from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
 from memo_runtime.execution.tiled_programs import Cost
 from memo_runtime.records import Growth, Moment
 
@@ -59,6 +61,7 @@ class _Walk:
     captured: Captured
     needs: Needs
     tokens: int
+    over: Mapping[fx.Node, fx.Node]
     alive: dict[str, tuple[fx.Node, int]] = field(default_factory=dict)
     fixed: int = 0
     moments: list[Moment] = field(default_factory=list)
@@ -155,7 +158,8 @@ class _Walk:
                 continue
             dtype = sum_dtype(node.meta["val"].dtype)
             if segment.axes[node] is not None:
-                self.add("gradient", node)
+                if node not in self.over:
+                    self.add("gradient", node)
             elif self.captured.traced.token.dims(node.meta["val"]):
                 self.add("gradient", node, dtype)
             elif f"gradient {node.name}" not in self.alive:
@@ -167,7 +171,8 @@ class _Walk:
 
 def moments(captured: Captured, needs: Needs, tokens: int) -> tuple[tuple[Moment, ...], tuple[Moment, ...]]:
     """(those of forward, those of backward), for sequences of ``tokens`` and longer."""
-    forward, backward = (_Walk(captured, needs, tokens) for _ in range(2))
+    over = overwritten(captured) if sole_holders() is not None else {}
+    forward, backward = (_Walk(captured, needs, tokens, over) for _ in range(2))
     forward.forward()
     backward.backward()
     return tuple(forward.moments), tuple(backward.moments)

@@ -5,12 +5,12 @@
 
 Between the two live the block's arguments, the result and log-sum-exp of every mixer, and for the first tiles (``keep``
 of them) the matrix products of their segments. Full-length tensors alive at the worst moment of a backward, for a block
-with one attention: x, o, dy, do, dx, q, k, v, dq, dk, dv.
+with one attention: x, o, dx (over dy), do, q, k, v, dq, dk, dv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from memo_runtime.capture.split import Mixer, Segment
 from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.tiled_gradients import Gradients, Part
+from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
 from memo_runtime.execution.tiled_swap import TiledSwap
@@ -81,7 +82,8 @@ class Run:
         tile: tokens of a tile; the last one may be shorter.
         keep: number of tiles, from the first, whose matrix products are kept.
         retain: backward leaves them for another one. ended: called with each backward that is over.
-        again_flops: of operators that backward has run again. bytes_kept: on the device between the two.
+        again_flops: of operators that backward has run again. held_elsewhere: a gradient that it was given could not be
+            written over. bytes_kept: on the device between the two.
         seed: of its dropout.
         autocast: the precision of the call.
         swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
@@ -104,6 +106,7 @@ class Run:
     retain: bool = False
     ended: Callable[[Run], None] | None = None
     again_flops: int = 0
+    held_elsewhere: bool = False
     bytes_kept: int = 0
 
     @property
@@ -246,14 +249,28 @@ class Run:
 
     # ---- backward
 
-    def backward(self, values: Values, grads: Sequence[torch.Tensor | None]) -> Gradients:
-        """Gradients of all placeholders that want one; ``values`` holds placeholders and the stash."""
+    def backward(
+        self, values: Values, grads: Sequence[torch.Tensor | None], sole: Collection[int] = ()
+    ) -> Gradients:
+        """Gradients of all placeholders that want one.
+
+        Args:
+            values: placeholders and the stash. grads: of the outputs. sole: which of these nobody else can see.
+        """
         stages = self.captured.stages
         weights = self._weights(values)
         found = Gradients(stages.differentiable, self.tokens)
         for node, grad in zip(self.captured.outputs, grads, strict=True):
             if isinstance(node, fx.Node) and grad is not None:
                 found.add(node, grad)
+        for node, result in overwritten(self.captured).items():
+            place = self.captured.outputs.index(result)
+            grad = grads[place]
+            value = values[node]
+            if grad is not None and place in sole and grad.dtype == value.dtype and grad.stride() == value.stride():
+                found.place(node, grad)
+            elif grad is not None:
+                self.held_elsewhere = True
         for index in range(len(stages.stages) - 1, -1, -1):
             stage = stages.stages[index]
             if isinstance(stage, Mixer) or stage.by_rows:

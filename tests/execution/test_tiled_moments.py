@@ -74,7 +74,7 @@ class Alive(TorchDispatchMode):
             self.now -= size
 
 
-@pytest.mark.parametrize(("shared", "counts"), [(4, (3, 1, 9)), (1, (1.5, 1, 6))])
+@pytest.mark.parametrize(("shared", "counts"), [(4, (3, 1, 8)), (1, (1.5, 1, 5))])
 def test_the_worst_moments_are_those_of_the_table(shared, counts):
     torch.manual_seed(0)
     block = Grouped(shared).double()
@@ -88,10 +88,10 @@ def test_the_worst_moments_are_those_of_the_table(shared, counts):
     attention, last, worst = counts
     assert forward == [attention, attention, last]
     assert max(backward) == worst
-    assert backward[0] == 3
+    assert backward[0] == 2
 
 
-def peak_of(tiled, x, grad, monkeypatch):
+def peak_of(tiled, x, grad, monkeypatch, *, held):
     """(most bytes of full length by phase, those after the forward), beside what was there before."""
     gc.collect()
     alive = Alive(TOKENS * WIDTH * 8, [x, grad, *tiled.block.parameters()])
@@ -104,13 +104,15 @@ def peak_of(tiled, x, grad, monkeypatch):
 
         monkeypatch.setattr(Run, name, noted)
     with alive:
-        y = tiled(x)
+        y = tiled(x) if held else tiled(x) * 3.0
         made = alive.now
         y.backward(grad)
     return alive.peaks, made
 
 
-def test_that_many_bytes_are_alive_while_a_block_runs(monkeypatch):
+@pytest.mark.parametrize("held", [True, False])
+def test_that_many_bytes_are_alive_while_a_block_runs(held, monkeypatch):
+    """Where the caller holds dy, dx cannot be written over it; where a product behind the block makes it, it is."""
     torch.manual_seed(0)
     block = Grouped(HEADS).double()
     x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -120,10 +122,10 @@ def test_that_many_bytes_are_alive_while_a_block_runs(monkeypatch):
     x.grad, unit = None, x.numel() * x.element_size()
     for one in block.parameters():
         one.grad = None
-    peaks, made = peak_of(tiled, x, grad, monkeypatch)
-    assert made == 2 * unit  # o and y: lse is smaller
+    peaks, made = peak_of(tiled, x, grad, monkeypatch, held=held)
+    assert made == 2 * unit  # o and y, or the product in its place: lse is smaller
     sums = sum(one.numel() * 8 for one in (block.up.weight, block.down.weight))  # as large as x, and made by then
-    # Beside x, o, y, and dy, which was there before: dx, do, q, k, v, dq, dk, dv.
+    # Beside x, o, y: do, q, k, v, dq, dk, dv, and dx beside a dy that was there before, or over one that was not.
     assert peaks["backward"] - made == 8 * unit + sums
 
 

@@ -1,0 +1,91 @@
+"""Gradients of a block's inputs written over those of its results, where nobody else can see the latter.
+
+Autograd holds the gradient that it hands to a backward until that is over, so its memory cannot be given back; but
+once the last segment has read a tile of it, nothing reads that tile again, and the gradient of the block's input may
+have the place. That is right only if nobody else holds it: a hook that keeps it, another use of the same tensor (a sum
+hands one gradient to both sides), a caller who gave it. How many holders a gradient has that nobody else holds is found
+out once, in a backward made for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.split import Mixer
+from memo_runtime.records import TokenAxis
+
+#: References from Python, from C++, and to the memory.
+Holders = tuple[int, int, int]
+
+
+def holders(gradients: Sequence[torch.Tensor | None], index: int) -> Holders | None:
+    """Of one of the gradients that a backward was called with; None: there is none, or PyTorch does not tell."""
+    one = gradients[index]
+    if one is None or not hasattr(one, "_use_count"):
+        return None
+    storage = one.untyped_storage()
+    return sys.getrefcount(one), one._use_count(), torch._C._storage_Use_Count(storage._cdata)
+
+
+class _Probe(torch.autograd.Function):
+    """Takes note of the holders of a gradient that only autograd holds."""
+
+    @staticmethod
+    def forward(ctx: Any, found: list[Holders | None], source: torch.Tensor) -> torch.Tensor:
+        ctx.found = found
+        return source.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, torch.Tensor | None]:
+        ctx.found.append(holders(gradients, 0))
+        return None, gradients[0]
+
+
+@cache
+def sole_holders() -> Holders | None:
+    """What ``holders`` says where nobody else holds the gradient; None: that cannot be told with this PyTorch."""
+    found: list[Holders | None] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        source = torch.zeros(2, requires_grad=True)
+        torch.autograd.grad((_Probe.apply(found, source) * 2.0).sum(), source)  # type: ignore[no-untyped-call]
+    return found[0]
+
+
+def overwritten(captured: Captured) -> dict[fx.Node, fx.Node]:
+    """Inputs of a block whose gradient may be written over that of a result: input -> result.
+
+    Both are as long and as wide, of one dtype, and the segment that makes the result is the last to use the input.
+    """
+    stages = captured.stages
+    found: dict[fx.Node, fx.Node] = {}
+    inputs = {node for node, _ in captured.arguments} & set(stages.differentiable)
+    used: set[fx.Node] = set()
+    for stage in reversed(stages.stages):
+        if isinstance(stage, Mixer):
+            used.update(stage.node.all_input_nodes)
+            continue
+        for result in [] if stage.by_rows else stage.outputs:
+            alike = [
+                node for node in stage.sources
+                if node in inputs - used - found.keys() and _alike(captured, node, result)
+                and isinstance(stage.axes[node], TokenAxis) and stage.axes[node] == stage.axes[result]
+            ]  # fmt: skip
+            if alike and result not in used and captured.outputs.count(result) == 1:
+                found[alike[0]] = result
+        used.update(stage.sources)
+    return found
+
+
+def _alike(captured: Captured, node: fx.Node, result: fx.Node) -> bool:
+    first, second = node.meta["val"], result.meta["val"]
+    token = captured.traced.token
+    shapes = ([token.text(size) for size in one.shape] for one in (first, second))
+    return first.dtype == second.dtype and result in captured.stages.differentiable and next(shapes) == next(shapes)

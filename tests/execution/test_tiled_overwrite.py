@@ -1,0 +1,141 @@
+"""The gradient of a block's input takes the memory of that of its result, and only where nobody else sees it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memo_runtime as memo
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_gradients import Gradients
+from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
+from tests.exactness import hand_written
+from tests.exactness.compare import output_loss, run_step
+from tests.exactness.test_tiled import TILED, assert_close, batch_of, stack
+from tests.execution.test_tiled import double, hidden
+from tests.execution.tiles import worst
+
+Forward = Callable[[Tensor], Tensor]
+kept: list[Tensor] = []
+
+
+class Keeping(torch.autograd.Function):
+    """Keeps the gradient that it passes on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept.append(grad)
+        return grad
+
+
+def product(block: Forward, x: Tensor) -> None:
+    (block(block(x)) * 3).sum().backward()
+
+
+def seen_twice(block: Forward, x: Tensor) -> None:
+    y = block(x)
+    (y * 3 + y.exp()).sum().backward()
+
+
+def a_sum_of_two(block: Forward, x: Tensor) -> None:
+    (torch.add(block(x), block(2 * x)) * 3).sum().backward()
+
+
+def around_it(block: Forward, x: Tensor) -> None:
+    h = x * 1
+    ((block(h) + h) * 3).sum().backward()
+
+
+def kept_by_a_hook(block: Forward, x: Tensor) -> None:
+    y = block(x)
+    y.register_hook(kept.append)
+    (y * 3).sum().backward()
+
+
+def kept_by_a_function(block: Forward, x: Tensor) -> None:
+    (Keeping.apply(block(x)) * 3).sum().backward()
+
+
+def kept_in_the_graph(block: Forward, x: Tensor) -> None:
+    y = block(x)
+    y.retain_grad()
+    (y * 3).sum().backward()
+    kept.append(y.grad)
+
+
+def given(block: Forward, x: Tensor) -> None:
+    kept.append(torch.full((3, 29, hand_written.WIDTH), 3.0, dtype=torch.float64))
+    block(x).backward(kept[0])
+
+
+def expanded(block: Forward, x: Tensor) -> None:
+    block(x).sum().backward()
+
+
+def twice(block: Forward, x: Tensor) -> None:
+    loss = (block(x) * 3).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+#: How a gradient reaches the block, and how often in a step it may be written over.
+WAYS = {product: 2, seen_twice: 1, twice: 2, a_sum_of_two: 1, around_it: 0, kept_by_a_hook: 0, kept_by_a_function: 0,
+        kept_in_the_graph: 1, given: 0, expanded: 0}  # fmt: skip
+
+
+def gradients(way: Callable[[Forward, Tensor], None], block: nn.Module, forward: Forward) -> tuple[list, list]:
+    """(gradients, what others kept)."""
+    kept.clear()
+    block.zero_grad()
+    x = hidden().detach().requires_grad_()
+    way(forward, x)
+    return [x.grad, *(one.grad.clone() for one in block.parameters())], [one.clone() for one in kept]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_what_others_hold_is_never_written_over(way, monkeypatch):
+    assert sole_holders() is not None
+    block = BLOCK
+    theirs = gradients(way, block, block)
+    placed = []
+    original = Gradients.place
+    monkeypatch.setattr(Gradients, "place", lambda self, *args: (placed.append(1), original(self, *args)))
+    mine = gradients(way, block, TILES)
+    assert worst(mine[0], theirs[0]) <= 1e-12
+    assert all(torch.equal(one, other) for one, other in zip(mine[1], theirs[1], strict=True))
+    assert len(mine[1]) == len(theirs[1])
+    assert len(placed) == WAYS[way]
+    gc.collect()
+
+
+BLOCK = double(hand_written.Attention)
+TILES = TiledBlock(BLOCK, tile=6)
+
+
+def test_which_gradients_may_be_written_over():
+    def pairs(kind: type[nn.Module]) -> int:
+        tiles = TiledBlock(double(kind), tile=6)
+        tiles(hidden())
+        (captured,) = tiles._captures.values()
+        return len(overwritten(captured))
+
+    assert [pairs(kind) for kind in (hand_written.Attention, hand_written.NoMixer)] == [1, 1]
+
+
+def test_the_report_says_where_more_is_taken_than_planned():
+    model, batch = stack(), batch_of()
+    want = run_step(model, batch, output_loss)
+    memo.wrap(model, **TILED)
+    model.blocks[1].register_forward_hook(lambda module, args, out: out.register_hook(kept.append) and None)
+    assert_close(run_step(model, batch, output_loss), want)
+    notes = [note for note in memo.report(model).notes if "held elsewhere" in note]
+    assert any(note.startswith("'blocks.1': ") for note in notes)
+    assert not any(note.startswith("'blocks.0': ") for note in notes)

@@ -74,16 +74,18 @@ class _InSession:
 class _Ended:
     """Counts what a backward has run again."""
 
-    def __init__(self, session: Session, counters: BlockCounters, name: str) -> None:
+    def __init__(self, session: Session, counters: BlockCounters, block: BlockForward) -> None:
         self._session = session
-        self._name = name
+        self._name = block.name
+        #: The last block is planned for gradients that others hold.
+        self._planned = block is session.blocks[-1]
         self._step: StepCounters = session.step
         self._counters = counters
 
     def __call__(self, run: Run) -> None:
         self._counters.recomputed_flops += run.again_flops
         run.again_flops = 0
-        if run.held_elsewhere and sole_holders() is not None:
+        if run.held_elsewhere and not self._planned and sole_holders() is not None:
             self._session.note(f"'{self._name}': {_HELD}")
         self._step.clock.touch()
 
@@ -133,7 +135,7 @@ class TiledForward:
         )  # fmt: skip
         count = -(-tokens // tile)
         kept = count if plan.prefix >= plan.tokens else plan.prefix * tokens // plan.tokens // tile
-        ended = _Ended(session, counters, self._owner.name)
+        ended = _Ended(session, counters, self._owner)
         way = Way(tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, ended=ended)
         with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
             output = tiles.run(captured, call, way)

@@ -55,6 +55,7 @@ class Footprint:
         gradients: of its own parameters. kept_rows: of ``kept``, rows that are copied for it; all else that is
             kept stays where it is.
         gathered: copies of small tensors, made when its stash is sorted to be sent together.
+        held: what its backward takes more where somebody else holds the gradient of its result.
     """
 
     skeletal: int
@@ -77,6 +78,7 @@ class Footprint:
     gradients: int
     kept_rows: int = 0
     gathered: int = 0
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +185,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         end_peak=0,
         rerun_peak=0,
         gradients=block.gradients,
+        held=block.output.at(tokens),
     )
 
 
@@ -363,7 +366,9 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
         block, stash = blocks[index], stashes[index]
         if block.rerun_peak or block.spent:
             yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
-        yield _Point(stash - block.spent, transient * block.backward_peak, there[index], index, "backward")
+        # What comes behind the last block is not ours, and may keep the gradient that it hands over.
+        held = block.held if index == len(blocks) - 1 else 0
+        yield _Point(stash - block.spent, transient * (block.backward_peak + held), there[index], index, "backward")
     yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
 
 

@@ -123,6 +123,17 @@ def test_where_replay_does_not_fit_tiles_do():
     assert plan(tried(shorter), budget="12.9GiB").blocks[0].executor is Executor.TILED
 
 
+def test_the_last_block_has_room_for_a_gradient_that_others_hold():
+    profile = tried(llama_profile(2))
+    none = replace(profile, blocks=tuple(replace(block, output=Growth()) for block in profile.blocks))
+    last = replace(profile, blocks=(none.blocks[0], profile.blocks[1]))
+    with_room, without, of_last = (
+        plan(one, policy="tiled", alpha=1.0, keep_last=2, tile=8192).forecast.peak_bytes
+        for one in (profile, none, last)
+    )
+    assert with_room == of_last == without + 131072 * ROW
+
+
 def test_blocks_that_refuse_stay_under_replay_with_their_reason_named():
     reason = "autograd.Function 'Round': no operator shows it"
     profile = tried(llama_profile())

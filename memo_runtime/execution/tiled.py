@@ -159,7 +159,7 @@ def _checked_run(captured: Captured, block: nn.Module, call: BlockCall, tile: in
 
 def _apply(run: Run, block: nn.Module, call: BlockCall) -> Any:
     captured = run.captured
-    sole_holders()  # found out here, not in the middle of a backward
+    sole_holders(run.device.type)  # found out here, not in the middle of a backward
     tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
     results = _TiledFunction.apply(run, *tensors)  # type: ignore[no-untyped-call]
     return _pytree.tree_unflatten(list(results), captured.traced.output)
@@ -196,7 +196,7 @@ class _TiledFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         # Before anything here holds one of them.
-        alone = sole_holders()
+        alone = sole_holders(ctx.run.device.type)
         sole = [at for at in range(len(grads)) if alone is not None and holders(grads, at) == alone]
         run: Run = ctx.run
         nodes = _placeholders(run.captured)

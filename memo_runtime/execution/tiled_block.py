@@ -85,7 +85,7 @@ class _Ended:
     def __call__(self, run: Run) -> None:
         self._counters.recomputed_flops += run.again_flops
         run.again_flops = 0
-        if run.held_elsewhere and not self._planned and sole_holders() is not None:
+        if run.held_elsewhere and not self._planned and sole_holders(run.device.type) is not None:
             self._session.note(f"'{self._name}': {_HELD}")
         self._step.clock.touch()
 

@@ -171,7 +171,8 @@ class _Walk:
 
 def moments(captured: Captured, needs: Needs, tokens: int) -> tuple[tuple[Moment, ...], tuple[Moment, ...]]:
     """(those of forward, those of backward), for sequences of ``tokens`` and longer."""
-    over = overwritten(captured) if sole_holders() is not None else {}
+    device = captured.arguments[0][0].meta["val"].device
+    over = overwritten(captured) if sole_holders(device.type) is not None else {}
     forward, backward = (_Walk(captured, needs, tokens, over) for _ in range(2))
     forward.forward()
     backward.backward()

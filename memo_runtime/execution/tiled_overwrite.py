@@ -50,11 +50,14 @@ class _Probe(torch.autograd.Function):
 
 
 @cache
-def sole_holders() -> Holders | None:
-    """What ``holders`` says where nobody else holds the gradient; None: that cannot be told with this PyTorch."""
+def sole_holders(device_type: str) -> Holders | None:
+    """What ``holders`` says where nobody else holds the gradient; None: that cannot be told with this PyTorch.
+
+    Backward runs in another thread for each kind of device, so each has a count of its own.
+    """
     found: list[Holders | None] = []
     with torch.inference_mode(False), torch.enable_grad():
-        source = torch.zeros(2, requires_grad=True)
+        source = torch.zeros(2, device=device_type, requires_grad=True)
         torch.autograd.grad((_Probe.apply(found, source) * 2.0).sum(), source)  # type: ignore[no-untyped-call]
     return found[0]
 

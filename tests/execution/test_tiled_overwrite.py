@@ -102,7 +102,7 @@ def gradients(way: Callable[[Forward, Tensor], None], block: nn.Module, forward:
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_what_others_hold_is_never_written_over(way, monkeypatch):
-    assert sole_holders() is not None
+    assert sole_holders("cpu") is not None
     block = BLOCK
     theirs = gradients(way, block, block)
     placed = []

@@ -11,6 +11,7 @@ import memo_runtime as memo
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_gradients import Gradients
 from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
@@ -114,6 +115,38 @@ def test_swapped_blocks_have_the_gradients_of_blocks_that_stay():
     torch.cuda.synchronize()
     assert swap.pool.in_use == 0
     assert swap.transfer.open_copies == 0
+
+
+def test_gradients_of_inputs_take_the_place_of_those_of_results(monkeypatch):
+    """The count of a gradient's holders is that of this device's thread of autograd."""
+    placed = []
+    original = Gradients.place
+    monkeypatch.setattr(Gradients, "place", lambda self, *args: (placed.append(1), original(self, *args)))
+    block = Attention().cuda().bfloat16()
+    tiled = TiledBlock(block, tile=256)
+    for forward, count in ((tiled, 2), (block, 2)):
+        x = torch.randn(1, 1000, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        (forward(forward(x)) * 3).sum().backward()
+        assert len(placed) == count
+
+
+def test_auto_takes_tiles_where_replay_is_slower_or_does_not_fit():
+    """The forecast of the step and of the peak is that of compiled tiles, and the budget is kept."""
+    model, data = llama(torch.bfloat16, hidden=2048), batch(1, 16384)
+    profile = memo.profile(model, data, tiles=True)
+    least = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=2048).forecast.peak_bytes
+    budget = (least + memo.plan(profile, policy="recompute", keep_last=0).forecast.peak_bytes) // 2
+    memo.wrap(model, budget=budget)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        model(**data).loss.backward()
+        model.zero_grad(set_to_none=True)
+    report = memo.report(model)
+    print(report)
+    assert {block.executor for block in report.blocks} == {Executor.TILED}
+    totals = report.totals
+    assert totals.peak_bytes <= budget
+    assert totals.step_seconds == pytest.approx(totals.forecast.step_seconds, rel=0.25)
 
 
 def test_nothing_waits_for_the_device():

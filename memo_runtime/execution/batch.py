@@ -16,7 +16,7 @@ from memo_runtime.native.engine import CopyEngine, Pair, Ticket
 class Outgoing:
     """Copies to the host under way. Sources stay alive until compute waits for them."""
 
-    __slots__ = ("_pieces", "_ticket")
+    __slots__ = ("__weakref__", "_pieces", "_ticket")
 
     def __init__(self, engine: CopyEngine, pairs: Sequence[tuple[Piece, Pair]], name: str) -> None:
         self._pieces = [piece for piece, _ in pairs]

@@ -24,6 +24,7 @@ from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.counters import BlockCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
+from memo_runtime.execution.ledger import Share
 from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
 from memo_runtime.execution.tiled_block import TiledForward, give_up_tiles
@@ -126,11 +127,11 @@ class BlockForward:
         counters = self.session.step.block(self.name)
         if plan is not None and counters.executor == Executor.KEEP:
             counters.bytes_kept += plan.bytes_kept
-            self.session.tools.ledger.hold(plan.bytes_kept)
         tensor = first_tensor(output)
         if tensor is not None:
+            kept = plan.bytes_kept if plan is not None and counters.executor == Executor.KEEP else 0
             # When its gradient arrives, this block's backward starts and the one below should be on its way.
-            tensor.register_hook(_BackwardStarts(self.session, plan.bytes_kept if plan is not None else 0))
+            tensor.register_hook(_BackwardStarts(self.session, kept))
         return output
 
     def _stashed(self, forward: Forward, call: BlockCall, profile: BlockProfile, plan: BlockPlan) -> Any:
@@ -275,24 +276,18 @@ def _needs_random(profile: BlockProfile, plan: BlockPlan) -> bool:
 
 
 class _BackwardStarts:
-    """Tensor hook on the output of a block that stays on the device."""
+    """Tensor hook on the output of a block that stays on the device; ``kept`` bytes of it, until then."""
 
     def __init__(self, session: Session, kept: int) -> None:
         self._session = session
         self._step = session.step
         self._lower = session.last_stash
-        self._kept = kept
+        self._share = Share(session.tools.ledger)
+        self._share.hold(kept)
 
     def __call__(self, _: torch.Tensor) -> None:
         stash = self._lower() if self._lower is not None else None
         self._session.backward_started(self._step)
         if stash is not None:
             stash.fetch()
-        self._drop()
-
-    def _drop(self) -> None:
-        self._session.tools.ledger.drop(self._kept)
-        self._kept = 0
-
-    def __del__(self) -> None:
-        self._drop()  # the step was abandoned
+        self._share.clear()

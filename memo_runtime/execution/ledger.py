@@ -1,30 +1,93 @@
-"""Counting the bytes that the runtime itself holds on the device, and their peak."""
+"""Counting the bytes that the runtime itself holds on the device, and their peak.
+
+What is held goes when the object that it belongs to goes, in the middle of a backward pass of PyTorch's engine. No
+Python code runs then: an interrupt that arrived meanwhile would be raised in it, and an exception in a destructor is
+printed and lost, and with it the Ctrl-C. So a death is only noted, by a function of C, and counted by whoever asks or
+holds next.
+"""
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
+
+
+class Share:
+    """Bytes on account of one owner, who alone refers to this share; what is left of them goes with it."""
+
+    __slots__ = ("__weakref__", "_ledger", "_left")
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._left = ledger._open(self)
+
+    @property
+    def count(self) -> int:
+        """Bytes held."""
+        return self._left.count
+
+    def hold(self, count: int) -> None:
+        """``count`` more bytes are held; fewer if it is negative."""
+        self._ledger._hold(self._left, count)
+
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        self.hold(-self.count)
+
+
+class _Left(weakref.ref[Share]):
+    """What is left of a share, told when it dies."""
+
+    __slots__ = ("count",)
+    count: int
 
 
 class Ledger:
-    """Current and peak bytes. Freed from whatever thread drops the last reference, hence the lock."""
+    """Current and peak bytes of all shares. Threads may hold and drop at once, hence the lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.current = 0
-        self.peak = 0
+        self._current = 0
+        self._peak = 0
+        #: By identity: a weak reference is hashed as what it refers to.
+        self._shares: dict[int, _Left] = {}
+        self._ended: deque[weakref.ref[Share]] = deque()
 
-    def hold(self, count: int) -> None:
-        """``count`` more bytes are held."""
+    @property
+    def current(self) -> int:
+        """Bytes held now."""
         with self._lock:
-            self.current += count
-            self.peak = max(self.peak, self.current)
+            self._settle()
+            return self._current
 
-    def drop(self, count: int) -> None:
-        """``count`` bytes were freed."""
-        with self._lock:
-            self.current -= count
+    @property
+    def peak(self) -> int:
+        """Most bytes held at a time."""
+        return self._peak
 
     def reset_peak(self) -> None:
         """Start a new peak at what is held now."""
         with self._lock:
-            self.peak = self.current
+            self._settle()
+            self._peak = self._current
+
+    def _open(self, share: Share) -> _Left:
+        left = _Left(share, self._ended.append)
+        left.count = 0
+        self._shares[id(left)] = left
+        return left
+
+    def _hold(self, left: _Left, count: int) -> None:
+        with self._lock:
+            self._settle()
+            left.count += count
+            self._current += count
+            self._peak = max(self._peak, self._current)
+
+    def _settle(self) -> None:
+        """Count what has gone since the last time."""
+        while self._ended:
+            left = self._shares.pop(id(self._ended.popleft()), None)
+            if left is not None:
+                self._current -= left.count

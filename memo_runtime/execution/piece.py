@@ -2,30 +2,55 @@
 
 A piece is stored when the block's forward ends (its rows go to the host, stay, or are dropped), fetched before the
 block's backward (into a buffer of full size, so that rebuilt rows are written behind the fetched ones and nothing
-is concatenated), and freed on the device when the last node that needs it has run.
+is concatenated), and freed on the device when the last node that needs it has run. For that the nodes own what is on
+the device: the piece itself only knows it. No destructor in Python takes part (``execution.ledger`` says why).
 """
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from memo_runtime.blocks.grouping import whole
 from memo_runtime.blocks.region import Region, View
-from memo_runtime.execution.ledger import Ledger
+from memo_runtime.execution.ledger import Ledger, Share
 from memo_runtime.native.engine import Pair
 from memo_runtime.native.pool import HostPool, Slot
 from memo_runtime.records import Action
 
 
+class Landed:
+    """What a piece has on the device for backward: the buffer of what was fetched, or what a rerun made."""
+
+    __slots__ = ("__weakref__", "buffer", "rebuilt", "share", "written")
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.buffer: torch.Tensor | None = None
+        self.rebuilt: dict[int, torch.Tensor] = {}
+        self.written: set[tuple[object, ...]] = set()
+        self.share = Share(ledger)
+
+
+class User(Protocol):
+    """One saved tensor of a piece, for as long as it may be asked for; owns what has landed."""
+
+    landed: Landed | None
+
+
 class Piece:
-    """A group's bytes. ``users`` counts the saved tensors that still may be asked for."""
+    """A group's bytes."""
 
     __slots__ = (
-        "_buffer",
         "_device_rows",
-        "_held",
+        "_landed",
         "_ledger",
+        "_nobodys",
+        "_share",
         "_slot",
+        "_users",
         "action",
         "bytes_in",
         "bytes_kept",
@@ -36,21 +61,15 @@ class Piece:
         "lost",
         "modified",
         "prefix",
-        "rebuilt",
         "region",
         "rows",
         "size_bytes",
-        "users",
-        "written",
     )
 
     def __init__(self, action: Action, ledger: Ledger, size_bytes: int) -> None:
         self.action = action
         self.size_bytes = size_bytes
-        self.users = 0
         self.indices: list[int] = []
-        self.rebuilt: dict[int, torch.Tensor] = {}
-        self.written: set[tuple[object, ...]] = set()
         self.region: Region | None = None
         self.rows = (0, 0)
         self.prefix = 0
@@ -64,10 +83,23 @@ class Piece:
         self.bytes_in = 0
         self.bytes_kept = 0
         self._ledger = ledger
+        self._share = Share(ledger)
         self._slot: Slot | None = None
         self._device_rows: torch.Tensor | None = None
-        self._buffer: torch.Tensor | None = None
-        self._held = 0
+        self._users: list[Callable[[], User | None]] = []
+        self._landed: weakref.ref[Landed] | None = None
+        #: What has landed where no saved tensor owns it: only a rerun reads it.
+        self._nobodys: Landed | None = None
+
+    def add_user(self, index: int, user: Callable[[], User | None]) -> None:
+        """Saved tensor ``index`` lies here."""
+        self.indices.append(index)
+        self._users.append(user)
+
+    @property
+    def users(self) -> int:
+        """How many saved tensors still may be asked for."""
+        return sum(user() is not None for user in self._users)
 
     # ---- forward
 
@@ -87,7 +119,7 @@ class Piece:
             if device_rows:
                 self._device_rows = region.rows(flat, 0, device_rows).clone()
                 self.bytes_kept = self._device_rows.numel() * flat.element_size()
-                self._ledger.hold(self.bytes_kept)
+                self._share.hold(self.bytes_kept)
         else:
             assert self.action == Action.TAIL, f"{self.action} stores nothing"
             self.rows = (prefix, region.tokens)
@@ -118,9 +150,19 @@ class Piece:
     # ---- backward
 
     @property
+    def _buffer(self) -> torch.Tensor | None:
+        landed = self._landed() if self._landed is not None else None
+        return landed.buffer if landed is not None else None
+
+    @property
     def present(self) -> bool:
         """The piece's buffer is on the device."""
         return self._buffer is not None
+
+    def rebuilt(self, index: int) -> torch.Tensor | None:
+        """What a rerun made for saved tensor ``index``."""
+        landed = self._landed() if self._landed is not None else None
+        return landed.rebuilt.get(index) if landed is not None else None
 
     @property
     def landing_bytes(self) -> int:
@@ -134,12 +176,13 @@ class Piece:
     @property
     def full_bytes(self) -> int:
         """Device bytes that it takes in backward, fetched or rebuilt."""
-        return self.landing_bytes or self._held or (self.size_bytes if self.action == Action.REBUILD else 0)
+        return self.landing_bytes or self.held_bytes or (self.size_bytes if self.action == Action.REBUILD else 0)
 
     @property
     def held_bytes(self) -> int:
         """Device bytes that it holds for backward."""
-        return self._held
+        landed = self._landed() if self._landed is not None else None
+        return landed.share.count if landed is not None else 0
 
     def land(self, device: torch.device) -> Pair | None:
         """Make the buffer on the device; returns the copy that fills it, None where no copy has to."""
@@ -149,15 +192,26 @@ class Piece:
         if self.action == Action.TAIL:
             self.region_of_tail()
         # Allocated on the compute stream: that stream owns it, the copy stream only writes once.
-        self._buffer = torch.empty(self.region.numel, dtype=self.dtype, device=device)
-        self._hold(self._buffer.numel() * self._buffer.element_size())
+        landed = self._make_landed()
+        landed.buffer = torch.empty(self.region.numel, dtype=self.dtype, device=device)
+        landed.share.hold(landed.buffer.numel() * landed.buffer.element_size())
         if self._device_rows is not None:
-            self.region.rows(self._buffer, 0, self._device_rows.shape[1]).copy_(self._device_rows)
+            self.region.rows(landed.buffer, 0, self._device_rows.shape[1]).copy_(self._device_rows)
         self.bytes_in = self.bytes_out
         if self._slot is None:
             return None
         first, last = (0, stop - start) if self.action == Action.TAIL else (start, stop)
-        return self._host_rows(), self.region.rows(self._buffer, first, last)
+        return self._host_rows(), self.region.rows(landed.buffer, first, last)
+
+    def _make_landed(self) -> Landed:
+        """A place on the device that whoever may ask for something owns, or nobody but the piece."""
+        landed = Landed(self._ledger)
+        self._landed = weakref.ref(landed)
+        users = [user for entry in self._users if (user := entry()) is not None]
+        for user in users:
+            user.landed = landed
+        self._nobodys = None if users else landed
+        return landed
 
     def region_of_tail(self) -> None:
         """Make the region that of the stashed tail alone, once."""
@@ -174,16 +228,17 @@ class Piece:
 
     def write_tail(self, position: int, tail: torch.Tensor, tokens: int) -> None:
         """Write rebuilt rows [prefix, tokens) of view ``position`` behind the fetched ones; equal views once."""
-        assert self.region is not None and self._buffer is not None, "the piece was fetched"
+        landed = self._landed() if self._landed is not None else None
+        assert self.region is not None and landed is not None and landed.buffer is not None, "the piece was fetched"
         view: View = self.region.views[position]
         axis = view.axis
         assert axis is not None, "only pieces with a token axis have a tail"
         key = (view.offset, view.size, view.stride)
-        if key in self.written:
+        if key in landed.written:
             return
-        self.written.add(key)
+        landed.written.add(key)
         count = tokens - self.prefix
-        target = view.of(self._buffer)
+        target = view.of(landed.buffer)
         for dim, step in enumerate(view.stride):
             if step == 0 and view.size[dim] > 1:  # expanded: one element stands for all
                 target, tail = target.narrow(dim, 0, 1), tail.narrow(dim, 0, 1)
@@ -193,34 +248,19 @@ class Piece:
 
     def rebuild(self, index: int, tensor: torch.Tensor) -> None:
         """Keep what the rerun made for saved tensor ``index``."""
-        if not self.rebuilt:
-            self._hold(self.size_bytes)
-        self.rebuilt[index] = tensor
+        landed = self._landed() if self._landed is not None else None
+        if landed is None:
+            landed = self._make_landed()
+        if not landed.rebuilt:
+            landed.share.hold(self.size_bytes)
+        landed.rebuilt[index] = tensor
 
     # ---- freeing
 
     def drop_buffer(self) -> None:
         """Free what is on the device for backward; the stashed rows stay and can be fetched again."""
-        self._buffer = None
-        self.rebuilt.clear()
-        self.written.clear()
-        self._ledger.drop(self._held)
-        self._held = 0
-
-    def release_user(self) -> None:
-        """One saved tensor fewer may be asked for."""
-        self.users -= 1
-        if self.users == 0:
-            self.drop_buffer()
-
-    def close(self) -> None:
-        """Give everything back."""
-        self.drop_buffer()
-        self._slot = None
-        self._device_rows = None
-        self._ledger.drop(self.bytes_kept)
-        self.bytes_kept = 0
-
-    def _hold(self, count: int) -> None:
-        self._held += count
-        self._ledger.hold(count)
+        for entry in self._users:
+            user = entry()
+            if user is not None:
+                user.landed = None
+        self._landed = self._nobodys = None

@@ -34,8 +34,9 @@ from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.peak import PeakWatch, device_peak
 from memo_runtime.execution.stash import Stash, Tools
-from memo_runtime.execution.tiled_block import Sources, new_programs
+from memo_runtime.execution.tiled_block import new_programs
 from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_swap import Entry
 from memo_runtime.execution.turn import Turn
 from memo_runtime.records import (
     BlockPlan,
@@ -96,7 +97,7 @@ class Session:
         self._step: StepCounters | None = None
         #: A ``Stash``, or a ``tiled_swap.Entry``.
         self.last_stash: weakref.ref[Any] | None = None
-        self._in_flight: deque[tuple[int, Outgoing | Sources]] = deque()
+        self._in_flight: deque[tuple[int, Callable[[], Outgoing | Entry | None]]] = deque()
         self._programs: ProgramCache | None = None
         self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
         self._witnessed: set[tuple[str, int, int]] = set()
@@ -254,9 +255,12 @@ class Session:
         stash.lower = self.last_stash
         stash.before_backward = partial(self._before_backward, step=self.step)
         stash.on_mismatch = self._demote
-        self.follow(weakref.ref(stash), position, outgoing)
+        # The stash owns its copies: where the graph is given up, nobody waits for them.
+        self.follow(weakref.ref(stash), position, weakref.ref(outgoing))
 
-    def follow(self, stash: weakref.ref[Any], position: int, outgoing: Outgoing | Sources) -> None:
+    def follow(
+        self, stash: weakref.ref[Any], position: int, outgoing: Callable[[], Outgoing | Entry | None]
+    ) -> None:
         """``stash`` of block number ``position`` is the last one now; ``outgoing`` has the sources of its copies."""
         self.last_stash = stash
         self._in_flight.append((position, outgoing))
@@ -265,7 +269,9 @@ class Session:
     def _release_copies(self, before: int | None = None) -> None:
         """Let compute wait for the copies of blocks below position ``before`` (None: of all) and free their sources."""
         while self._in_flight and (before is None or self._in_flight[0][0] < before):
-            self._in_flight.popleft()[1].sent()
+            outgoing = self._in_flight.popleft()[1]()
+            if outgoing is not None:
+                outgoing.sent()
 
     def before_backward(self, step: StepCounters) -> None:
         """A block of ``step`` is about to go backward: nothing hides copies to the host any more."""

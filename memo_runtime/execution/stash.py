@@ -5,8 +5,9 @@
     backward:  the first ``unpack`` fetches the pieces and runs the block again on the tokens that were not stashed;
                later ones hand out views, and start the fetch of the block below (``FETCH_PARTS``)
 
-Autograd holds only ``Holder`` objects, and they hold the stash: when the graph is freed, after backward or because
-a step was abandoned, everything goes back by itself. ``backward(retain_graph=True)`` fetches and rebuilds again.
+Autograd holds only ``Holder`` objects, and they hold the stash and what is on the device for them: when the graph is
+freed, after backward or because a step was abandoned, everything goes back by itself, without a destructor in Python
+(``execution.ledger`` says why). ``backward(retain_graph=True)`` fetches and rebuilds again.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError
 from memo_runtime.execution.batch import Incoming, Outgoing
-from memo_runtime.execution.ledger import Ledger
-from memo_runtime.execution.piece import Piece
+from memo_runtime.execution.ledger import Ledger, Share
+from memo_runtime.execution.piece import Landed, Piece
 from memo_runtime.native.backend import choose_backend
 from memo_runtime.native.engine import Pair
 from memo_runtime.native.pool import HostPool
@@ -70,20 +71,17 @@ class Tools:
 class Holder:
     """What autograd keeps in place of one saved tensor."""
 
-    __slots__ = ("__weakref__", "index", "kept", "piece", "position", "problem", "stash", "version")
+    __slots__ = ("__weakref__", "index", "kept", "landed", "piece", "position", "problem", "stash", "version")
 
     def __init__(self, stash: Stash, index: int) -> None:
         self.stash = stash
         self.index = index
         self.kept: torch.Tensor | None = None
         self.piece: Piece | None = None
+        self.landed: Landed | None = None
         self.position = 0
         self.version = 0
         self.problem = ""
-
-    def __del__(self) -> None:
-        if self.piece is not None:
-            self.piece.release_user()
 
 
 class Below(Protocol):
@@ -122,6 +120,7 @@ class Stash:
         self._out: Outgoing | None = None
         self._in: list[Incoming] = []
         self._fetch_below_at: int | None = None
+        self._share = Share(tools.ledger)
         self._kept_bytes = 0
         self._skeletal_bytes = 0
         self._settled = False
@@ -146,8 +145,7 @@ class Stash:
         if holder is not None:
             holder.piece = piece
             holder.position = position
-            piece.users += 1
-            piece.indices.append(index)
+            piece.add_user(index, self.holders[index])
 
     def keep(self, index: int) -> None:
         """Saved tensor ``index`` stays on the device as it is; what it takes is counted elsewhere."""
@@ -164,12 +162,12 @@ class Stash:
     def hold_skeletal(self, count: int) -> None:
         """``count`` bytes are held while the forward's tensors are alive; ``settle`` drops them."""
         self._skeletal_bytes = count
-        self.tools.ledger.hold(count)
+        self._share.hold(count)
 
     def hold_gathered(self, count: int) -> None:
         """``count`` bytes were copied on the device to be sent together; ``settle`` drops them."""
         self._skeletal_bytes += count
-        self.tools.ledger.hold(count)
+        self._share.hold(count)
 
     def send(self, outgoing: list[tuple[Piece, torch.Tensor]]) -> Outgoing:
         """Start the copies to the host of pieces with the elements that they lie in."""
@@ -193,8 +191,8 @@ class Stash:
         self.pending = []
         self.versions = []
         # Rows that were copied are counted by their pieces already; what stays where it is, never twice.
-        self.tools.ledger.drop(self._skeletal_bytes)
-        self.tools.ledger.hold(self._kept_bytes)
+        self._share.hold(-self._skeletal_bytes)
+        self._share.hold(self._kept_bytes)
         self._skeletal_bytes = 0
         self._settled = True
 
@@ -231,7 +229,7 @@ class Stash:
                 "being copied to the host when an in-place operation outside it modified its input or a saved tensor; "
                 "make that operation out of place"
             )
-        rebuilt = piece.rebuilt.get(holder.index)
+        rebuilt = piece.rebuilt(holder.index)
         if rebuilt is not None:
             return rebuilt
         if not piece.present:
@@ -358,11 +356,3 @@ class Stash:
         for incoming in self._in:
             incoming.unwanted()
         self._in.clear()
-
-    def __del__(self) -> None:
-        if self._out is not None:
-            self._out.sent()
-        self._forget_incoming()
-        for piece in self.pieces:
-            piece.close()
-        self.tools.ledger.drop(self._kept_bytes if self._settled else self._skeletal_bytes)

@@ -40,19 +40,6 @@ def new_programs(device: torch.device) -> ProgramCache:
     return ProgramCache(compiled if device.type == "cuda" else run_eagerly)
 
 
-class Sources:
-    """What the copies of an entry read. Not its owner: an entry belongs to the graph, which may be given up."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry = weakref.ref(entry)
-
-    def sent(self) -> None:
-        """Make compute wait for the copies and let go of their sources."""
-        entry = self._entry()
-        if entry is not None:
-            entry.sent()
-
-
 class _InSession:
     """The order of blocks as the session keeps it, across executors."""
 
@@ -64,7 +51,7 @@ class _InSession:
     def stored(self, entry: Entry) -> None:
         """See ``tiled_swap.Order``."""
         entry.lower = self._session.last_stash
-        self._session.follow(weakref.ref(entry), self._position, Sources(entry))
+        self._session.follow(weakref.ref(entry), self._position, weakref.ref(entry))
 
     def started(self, entry: Entry) -> None:
         """See ``tiled_swap.Order``."""

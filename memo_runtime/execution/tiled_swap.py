@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from memo_runtime.errors import StateChangedError
-from memo_runtime.execution.ledger import Ledger
+from memo_runtime.execution.ledger import Ledger, Share
 from memo_runtime.native.engine import CopyEngine, Ticket
 from memo_runtime.native.pool import HostPool, Slot
 
@@ -47,13 +47,14 @@ class _Copy:
 class Entry:
     """What one call has in host memory, by place among the tensors that it stashes.
 
-    ``kept``: bytes of the stash and of products that stay on the device until the block's backward is over.
+    ``share``: what is on the device: sources and what was fetched, and bytes of the stash and of products that stay
+    there until the block's backward is over. Where the step is given up, it goes with the entry, and so do tickets.
     """
 
-    def __init__(self, swap: TiledSwap, copies: Mapping[int, _Copy], kept: int) -> None:
+    def __init__(self, swap: TiledSwap, copies: Mapping[int, _Copy], share: Share) -> None:
         self._swap = swap
         self._copies = dict(copies)
-        self._kept = kept
+        self._share = share
         self.lower: weakref.ref[Any] | None = None
 
     def sent(self) -> None:
@@ -65,7 +66,7 @@ class Entry:
         for copy in self._copies.values():
             if copy.out is not None:
                 ticket, copy.out = copy.out, None
-                self._swap.held(-copy.size_bytes)
+                self._share.hold(-copy.size_bytes)
                 if not ticket.release():
                     raise StateChangedError(
                         "the input or an attention result of a block was changed in place while it was copied to the "
@@ -85,7 +86,7 @@ class Entry:
                 copy.back = self._swap.transfer.to_device(copy.memory(), memory.view(1, -1, 1))
                 copy.target = memory.as_strided(copy.shape, copy.stride)
                 self._swap.counters.bytes_to_device += copy.size_bytes
-                self._swap.held(copy.size_bytes)
+                self._share.hold(copy.size_bytes)
 
     @property
     def landing_bytes(self) -> int:
@@ -119,21 +120,10 @@ class Entry:
         for copy in self._copies.values():
             if copy.target is not None:
                 copy.target = None
-                self._swap.held(-copy.size_bytes)
+                self._share.hold(-copy.size_bytes)
         if not retain:
             self._copies.clear()
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self._swap.held(-self._kept)
-        self._kept = 0
-
-    def __del__(self) -> None:
-        # The step was abandoned; tickets that are dropped cancel themselves.
-        for copy in self._copies.values():
-            there = (copy.out is not None) + (copy.target is not None)
-            self._swap.held(-there * copy.size_bytes)
-        self._let_go()
+            self._share.clear()
 
 
 class Order(Protocol):
@@ -213,12 +203,7 @@ class TiledSwap:
         self.transfer = transfer
         self.order = order if order is not None else CallOrder()
         self.counters = counters if counters is not None else Moved()
-        self._ledger = ledger
-
-    def held(self, count: int) -> None:
-        """``count`` more bytes are on the device."""
-        if self._ledger is not None:
-            self._ledger.hold(count)
+        self._ledger = ledger if ledger is not None else Ledger()
 
     def store(self, tensors: Mapping[int, torch.Tensor], *, kept: int = 0) -> Entry:
         """Start the copies of one call to the host; an empty one still takes part in the order of blocks.
@@ -230,12 +215,13 @@ class TiledSwap:
             HostLimitError: the host budget has no room; nothing was copied.
         """
         copies = {place: _Copy(one, self.pool.take(one.numel() * one.element_size())) for place, one in tensors.items()}
-        self.held(kept + sum(copy.size_bytes for copy in copies.values()))
+        share = Share(self._ledger)
+        share.hold(kept + sum(copy.size_bytes for copy in copies.values()))
         for place, one in tensors.items():
             flat = one.as_strided((one.numel(),), (1,)).view(1, -1, 1)
             copies[place].out = self.transfer.to_host(flat, copies[place].memory())
             self.counters.bytes_to_host += copies[place].size_bytes
-        entry = Entry(self, copies, kept)
+        entry = Entry(self, copies, share)
         if self.device.type == "cpu":
             entry.sent()  # nothing to gain from waiting later: the caller's cores make the copies
         self.order.stored(entry)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
+from collections import deque
 
 import torch
 
@@ -26,14 +28,14 @@ logger = logging.getLogger("memo_runtime")
 class Slot:
     """A piece of host memory; dropping it gives it back.
 
-    What used it has to be over by then for whoever takes it next: a copy's ticket was waited for or cancelled.
+    What used it has to be over by then for whoever takes it next: a copy's ticket was waited for or cancelled. Dropping
+    it runs no Python code, in which an interrupt would be lost (``execution.ledger``): the pool takes note, and looks
+    when it is asked for memory.
     """
 
-    __slots__ = ("_pool", "_slab", "memory", "size", "start")
+    __slots__ = ("__weakref__", "memory", "size", "start")
 
-    def __init__(self, pool: HostPool, slab: Slab, start: int, size: int, used: int) -> None:
-        self._pool = pool
-        self._slab = slab
+    def __init__(self, slab: Slab, start: int, size: int, used: int) -> None:
         self.start = start
         self.size = size
         self.memory = slab.memory[start : start + used]
@@ -42,8 +44,14 @@ class Slot:
         """The slot as a flat tensor of ``dtype``."""
         return self.memory.view(dtype)
 
-    def __del__(self) -> None:
-        self._pool._give(self._slab, self.start, self.size)
+
+class _Place(weakref.ref[Slot]):
+    """Where a slot is, told when it is dropped."""
+
+    __slots__ = ("size", "slab", "start")
+    slab: Slab
+    start: int
+    size: int
 
 
 class HostPool:
@@ -58,10 +66,13 @@ class HostPool:
     def __init__(self, limit: int, backend: Backend, *, on_refusal: OnRefusal = OnRefusal.STOP) -> None:
         self.limit = limit
         self.on_refusal = on_refusal
-        self.in_use = 0
+        self._in_use = 0
         self._backend = backend
         self._slabs: list[Slab] = []
-        self._lock = threading.RLock()  # a slot may be dropped by the garbage collector while one is taken
+        self._lock = threading.RLock()
+        #: By identity: a weak reference is hashed as what it refers to.
+        self._places: dict[int, _Place] = {}
+        self._dropped: deque[weakref.ref[Slot]] = deque()
 
     @property
     def reserved(self) -> int:
@@ -72,6 +83,13 @@ class HostPool:
     def pinned(self) -> int:
         """Bytes that are pinned, to the page."""
         return sum(slab.mapped for slab in self._slabs if slab.pinned)
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the slots that are there."""
+        with self._lock:
+            self._settle()
+            return self._in_use
 
     def reserve(self, size_bytes: int) -> None:
         """Make sure that the slabs hold ``size_bytes`` in all, before a step needs them.
@@ -123,6 +141,7 @@ class HostPool:
         """
         size = slot_bytes(size_bytes)
         with self._lock:
+            self._settle()
             for slab in self._slabs:
                 start = slab.take(size, HOST_ALIGNMENT)
                 if start is not None:
@@ -132,21 +151,29 @@ class HostPool:
                 assert grown is not None, "a slab that is not there in part is there or an error"
                 slab, start = grown, grown.take(size, HOST_ALIGNMENT)
                 assert start is not None, "a new slab has room for what it was made for"
-            self.in_use += size
-            return Slot(self, slab, start, size, size_bytes)
+            self._in_use += size
+            slot = Slot(slab, start, size, size_bytes)
+            place = _Place(slot, self._dropped.append)
+            place.slab, place.start, place.size = slab, start, size
+            self._places[id(place)] = place
+            return slot
 
     def trim(self) -> None:
         """Free the slabs of which nothing is in use."""
         with self._lock:
+            self._settle()
             unused = [slab for slab in self._slabs if slab.in_use == 0]
             self._slabs = [slab for slab in self._slabs if slab.in_use > 0]
             for slab in unused:
                 slab.close()
 
-    def _give(self, slab: Slab, start: int, size: int) -> None:
-        with self._lock:
-            self.in_use -= size
-            slab.give(start)
+    def _settle(self) -> None:
+        """Give back the slots that were dropped since the last time."""
+        while self._dropped:
+            place = self._places.pop(id(self._dropped.popleft()), None)
+            if place is not None:
+                self._in_use -= place.size
+                place.slab.give(place.start)
 
     def _grow(self, size: int, *, partly: bool) -> tuple[Slab | None, str]:
         """A slab of ``size`` bytes, or with ``partly`` what there is of it and why it is not all."""

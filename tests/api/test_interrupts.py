@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
+import operator
+import signal as signals
+import sys
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -311,3 +317,26 @@ def test_host_memory_runs_out_in_the_middle_of_a_forward(policy: str) -> None:
         assert_trains_as(model, plain, signal(seed=seed))
         acted(model)
     assert_nothing_held(model)
+
+
+@pytest.mark.parametrize("how", [*POLICIES, "kept"])
+def test_ctrl_c_while_the_engine_lets_go_is_not_lost(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt that arrives during a kernel is raised in the first Python code that runs after it. In a destructor
+    it would be printed and forgotten, so what the graph holds has none. Here a function of C does both.
+    """
+    model, plain = memo.wrap(tower(), **POLICIES.get(how, {"policy": "swap", "keep_last": 3})), tower()
+    lost: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.object))
+    before = signals.signal(signals.SIGUSR1, interrupt)
+    try:
+        for _ in range(2):
+            graph = [model(signal())]
+            parts = [partial(_thread.interrupt_main, signals.SIGUSR1), graph.clear]
+            with pytest.raises(KeyboardInterrupt):
+                deque(map(operator.call, parts), maxlen=0)
+    finally:
+        signals.signal(signals.SIGUSR1, before)
+    assert graph == []
+    assert lost == []
+    assert_nothing_held(model)
+    assert_trains_as(model, plain, signal())

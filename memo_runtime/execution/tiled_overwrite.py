@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -45,16 +44,35 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, torch.Tensor | None]:
-        ctx.found.append(holders(gradients, 0))
+        ctx.found.append(None if _is_watched() else holders(gradients, 0))
         return None, gradients[0]
 
 
-@cache
 def sole_holders(device_type: str) -> Holders | None:
-    """What ``holders`` says where nobody else holds the gradient; None: that cannot be told with this PyTorch.
+    """What ``holders`` says where nobody else holds the gradient; None: that cannot be told now, or with this PyTorch.
 
-    Backward runs in another thread for each kind of device, so each has a count of its own.
+    Backward runs in another thread for each kind of device, so each has a count of its own. A debugger may hold the
+    variables of a frame that it looks at: a count that was taken then would be too high ever after.
     """
+    if _is_watched():
+        return None
+    if device_type not in _SOLE:
+        _SOLE[device_type] = _found_out(device_type)
+    return _SOLE[device_type]
+
+
+#: By kind of device, what was found out.
+_SOLE: dict[str, Holders | None] = {}
+
+
+def _is_watched() -> bool:
+    """A tracer, a profiler in Python or a debugger is told of what this thread runs."""
+    monitoring = getattr(sys, "monitoring", None)
+    debugged = monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
+    return debugged or sys.gettrace() is not None or sys.getprofile() is not None
+
+
+def _found_out(device_type: str) -> Holders | None:
     found: list[Holders | None] = []
     with torch.inference_mode(False), torch.enable_grad():
         source = torch.zeros(2, device=device_type, requires_grad=True)

@@ -408,8 +408,12 @@ def _like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torc
     shape = list(tile.shape)
     shape[axis.dim] = shape[axis.dim] // length * tokens
     order = sorted(range(tile.dim()), key=lambda dim: (-int(tile.stride()[dim]), dim))
-    memory = tile.new_empty([shape[dim] for dim in order])
-    return memory.permute([order.index(dim) for dim in range(tile.dim())])
+    strides, step = [0] * tile.dim(), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    # No view: autograd refuses in-place operations on a result that is one.
+    return torch.empty_strided(shape, strides, dtype=tile.dtype, device=tile.device)
 
 
 def _write(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, tile: torch.Tensor) -> None:

@@ -282,3 +282,26 @@ def test_lengths_and_batch_sizes_that_follow_each_other():
         batch = batch_of(tokens, rows)
         assert_close(run_step(model, batch, output_loss), run_step(plain, batch, output_loss))
         assert_trade(model)
+
+
+class ChangesResults(nn.Module):
+    """Changes what each block yields in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(hand_written.Attention() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            x.mul_(2)
+        return x
+
+
+def test_results_may_be_changed_in_place():
+    torch.manual_seed(0)
+    model = ChangesResults().double()
+    want = run_step(copy.deepcopy(model), batch_of(), output_loss)
+    memo.wrap(model, **TILED)
+    assert_close(run_step(model, batch_of(), output_loss), want)
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}

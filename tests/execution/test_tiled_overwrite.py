@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
+from memo_runtime.execution import tiled_overwrite
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_gradients import Gradients
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
@@ -139,3 +141,24 @@ def test_the_report_says_where_more_is_taken_than_planned():
     notes = [note for note in memo.report(model).notes if "held elsewhere" in note]
     assert len(notes) == 1
     assert notes[0].startswith("'blocks.0': ")
+
+
+def test_nothing_is_written_over_while_a_debugger_may_hold_what_frames_hold(monkeypatch):
+    def reading(frame, event, argument):
+        frame.f_locals  # noqa: B018  what a debugger does, which holds them
+        return reading
+
+    monkeypatch.setattr(tiled_overwrite, "_SOLE", {})
+    before = sys.gettrace()
+    sys.settrace(reading)
+    try:
+        watched = sole_holders("cpu")
+    finally:
+        sys.settrace(before)
+    assert watched is None
+    if before is None:
+        assert sole_holders("cpu") is not None
+    kept.clear()
+    block = TiledBlock(double(hand_written.Attention), tile=6)
+    kept_by_a_hook(block, hidden().detach().requires_grad_())
+    assert torch.equal(kept[0], torch.full_like(kept[0], 3.0))

@@ -69,7 +69,9 @@ def _solved(rows: list[Row]) -> list[str]:
         "| instances | limit | contender | solved | median | slowest |",
         "|---|---|---|---|---|---|",
     ]
-    for (group, contender, limit), runs in counted.items():
+    # Runs side by side end in any order: groups in the order in which they began, each in one place.
+    first = {group: place for place, group in reversed(list(enumerate(group for group, *_ in counted)))}
+    for (group, contender, limit), runs in sorted(counted.items(), key=lambda one: first[one[0][0]]):
         times = sorted(row["seconds"] for row in runs if row["solved"])
         speed = f"{times[len(times) // 2]:.2f} s | {times[-1]:.2f} s" if times else "- | -"
         lines.append(f"| {group} | {limit:.0f} s | {contender} | {len(times)} of {len(runs)} | {speed} |")

@@ -383,14 +383,8 @@ def _packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop:
     part = rows(whole, axis, tokens, start, stop)
     if axis.outer != 1 or axis.inner != 1:
         part = part.flatten(axis.dim, axis.dim + 2)
-    order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] == 1, -int(part.stride()[dim]), dim))
-    strides, step = [0] * part.dim(), 1
-    for dim in reversed([dim for dim in order if part.shape[dim] != 1]):
-        strides[dim] = step
-        step *= part.shape[dim]
-    for dim in range(part.dim()):
-        if part.shape[dim] == 1:
-            strides[dim] = step
+    order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] != 1, -int(part.stride()[dim]), dim))
+    strides = _strides(part.shape, order)
     layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
     if _same_memory(part, layout):
         return part.as_strided(layout.shape, layout.stride())
@@ -408,12 +402,17 @@ def _like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torc
     shape = list(tile.shape)
     shape[axis.dim] = shape[axis.dim] // length * tokens
     order = sorted(range(tile.dim()), key=lambda dim: (-int(tile.stride()[dim]), dim))
-    strides, step = [0] * tile.dim(), 1
+    # No view: autograd refuses in-place operations on a result that is one.
+    return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=tile.device)
+
+
+def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Those of memory without gaps whose dimensions lie in ``order``, the outermost first."""
+    strides, step = [0] * len(shape), 1
     for dim in reversed(order):
         strides[dim] = step
         step *= shape[dim]
-    # No view: autograd refuses in-place operations on a result that is one.
-    return torch.empty_strided(shape, strides, dtype=tile.dtype, device=tile.device)
+    return strides
 
 
 def _write(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, tile: torch.Tensor) -> None:

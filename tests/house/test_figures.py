@@ -47,6 +47,29 @@ def test_the_comparison_of_the_readme_is_made_of_rows():
         assert compared[2]["budget"] == compared[1]["peak_allocated"] >= compared[2]["peak_allocated"]
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    path = ROOT / "benchmarks" / "results" / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_sentences_below_the_comparison_are_made_of_rows():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = rows_of("harness_8b_budget_h100.jsonl")
+    latest = {(row["seq_len"], row["contender"]): row for row in rows if row["run"] == rows[-1]["run"]}
+    within = [row for (_, name), row in latest.items() if name == "memo-auto@selective"]
+    assert all(set(row["details"]["executors"]) == {"tiled"} for row in within)
+    above = [row["details"]["forecast"]["peak_bytes"] / row["peak_allocated"] - 1 for row in within]
+    assert f"its forecast of the peak is {100 * min(above):.0f} to {100 * max(above):.0f} % above" in readme
+    fits = [(length, row) for (length, name), row in latest.items() if name == "unwrapped" and row["status"] == "ok"]
+    slower = max(latest[length, "memo-auto"]["step_seconds"] / row["step_seconds"] - 1 for length, row in fits)
+    assert f"Without a budget memo is within {100 * slower:.1f} % of the unwrapped blocks" in readme
+    step = {row["contender"]: row for row in rows_of("harness_step_h100.jsonl") if row["status"] == "ok"}
+    memo, checkpoint = (f"{row['step_seconds']:.2f} s and {row['peak_allocated'] / GIB:.1f} GiB"
+                        for row in (step["memo-auto"], step["checkpoint"]))  # fmt: skip
+    assert f"takes {memo} within {step['memo-auto']['budget'] / GIB:.0f} GiB" in readme
+    assert f"{checkpoint} under `torch.utils.checkpoint`" in readme
+
+
 def head_loss_cells(rows: list[dict[str, Any]]) -> str:
     """The line of docs/losses.md for one contender: milliseconds and GiB by length."""
     return " | ".join(

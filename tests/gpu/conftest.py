@@ -1,5 +1,25 @@
-"""Set before CUDA starts: cuBLAS repeats its bits only with a workspace of its own."""
+"""What every GPU test starts from: cuBLAS that repeats its bits, and a device without another test's tensors."""
 
+import gc
 import os
 
+import pytest
+import torch
+
+# Set before CUDA starts: cuBLAS repeats its bits only with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True)
+def a_device_without_garbage():
+    """Models of tests before this one sit in reference cycles, and a plan counts what is allocated."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+@pytest.fixture
+def quiet_machine():
+    """Skips where other tests run beside this one: seconds would be theirs too."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("measures seconds and rates: needs the machine to itself, run it without -n")

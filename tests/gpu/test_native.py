@@ -46,7 +46,7 @@ def test_pinning_is_fast_and_pinned(big, capsys):
     assert seconds <= 6
 
 
-def test_links(big, capsys):
+def test_links(quiet_machine, big, capsys):
     slab, _, engine = big
     found = {name: rate / 1e9 for name, rate in rates(engine, slab).items()}
     report(capsys, ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in found.items()))
@@ -56,7 +56,7 @@ def test_links(big, capsys):
     assert found["slices_to_host"] >= 45
 
 
-def test_host_time_per_copy(big, capsys):
+def test_host_time_per_copy(quiet_machine, big, capsys):
     slab, _, engine = big
     found = {name: seconds * 1e6 for name, seconds in host_times(engine, slab).items()}
     report(capsys, ", ".join(f"{name} {us:.1f} us" for name, us in found.items()))

@@ -1,12 +1,14 @@
 """Names of contenders. Needs no torch: the runner knows them without making one.
 
 ``memo-POLICY@OTHER`` is memo with ``budget`` set to the peak that contender OTHER reached in the same run at the same
-length.
+length, ``memo-POLICY@24GiB`` with that budget at every length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from memo_runtime.units import parse_bytes
 
 #: What follows ``memo-`` in a name -> policy and alpha. ``tiled0`` keeps no products between forward and backward.
 MEMO_WAYS: dict[str, tuple[str, float | None]] = {
@@ -24,15 +26,22 @@ class ContenderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A contender as it is asked for: its name, and whose peak is its budget."""
+    """A contender as it is asked for: its name, and whose peak is its budget, or how many bytes (``size``: as given)."""
 
     name: str
     budget_from: str | None = None
+    size: str | None = None
 
     @property
     def label(self) -> str:
         """As rows name it."""
-        return self.name if self.budget_from is None else f"{self.name}@{self.budget_from}"
+        source = self.budget_from or self.size
+        return self.name if source is None else f"{self.name}@{source}"
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes of its own budget."""
+        return None if self.size is None else parse_bytes(self.size)
 
     @property
     def takes_budget(self) -> bool:
@@ -42,10 +51,15 @@ class Entry:
 
 def _entry(label: str) -> Entry:
     name, found, source = label.strip().partition("@")
-    for one in (name, source) if found else (name,):
+    size = source if found and source[:1].isdigit() else None
+    for one in (name, source) if found and size is None else (name,):
         if one not in NAMES:
             raise ContenderError(f"contender {one!r} is unknown; there are: {', '.join(NAMES)}")
-    entry = Entry(name, source if found else None)
+    try:
+        entry = Entry(name, source if found and size is None else None, size)
+        _ = entry.budget
+    except ValueError as error:
+        raise ContenderError(f"contender {label!r}: {error}") from None
     if found and not entry.takes_budget:
         raise ContenderError(f"contender {label!r}: {name} takes no budget, only memo's policies do")
     return entry
@@ -62,7 +76,7 @@ def parse_contenders(text: str, *, budget_from: str | None = None) -> tuple[Entr
     """
     entries: list[Entry] = []
     for entry in (_entry(label) for label in text.split(",") if label.strip()):
-        if budget_from is not None and entry.takes_budget and entry.budget_from is None:
+        if budget_from is not None and entry.takes_budget and entry.label == entry.name:
             entries.append(_entry(f"{entry.name}@{budget_from}"))
         entries.append(entry)
     labels = [entry.label for entry in entries]

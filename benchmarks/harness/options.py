@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--scope", default="blocks", choices=[scope.value for scope in Scope], help="what one step is")
     add("--blocks", type=int, help="number of blocks, if not the geometry's")
     add("--lengths", required=True, type=_lengths, help="such as 16K,32K; K = 1024")
-    add("--contenders", required=True, help="such as kernels,unwrapped,selective,memo-auto@selective,memo-auto")
+    add("--contenders", required=True,
+        help="such as kernels,unwrapped,selective,memo-auto@selective,memo-auto@24GiB,memo-auto")  # fmt: skip
     add("--budget-from", metavar="NAME", help="memo also runs with budget = the peak that NAME reached")
     add("--budget", type=parse_bytes, help="device budget of memo contenders without @")
     add("--host-budget", type=parse_bytes, help="host budget of all memo contenders")

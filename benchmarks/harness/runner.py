@@ -131,7 +131,7 @@ class Runner:
     def budgets(self, entry: Entry) -> dict[int, int]:
         """Device budget of ``entry`` by length."""
         if entry.budget_from is None:
-            given = self.options.budget if entry.takes_budget else None
+            given = (entry.budget or self.options.budget) if entry.takes_budget else None
             return {} if given is None else dict.fromkeys(self.options.lengths, given)
         rows = [row for row in self.file.of(entry.budget_from) if row["status"] == "ok"]
         return {row["seq_len"]: row["peak_allocated"] for row in rows}

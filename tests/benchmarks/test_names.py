@@ -18,11 +18,19 @@ def test_memo_runs_with_the_peak_of_another_before_it_runs_without():
     assert labels("selective, memo-swap@selective") == ["selective", "memo-swap@selective"]
 
 
+def test_memo_runs_with_a_budget_of_its_own():
+    entries = parse_contenders("selective,memo-tiled@24GiB,memo-tiled", budget_from="selective")
+    assert [entry.label for entry in entries] == ["selective", "memo-tiled@24GiB", "memo-tiled@selective", "memo-tiled"]
+    assert [entry.budget for entry in entries] == [None, 24 << 30, None, None]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("nonsense", "contender 'nonsense' is unknown; there are: kernels, unwrapped"),
         ("memo-auto@nonsense", "contender 'nonsense' is unknown"),
+        ("memo-auto@24GiBi", "'memo-auto@24GiBi': '24GiBi'"),
+        ("checkpoint@24GiB", "checkpoint takes no budget"),
         ("selective,checkpoint@selective", "checkpoint takes no budget"),
         ("memo-auto@selective,selective", "takes its budget from selective, which has to run before it"),
         ("unwrapped,unwrapped", "'unwrapped' is named twice"),

@@ -121,6 +121,14 @@ def test_a_budget_from_another_is_there_where_that_one_ran(scripted, make_runner
     assert found.file.find("memo-auto@selective", 96) is None
 
 
+def test_a_budget_in_a_name_is_that_of_every_length(scripted, make_runner):
+    scripted([ok(48), ok(96)])
+    found = make_runner("memo-auto@2MiB,memo-auto")
+    found.run()
+    assert [row["budget"] for row in found.file.of("memo-auto@2MiB")] == [2 << 20, 2 << 20]
+    assert [row["budget"] for row in found.file.of("memo-auto")] == [None, None]
+
+
 def test_a_budget_from_another_that_is_too_small_is_not_the_end(scripted, make_runner):
     scripted([ok(48), ok(96)])
     make_runner("selective").run()

@@ -3,7 +3,8 @@
     python -m benchmarks.links --out benchmarks/results/links_h100.jsonl --commit HASH
 
 Rates are medians of five, in bytes per second; times in seconds. The slab is of the size that issue and design speak
-of, 16 GiB, and the copies go through its whole length. Takes under a minute.
+of, 16 GiB, and the copies go through its whole length. ``raw_rates`` are the same copies by PyTorch on two streams,
+into the same pinned memory: what this machine's links give to anyone. Takes under a minute.
 """
 
 from __future__ import annotations
@@ -111,15 +112,46 @@ def rates(engine: CopyEngine, slab: Slab) -> dict[str, float]:
     }
 
 
+def raw_rates(slab: Slab, device: torch.device) -> dict[str, float]:
+    """Bytes per second of PyTorch's own copies: to the host, to the device, both at once (their sum)."""
+    half = slab.size // 2 // LARGE * LARGE
+    outside = [slab.memory[i : i + LARGE] for i in range(0, half, LARGE)]
+    inside = [slab.memory[half + i : half + i + LARGE] for i in range(0, half, LARGE)]
+    source = torch.ones(LARGE, dtype=torch.uint8, device=device)
+    target = torch.empty(LARGE, dtype=torch.uint8, device=device)
+    out, back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def copies(*, to_host: bool, to_device: bool) -> Callable[[], None]:
+        def run() -> None:
+            for one, other in zip(outside, inside, strict=True):
+                if to_host:
+                    with torch.cuda.stream(out):
+                        one.copy_(source, non_blocking=True)
+                if to_device:
+                    with torch.cuda.stream(back):
+                        target.copy_(other, non_blocking=True)
+
+        return run
+
+    total = len(outside) * LARGE
+    return {
+        "to_host": total / median_seconds(copies(to_host=True, to_device=False)),
+        "to_device": total / median_seconds(copies(to_host=False, to_device=True)),
+        "both": 2 * total / median_seconds(copies(to_host=True, to_device=True)),
+    }
+
+
 def host_times(engine: CopyEngine, slab: Slab, rounds: int = 100) -> dict[str, float]:
     """Host seconds per copy in Python: to submit one, to wait for one, to submit one of 16 in a batch.
 
-    With 16 copies or one batch under way at a time: replay has one batch of about ten for a block.
+    With 16 copies or one batch under way at a time: replay has one batch of about ten for a block. ``raw``: the same
+    submission by PyTorch, an event before and behind ``copy_`` on a side stream.
     """
     device = torch.empty(16, 16, 4096, dtype=torch.uint8, device=engine.device)
     one, host = device[:, 0:8], slab.memory[: 16 * 8 * 4096].view(16, 8, 4096)
     pairs = [(device[i], slab.memory[i * 65536 : (i + 1) * 65536].view(16, 4096)) for i in range(16)]
-    figures: dict[str, list[float]] = {"submit": [], "wait": [], "batched": []}
+    side = torch.cuda.Stream(engine.device)
+    figures: dict[str, list[float]] = {"submit": [], "wait": [], "batched": [], "raw": []}
     for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -133,6 +165,17 @@ def host_times(engine: CopyEngine, slab: Slab, rounds: int = 100) -> dict[str, f
         batch = engine.many_to_host(pairs, name="layers.0 block")
         ended = time.perf_counter()
         batch.wait()
+        torch.cuda.synchronize()
+        raw_begun = time.perf_counter()
+        for _ in range(16):
+            ready, copied = torch.cuda.Event(), torch.cuda.Event()
+            ready.record()
+            with torch.cuda.stream(side):
+                side.wait_event(ready)
+                host.copy_(one, non_blocking=True)
+                copied.record()
+        raw_ended = time.perf_counter()
+        figures["raw"].append((raw_ended - raw_begun) / 16)
         figures["submit"].append((submitted - start) / 16)
         figures["wait"].append((waited - submitted) / 16)
         figures["batched"].append((ended - begun) / 16)
@@ -154,6 +197,7 @@ def measure(mode: str, pin_bytes: int) -> dict[str, Any]:
         "huge_page_bytes": huge_page_bytes(),
         "awkward_overhead": awkward_overhead(backend),
         "rates": rates(engine, slab),
+        "raw_rates": raw_rates(slab, backend.device),
         "host_seconds": host_times(engine, slab),
     }
     start = time.perf_counter()
@@ -171,6 +215,7 @@ def shown(row: dict[str, Any]) -> str:
         ("freed", f"in {row['unpin_seconds']:.2f} s"),
         ("awkward sizes", f"{row['awkward_overhead']:.4%} above what was asked, at most"),
         *((name.replace("_", " "), f"{value / 1e9:.1f} GB/s") for name, value in rate.items()),
+        *((f"raw, {name.replace('_', ' ')}", f"{value / 1e9:.1f} GB/s") for name, value in row["raw_rates"].items()),
         *((f"host, {name}", f"{value * 1e6:.1f} us a copy") for name, value in host.items()),
     ]
     return "\n".join(f"{name:16} {value}" for name, value in lines)
@@ -188,7 +233,7 @@ def main() -> int:
         "run": "links",
         "status": "ok",
         **measure(options.native, options.pin),
-        "config": sys.argv[1:],
+        "config": {"native": options.native, "pin": options.pin},
         **gpu_facts(),
         "commit": options.commit,
         "date": now(),

@@ -26,7 +26,7 @@ class ContenderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A contender as it is asked for: its name, and whose peak is its budget, or how many bytes (``size``: as given)."""
+    """A contender as it is asked for: its name, and whose peak is its budget, or its own (``size``, as it is given)."""
 
     name: str
     budget_from: str | None = None

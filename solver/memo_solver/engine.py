@@ -56,8 +56,15 @@ class _Clock:
         return seconds
 
 
+MIN_REPAIRED_REQUESTS = 500
+"""Sections above this, unless they are tight, get a turn of repair before each round of exact search."""
 VALIDATION_SECONDS = 1.5e-5
 """Time kept for the validator, per request."""
+
+
+def _is_searched(state: SectionState) -> bool:
+    """Whether exact search is for this section; the others are only repaired."""
+    return not state.fixed and state.section.num_requests <= MAX_EXACT_REQUESTS
 
 
 class _Solve:
@@ -210,23 +217,40 @@ class _Solve:
 
     def _run_exact(self) -> None:
         used: set[str] = set()
-        asked = False
+        if not self._above_target() or self._too_small():
+            return
         for round_index in range(MAX_ROUNDS):
             open_states = self._above_target()
-            if not open_states or self._too_small() or time.monotonic() >= self.deadline:
+            if not open_states or self._too_small():
                 break
-            exact = [s for s in open_states if not s.fixed and s.section.num_requests <= MAX_EXACT_REQUESTS]
-            if not exact:
-                break
-            for state in exact:
+            for state in open_states:
                 if time.monotonic() >= self.deadline:
                     break
-                self._search_down(state, round_index, used)
-            asked = True
-        if asked:
-            self._close_stage("exact search", ", ".join(sorted(used)) or "undecided")
-        if self._above_target() and not self._too_small() and self.problem.requests:
-            self._polish()
+                if self._is_repaired(state):
+                    self._repair(state, round_index)
+                if _is_searched(state):
+                    self._search_down(state, round_index, used)
+        self._close_stage("exact search and repair", ", ".join(sorted(used)) or "undecided")
+
+    def _is_repaired(self, state: SectionState) -> bool:
+        """Whether a better order is likely to be found sooner than by exact search, or there is no exact search.
+
+        In a tight packing there is no better order, and few requests are searched through at once.
+        """
+        if not _is_searched(state):
+            return True
+        tight = is_tight(state.section, self.target // state.section.unit)
+        return state.section.num_requests > MIN_REPAIRED_REQUESTS and not tight
+
+    def _repair(self, state: SectionState, turn: int) -> None:
+        heuristics.repair(
+            state,
+            target=self.target // state.section.unit,
+            params=self.params,
+            deadline=self.deadline,
+            on_gain=lambda: self._tell("repair"),
+            turn=turn,
+        )
 
     def _search_down(self, state: SectionState, round_index: int, used: set[str]) -> None:
         """Ask for the target and, while it is not decided, for heights between it and the incumbent.
@@ -305,21 +329,6 @@ class _Solve:
             state.offer(verdict.result.offsets)
         self._tell("exact search")
         return verdict.result.outcome
-
-    def _polish(self) -> None:
-        """Spend what time is left on more repair of the sections above the target."""
-        for state in self._above_target():
-            if time.monotonic() >= self.deadline:
-                break
-            heuristics.improve(
-                state,
-                target=self.target // state.section.unit,
-                params=self.params,
-                deadline=self.deadline,
-                on_gain=lambda: self._tell("repair"),
-                effort=heuristics.Effort.LONG,
-            )
-        self._close_stage("repair", "longer repair of the order")
 
     # The answer
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 
 import pytest
 
-from memo_solver import Problem, Request, SolveParams, heuristics
+from memo_solver import Problem, Request, SolveParams, engine, heuristics
 from memo_solver.engine import _Solve
 from memo_solver.instances import random_requests
 from memo_solver.section_state import SectionState
@@ -37,13 +38,15 @@ def test_no_other_order_is_sampled_after_the_limit(races):
     assert races == []
 
 
-def test_no_order_is_repaired_after_the_limit(races):
+@pytest.mark.parametrize("turn", [None, 0])
+def test_no_order_is_repaired_after_the_limit(races, turn):
     state = placed_state()
-    options = {"target": 0, "params": PARAMS, "on_gain": lambda: None, "effort": heuristics.Effort.LONG}
-    heuristics.improve(state, deadline=PAST, **options)
+    options = {"target": 0, "params": PARAMS, "on_gain": lambda: None}
+    work = heuristics.improve if turn is None else functools.partial(heuristics.repair, turn=turn)
+    work(state, deadline=PAST, **options)
     assert races == []
-    heuristics.improve(state, deadline=time.monotonic() + 60, **options)
-    assert len(races) == 1
+    work(state, deadline=time.monotonic() + 60, **options)
+    assert len(races) > 0
 
 
 def late_after_one(solver, called):
@@ -66,16 +69,11 @@ def two_sections():
     return solver
 
 
-def test_no_other_section_is_searched_after_the_limit(monkeypatch):
+@pytest.mark.parametrize("step", ["_search_down", "_repair"])
+def test_no_other_section_is_searched_or_repaired_after_the_limit(monkeypatch, step):
+    monkeypatch.setattr(engine, "MIN_REPAIRED_REQUESTS", 0)
     solver, called = two_sections(), []
-    monkeypatch.setattr(solver, "_search_down", late_after_one(solver, called))
-    monkeypatch.setattr(solver, "_polish", lambda: None)
+    for name in ("_search_down", "_repair"):
+        monkeypatch.setattr(solver, name, late_after_one(solver, called) if name == step else lambda *_: None)
     solver._run_exact()
-    assert len(called) == 1
-
-
-def test_no_other_section_is_polished_after_the_limit(monkeypatch):
-    solver, called = two_sections(), []
-    monkeypatch.setattr(heuristics, "improve", late_after_one(solver, called))
-    solver._polish()
     assert len(called) == 1

@@ -203,4 +203,4 @@ def test_ctrl_c_during_the_last_validation_keeps_the_placement(monkeypatch):
 def test_an_undecided_search_has_a_time_of_its_own():
     problem = loose_packing(150, seed=5, slack=0.05)
     solution = solve(problem, SolveParams(time_limit_seconds=2.0, native=Switch.OFF, cpsat=Switch.OFF))
-    assert "exact search" in [stage.name for stage in solution.stages]
+    assert "exact search and repair" in [stage.name for stage in solution.stages]

@@ -11,8 +11,8 @@ power-of-two rounding, no garbage collection threshold), with and without ``expa
     device is full   segments without any block in use go back to the device, then it is asked once more (a retry)
     expandable       one segment per stream and pool grows at its end, in pieces of 2 MiB (small) or 20 MiB (large)
 
-Addresses of the device are those of ``segments``, where they are known, else made up: upwards, freed ranges first. They
-decide only between blocks of one size.
+Addresses of the device are those of ``segments``, where they are known, else made up (device_memory.py). They decide
+only between blocks of one size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SMALL_SEGMENT = 2 * MiB
 _LARGE_SEGMENT = 20 * MiB
 _OWN_SEGMENT = 10 * MiB
 _ROUND_SEGMENT = 2 * MiB
-#: Address space of one expandable segment: more than any device has.
-_ADDRESS_SPACE = 1 << 44
+#: Address space of one expandable segment: more than any device has, in whole pieces of either size.
+_ADDRESS_SPACE = 5 << 42
 
 
 class OutOfDeviceMemoryError(Exception):

@@ -128,12 +128,12 @@ def test_the_steady_trace_is_the_step_with_its_residents():
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_committed_traces(path):
     trace = load_trace(path)
-    check(trace, plan_layout(trace, threads=1))
+    check(trace, plan_layout(trace, threads=1, seconds=3.0))
 
 
 def test_a_step_whose_sizes_no_recording_has():
     """The recorded ViT step with every size of its own random factor: flat, it is 2.4 % above the bound."""
-    trace, factors, random = load_trace(COMMITTED[-2]), {}, Random(3)
+    trace, factors, random = load_trace(next(path for path in COMMITTED if "vit-l-recompute" in path.name)), {}, Random(3)
     requests = tuple(
         replace(r, size=max(1, int(r.size * factors.setdefault(r.size, random.uniform(0.7, 1.4)))))
         for r in trace.requests

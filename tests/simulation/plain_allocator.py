@@ -4,27 +4,34 @@ KIB, MIB = 1024, 1024**2
 
 
 class PlainAllocator:
-    """Without expandable segments. Segments are lists of [size, used]; the order of segments is that of addresses."""
+    """Without expandable segments. Segments are lists of [size, used].
+
+    Their addresses: chunks of 32 MiB or a multiple, each below the last, are lists of cells of 2 MiB; what is smaller
+    than 32 MiB goes into the lowest chunk with enough free cells in a row.
+    """
 
     def __init__(self):
         self.segments = []  # (small, stream, [[size, used], ...])
+        self.places = []  # (number of the chunk, number of the cell) of each segment
+        self.chunks = []
         self.reserved = self.allocated = self.reserved_peak = self.allocated_peak = 0
 
     def allocate(self, request, stream):
         size = max(512, (request + 511) // 512 * 512)
         small = size <= MIB
         fits = [
-            (piece[0], number, at)
+            (piece[0], -self.places[number][0], self.places[number][1], at, number)
             for number, (kind, own, pieces) in enumerate(self.segments)
             if kind == small and own == stream
             for at, piece in enumerate(pieces)
             if not piece[1] and piece[0] >= size
         ]
         if fits:
-            _, number, at = min(fits)
+            *_, at, number = min(fits)
         else:
             total = 2 * MIB if small else 20 * MIB if size < 10 * MIB else (size + 2 * MIB - 1) // (2 * MIB) * 2 * MIB
             self.segments.append((small, stream, [[total, False]]))
+            self.places.append(self.place(total // (2 * MIB)))
             self.reserved += total
             self.reserved_peak = max(self.reserved_peak, self.reserved)
             number, at = len(self.segments) - 1, 0
@@ -37,6 +44,16 @@ class PlainAllocator:
         self.allocated += piece[0]
         self.allocated_peak = max(self.allocated_peak, self.allocated)
         return piece
+
+    def place(self, cells):
+        for number in reversed(range(len(self.chunks)) if cells < 16 else ()):
+            chunk = self.chunks[number]
+            for at in range(len(chunk) - cells + 1):
+                if not any(chunk[at : at + cells]):
+                    chunk[at : at + cells] = [True] * cells
+                    return number, at
+        self.chunks.append([at < cells for at in range((cells + 15) // 16 * 16)])
+        return len(self.chunks) - 1, 0
 
     def free(self, piece):
         self.allocated -= piece[0]

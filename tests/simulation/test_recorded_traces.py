@@ -1,5 +1,6 @@
 """The simulator against what PyTorch's allocator itself counted when the committed traces were recorded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,36 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "traces"
 FILES = sorted(FOLDER.glob("*/*.json.gz"))
 
 
-#: Reserved peaks that the simulator misses by more than 2 %, and by how much; nobody knows why yet.
-MISSED = {"qwen3-moe-4-recompute": "3.6 % too low", "vit-l-recompute": "3.3 % too high"}
+#: What addresses that are made up change, in per cent of the reserved peak, where it is anything at all. In both runs
+#: the cache is given back once, after which they are not those of the driver any more.
+MADE_UP = {"llama-8b-32-replay": -0.95, "qwen3-moe-4-replay": 2.98}
 
 
-def recorded(path):
-    """One recorded trace, marked where it is known to be missed."""
-    name = path.name.removesuffix(".json.gz")
-    missed = [pytest.mark.xfail(strict=True, reason=MISSED[name])] if name in MISSED else []
-    return pytest.param(path, id=name, marks=missed)
+def name_of(path):
+    return path.name.removesuffix(".json.gz")
 
 
-@pytest.mark.parametrize("file", [recorded(path) for path in FILES])
-def test_peaks_are_those_of_the_device(file):
-    trace = load_trace(file)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_peaks_are_those_of_the_device_to_the_byte(path):
+    trace = load_trace(path)
+    assert trace.segments, "recorded without addresses"
     found, measured = simulate(trace), trace.measured
     assert found.retries == measured.retries
-    assert found.allocated_peak == pytest.approx(measured.allocated_peak, rel=0.005)
-    assert found.reserved_peak == pytest.approx(measured.reserved_peak, rel=0.02)
+    assert found.allocated_peak == measured.allocated_peak
+    assert found.reserved_peak == measured.reserved_peak
+    assert found.num_segments == measured.num_segments
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name.removesuffix(".json.gz"))
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_without_their_addresses(path):
+    trace = load_trace(path)
+    found = simulate(replace(trace, segments=())).reserved_peak
+    off = 100 * (found / trace.measured.reserved_peak - 1)
+    assert off == pytest.approx(MADE_UP.get(name_of(path), 0.0), abs=0.01)
+    assert (off == 0) == (name_of(path) not in MADE_UP)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_what_the_allocator_adds_to_large_tensors(path):
     """Nothing where sizes are multiples of 2 MiB, as with Llama and experts; a little with ViT's 197 tokens."""
     trace = load_trace(path)
@@ -42,7 +52,8 @@ def test_what_the_allocator_adds_to_large_tensors(path):
         live += (round_request(size) if allocates else -round_request(size)) if size else 0
         asked = max(asked, live)
     added = trace.measured.allocated_peak - asked
-    assert added == {"vit-l-recompute": 3_374_080, "vit-l-unwrapped": 24_502_272}.get(path.name.split(".")[0], 0)
+    vit = {"vit-l-recompute": 3_374_080, "vit-l-replay": 4_423_680, "vit-l-unwrapped": 24_502_272}
+    assert added == vit.get(name_of(path), 0)
     assert added < 0.002 * asked
 
 

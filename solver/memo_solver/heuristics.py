@@ -18,7 +18,6 @@ from memo_solver.race import Task, race
 from memo_solver.section_state import SectionState
 from memo_solver.sections import Section
 
-
 SHORT = 30_000
 """Placements of single requests that an order may cost at first."""
 TURN = 250_000

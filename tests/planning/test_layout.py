@@ -133,7 +133,8 @@ def test_committed_traces(path):
 
 def test_a_step_whose_sizes_no_recording_has():
     """The recorded ViT step with every size of its own random factor: flat, it is 2.4 % above the bound."""
-    trace, factors, random = load_trace(next(path for path in COMMITTED if "vit-l-recompute" in path.name)), {}, Random(3)
+    recorded = next(path for path in COMMITTED if "vit-l-recompute" in path.name)
+    trace, factors, random = load_trace(recorded), {}, Random(3)
     requests = tuple(
         replace(r, size=max(1, int(r.size * factors.setdefault(r.size, random.uniform(0.7, 1.4)))))
         for r in trace.requests

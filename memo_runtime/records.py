@@ -17,7 +17,7 @@ from memo_runtime.placement import PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -280,7 +280,9 @@ class ModelStates:
     """Bytes of the model itself, present or still to come.
 
     ``optimizer`` is the state in total; ``optimizer_present`` and ``gradients_present`` are what existed when
-    profiled. ``optimizer_name`` says whose state it is, ``assumed`` that nobody named one.
+    profiled. ``gradients_last``: of ``gradients``, those that come when all blocks have gone backward (of embeddings
+    that are no head), as far as that is known. ``optimizer_name`` says whose state it is, ``assumed`` that nobody named
+    one.
     """
 
     parameters: int
@@ -288,6 +290,7 @@ class ModelStates:
     gradients: int
     optimizer: int
     gradients_present: int = 0
+    gradients_last: int = 0
     optimizer_present: int = 0
     optimizer_name: str = "AdamW"
     assumed: bool = True
@@ -304,8 +307,8 @@ class Profile:
         expandable: the device's allocator joins its free memory (expandable segments), so that it does not splinter.
         shared: bytes of block arguments that all blocks share (masks, rotary tables).
         outside_forward: device bytes alive across the stacks that belong to no block (embedding output, targets).
-        outside_peak: device bytes that the head and loss need on top, after the last block.
-        outside_measured: that peak was seen in a step; False: estimated from the head's shape.
+        outside_peak: device bytes that the head and loss need on top, after the last block, once their gradients are
+            there. loss_peak: that they need before, where the loss runs by tiles.
         outside_seconds: embedding, head and loss, forward and backward.
     """
 
@@ -324,7 +327,7 @@ class Profile:
     shared: Growth = field(default_factory=Growth)
     outside_forward: Growth = field(default_factory=Growth)
     outside_peak: Growth = field(default_factory=Growth)
-    outside_measured: bool = False
+    loss_peak: Growth = field(default_factory=Growth)
     outside_seconds: Growth = field(default_factory=Growth)
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION

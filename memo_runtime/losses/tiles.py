@@ -102,6 +102,14 @@ def tile_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.
     return -(-even // TILE_MULTIPLE) * TILE_MULTIPLE
 
 
+def largest_bytes(vocabulary: int, dtype: torch.dtype) -> int:
+    """Most bytes on a GPU of a tile's logits and of the softmax, whose rows are there as they are and as logarithms."""
+    whole = torch.device("cuda")
+    tile = tile_tokens(1 << 40, vocabulary, dtype, whole) * vocabulary * dtype.itemsize
+    wide = max(4, dtype.itemsize)
+    return tile + 2 * max(1, ROWS_BYTES["cuda"] // (vocabulary * wide)) * vocabulary * wide
+
+
 def evaluate(
     head: Head, criterion: Criterion, *, tile: int, wanted: Wanted, row_scale: Tensor | None
 ) -> tuple[Tensor, Gradients]:

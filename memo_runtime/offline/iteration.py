@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from memo_runtime.offline.measure import BlockRun
-from memo_runtime.planning.forecast import Footprint, footprint
+from memo_runtime.planning.forecast import Footprint, Surroundings, footprint
 from memo_runtime.records import Plan
 from memo_runtime.traces.trace import Phase, Trace, TraceBuilder
 
@@ -83,9 +83,11 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
         across = step.allocate("block arguments", plan.profile.shared.at(tokens))
         embedded = step.allocate("embedding", plan.profile.outside_forward.at(tokens))
         kept = _forward(step, blocks)
-        step.passing("head and loss", plan.profile.outside_peak.at(tokens))
-        gradients = [step.allocate("gradients outside blocks", _outside_gradients(plan))]
+        around = Surroundings.of(plan.profile, tokens)
+        step.passing("head and loss", around.outside_peak + around.outside_gradients)
+        gradients = [step.allocate("gradients outside blocks", around.outside_gradients)]
         gradients += _backward(step, blocks, kept)
+        gradients.append(step.allocate("gradients of embeddings", around.last_gradients))
         step.free(embedded)
         step.free(across)
         for gradient in gradients:
@@ -134,8 +136,3 @@ def _backward(step: _Step, blocks: _Blocks, kept: list[int | None]) -> list[int 
         step.free(kept[index])
         gradients.append(step.allocate(f"gradients {name}", held.gradients))
     return gradients
-
-
-def _outside_gradients(plan: Plan) -> int:
-    inside = sum(block.gradients for block in plan.profile.blocks)
-    return max(0, plan.profile.states.gradients - inside)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
@@ -109,7 +109,10 @@ def _forward_and_backward(
     recorder.begin(Phase.BACKWARD)
     if outputs and inputs:
         ones = [torch.ones_like(tensor) for tensor in outputs]
-        gradients = torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
+        # Who takes the results does not keep them for this block's sake.
+        edges = [get_gradient_edge(tensor) for tensor in outputs]
+        outputs.clear()
+        gradients = torch.autograd.grad(edges, inputs, ones, allow_unused=True)
         del ones, gradients
     recorder.end(Phase.BACKWARD)
     return (forward, meter.take()), size, count

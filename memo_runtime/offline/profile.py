@@ -10,7 +10,7 @@ Everything is that of one rank, by the tokens that it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,9 +29,9 @@ from memo_runtime.offline.timing import growth_of, per_token, seconds_of, total
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.growth import fit_peak, polynomial_bytes
-from memo_runtime.profiling.outside import outside_peak
+from memo_runtime.profiling.outside import loss_peak, outside_peak
 from memo_runtime.profiling.start import Start
-from memo_runtime.profiling.states import gradients_of_blocks, measure_states
+from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, measure_states
 from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, Role
 from memo_runtime.units import GiB, MiB, format_bytes
 
@@ -42,8 +42,6 @@ _CONTEXT_BYTES = 640 * MiB
 _USABLE = 0.95
 #: Inside of it: workspaces of cuBLAS and cuBLASLt.
 _WORKSPACE_BYTES = 64 * MiB
-#: One tile of logits with its gradient, when head and loss run by tiles.
-_TILE_BYTES = 512 * MiB
 #: Bytes that each logit moves in the loss: as they are, in float32, the softmax, the gradient.
 _LOGIT_TRAFFIC = 16
 #: Of a node's memory where nobody says how much there is.
@@ -246,8 +244,10 @@ def _assemble(
 ) -> Profile:
     """The profile of the whole model; ``call`` is that of the last block."""
     gpus, model = ranks.gpus, subject.model
-    states = _sharded(measure_states(model, None, "cuda"), gpus)
     inside = {id(p) for block in blocks for p in model.get_submodule(block.name).parameters()}
+    # Of a model that is known: its embeddings are called before the first block, and nowhere else.
+    last = _embeddings(model, inside) if subject.tiled_loss else 0
+    states = _sharded(replace(measure_states(model, None, "cuda"), gradients_last=last), gpus)
     root = [p for p in model.parameters() if id(p) not in inside]
     root_bytes = sum(p.numel() * p.element_size() for p in root)
     block_bytes = max(_bytes(model.get_submodule(block.name)) for block in blocks)
@@ -258,7 +258,8 @@ def _assemble(
     rows = max(1, hidden.numel() // hidden.shape[-1] // example.tokens)
     hidden_bytes = hidden.numel() * hidden.element_size()
     outside = outside_peak(model, (*blocks[:-1], example), rows, hidden_bytes, tiled_loss=subject.tiled_loss)
-    constant = (_TILE_BYTES if subject.tiled_loss else 0) + (root_bytes if gpus > 1 else 0)
+    loss = loss_peak(model, (*blocks[:-1], example), hidden_bytes) if subject.tiled_loss else Growth()
+    gathered_gradients = root_bytes if gpus > 1 else 0
     batch = 2 * 8 * rows
     names = [block.name for block in blocks]
     return Profile(
@@ -277,7 +278,8 @@ def _assemble(
         shared=_shared(blocks, call, example.tokens),
         # The embedding's result, which is the first block's input, is held by the caller of the stack.
         outside_forward=Growth(linear=hidden_bytes / example.tokens),
-        outside_peak=replace(outside, constant=outside.constant + constant),
+        outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
+        loss_peak=loss,
         outside_seconds=_outside_seconds(model, blocks, machine, rows),
         notes=_notes(machine, ranks),
     )
@@ -294,7 +296,21 @@ def _sharded(states: ModelStates, gpus: int) -> ModelStates:
     return replace(
         states,
         parameters=share(states.parameters), gradients=share(states.gradients), optimizer=share(states.optimizer),
+        gradients_last=share(states.gradients_last),
     )  # fmt: skip
+
+
+def _embeddings(model: nn.Module, inside: Container[int]) -> int:
+    """Bytes of gradients of embeddings outside of the blocks that are no head as well."""
+    owned: dict[int, tuple[nn.Parameter, set[bool]]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owned.setdefault(id(parameter), (parameter, set()))[1].add(isinstance(module, nn.Embedding))
+    return sum(
+        gradient_bytes(parameter)
+        for key, (parameter, embeds) in owned.items()
+        if embeds == {True} and key not in inside
+    )
 
 
 def _shared(blocks: Sequence[BlockProfile], call: BlockCall, tokens: int) -> Growth:

@@ -260,7 +260,8 @@ class Surroundings:
             alive in the profiled step, and an ``allowance``. Gradients in full where they do not come ``gradual``ly.
         gradual: gradients come as backward walks down, where an allocator counts (CUDA). On CPU, where bytes are
             accounted, they are reserved at every point.
-        outside_gradients: of parameters outside the blocks, from the head's backward on; 0 if not gradual.
+        outside_gradients: of parameters outside the blocks, from the head's backward on, and ``last_gradients``, when
+            all blocks have gone backward; 0 if not gradual.
         outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU).
     """
 
@@ -268,6 +269,7 @@ class Surroundings:
     base_bytes: int
     gradual: bool
     outside_gradients: int
+    last_gradients: int
     outside_peak: int
     outside_seconds: float
 
@@ -290,12 +292,17 @@ class Surroundings:
             )
         else:
             base = states.parameters + states.buffers + states.gradients + states.optimizer
+        last = states.gradients_last if gradual else 0
+        outside = max(0, states.gradients - in_blocks - last) if gradual else 0
+        # The loss by tiles is at its highest before there is a gradient of the head.
+        peak = max(profile.outside_peak.at(tokens), profile.loss_peak.at(tokens) - outside)
         return cls(
             asynchronous=asynchronous,
             base_bytes=base,
             gradual=gradual,
-            outside_gradients=max(0, states.gradients - in_blocks) if gradual else 0,
-            outside_peak=profile.outside_peak.at(tokens) if asynchronous else 0,
+            outside_gradients=outside,
+            last_gradients=last,
+            outside_peak=peak if asynchronous else 0,
             outside_seconds=profile.outside_seconds.exact(tokens),
         )
 
@@ -389,7 +396,8 @@ def gradients_above(around: Surroundings, blocks: Sequence[Footprint]) -> list[i
 
 def all_gradients(around: Surroundings, blocks: Sequence[Footprint]) -> int:
     """Bytes of gradients at the end of backward that ``base_bytes`` does not contain."""
-    return around.outside_gradients + (sum(block.gradients for block in blocks) if around.gradual else 0)
+    inside = sum(block.gradients for block in blocks) if around.gradual else 0
+    return around.outside_gradients + around.last_gradients + inside
 
 
 def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:

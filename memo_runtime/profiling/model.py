@@ -31,7 +31,7 @@ from memo_runtime.profiling.machine import (
     usable_device_bytes,
 )
 from memo_runtime.profiling.measured import Measured
-from memo_runtime.profiling.outside import outside_peak, outside_seconds
+from memo_runtime.profiling.outside import loss_peak, outside_peak, outside_seconds
 from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start
@@ -273,6 +273,7 @@ def profile_model(
         shared=shared,
         outside_forward=Growth(linear=outside / max(1, tokens)),
         outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
+        loss_peak=loss_peak(model, measured, hidden_bytes) if tiled_loss else Growth(),
         outside_seconds=seconds,
         notes=_notes(measured),
     )

@@ -16,18 +16,20 @@ from torch import nn
 
 from memo_runtime.blocks.stopwatch import seconds_of
 from memo_runtime.losses import linear_cross_entropy
+from memo_runtime.losses.tiles import largest_bytes
 from memo_runtime.profiling.growth import fit_seconds, times
 from memo_runtime.records import BlockProfile, Growth
 
 logger = logging.getLogger("memo_runtime")
 
-#: Copies of the last hidden state alive at once around the final norm and the loss: the state itself, its gradient,
-#: and the float32 copies (twice the bytes each) that norms of half-precision models make.
-_HIDDEN_COPIES = {2: 9, 4: 5, 8: 5}
+#: Copies of the last hidden state alive at once while the final norm goes backward: the state, gradients, and the
+#: float32 copies (twice the bytes each) that norms of half-precision models make. Counted for Hugging Face's RMSNorm,
+#: which takes the most (tests/profiling/test_outside.py).
+_HIDDEN_COPIES = {2: 13, 4: 7, 8: 7}
+#: While the loss runs forward: what that norm saves, its result, and the gradient that the loss makes at once.
+_LOSS_COPIES = {2: 5, 4: 4, 8: 4}
 #: Where nothing with weights follows the blocks: the state and its gradient.
 _BARE_COPIES = 2
-#: Bytes of one tile of logits with its gradient, when the loss runs by tiles.
-_TILE_BYTES = 512 * 1024**2
 #: Most tokens on which head and loss are timed.
 _HEAD_TOKENS = {"cuda": 8192, "cpu": 256}
 
@@ -54,7 +56,7 @@ def _heads(model: nn.Module, profiles: Sequence[BlockProfile]) -> Iterator[nn.Li
 def outside_peak(
     model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden_bytes: int, *, tiled_loss: bool
 ) -> Growth:
-    """Device bytes that head and loss need beyond what the blocks keep, by tokens."""
+    """Device bytes that head and loss need beyond what the blocks keep and their own gradients, by tokens."""
     last = profiles[-1]
     tokens = max(1, last.tokens)
     parameter = next(model.parameters(), torch.empty(0))
@@ -64,10 +66,29 @@ def outside_peak(
     if copies == _BARE_COPIES:
         return Growth(linear=per_token)
     if tiled_loss:
-        return Growth(constant=_TILE_BYTES if parameter.device.type == "cuda" else 0, linear=per_token)
+        return Growth(linear=per_token)
     features = sum(head.out_features for head in _heads(model, profiles))
     # Logits in the model's dtype, in float32 as losses take them, and the gradients of both.
     return Growth(linear=per_token + rows * features * 2 * (item + 4))
+
+
+def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: int) -> Growth:
+    """Device bytes that they need by tiles before any gradient is there: one tile, and the head's gradient as it grows.
+
+    That gradient is a sum in float32 and stands beside its copy in the weight's dtype for a moment.
+    """
+    heads = list(_heads(model, profiles))
+    if not heads:
+        return Growth()
+    head = max(heads, key=lambda linear: linear.out_features)
+    dtype = head.weight.dtype
+    constant = largest_bytes(head.out_features, dtype)
+    if head.weight.requires_grad:
+        growing = head.weight.numel() * max(4, dtype.itemsize)
+        done = head.weight.numel() * dtype.itemsize if dtype.itemsize < 4 else 0
+        constant = growing + max(constant, done)
+    tokens = max(1, profiles[-1].tokens)
+    return Growth(constant=constant, linear=hidden_bytes * _LOSS_COPIES.get(dtype.itemsize, 4) / tokens)
 
 
 def outside_seconds(

@@ -88,6 +88,10 @@ class StateChangedError(ReplayMismatchError):
     """A parameter or another tensor that a block has to be run again from was written to since its forward."""
 
 
+class StepGivenUpError(MemoError, RuntimeError):
+    """Backward through a step that an exception ended, and whose memory another step has taken since."""
+
+
 class PinningError(HostLimitError):
     """The system gives no more host memory, or does not pin it.
 

@@ -16,7 +16,7 @@
 #include "thread_engine.hpp"
 
 static_assert(sizeof(memo_core_copy) == sizeof(memo_core::Copy), "one layout on both sides");
-static_assert(sizeof(memo_core_request) == 24, "copies lie behind it without a gap, as memo_runtime packs them");
+static_assert(sizeof(memo_core_request) == 32, "copies lie behind it without a gap, as memo_runtime packs them");
 
 namespace memo_core {
 namespace {
@@ -96,7 +96,6 @@ Direction checked(std::int32_t direction) {
 }
 
 std::int64_t submit(const memo_core_request& request, const char* name) {
-  std::int64_t ticket = 0;
   const Status status = guarded([&] {
     const Direction where = checked(request.direction);
     if (request.count < 0) throw Failure(Status::invalid, "a negative number of copies");
@@ -109,9 +108,9 @@ std::int64_t submit(const memo_core_request& request, const char* name) {
       plan_copy(copies[i], all().table, work);
       work.ends.push_back(work.pieces.size());
     }
-    ticket = target->submit(where, std::move(work), request.stream, name ? name : "");
+    target->submit(request.ticket, where, std::move(work), request.stream, name ? name : "");
   });
-  return status == Status::ok ? ticket : -static_cast<std::int64_t>(status);
+  return status == Status::ok ? request.ticket : -static_cast<std::int64_t>(status);
 }
 
 }  // namespace
@@ -164,8 +163,11 @@ std::int32_t memo_core_slab_take(std::int64_t slab, std::uint64_t size, std::uin
   return status_of([&] { *offset = all().slabs.get(slab)->take(size, alignment); });
 }
 
-std::int32_t memo_core_slab_give(std::int64_t slab, std::uint64_t offset) {
-  return status_of([&] { all().slabs.get(slab)->give(offset); });
+std::int32_t memo_core_slab_give(std::int64_t slab, std::int64_t* offset) {
+  return status_of([&] {
+    all().slabs.get(slab)->give(static_cast<std::uint64_t>(*offset));
+    *offset = -1;
+  });
 }
 
 std::int32_t memo_core_slab_in_use(std::int64_t slab, std::uint64_t* size) {
@@ -216,6 +218,15 @@ std::int32_t memo_core_wait(std::int64_t engine, std::int64_t ticket, std::uint6
 
 std::int32_t memo_core_cancel(std::int64_t engine, std::int64_t ticket, std::uint64_t stream, std::int32_t* prevented) {
   return status_of([&] { *prevented = all().engines.get(engine)->cancel(ticket, stream); });
+}
+
+void memo_core_drop(std::int64_t engine, std::int64_t ticket, std::uint64_t stream, const void*) {
+  try {
+    const std::shared_ptr<Engine> target = all().engines.get(engine);
+    if (target->mine()) target->cancel(ticket, stream);
+  } catch (const Failure&) {
+    // It was used up, or never begun, or its engine has finished it. Nobody is told, nor is a text of others replaced.
+  }
 }
 
 std::int32_t memo_core_done(std::int64_t engine, std::int64_t ticket, std::int32_t* done) {

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define MEMO_CORE_INTERFACE_VERSION 2
+#define MEMO_CORE_INTERFACE_VERSION 3
 #define MEMO_CORE_EXPORT __attribute__((visibility("default")))
 
 typedef struct {
@@ -38,6 +38,7 @@ typedef struct {
  * costs a caller in Python about as much as the call. */
 typedef struct {
   int64_t engine;
+  int64_t ticket;    /* chosen by the caller, above 0 and not used before */
   uint64_t stream;   /* the copies start when it has reached this point */
   int32_t direction; /* 0 to the host, 1 to the device */
   int32_t count;
@@ -58,9 +59,11 @@ MEMO_CORE_EXPORT int32_t memo_core_device_numa_node(int64_t device, int32_t* nod
 MEMO_CORE_EXPORT int32_t memo_core_slab_create(int64_t device, uint64_t size, uint64_t chunk, int32_t threads,
                                                int32_t numa_node, int32_t allow_partial, memo_core_slab_info* info);
 MEMO_CORE_EXPORT int32_t memo_core_slab_refusal(int64_t slab, char* text, int64_t size);
-/* `offset`: -1 where nothing fits. */
+/* `offset`: -1 where nothing fits. What is written there is written before the call returns: whoever owns it can give
+ * the slot back whatever happens next. */
 MEMO_CORE_EXPORT int32_t memo_core_slab_take(int64_t slab, uint64_t size, uint64_t alignment, int64_t* offset);
-MEMO_CORE_EXPORT int32_t memo_core_slab_give(int64_t slab, uint64_t offset);
+/* `offset` becomes -1. */
+MEMO_CORE_EXPORT int32_t memo_core_slab_give(int64_t slab, int64_t* offset);
 MEMO_CORE_EXPORT int32_t memo_core_slab_in_use(int64_t slab, uint64_t* size);
 /* Waits for copies under way and unpins; the memory stays readable until it is destroyed. */
 MEMO_CORE_EXPORT int32_t memo_core_slab_close(int64_t slab);
@@ -75,11 +78,13 @@ MEMO_CORE_EXPORT int32_t memo_core_engine_drain(int64_t engine);
 MEMO_CORE_EXPORT int32_t memo_core_engine_stream(int64_t engine, int32_t direction, uint64_t* stream);
 MEMO_CORE_EXPORT int32_t memo_core_engine_num_open(int64_t engine, int64_t* count);
 
-/* Starts the copies of `request`. `name`: for the error, should one fail; it may have a line for each copy. The caller vouches for the device ends: that
- * they are memory of the engine's device. */
+/* Starts the copies of `request`; returns its ticket. `name`: for the error, should one fail; it may have a line for
+ * each copy. The caller vouches for the device ends: that they are memory of the engine's device. */
 MEMO_CORE_EXPORT int64_t memo_core_submit(const memo_core_request* request, const char* name);
 MEMO_CORE_EXPORT int32_t memo_core_wait(int64_t engine, int64_t ticket, uint64_t stream);
 MEMO_CORE_EXPORT int32_t memo_core_cancel(int64_t engine, int64_t ticket, uint64_t stream, int32_t* prevented);
+/* `memo_core_cancel` for whoever owns both ends and is about to die: says nothing. `who` is ignored. */
+MEMO_CORE_EXPORT void memo_core_drop(int64_t engine, int64_t ticket, uint64_t stream, const void* who);
 MEMO_CORE_EXPORT int32_t memo_core_done(int64_t engine, int64_t ticket, int32_t* done);
 
 #ifdef __cplusplus

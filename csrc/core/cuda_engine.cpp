@@ -44,11 +44,12 @@ CuEvent CudaEngine::take_event() {
   return event;
 }
 
-std::int64_t CudaEngine::submit(Direction direction, Work work, std::uint64_t stream, std::string name) {
+void CudaEngine::submit(std::int64_t number, Direction direction, Work work, std::uint64_t stream, std::string name) {
   for (const auto& slab : work.slabs) {
     if (!slab->pinned()) throw Failure(Status::invalid, "the slab is not pinned, so a copy would hold up the host");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
+  tickets_.check(number);
   const ContextGuard guard(*device_);
   Ticket ticket{direction, std::move(name), {}, take_event(), std::move(work.slabs)};
   std::size_t begun = 0;
@@ -57,7 +58,7 @@ std::int64_t CudaEngine::submit(Direction direction, Work work, std::uint64_t st
     const auto after = std::lower_bound(work.ends.begin(), work.ends.end(), std::max<std::size_t>(begun, 1));
     ticket.name = line_of(ticket.name, static_cast<std::size_t>(after - work.ends.begin()));
   }
-  return tickets_.add(std::move(ticket));
+  tickets_.add(number, std::move(ticket));
 }
 
 // An empty text where everything is on its way. After a failure the event stands behind what was begun, so that

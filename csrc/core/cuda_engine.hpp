@@ -24,7 +24,7 @@ class CudaEngine : public Engine {
   explicit CudaEngine(std::shared_ptr<CudaDevice> device);
   ~CudaEngine() override;
 
-  std::int64_t submit(Direction direction, Work work, std::uint64_t stream, std::string name) override;
+  void submit(std::int64_t ticket, Direction direction, Work work, std::uint64_t stream, std::string name) override;
   void wait(std::int64_t ticket, std::uint64_t stream) override;
   bool cancel(std::int64_t ticket, std::uint64_t stream) override;
   bool done(std::int64_t ticket) override;

@@ -4,6 +4,9 @@
 // direction run in the order in which they were submitted; the two directions run beside each other.
 #pragma once
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -17,9 +20,10 @@ class Engine {
  public:
   virtual ~Engine() = default;
 
-  // Starts `work` when `stream` has reached this point; returns its ticket. Throws Failure where the work makes no
+  // Starts `work` when `stream` has reached this point, under the number that the caller chose: it knows the ticket
+  // before there is one, so an interrupt that follows this call cannot lose it. Throws Failure where the work makes no
   // sense. What the driver refuses later surfaces at the wait.
-  virtual std::int64_t submit(Direction direction, Work work, std::uint64_t stream, std::string name) = 0;
+  virtual void submit(std::int64_t ticket, Direction direction, Work work, std::uint64_t stream, std::string name) = 0;
   // `stream` goes on when the copies are made (on CPU: the calling thread does). Throws Failure(copy_failed) where they
   // were not, and Failure(invalid) for a ticket that was used up.
   virtual void wait(std::int64_t ticket, std::uint64_t stream) = 0;
@@ -34,15 +38,27 @@ class Engine {
   virtual std::uint64_t stream(Direction direction) = 0;
   // Tickets that were neither waited for nor cancelled.
   virtual std::int64_t num_open() = 0;
+  // A forked child has none of the engine's threads: whoever waits there waits for ever.
+  bool mine() const { return process_ == getpid(); }
+
+ private:
+  const pid_t process_ = getpid();
 };
 
 // The tickets of one engine by number. Not locked: its engine is.
 template <typename T>
 class Tickets {
  public:
-  std::int64_t add(T ticket) {
-    open_.emplace(++last_, std::move(ticket));
-    return last_;
+  // Throws Failure(invalid) for a number that was used before; two threads may come in another order than their numbers.
+  void check(std::int64_t number) const {
+    if (number <= 0 || open_.count(number) > 0) {
+      throw Failure(Status::invalid, "a ticket needs a number of its own above 0; " + std::to_string(number) + " is none");
+    }
+  }
+
+  void add(std::int64_t number, T ticket) {
+    open_.emplace(number, std::move(ticket));
+    last_ = std::max(last_, number);
   }
 
   T& at(std::int64_t number) {

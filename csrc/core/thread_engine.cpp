@@ -92,16 +92,16 @@ void ThreadEngine::finish(const std::shared_ptr<Job>& job) {
   work_there_.notify_all();
 }
 
-std::int64_t ThreadEngine::submit(Direction direction, Work work, std::uint64_t, std::string) {
+void ThreadEngine::submit(std::int64_t ticket, Direction direction, Work work, std::uint64_t, std::string) {
   auto job = std::make_shared<Job>();
   job->direction = direction;
   job->slabs = std::move(work.slabs);
   for (const Piece& piece : work.pieces) cut(piece, job->slices);
   const std::lock_guard<std::mutex> lock(mutex_);
+  tickets_.check(ticket);
   if (!job->slices.empty()) queues_[static_cast<int>(direction)].push_back(job);
-  const std::int64_t ticket = tickets_.add(job);
+  tickets_.add(ticket, job);
   work_there_.notify_all();
-  return ticket;
 }
 
 void ThreadEngine::wait(std::int64_t ticket, std::uint64_t) {

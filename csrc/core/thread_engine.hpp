@@ -20,7 +20,7 @@ class ThreadEngine : public Engine {
   explicit ThreadEngine(int threads);
   ~ThreadEngine() override;
 
-  std::int64_t submit(Direction direction, Work work, std::uint64_t stream, std::string name) override;
+  void submit(std::int64_t ticket, Direction direction, Work work, std::uint64_t stream, std::string name) override;
   void wait(std::int64_t ticket, std::uint64_t stream) override;
   bool cancel(std::int64_t ticket, std::uint64_t stream) override;
   bool done(std::int64_t ticket) override;

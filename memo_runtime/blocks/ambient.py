@@ -11,6 +11,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memo_runtime.blocks.region import shrink
+from memo_runtime.blocks.undo import Undo
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +85,12 @@ class BufferState:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Run from these values, then put back those from before, so that a rerun does not count twice."""
-        before = BufferState.current(self.tensors)
-        self.set()
+        undo = Undo(BufferState.current(self.tensors).set)
         try:
+            self.set()
             yield
         finally:
-            before.set()
+            undo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,9 @@ class RandomState:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Run from this state, then put back the one from before."""
-        before = RandomState.current(self.device or torch.device("cpu"))
-        self.set()
+        undo = Undo(RandomState.current(self.device or torch.device("cpu")).set)
         try:
+            self.set()
             yield
         finally:
-            before.set()
+            undo()

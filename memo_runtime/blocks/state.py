@@ -25,6 +25,7 @@ from torch import nn
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.reach import Reach, reach
+from memo_runtime.blocks.undo import Undo
 from memo_runtime.errors import StateChangedError
 
 _ADVICE = "policy='swap' runs nothing again"
@@ -88,12 +89,12 @@ class LibraryRandom:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Run from these states, then put back those from before."""
-        before = LibraryRandom.current(generator for generator, _ in self.states)
-        self.set()
+        undo = Undo(LibraryRandom.current(generator for generator, _ in self.states).set)
         try:
+            self.set()
             yield
         finally:
-            before.set()
+            undo()
 
 
 # ---- cells
@@ -104,17 +105,22 @@ def _cells_as(reaches: Iterable[Reach]) -> Iterator[None]:
     """Run with the contents of ``reaches``, then put back those from before."""
     reaches = tuple(reaches)
     now = [{index: found.cells[index].read() for index in found.changed()} for found in reaches]
-    for found, changed in zip(reaches, now, strict=True):
-        for index in changed:
-            found.cells[index].write(found.contents[index])
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for found, changed in zip(reaches, now, strict=True):
             for index, cell in enumerate(found.cells):
                 want = changed[index] if index in changed else found.contents[index]
                 if not cell.same(want):
                     cell.write(want)
+
+    undo = Undo(put_back)
+    try:
+        for found, changed in zip(reaches, now, strict=True):
+            for index in changed:
+                found.cells[index].write(found.contents[index])
+        yield
+    finally:
+        undo()
 
 
 # ---- tensors
@@ -184,13 +190,18 @@ def _marks(found: Reach) -> list[_Mark]:
 def _requires_grad_as(marks: Iterable[_Mark]) -> Iterator[None]:
     """Parameters that were frozen or thawed since save other tensors: run with what the forward had."""
     changed = [mark for mark in marks if mark.tensor.is_leaf and mark.tensor.requires_grad != mark.requires_grad]
-    for mark in changed:
-        mark.tensor.requires_grad_(mark.requires_grad)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for mark in changed:
             mark.tensor.requires_grad_(not mark.requires_grad)
+
+    undo = Undo(put_back)
+    try:
+        for mark in changed:
+            mark.tensor.requires_grad_(mark.requires_grad)
+        yield
+    finally:
+        undo()
 
 
 # ---- one call

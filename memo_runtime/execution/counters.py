@@ -77,6 +77,8 @@ class StepCounters:
     backward_seen: bool = False
     in_forward: bool = False
     in_backward: bool = False
+    #: A block's forward raised.
+    failed: bool = False
     owner: threading.Thread = field(default_factory=threading.current_thread)
 
     def block(self, name: str) -> BlockCounters:

@@ -58,8 +58,7 @@ class Ledger:
     def current(self) -> int:
         """Bytes held now."""
         with self._lock:
-            self._settle()
-            return self._current
+            return self._exact()
 
     @property
     def peak(self) -> int:
@@ -69,8 +68,7 @@ class Ledger:
     def reset_peak(self) -> None:
         """Start a new peak at what is held now."""
         with self._lock:
-            self._settle()
-            self._peak = self._current
+            self._peak = self._exact()
 
     def _open(self, share: Share) -> _Left:
         left = _Left(share, self._ended.append)
@@ -88,6 +86,16 @@ class Ledger:
     def _settle(self) -> None:
         """Count what has gone since the last time."""
         while self._ended:
-            left = self._shares.pop(id(self._ended.popleft()), None)
+            # In this order: what an interrupt cuts off is done the next time.
+            left = self._shares.get(id(self._ended[0]))
             if left is not None:
                 self._current -= left.count
+                left.count = 0
+                del self._shares[id(left)]
+            self._ended.popleft()
+
+    def _exact(self) -> int:
+        """The sum of what is there: an interrupt may have come between a share's count and that of all."""
+        self._settle()
+        self._current = sum(left.count for left in self._shares.values())
+        return self._current

@@ -257,6 +257,12 @@ class Piece:
 
     # ---- freeing
 
+    def give_back(self) -> None:
+        """Free what was stashed too."""
+        self.drop_buffer()
+        self._slot = self._device_rows = None
+        self._share.clear()
+
     def drop_buffer(self) -> None:
         """Free what is on the device for backward; the stashed rows stay and can be fetched again."""
         for entry in self._users:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.undo import num_open, undo_to
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.batch import Outgoing
@@ -61,7 +62,8 @@ class Session:
     """The runtime state of one wrapped model.
 
     After an exception in a step, including an interrupt, the next step starts clean: what the abandoned graph held
-    goes back when the graph is freed, and ``begin`` forgets the rest.
+    goes back when the graph is freed, and ``begin`` forgets the rest. Somebody may keep that graph (a notebook keeps
+    the last traceback, with all that its frames hold): its host memory is taken back when it is needed.
 
     Args:
         blocks: (qualified name, module) in call order.
@@ -97,6 +99,9 @@ class Session:
         self._step: StepCounters | None = None
         #: A ``Stash``, or a ``tiled_swap.Entry``.
         self.last_stash: weakref.ref[Any] | None = None
+        #: What the calls of this step have in host memory, and those of steps that an exception ended.
+        self._stored: list[weakref.ref[Any]] = []
+        self._given_up: list[weakref.ref[Any]] = []
         self._in_flight: deque[tuple[int, Callable[[], Outgoing | Entry | None]]] = deque()
         self._programs: ProgramCache | None = None
         self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
@@ -141,6 +146,7 @@ class Session:
         """
         if self._tools is None or self._tools.device != device or self._tools.process != os.getpid():
             self._tools = Tools(device, plan.limits.host_bytes, on_refusal=self._on_refusal)
+            self._tools.pool.when_short = weakref.WeakMethod(self._take_back)
         self._tools.pool.limit = plan.limits.host_bytes
         self._tools.pool.fit(plan.forecast.host_bytes)
         self.plan = plan
@@ -163,6 +169,7 @@ class Session:
         if self._tools is None:
             device = next((p.device for b in self.blocks for p in b.block.parameters()), torch.device("cpu"))
             self._tools = Tools(device, 0, on_refusal=self._on_refusal)
+            self._tools.pool.when_short = weakref.WeakMethod(self._take_back)
         return self._tools
 
     @property
@@ -192,8 +199,12 @@ class Session:
         self._turn.take(self._under_way)
         outermost = not self._preparing
         self._preparing = True
+        under_way = num_open()
         try:
             yield
+        except BaseException:
+            undo_to(under_way)
+            raise
         finally:
             if outermost:
                 self._preparing = False
@@ -212,6 +223,10 @@ class Session:
             device, self._tools = self._tools.device, None
             if self.plan is not None:
                 self.adopt(self.plan, device)
+        last = self._step
+        if last is not None and (last.failed or last.in_backward):
+            self._given_up = [one for one in (*self._given_up, *self._stored) if one() is not None]
+        self._stored = []
         self._step = StepCounters(Clock(self.tools.device))
         self.steps += 1
         self.last_stash = None
@@ -223,7 +238,7 @@ class Session:
         """Begin a step unless this forward follows another whose backward is still to come."""
         step = self._step
         alive = self.last_stash is not None and self.last_stash() is not None
-        if step is None or step.backward_seen or (step.blocks and not alive):
+        if step is None or step.backward_seen or step.failed or (step.blocks and not alive):
             self.begin()
 
     def enter(self, block: BlockForward) -> BlockCounters:
@@ -245,7 +260,16 @@ class Session:
 
     def give_up(self) -> None:
         """A block's forward raised."""
-        self.step.in_forward = False
+        step = self.step
+        step.failed, step.in_forward = True, False
+
+    def _take_back(self) -> bool:
+        """Free the host memory of steps that an exception ended; False if there was none."""
+        given_up, self._given_up = self._given_up, []
+        stored = [found for one in given_up if (found := one()) is not None]
+        for one in stored:
+            one.give_back()
+        return bool(stored)
 
     def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
         """Block number ``position`` has finished its forward: start its copies."""
@@ -263,6 +287,7 @@ class Session:
     ) -> None:
         """``stash`` of block number ``position`` is the last one now; ``outgoing`` has the sources of its copies."""
         self.last_stash = stash
+        self._stored.append(stash)
         self._in_flight.append((position, outgoing))
         self.step.clock.touch()
 

@@ -20,8 +20,9 @@ from typing import Protocol
 import torch
 
 from memo_runtime.blocks.failures import first_line, pass_on
+from memo_runtime.blocks.undo import num_open, undo_to
 from memo_runtime.config import OnRefusal
-from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError
+from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError, StepGivenUpError
 from memo_runtime.execution.batch import Incoming, Outgoing
 from memo_runtime.execution.ledger import Ledger, Share
 from memo_runtime.execution.piece import Landed, Piece
@@ -124,6 +125,9 @@ class Stash:
         self._kept_bytes = 0
         self._skeletal_bytes = 0
         self._settled = False
+        self._given_up = False
+        #: Set while something is half done: an interrupt came in between if the next one finds it set.
+        self._fetching = self._preparing = False
 
     # ---- forward
 
@@ -202,6 +206,11 @@ class Stash:
         """Hand a saved tensor back to autograd."""
         if not self._settled and self.pending:
             return self._live(holder)
+        if self._given_up:
+            raise StepGivenUpError(
+                f"'{self.name}' is to go backward in a step that an exception ended, and its memory was needed for "
+                "another one since. Would work: forward again, or a host_budget with room for both"
+            )
         if holder.problem:
             raise RuntimeError(
                 f"one of the variables needed for gradient computation cannot be given back: {holder.problem}"
@@ -255,8 +264,11 @@ class Stash:
 
     def fetch(self) -> None:
         """Start the copies back of what is not there; what only the rerun read is not wanted again."""
+        if self._fetching:
+            self.drop()
         if self._ready or all(not piece.landing_bytes for piece in self.pieces):
             return
+        self._fetching = True
         if self._out is not None:
             self._out.sent()
         pairs: list[tuple[Piece, Pair]] = []
@@ -269,6 +281,7 @@ class Stash:
                 if piece.present and not before:
                     self.counters.bytes_to_device += piece.bytes_in
             self._in.append(Incoming(self.tools.engine, pairs, self.name))
+        self._fetching = False
 
     @property
     def landing_bytes(self) -> int:
@@ -276,6 +289,19 @@ class Stash:
         return sum(piece.landing_bytes for piece in self.pieces)
 
     def _make_ready(self) -> None:
+        if self._preparing:
+            self.drop()
+        self._preparing = True
+        under_way = num_open()
+        try:
+            self._prepare()
+        except BaseException:
+            undo_to(under_way)
+            raise
+        self._ready = True
+        self._preparing = False
+
+    def _prepare(self) -> None:
         if self.before_backward is not None:
             self.before_backward(self)
         for piece in self.pieces:
@@ -296,7 +322,6 @@ class Stash:
             for piece in self.pieces:
                 if not piece.users:  # only the rerun read it
                     piece.drop_buffer()
-        self._ready = True
 
     def _plan_fetch_below(self) -> None:
         """Fetch the block below now, or when little of this one is left (``FETCH_PARTS``).
@@ -346,11 +371,20 @@ class Stash:
 
     def drop(self) -> None:
         """Free what was fetched and rebuilt; a later backward through the same graph makes it again."""
-        self._ready = False
+        self._ready = self._fetching = self._preparing = False
         self._fetch_below_at = None
         self._forget_incoming()
         for piece in self.pieces:
             piece.drop_buffer()
+
+    def give_back(self) -> None:
+        """An exception ended the step, and somebody keeps its graph: free everything. It goes backward no more."""
+        self._given_up = True
+        self.drop()
+        if self._out is not None:
+            self._out.sent()
+        for piece in self.pieces:
+            piece.give_back()
 
     def _forget_incoming(self) -> None:
         for incoming in self._in:

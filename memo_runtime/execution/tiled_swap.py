@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from memo_runtime.errors import StateChangedError
+from memo_runtime.errors import StateChangedError, StepGivenUpError
 from memo_runtime.execution.ledger import Ledger, Share
 from memo_runtime.native.engine import CopyEngine, Ticket
 from memo_runtime.native.pool import HostPool, Slot
@@ -55,6 +55,7 @@ class Entry:
         self._swap = swap
         self._copies = dict(copies)
         self._share = share
+        self._given_up = False
         self.lower: weakref.ref[Any] | None = None
 
     def sent(self) -> None:
@@ -100,7 +101,16 @@ class Entry:
         return self.lower() if self.lower is not None else None
 
     def take(self) -> dict[int, torch.Tensor]:
-        """The tensors, on the device; starts the fetch of the block below."""
+        """The tensors, on the device; starts the fetch of the block below.
+
+        Raises:
+            StepGivenUpError: their memory was needed for another step.
+        """
+        if self._given_up:
+            raise StepGivenUpError(
+                "a block is to go backward in a step that an exception ended, and its memory was needed for another "
+                "one since. Would work: forward again, or a host_budget with room for both"
+            )
         self._swap.order.started(self)
         self.fetch()
         lower = self._below()
@@ -114,6 +124,12 @@ class Entry:
                 ticket.wait()
             found[place] = copy.target
         return found
+
+    def give_back(self) -> None:
+        """An exception ended the step, and somebody keeps its graph: free everything. It goes backward no more."""
+        self._given_up = True
+        self.sent()
+        self.done(retain=False)
 
     def done(self, *, retain: bool) -> None:
         """Backward is over: what it fetched goes, and host memory too unless another backward is to come."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import sys
+import weakref
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from memo_runtime.errors import CopyUseError
 from memo_runtime.native.engine import CopyEngine, Pair, Ticket
 from memo_runtime.native.library import CUDA_DRIVER, Library, SlabInfo, packing
 from memo_runtime.native.runs import six_numbers
-from memo_runtime.native.slab import Slab
+from memo_runtime.native.slab import Offset, Slab
 
 # At the end of a process nothing is given back: modules go first, in no order, and the system takes everything. What
 # __del__ needs to know that is bound as a default, since names of modules are gone by then.
@@ -33,9 +35,14 @@ class Card:
     """
 
     def __init__(self, library: Library, ordinal: int, driver: str = CUDA_DRIVER) -> None:
-        self.handle = 0
         self.library = library
-        self.handle = library.number("device_open", _I64, driver.encode(), ordinal)
+        self._cell = _I64(0)  # written by the core itself: an interrupt behind the call does not lose it
+        library.call("device_open", driver.encode(), ordinal, ctypes.byref(self._cell))
+
+    @property
+    def handle(self) -> int:
+        """The core's number for it."""
+        return self._cell.value
 
     @property
     def numa_node(self) -> int:
@@ -43,23 +50,28 @@ class Card:
         return self.library.number("device_numa_node", _I32, self.handle)
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self.handle and not _ending():
-            self.library.call("device_close", self.handle)
+        if self._cell.value and not _ending():
+            self.library.call("device_close", self._cell.value)
 
 
 class _Mapping:
-    """Owns a slab of the core; unmapped when the last tensor over it is gone."""
+    """Owns a slab of the core, from before it is there; unmapped when the last tensor over it is gone."""
 
-    def __init__(self, library: Library, card: Card | None, handle: int) -> None:
+    def __init__(self, library: Library, card: Card | None) -> None:
         self.library = library
         self.card = card
-        self.handle = handle
+        self.info = SlabInfo()
         self.process = os.getpid()
+
+    @property
+    def handle(self) -> int:
+        """The core's number for it."""
+        return int(self.info.slab)
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A forked child has neither the core's threads nor the driver's state.
-        if not _ending() and os.getpid() == self.process:
-            self.library.call("slab_destroy", self.handle)
+        if self.info.slab and not _ending() and os.getpid() == self.process:
+            self.library.call("slab_destroy", self.info.slab)
 
 
 class CompiledSlab(Slab):
@@ -84,13 +96,13 @@ class CompiledSlab(Slab):
         threads: int = 0,
         allow_partial: bool = False,
     ) -> None:
-        info = SlabInfo()
+        self._library = library
+        self._mapping = _Mapping(library, card)
+        info = self._mapping.info
         handle, node = (card.handle, card.numa_node) if card is not None else (0, -1)
         library.call(
             "slab_create", handle, size_bytes, chunk_bytes, threads, node, int(allow_partial), ctypes.byref(info)
         )
-        self._library = library
-        self._mapping = _Mapping(library, card, info.slab)
         self.size, self.mapped = int(info.size), int(info.mapped)
         self.pinned, self.on_node = bool(info.pinned), bool(info.on_node)
         self.refusal = library.refusal(info.slab)
@@ -98,14 +110,14 @@ class CompiledSlab(Slab):
         buffer._mapping = self._mapping  # type: ignore[attr-defined]  # tensors hold the buffer, and so the memory
         self.memory = torch.frombuffer(buffer, dtype=torch.uint8)
 
-    def take(self, size_bytes: int, alignment: int) -> int | None:
+    def take(self, size_bytes: int, alignment: int, where: Offset) -> bool:
         """See ``Slab``."""
-        offset = self._library.number("slab_take", _I64, self._mapping.handle, size_bytes, alignment)
-        return None if offset < 0 else offset
+        self._library.call("slab_take", self._mapping.handle, size_bytes, alignment, ctypes.byref(where))
+        return where.value >= 0
 
-    def give(self, offset: int) -> None:
+    def give(self, where: Offset) -> None:
         """See ``Slab``."""
-        self._library.call("slab_give", self._mapping.handle, offset)
+        self._library.call("slab_give", self._mapping.handle, ctypes.byref(where))
 
     @property
     def in_use(self) -> int:
@@ -138,14 +150,16 @@ class CompiledEngine(CopyEngine):
         at_once: bool = False,
     ) -> None:
         super().__init__(device)
-        self.closed = True
         self._library = library
         self._card = card
         self._stream = stream
         self._at_once = at_once
         self._process = os.getpid()
-        self._handle = library.number("engine_create", _I64, card.handle if card is not None else 0, threads)
-        self.closed = False
+        #: What is told when a ticket dies that was not used up; by number.
+        self._alive: dict[int, weakref.ref[Ticket]] = {}
+        self._cell = _I64(0)  # written by the core itself: an interrupt behind the call does not lose it
+        library.call("engine_create", card.handle if card is not None else 0, threads, ctypes.byref(self._cell))
+        self._handle = self._cell.value
 
     def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket:
         if self.closed:
@@ -156,15 +170,20 @@ class CompiledEngine(CopyEngine):
             if device.device != mine:
                 self._check_device(device)
             numbers.append(six_numbers(host, device))
-        head = (self._handle, self._stream(), 0 if out else 1, len(pairs))
+        number, stream = next(self._numbers), self._stream()
+        ticket = Ticket(self, pairs, name, number=number, watched=out)
+        # From here on the core is told when the ticket dies, by a function of C, while both ends are still there.
+        self._alive[number] = weakref.ref(ticket, partial(self._library.drop, self._handle, number, stream))
         pack = _PACK_ONE if len(pairs) == 1 else packing(len(pairs)).pack
-        number = self._library.submit(pack(*head, *itertools.chain.from_iterable(numbers)), name.encode())
-        if number < 0:
-            raise self._library.error(-number)
+        request = pack(self._handle, number, stream, 0 if out else 1, len(pairs), *chain.from_iterable(numbers))
+        status = self._library.submit(request, name.encode())
+        if status < 0:
+            self._forget(number)
+            raise self._library.error(-status)
         if out and self._at_once:
             self._wait(number)
-            number = None
-        return Ticket(self, number, pairs, name, watched=out)
+            ticket.settled()
+        return ticket
 
     def _wait(self, number: int) -> None:
         status = self._library.wait(self._handle, number, self._stream())
@@ -177,9 +196,14 @@ class CompiledEngine(CopyEngine):
     def _done(self, number: int) -> bool:
         return bool(self._library.number("done", _I32, self._handle, number))
 
+    def _forget(self, number: int) -> None:
+        self._alive.pop(number, None)
+
     @property
     def open_copies(self) -> int:
         """See ``CopyEngine``."""
+        for number in [number for number, ticket in list(self._alive.items()) if ticket() is None]:
+            self._forget(number)
         return 0 if self.closed else self._library.number("engine_num_open", _I64, self._handle)
 
     def stream_handle(self, *, to_host: bool) -> int:
@@ -194,10 +218,10 @@ class CompiledEngine(CopyEngine):
         """See ``CopyEngine``."""
         if not self.closed:
             self.closed = True
-            self._library.call("engine_destroy", self._handle)
+            self._library.call("engine_destroy", self._cell.value)
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not getattr(self, "closed", True) and not _ending() and os.getpid() == self._process:
+        if not self.closed and self._cell.value and not _ending() and os.getpid() == self._process:
             self.close()
 
 

@@ -9,7 +9,8 @@ Many copies go under one ticket (``many_to_host``, ``many_to_device``): one subm
 
 Copies of one direction run in the order of their submission, the two directions beside each other. The host end lies
 in a slab that is open. Neither call waits on the host where there is a GPU. Both ends stay alive until the ticket is
-used up: memory that is freed earlier would be reused under the copy. A ticket that is dropped cancels itself.
+used up: memory that is freed earlier would be reused under the copy. A ticket that is dropped cancels itself, wherever
+an interrupt was raised and without a destructor in Python, in which an interrupt would be lost.
 
 Errors: what makes no sense is a ``CopyUseError`` at once, and nothing was started. A copy that fails is a
 ``CopyError`` with its name when its ticket is waited for; the engine goes on.
@@ -17,34 +18,38 @@ Errors: what makes no sense is a ``CopyUseError`` at once, and nothing was start
 
 from __future__ import annotations
 
-import sys
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
-from memo_runtime.errors import CopyUseError
+from memo_runtime.errors import CopyError, CopyUseError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Ticket:
-    """One submission under way. ``number`` is the engine's; None: it was made at once.
+    """One submission. It is there before the copies start, so that nothing that happens then can lose them.
 
-    ``watched``: modifying a source in place is told; of copies to the device nobody but the owner writes to the source.
+    ``number`` is the engine's. ``watched``: modifying a source in place is told; of copies to the device nobody but the
+    owner writes to the source.
     """
 
-    __slots__ = ("_engine", "_held", "_number", "_open", "_versions", "name")
+    __slots__ = ("__weakref__", "_engine", "_held", "_over", "_used", "_versions", "name", "number")
 
     def __init__(
-        self, engine: CopyEngine, number: int | None, held: tuple[Pair, ...], name: str, *, watched: bool = True
+        self, engine: CopyEngine, held: tuple[Pair, ...], name: str, *, number: int, watched: bool = True
     ) -> None:
-        self._open = True
         self._engine = engine
-        self._number = number
         self._held = held
         self._versions = tuple([source._version for source, _ in held]) if watched else ()
+        #: Somebody has asked for it. It serves once.
+        self._used = False
+        #: The current stream is behind the copies, or nobody wants them: both ends may be used again.
+        self._over = False
         self.name = name
+        self.number = number
 
     def wait(self) -> None:
         """Make the current stream wait for the copy (on CPU: the caller).
@@ -53,12 +58,11 @@ class Ticket:
             CopyError: the copy failed; names it.
             CopyUseError: the ticket was used up before.
         """
-        self._use()
-        if self._number is not None:
-            self._engine._wait(self._number)
+        self._refuse_used()
+        self._finish()
 
     def release(self) -> bool:
-        """Wait unless that was done, then let go of both ends.
+        """Wait unless that was done, then let go of both ends. May be repeated where an interrupt cut it off.
 
         Returns:
             False if the source was modified in place since it was submitted.
@@ -67,11 +71,12 @@ class Ticket:
             CopyError: the copy failed.
         """
         try:
-            if self._open:
-                self.wait()
+            self._finish()
             return not self.changed()
         finally:
-            self._held, self._versions = (), ()
+            # Not after an interrupt, which may have come before the wait.
+            if self._over:
+                self._held, self._versions = (), ()
 
     def changed(self) -> tuple[int, ...]:
         """Which sources were modified in place since they were submitted, by their place among the copies.
@@ -90,26 +95,41 @@ class Ticket:
         Raises:
             CopyUseError: the ticket was used up before.
         """
-        self._use()
-        prevented = self._number is not None and self._engine._cancel(self._number)
+        self._refuse_used()
+        self._used = True
+        prevented = not self._over and self._engine._cancel(self.number)
+        self.settled()
         self._held, self._versions = (), ()
         return prevented
 
     def done(self) -> bool:
         """Whether the copy is made, or has failed; does not wait and does not use the ticket up."""
-        return not self._open or self._number is None or self._engine._done(self._number)
+        return self._used or self._over or self._engine._done(self.number)
 
-    def _use(self) -> None:
-        if not self._open:
+    def settled(self) -> None:
+        """The engine has nothing to do for it any more."""
+        self._over = True
+        self._engine._forget(self.number)
+
+    def _finish(self) -> None:
+        again, self._used = self._used, True
+        if self._over:
+            return
+        try:
+            self._engine._wait(self.number)
+        except CopyError:
+            self.settled()
+            raise
+        except CopyUseError:
+            # An interrupt came behind the wait: the engine knows that it is over, and the ticket did not.
+            if not again:
+                raise
+        self.settled()
+
+    def _refuse_used(self) -> None:
+        if self._used:
             what = f"'{self.name.splitlines()[0]}'" if self.name else "a tensor"
             raise CopyUseError(f"the copy of {what} was waited for or cancelled before: a ticket serves once")
-        self._open = False
-
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # An engine that was closed has finished its copies.
-        unused = getattr(self, "_open", False) and self._number is not None
-        if unused and not self._engine.closed and not _ending():
-            self.cancel()
 
 
 class CopyEngine(ABC):
@@ -122,6 +142,7 @@ class CopyEngine(ABC):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.closed = False
+        self._numbers = itertools.count(1)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor, *, name: str = "") -> Ticket:
         """Copy ``source`` on the device into ``target`` in a slab, of the same shape and dtype."""
@@ -167,6 +188,10 @@ class CopyEngine(ABC):
 
     @abstractmethod
     def _done(self, number: int) -> bool: ...
+
+    @abstractmethod
+    def _forget(self, number: int) -> None:
+        """The ticket was used up: its death is of no interest any more."""
 
     def _check_device(self, tensor: torch.Tensor) -> None:
         if tensor.device != self.device:

@@ -16,7 +16,7 @@ from typing import Any
 
 from memo_runtime.errors import CopyError, CopyUseError, NativeUnavailableError, PinningError
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 CUDA_DRIVER = "libcuda.so.1"
 _LIBRARY = Path(__file__).with_name("_core.so")
 
@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "slab_create": (_I32, (_I64, _U64, _U64, _I32, _I32, _I32, _POINTER)),
     "slab_refusal": (_I32, (_I64, _POINTER, _I64)),
     "slab_take": (_I32, (_I64, _U64, _U64, _POINTER)),
-    "slab_give": (_I32, (_I64, _U64)),
+    "slab_give": (_I32, (_I64, _POINTER)),
     "slab_in_use": (_I32, (_I64, _POINTER)),
     "slab_close": (_I32, (_I64,)),
     "slab_destroy": (_I32, (_I64,)),
@@ -55,6 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "submit": (_I64, (_TEXT, _TEXT)),
     "wait": (_I32, (_I64, _I64, _U64)),
     "cancel": (_I32, (_I64, _I64, _U64, _POINTER)),
+    "drop": (None, (_I64, _I64, _U64, ctypes.py_object)),
     "done": (_I32, (_I64, _I64, _POINTER)),
 }
 
@@ -76,10 +77,10 @@ class SlabInfo(ctypes.Structure):
 def packing(count: int) -> struct.Struct:
     """How a ``memo_core_request`` of ``count`` copies lies in memory.
 
-    Engine, stream, direction and count; then six numbers of each copy: host, device, width, height, host pitch, device
-    pitch. Packed bytes go over as they are: filling ctypes structures would take a microsecond for each copy.
+    Engine, ticket, stream, direction and count; then six numbers of each copy: host, device, width, height, host pitch,
+    device pitch. Packed bytes go over as they are: filling ctypes structures would take a microsecond for each copy.
     """
-    return struct.Struct(f"=qQii{6 * count}Q")
+    return struct.Struct(f"=qqQii{6 * count}Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +116,10 @@ class Library:
         except AttributeError as error:
             raise NativeUnavailableError(f"lacks a function, build it again: {error}") from None
         self._handle = handle
-        # The two calls of every copy, without a look-up by name.
+        # The calls of every copy, without a look-up by name.
         self.submit = handle.memo_core_submit
         self.wait = handle.memo_core_wait
+        self.drop = handle.memo_core_drop
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call ``memo_core_NAME``; raise what it reports."""

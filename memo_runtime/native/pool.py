@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -18,7 +19,7 @@ from memo_runtime.config import OnRefusal
 from memo_runtime.errors import HostLimitError, PinningError
 from memo_runtime.native.backend import Backend
 from memo_runtime.native.limits import cgroup_limit
-from memo_runtime.native.slab import Slab
+from memo_runtime.native.slab import Offset, Slab, no_offset
 from memo_runtime.sizes import HOST_ALIGNMENT, slot_bytes
 from memo_runtime.units import format_bytes, format_seconds
 
@@ -35,7 +36,12 @@ class Slot:
 
     __slots__ = ("__weakref__", "memory", "size", "start")
 
-    def __init__(self, slab: Slab, start: int, size: int, used: int) -> None:
+    memory: torch.Tensor
+    start: int
+    size: int
+
+    def place(self, slab: Slab, start: int, size: int, used: int) -> None:
+        """It has ``size`` bytes of ``slab`` from ``start`` on, of which ``used`` were asked for."""
         self.start = start
         self.size = size
         self.memory = slab.memory[start : start + used]
@@ -46,12 +52,15 @@ class Slot:
 
 
 class _Place(weakref.ref[Slot]):
-    """Where a slot is, told when it is dropped."""
+    """Where a slot is, told when it is dropped. It is there before the slot has memory, so that none can be lost."""
 
-    __slots__ = ("size", "slab", "start")
+    __slots__ = ("slab", "where")
     slab: Slab
-    start: int
-    size: int
+    where: Offset
+
+
+def _nobody() -> None:
+    """Nobody can do without what it has."""
 
 
 class HostPool:
@@ -66,10 +75,11 @@ class HostPool:
     def __init__(self, limit: int, backend: Backend, *, on_refusal: OnRefusal = OnRefusal.STOP) -> None:
         self.limit = limit
         self.on_refusal = on_refusal
-        self._in_use = 0
         self._backend = backend
         self._slabs: list[Slab] = []
         self._lock = threading.RLock()
+        #: Asked when there is no room, before that is an error; tells whether it has made some.
+        self.when_short: Callable[[], Callable[[], bool] | None] = _nobody
         #: By identity: a weak reference is hashed as what it refers to.
         self._places: dict[int, _Place] = {}
         self._dropped: deque[weakref.ref[Slot]] = deque()
@@ -89,7 +99,7 @@ class HostPool:
         """Bytes of the slots that are there."""
         with self._lock:
             self._settle()
-            return self._in_use
+            return sum(slab.in_use for slab in self._slabs)
 
     def reserve(self, size_bytes: int) -> None:
         """Make sure that the slabs hold ``size_bytes`` in all, before a step needs them.
@@ -142,21 +152,32 @@ class HostPool:
         size = slot_bytes(size_bytes)
         with self._lock:
             self._settle()
-            for slab in self._slabs:
-                start = slab.take(size, HOST_ALIGNMENT)
-                if start is not None:
-                    break
-            else:
+            slot = Slot()
+            place = _Place(slot, self._dropped.append)
+            place.where = no_offset()
+            self._places[id(place)] = place
+            if not self._found(place, size) and not (self._made_room(size) and self._found(place, size)):
                 grown, _ = self._grow(size, partly=False)
                 assert grown is not None, "a slab that is not there in part is there or an error"
-                slab, start = grown, grown.take(size, HOST_ALIGNMENT)
-                assert start is not None, "a new slab has room for what it was made for"
-            self._in_use += size
-            slot = Slot(slab, start, size, size_bytes)
-            place = _Place(slot, self._dropped.append)
-            place.slab, place.start, place.size = slab, start, size
-            self._places[id(place)] = place
+                found = self._taken(place, grown, size)
+                assert found, "a new slab has room for what it was made for"
+            slot.place(place.slab, place.where.value, size, size_bytes)
             return slot
+
+    def _found(self, place: _Place, size: int) -> bool:
+        return any(self._taken(place, slab, size) for slab in self._slabs)
+
+    def _made_room(self, size: int) -> bool:
+        """Where another slab is out of the question, whoever can do without what it has gave it back."""
+        ask = self.when_short()
+        if self.reserved + size <= self.limit or ask is None or not ask():
+            return False
+        self._settle()
+        return True
+
+    def _taken(self, place: _Place, slab: Slab, size: int) -> bool:
+        place.slab = slab
+        return slab.take(size, HOST_ALIGNMENT, place.where)
 
     def trim(self) -> None:
         """Free the slabs of which nothing is in use."""
@@ -170,10 +191,13 @@ class HostPool:
     def _settle(self) -> None:
         """Give back the slots that were dropped since the last time."""
         while self._dropped:
-            place = self._places.pop(id(self._dropped.popleft()), None)
+            # In this order: an interrupt between two of them is made good the next time.
+            place = self._places.get(id(self._dropped[0]))
             if place is not None:
-                self._in_use -= place.size
-                place.slab.give(place.start)
+                if place.where.value >= 0:
+                    place.slab.give(place.where)
+                del self._places[id(place)]
+            self._dropped.popleft()
 
     def _grow(self, size: int, *, partly: bool) -> tuple[Slab | None, str]:
         """A slab of ``size`` bytes, or with ``partly`` what there is of it and why it is not all."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 
 import torch
+
+#: Where a slot starts; -1: nowhere. A cell of its owner's, written in the same moment in which the slab takes note, so
+#: that an interrupt, wherever it is raised, finds both or neither.
+Offset = ctypes.c_int64
+
+
+def no_offset() -> Offset:
+    """An empty cell."""
+    return Offset(-1)
 
 
 class Slab(ABC):
@@ -26,16 +36,16 @@ class Slab(ABC):
     refusal: str = ""
 
     @abstractmethod
-    def take(self, size_bytes: int, alignment: int) -> int | None:
-        """Offset of free bytes, the lowest that fits; None if there are none.
+    def take(self, size_bytes: int, alignment: int, where: Offset) -> bool:
+        """Write the offset of free bytes, the lowest that fits, into ``where``; False if there are none.
 
         Raises:
             CopyUseError: the slab was closed, or 0 bytes were asked for.
         """
 
     @abstractmethod
-    def give(self, offset: int) -> None:
-        """Give back what was taken at ``offset``.
+    def give(self, where: Offset) -> None:
+        """Give back what was taken at ``where``, and empty that.
 
         Raises:
             CopyUseError: nothing is taken there.

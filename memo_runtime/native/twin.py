@@ -7,12 +7,11 @@ registration into another: a refusal leaves nothing.
 
 from __future__ import annotations
 
-import bisect
 import importlib.util
 import mmap
 import threading
 import weakref
-from dataclasses import dataclass
+from collections import deque
 from typing import Any, ClassVar
 
 import torch
@@ -20,46 +19,45 @@ import torch
 from memo_runtime.errors import CopyError, CopyUseError, PinningError
 from memo_runtime.native.engine import CopyEngine, Pair, Ticket
 from memo_runtime.native.runs import Runs, matched
-from memo_runtime.native.slab import Slab
+from memo_runtime.native.slab import Offset, Slab
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
 
 
 class FreeList:
-    """First fit: the lowest free interval that is large enough; neighbours coalesce when freed."""
+    """First fit: the lowest free interval that is large enough.
+
+    What is taken is all that it knows, so that no interrupt can leave it half changed; free intervals lie between.
+    """
 
     def __init__(self, size: int) -> None:
-        self._free: list[tuple[int, int]] = [(0, size)]  # (offset, length), sorted
-        self._taken: dict[int, int] = {}
-        self.in_use = 0
+        self._size = size
+        self._taken: dict[int, int] = {}  # offset -> length
 
-    def take(self, size: int, alignment: int) -> int | None:
-        """Offset of ``size`` bytes; None where nothing fits."""
-        for index, (begin, length) in enumerate(self._free):
-            start = -(-begin // alignment) * alignment
-            end = begin + length
-            if end - start < size:
-                continue
-            rest = [(begin, start - begin), (start + size, end - start - size)]
-            self._free[index : index + 1] = [(where, count) for where, count in rest if count > 0]
-            self._taken[start] = size
-            self.in_use += size
-            return start
-        return None
+    @property
+    def in_use(self) -> int:
+        """Bytes that are taken."""
+        return sum(self._taken.values())
 
-    def give(self, offset: int) -> bool:
-        """Free what was taken at ``offset``; False where nothing was."""
-        size = self._taken.pop(offset, None)
-        if size is None:
+    def take(self, size: int, alignment: int, where: Offset) -> bool:
+        """Write the offset of ``size`` bytes into ``where``; False where nothing fits."""
+        start = 0
+        for begin, length in (*sorted(self._taken.items()), (self._size, 0)):
+            if start + size <= begin:
+                # Nothing is called between the two, so no interrupt is raised there either.
+                self._taken[start] = size
+                where.value = start
+                return True
+            start = -(-(begin + length) // alignment) * alignment
+        return False
+
+    def give(self, where: Offset) -> bool:
+        """Free what was taken at ``where``, and empty that; False where nothing was."""
+        start = where.value
+        if start not in self._taken:
             return False
-        self.in_use -= size
-        index = bisect.bisect(self._free, (offset, size))
-        self._free.insert(index, (offset, size))
-        if index + 1 < len(self._free) and offset + size == self._free[index + 1][0]:
-            self._free[index] = (offset, size + self._free.pop(index + 1)[1])
-        if index > 0 and sum(self._free[index - 1]) == offset:
-            before, length = self._free[index - 1]
-            self._free[index - 1] = (before, length + self._free.pop(index)[1])
+        del self._taken[start]
+        where.value = -1
         return True
 
 
@@ -97,20 +95,20 @@ class TorchSlab(Slab):
             raise PinningError(f"CUDA does not pin {self.size} bytes of host memory: {status}")
         self.pinned = True
 
-    def take(self, size_bytes: int, alignment: int) -> int | None:
+    def take(self, size_bytes: int, alignment: int, where: Offset) -> bool:
         """See ``Slab``."""
         if size_bytes <= 0 or alignment <= 0:
             raise CopyUseError("a slot of 0 bytes, or aligned to 0, was asked for")
         with self._lock:
             if not self._open:
                 raise CopyUseError("the slab was freed: no slot can be taken from it")
-            return self._free.take(size_bytes, alignment)
+            return self._free.take(size_bytes, alignment, where)
 
-    def give(self, offset: int) -> None:
+    def give(self, where: Offset) -> None:
         """See ``Slab``."""
         with self._lock:
-            if not self._free.give(offset):
-                raise CopyUseError(f"no slot is taken at offset {offset}: it was given back before")
+            if not self._free.give(where):
+                raise CopyUseError(f"no slot is taken at offset {where.value}: it was given back before")
 
     @property
     def in_use(self) -> int:
@@ -149,8 +147,15 @@ class TorchSlab(Slab):
         )
 
 
-@dataclass(slots=True)
-class _UnderWay:
+class _UnderWay(weakref.ref[Ticket]):
+    """A submission, told when its ticket dies; it keeps both ends until the engine has seen to that."""
+
+    __slots__ = ("compute", "event", "failure", "held", "number")
+    number: int
+    held: tuple[Pair, ...]
+    #: The stream that made the sources, or owns the targets.
+    compute: Any
+    #: Behind the copies; None: an interrupt came before it.
     event: Any
     failure: str
 
@@ -161,7 +166,7 @@ class TorchEngine(CopyEngine):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._tickets: dict[int, _UnderWay] = {}
-        self._last = 0
+        self._dropped: deque[Any] = deque()
         self._lock = threading.Lock()
         self._bindings = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
         # Each way its own stream: the two directions use different copy engines and overlap.
@@ -170,6 +175,7 @@ class TorchEngine(CopyEngine):
     def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket:
         if self.closed:
             raise CopyUseError("the copy engine was closed")
+        self._settle()
         checked = []
         names = name.split("\n")
         for place, (source, target) in enumerate(pairs):
@@ -178,13 +184,18 @@ class TorchEngine(CopyEngine):
             if one.width and one.height:
                 TorchSlab.check(other if out else one)
                 checked.append((names[min(place, len(names) - 1)], source, target, one, other))
+        number = next(self._numbers)
         if not self._streams:
             for _, source, target, _, _ in checked:
                 target.copy_(source)
-            return Ticket(self, None, pairs, name)
+            ticket = Ticket(self, pairs, name, number=number)
+            ticket.settled()
+            return ticket
+        ticket = Ticket(self, pairs, name, number=number, watched=out)
         stream = self._streams[0 if out else 1]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        failure, begun = "", 0
+        under_way = self._noted(ticket, pairs)
+        stream.wait_stream(under_way.compute)
+        begun = 0
         with torch.cuda.stream(stream):
             try:
                 for _, source, target, one, other in checked:
@@ -192,13 +203,36 @@ class TorchEngine(CopyEngine):
                     self._copy(stream, source, target, (one, other))
             except RuntimeError as error:  # what CUDA refused belongs to whoever waits for it
                 copied = checked[begun - 1][0]
-                failure = f"copying {repr(copied) if copied else 'a tensor'} failed: {error}"
+                under_way.failure = f"copying {repr(copied) if copied else 'a tensor'} failed: {error}"
             event = torch.cuda.Event()
             event.record(stream)
+            under_way.event = event
+        return ticket
+
+    def _noted(self, ticket: Ticket, pairs: tuple[Pair, ...]) -> _UnderWay:
+        under_way = _UnderWay(ticket, self._dropped.append)
+        under_way.number, under_way.held = ticket.number, pairs
+        under_way.compute = torch.cuda.current_stream(self.device)
+        under_way.event, under_way.failure = None, ""
+        self._tickets[ticket.number] = under_way
+        return under_way
+
+    def _settle(self) -> None:
+        """Let compute wait for copies whose tickets were dropped, then let go of both ends."""
         with self._lock:
-            self._last += 1
-            self._tickets[self._last] = _UnderWay(event, failure)
-            return Ticket(self, self._last, pairs, name, watched=out)
+            while self._dropped:
+                under_way = self._tickets.get(self._dropped[0].number)
+                if under_way is not None:
+                    self._wait_for(under_way, under_way.compute)
+                    self._forget(under_way.number)
+                self._dropped.popleft()
+
+    def _wait_for(self, under_way: _UnderWay, compute: Any) -> None:
+        if under_way.event is not None:
+            compute.wait_event(under_way.event)
+        else:
+            for stream in self._streams:
+                compute.wait_stream(stream)
 
     def _copy(
         self, stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor, runs: tuple[Runs, Runs]
@@ -213,27 +247,28 @@ class TorchEngine(CopyEngine):
                 other.copy_(one, non_blocking=True)
 
     def _wait(self, number: int) -> None:
-        ticket = self._take(number)
-        torch.cuda.current_stream(self.device).wait_event(ticket.event)
-        if ticket.failure:
-            raise CopyError(ticket.failure)
+        under_way = self._tickets.get(number)
+        if under_way is None:
+            raise CopyUseError(f"ticket {number} was used up: it was waited for or cancelled before")
+        self._wait_for(under_way, torch.cuda.current_stream(self.device))
+        if under_way.failure:
+            raise CopyError(under_way.failure)
 
     def _cancel(self, number: int) -> bool:
-        torch.cuda.current_stream(self.device).wait_event(self._take(number).event)
+        self._wait_for(self._tickets[number], torch.cuda.current_stream(self.device))
         return False
 
     def _done(self, number: int) -> bool:
-        with self._lock:
-            ticket = self._tickets.get(number)
-        return ticket is None or bool(ticket.event.query())
+        under_way = self._tickets.get(number)
+        return under_way is None or bool(under_way.event.query())
 
-    def _take(self, number: int) -> _UnderWay:
-        with self._lock:
-            return self._tickets.pop(number)
+    def _forget(self, number: int) -> None:
+        self._tickets.pop(number, None)
 
     @property
     def open_copies(self) -> int:
         """See ``CopyEngine``."""
+        self._settle()
         return len(self._tickets)
 
     def stream_handle(self, *, to_host: bool) -> int:

@@ -22,6 +22,7 @@ from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.reach import Reach, reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.blocks.state import MOST_CLONED_BYTES, LibraryRandom, shared_generators
+from memo_runtime.blocks.undo import Undo
 
 Roots = Iterable[tuple[str, Any]]
 
@@ -85,15 +86,20 @@ class Start:
         """
         leaves = [t for _, t in self._found.tensors if isinstance(t, nn.Parameter) and t.is_leaf]
         gradients = [(parameter, parameter.grad) for parameter in leaves]
-        for parameter in leaves:
-            parameter.grad = None
-        try:
-            yield
-        finally:
+
+        def put_back() -> None:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             self.set()
             self._torch.set()
+
+        undo = Undo(put_back)
+        try:
+            for parameter in leaves:
+                parameter.grad = None
+            yield
+        finally:
+            undo()
 
     def every_time(self, forward: Forward) -> Forward:
         """``forward`` such that every run starts from here."""

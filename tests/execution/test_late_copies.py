@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 
@@ -37,7 +38,9 @@ class LateEngine(TorchEngine):
         self.sent += out
         failing = out and self.sent == self.fail
         self.pairs[self.count] = ("out" if out else "in", pairs, name if failing else "")
-        return Ticket(self, self.count, pairs, name)
+        ticket = Ticket(self, pairs, name, number=self.count)
+        weakref.finalize(ticket, self.pairs.pop, self.count, None)
+        return ticket
 
     def _wait(self, number):
         direction, pairs, failing = self.pairs.pop(number)
@@ -49,6 +52,9 @@ class LateEngine(TorchEngine):
 
     def _cancel(self, number):
         return self.pairs.pop(number) is not None
+
+    def _forget(self, number):
+        assert number not in self.pairs
 
     @property
     def open_copies(self):

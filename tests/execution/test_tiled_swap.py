@@ -131,7 +131,7 @@ def test_an_input_changed_while_it_is_copied_is_an_error():
 
     class Slow(TorchEngine):
         def to_host(self, source, target, *, name=""):
-            return Late(self, None, ((source, target),), name)
+            return Late(self, ((source, target),), name, number=1)
 
     layers = stack(count=2)
     swap = swap_on(Slow(CPU))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from memo_runtime.native.compiled import CompiledEngine, CompiledSlab
+from memo_runtime.native.slab import no_offset
 from memo_runtime.native.twin import TorchEngine, TorchSlab
 from tests.native.programs import SLOT_BYTES, SLOTS, Machine, programs, start_values
 
@@ -16,9 +17,10 @@ def plain_fill(tensor, value):
 
 
 def slots_of(slab):
-    offsets = [slab.take(SLOT_BYTES, 64) for _ in range(SLOTS)]
+    offsets = [no_offset() for _ in range(SLOTS)]
+    assert all(slab.take(SLOT_BYTES, 64, offset) for offset in offsets)
     slab.memory.zero_()
-    return [slab.memory[offset : offset + SLOT_BYTES] for offset in offsets]
+    return [slab.memory[offset.value : offset.value + SLOT_BYTES] for offset in offsets]
 
 
 def outcome(machine):
@@ -65,7 +67,7 @@ def test_the_cuda_path_and_the_twin_agree(rig, program):
     """Slots cross the borders of registrations, and every copy and kernel takes its time."""
     rig.fake.delay(60)
     slab = rig.slab(2 * 2**21 + SLOTS * SLOT_BYTES, chunk_bytes=2**21)
-    slab.take(2**21 - SLOT_BYTES // 2 - 32, 64)
+    slab.take(2**21 - SLOT_BYTES // 2 - 32, 64, no_offset())
     memory = []
 
     def on_card(shape, dtype):

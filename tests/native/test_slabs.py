@@ -13,6 +13,7 @@ from memo_runtime.native.backend import Backend, TorchBackend
 from memo_runtime.native.compiled import CompiledSlab
 from memo_runtime.native.limits import Limit
 from memo_runtime.native.pool import HostPool
+from memo_runtime.native.slab import Offset, no_offset
 from memo_runtime.native.twin import TorchSlab
 
 CPU = torch.device("cpu")
@@ -54,16 +55,20 @@ def test_slots_of_both_are_the_same(core):
     for _ in range(600):
         if not taken or draw.random() < 0.5:
             size, alignment = draw.randint(1, 700), draw.choice([1, 8, 64, 512])
-            offsets = [slab.take(size, alignment) for slab in slabs]
-            assert offsets[0] == offsets[1]
-            if offsets[0] is not None:
-                taken.append(offsets[0])
+            cells = [no_offset(), no_offset()]
+            found = [slab.take(size, alignment, cell) for slab, cell in zip(slabs, cells, strict=True)]
+            assert found[0] == found[1] == (cells[0].value >= 0)
+            assert cells[0].value == cells[1].value
+            if found[0]:
+                taken.append(cells)
         else:
-            offset = taken.pop(draw.randrange(len(taken)))
-            for slab in slabs:
-                slab.give(offset)
-                with pytest.raises(CopyUseError, match="given back before"):
-                    slab.give(offset)
+            for slab, cell in zip(slabs, taken.pop(draw.randrange(len(taken))), strict=True):
+                again = Offset(cell.value)
+                slab.give(cell)
+                assert cell.value == -1
+                for empty in (cell, again):
+                    with pytest.raises(CopyUseError, match="given back before"):
+                        slab.give(empty)
         assert slabs[0].in_use == slabs[1].in_use
 
 
@@ -74,7 +79,7 @@ def test_a_freed_slab_takes_nothing_and_stays_readable(make_slab):
     slab.close()
     slab.close()
     with pytest.raises(CopyUseError, match="freed"):
-        slab.take(8, 8)
+        slab.take(8, 8, no_offset())
     del slab
     gc.collect()
     assert memory.sum() == 3 * 4096
@@ -84,7 +89,7 @@ def test_a_freed_slab_takes_nothing_and_stays_readable(make_slab):
 def test_an_empty_slot_is_refused(make_slab, wrong):
     slab = make_slab(4096)
     with pytest.raises(CopyUseError, match="0"):
-        slab.take(*wrong)
+        slab.take(*wrong, no_offset())
 
 
 def test_a_refusal_leaves_nothing_or_what_there_was(rig):

@@ -214,7 +214,7 @@ def test_a_library_that_cannot_be_used_says_why(tmp_path):
     with pytest.raises(NativeUnavailableError, match="cannot be loaded"):
         Library(broken)
     if compiler() is not None:
-        messages = {99: "has interface 99, this version needs 2: build it again", 2: "lacks a function, build it again"}
+        messages = {99: "has interface 99, this version needs 3: build it again", 3: "lacks a function, build it again"}
         for version, message in messages.items():
             source = tmp_path / f"source_{version}.cpp"
             source.write_text(f'extern "C" int memo_core_interface_version() {{ return {version}; }}\n')
@@ -239,7 +239,7 @@ def test_the_library_loads_without_torch(core):
         "assert native_status().reason; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    assert library_module.INTERFACE_VERSION == 2
+    assert library_module.INTERFACE_VERSION == 3
 
 
 # ---- limits

@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -78,13 +79,14 @@ memo_core_slab_info make_slab(std::int64_t device, std::uint64_t size, std::uint
   return info;
 }
 
-// Submits through one piece of memory, as memo_runtime packs it.
+// Submits through one piece of memory, as memo_runtime packs it, under the next number.
 std::int64_t submit(std::int64_t engine, std::int32_t direction, const std::vector<memo_core_copy>& copies,
                     std::uint64_t stream, const char* name) {
-  const memo_core_request head{engine, stream, direction, static_cast<std::int32_t>(copies.size())};
+  static std::atomic<std::int64_t> last{0};
+  const memo_core_request head{engine, ++last, stream, direction, static_cast<std::int32_t>(copies.size())};
   std::vector<std::uint64_t> packed((sizeof(head) + copies.size() * sizeof(memo_core_copy)) / 8);
   std::memcpy(packed.data(), &head, sizeof(head));
-  if (!copies.empty()) std::memcpy(packed.data() + 3, copies.data(), copies.size() * sizeof(memo_core_copy));
+  if (!copies.empty()) std::memcpy(packed.data() + sizeof(head) / 8, copies.data(), copies.size() * sizeof(memo_core_copy));
   return memo_core_submit(reinterpret_cast<const memo_core_request*>(packed.data()), name);
 }
 
@@ -156,7 +158,7 @@ void threads_copy() {
       for (std::uint64_t row = 0; row < height && !prevented; ++row) {
         CHECK(std::memcmp(&source[row * pitch], &back[row * pitch], width) == 0);
       }
-      CHECK(memo_core_slab_give(slab.slab, static_cast<std::uint64_t>(offset)) == 0);
+      CHECK(memo_core_slab_give(slab.slab, &offset) == 0 && offset == -1);
     }
   };
   std::vector<std::thread> users;
@@ -201,7 +203,7 @@ void cuda_orders() {
       for (std::uint64_t row = 0; row < rows; ++row) {
         CHECK(seen[row * pitch] == value && seen[row * pitch + width - 1] == value && seen[row * pitch + width] == 255);
       }
-      CHECK(memo_core_slab_give(slab.slab, static_cast<std::uint64_t>(offset)) == 0);
+      CHECK(memo_core_slab_give(slab.slab, &offset) == 0 && offset == -1);
     }
     fake.free(memory);
     fake.stream_end(compute);
@@ -275,7 +277,7 @@ void misuse() {
   CHECK(memo_core_wait(engine, one(slab.base, slab.base, 10), 0) == code(Status::copy_failed));
   CHECK(submit(engine, 7, {{slab.base, here, 10, 1, 10, 10}}, 0, "m") == -code(Status::invalid));
   CHECK(one(plain.base, here, 10) == -code(Status::invalid));
-  CHECK(memo_core_wait(engine, 99, 0) == code(Status::invalid));
+  CHECK(memo_core_wait(engine, 1'000'000'000, 0) == code(Status::invalid));
   CHECK(memo_core_wait(engine + 50, 1, 0) == code(Status::closed));
   const std::int64_t nothing = submit(engine, 1, {}, 0, nullptr);
   CHECK(nothing > 0 && memo_core_wait(engine, nothing, 0) == 0);
@@ -293,7 +295,7 @@ void misuse() {
   CHECK(one(slab.base, here, 10) == -code(Status::out_of_range));
   std::int64_t offset = 0;
   CHECK(memo_core_slab_take(slab.slab, 10, 1, &offset) == code(Status::closed));
-  CHECK(memo_core_slab_give(plain.slab, 0) == code(Status::invalid));
+  CHECK(memo_core_slab_give(plain.slab, &offset) == code(Status::invalid) && offset == 0);
   CHECK(memo_core_slab_destroy(slab.slab) == 0 && memo_core_slab_destroy(slab.slab) == code(Status::closed));
   CHECK(memo_core_slab_destroy(plain.slab) == 0);
   CHECK(memo_core_device_open(driver_path.c_str(), 1, &other) == 0 && memo_core_device_close(other) == 0);

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from memo_runtime.moments import Moment as Moment
+from memo_runtime.moments import TileAt as TileAt
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
@@ -138,15 +140,6 @@ class ArgumentAxes:
 
     leaf: int
     dims: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
-    """Device bytes of a block by tiles at one moment beside its stash: by tokens, of one tile, and of weight sums."""
-
-    full: Growth
-    tile: Growth = field(default_factory=Growth)
-    fixed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

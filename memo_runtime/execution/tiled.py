@@ -242,7 +242,9 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
     fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
     chosen = {}
     kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products)
-    kept += sum(tensor_bytes(tensor) for node, tensor in zip(nodes, stash, strict=False) if node in fixed)
+    made, wanted = set(run.stash()), captured.stages.differentiable
+    kept += sum(tensor_bytes(tensor) for node, tensor in zip(nodes, stash, strict=False)
+                if node in fixed or (node in made and node not in wanted))  # fmt: skip
     for place, tensor in enumerate(stash):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_dense(tensor):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,38 @@ def node_flops(node: fx.Node) -> int:
 def tensor_bytes(value: Any) -> int:
     """Bytes of the elements of a tensor; 0 of anything else."""
     return int(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramBytes:
+    """Bytes that a program of one tile takes beside what it is given, with nothing kept and with products kept.
+
+    ``bare``, ``kept``: at most while it runs. ``bare_results``, ``kept_results``: when it is over.
+    """
+
+    bare: int
+    kept: int
+    bare_results: int
+    kept_results: int
+
+    @classmethod
+    def of(cls, bare: fx.Graph, kept: fx.Graph) -> ProgramBytes:
+        """Of the two programs, run operator by operator."""
+        return cls(bytes_alive(bare), bytes_alive(kept), bytes_yielded(bare), bytes_yielded(kept))
+
+    def beside(self, more: int) -> ProgramBytes:
+        """With ``more`` bytes that are there all the while."""
+        return ProgramBytes(
+            self.bare + more, self.kept + more, self.bare_results + more, self.kept_results + more
+        )
+
+
+def bytes_yielded(graph: fx.Graph) -> int:
+    """Bytes of the results that are no inputs."""
+    given = {key for node in graph.nodes if node.op == "placeholder" for key, _ in _storages(node.meta.get("val"))}
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    made = {key: size for node in output.all_input_nodes for key, size in _storages(node.meta.get("val"))}
+    return sum(size for key, size in made.items() if key not in given)
 
 
 def bytes_alive(graph: fx.Graph) -> int:

@@ -1,4 +1,4 @@
-"""What of a block is alive at full length while it runs by tiles: the schedule of ``tiled_run`` walked without running.
+"""What of a block is alive while it runs by tiles: the schedule of ``tiled_run`` walked without running.
 
 Counted is what a block holds beside its stash (inputs, results of attention, log-sum-exps) and beside its parameters:
 
@@ -7,13 +7,16 @@ Counted is what a block holds beside its stash (inputs, results of attention, lo
                segment: those that it makes | mixer: queries, keys, values and their gradients, and that of its result
 
 Gradients that are written over those that came (``tiled_overwrite.py``) are counted once. For a block of one attention
-the worst moment is the backward of that attention: beside x and o there are dx over dy, do, q, k, v, dq, dk, dv, seven
-tensors in all as long and as wide as x where keys and values have a quarter of its heads.
+the worst moment is the backward of that attention, unless many products are kept: beside x and o there are dx over dy,
+do, q, k, v, dq, dk, dv: seven tensors as long and as wide as x where keys and values have a quarter of the heads.
+
+Products that are kept come and go with the tile that they belong to, and gradients of full length are made when the
+first tile has been run, so a segment has a moment for each of these tiles (``memo_runtime/moments.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +25,11 @@ from torch import fx
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment
+from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
 from memo_runtime.execution.tiled_programs import Cost
-from memo_runtime.records import Growth, Moment
+from memo_runtime.records import Growth, Moment, TileAt, TokenAxis
 
 #: Bytes by tokens that attention takes beside its tensors: (forward, backward).
 Workspace = tuple[float, float]
@@ -38,12 +42,28 @@ class Needs:
     Args:
         costs: of each segment's programs, by stage: at a tile, and at one of twice its tokens.
         tile: tokens of the smaller one.
-        workspaces: of each mixer.
+        workspaces: of each mixer. saved: bytes by token that its forward leaves beside its result.
     """
 
     costs: Mapping[int, tuple[Cost, Cost]]
     tile: int
     workspaces: Mapping[fx.Node, Workspace]
+    saved: Mapping[fx.Node, float]
+
+
+#: Of what one program takes, the figure of one moment.
+_Part = Callable[[ProgramBytes], int]
+#: While a program of the first tile is at work; when it is over, and while one of a later tile is at work: which tile
+#: that is with nothing kept and with products kept, and what is counted of its program.
+_FIRST: tuple[tuple[TileAt, _Part], ...] = (
+    (TileAt.FIRST_BARE, lambda one: one.bare), (TileAt.FIRST_KEPT, lambda one: one.kept),
+)  # fmt: skip
+_REST: tuple[tuple[TileAt, _Part], ...] = (
+    (TileAt.FIRST_BARE, lambda one: one.bare_results), (TileAt.FIRST_KEPT, lambda one: one.kept_results),
+    (TileAt.LATER_BARE, lambda one: one.bare), (TileAt.LATER_KEPT, lambda one: one.kept),
+)  # fmt: skip
+#: The same of a segment that keeps nothing, however long a tile is.
+_WHICHEVER: tuple[tuple[TileAt, _Part], ...] = ((TileAt.ANY, lambda one: one.bare),)
 
 
 def polynomial(size: Callable[[int], float], tokens: int) -> Growth:
@@ -56,14 +76,19 @@ def polynomial(size: Callable[[int], float], tokens: int) -> Growth:
 
 @dataclass(slots=True)
 class _Walk:
-    """``alive``: values by name, with the element bytes that are counted for them."""
+    """``alive``: values by name, with the element bytes that are counted for them. ``to_come``: of the stash.
+
+    ``rebuilding``: the products of the segment at hand are there, and are not what it makes.
+    """
 
     captured: Captured
     needs: Needs
     tokens: int
     over: Mapping[fx.Node, fx.Node]
     alive: dict[str, tuple[fx.Node, int]] = field(default_factory=dict)
+    to_come: list[fx.Node] = field(default_factory=list)
     fixed: int = 0
+    rebuilding: bool = False
     moments: list[Moment] = field(default_factory=list)
 
     def add(self, kind: str, node: fx.Node, dtype: torch.dtype | None = None) -> None:
@@ -75,25 +100,50 @@ class _Walk:
         for node in nodes:
             self.alive.pop(f"{kind} {node.name}", None)
 
-    def look(self, index: int | None = None, *, backward: bool, extra: float = 0.0) -> None:
-        """Note this moment; ``index``: of the segment whose tiles run, ``extra``: more bytes by token."""
+    def look(self, index: int, *, extra: float = 0.0, more: int = 0) -> None:
+        """Note a moment of stage number ``index`` at which no tile runs; ``extra``: more bytes by token."""
+        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more)
+
+    def look_at(self, index: int, tiles: Iterable[tuple[TileAt, _Part]], *, backward: bool) -> None:
+        """Note the moments of ``tiles`` of segment number ``index``; ``backward``: of its programs, those."""
+        costs = self.needs.costs[index]
+        for at, part in tiles:
+            first, second = (part(cost.backward_bytes if backward else cost.forward_bytes) for cost in costs)
+            per_token = max(0.0, (second - first) / self.needs.tile)
+            tile = Growth(constant=max(0.0, first - per_token * self.needs.tile), linear=per_token)
+            self._note(index, at, tile, more=costs[0].cast_bytes)
+
+    def _note(self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0) -> None:
         held = list(self.alive.values())
 
         def full(tokens: int) -> float:
             sizes = (item * self.captured.size(node.meta["val"].numel(), tokens) for node, item in held)
             return float(sum(sizes)) + extra * tokens
 
-        tile = self._tile(index, backward)
-        self.moments.append(Moment(full=polynomial(full, self.tokens), tile=tile, fixed=self.fixed))
+        below = sum(self._products(stage) for stage in range(index + self.rebuilding))
+        own = 0.0 if at is TileAt.ANY else self._products(index)
+        self.moments.append(
+            Moment(
+                full=polynomial(full, self.tokens), tile=tile, fixed=self.fixed + more, at=at,
+                missing=polynomial(self._missing, self.tokens), kept=Growth(linear=below), own=Growth(linear=own),
+            )
+        )  # fmt: skip
 
-    def _tile(self, index: int | None, backward: bool) -> Growth:
-        if index is None:
-            return Growth()
-        first, second = (
-            cost.backward_bytes if backward else cost.forward_bytes for cost in self.needs.costs[index]
-        )
-        per_token = max(0.0, (second - first) / self.needs.tile)
-        return Growth(constant=max(0.0, first - per_token * self.needs.tile), linear=per_token)
+    def _products(self, index: int) -> float:
+        """Bytes by kept token of the products of stage number ``index``."""
+        stage = self.captured.stages.stages[index]
+        if isinstance(stage, Mixer) or stage.by_rows:
+            return 0.0
+        return self.needs.costs[index][0].product_bytes / self.needs.tile
+
+    def _missing(self, tokens: int) -> float:
+        """Bytes of the results of mixers that are still to come."""
+        sizes = 0.0
+        for node in self.to_come:
+            value = node.meta["val"]
+            sizes += value.dtype.itemsize * self.captured.size(value.numel(), tokens)
+            sizes += self.needs.saved.get(node, 0.0) * tokens
+        return sizes
 
     # ---- the schedule
 
@@ -108,19 +158,26 @@ class _Walk:
 
     def forward(self) -> None:
         """As ``Run.forward``."""
+        self.to_come = stashed_results(self.captured)
         for index, stage in enumerate(self.captured.stages.stages):
             before = self.feeds(index)
             if isinstance(stage, Mixer):
-                self.look(backward=False, extra=self.needs.workspaces[stage.node][0])
+                self._made([stage.node])
+                self.look(index, extra=self.needs.workspaces[stage.node][0])
             elif stage.by_rows:
-                self.look(index, backward=False)
+                self._made(stage.outputs)
+                self.look_at(index, _WHICHEVER, backward=False)
             else:
+                self.look_at(index, _FIRST, backward=False)
                 for node in stage.outputs:
                     self.add("value", node)
-                self.look(index, backward=False)
+                self.look_at(index, _REST, backward=False)
                 continue
             if before is not None:
                 self.drop("value", self.dropped(before))
+
+    def _made(self, nodes: Sequence[fx.Node]) -> None:
+        self.to_come = [one for one in self.to_come if one not in nodes]
 
     def backward(self) -> None:
         """As ``Run.backward``: what came stays to the end, since its owner holds it."""
@@ -132,27 +189,45 @@ class _Walk:
             stage = stages.stages[index]
             before = self.feeds(index) if isinstance(stage, Mixer) or stage.by_rows else None
             if before is not None:
-                for node in before.outputs:
-                    self.add("value", node)
-                self.look(index - 1, backward=False)
+                self._rebuild(index - 1, before)
             if isinstance(stage, Mixer):
-                self._mixer_backward(stage)
+                self._mixer_backward(index, stage)
             else:
                 self._segment_backward(index, stage)
             if before is not None:
                 self.drop("value", self.dropped(before))
-        self.look(backward=True)
+        self.look(0, more=self._rounding())
 
-    def _mixer_backward(self, mixer: Mixer) -> None:
+    def _rebuild(self, index: int, segment: Segment) -> None:
+        self.rebuilding = True
+        self.look_at(index, _WHICHEVER, backward=False)
+        for node in segment.outputs:
+            self.add("value", node)
+        self.look_at(index, _WHICHEVER, backward=False)
+        self.rebuilding = False
+
+    def _rounding(self) -> int:
+        """Most bytes that gradients of weights take more while each is rounded from the precision of its sum."""
+        more = most = 0
+        for node, _ in self.captured.states:
+            value = node.meta["val"]
+            if f"gradient {node.name}" in self.alive and sum_dtype(value.dtype) != value.dtype:
+                rounded = int(value.numel()) * value.dtype.itemsize
+                most = max(most, more + rounded)
+                more += rounded - int(value.numel()) * sum_dtype(value.dtype).itemsize
+        return most
+
+    def _mixer_backward(self, index: int, mixer: Mixer) -> None:
         named = arguments_of(mixer.node)
         for name in ("query", "key", "value", "attn_mask"):
             if named[name] is not None and named[name] in self.captured.stages.differentiable:
                 self.add("gradient", named[name])
-        self.look(backward=True, extra=self.needs.workspaces[mixer.node][1])
+        self.look(index, extra=self.needs.workspaces[mixer.node][1])
         self.drop("gradient", [mixer.node])
 
     def _segment_backward(self, index: int, segment: Segment) -> None:
         wanted = self.captured.stages.differentiable
+        self.look_at(index, _WHICHEVER if segment.by_rows else _FIRST, backward=True)
         for node in segment.sources:
             if node not in wanted:
                 continue
@@ -165,15 +240,44 @@ class _Walk:
             elif f"gradient {node.name}" not in self.alive:
                 self.alive[f"gradient {node.name}"] = (node, 0)
                 self.fixed += int(node.meta["val"].numel()) * dtype.itemsize
-        self.look(index, backward=True)
+        self.look_at(index, _WHICHEVER if segment.by_rows else _REST, backward=True)
         self.drop("gradient", segment.outputs)
+
+
+def results_of_mixers(captured: Captured) -> list[fx.Node]:
+    """Values made in forward that backward needs whole."""
+    return [
+        node for stage in captured.stages.stages
+        for node in ([stage.node] if isinstance(stage, Mixer) else stage.outputs if stage.by_rows else [])
+    ]  # fmt: skip
+
+
+def stashed_results(captured: Captured) -> list[fx.Node]:
+    """Those of them that may go to the host."""
+    stages = captured.stages
+    found = results_of_mixers(captured)
+    return [node for node in found if node in stages.differentiable and isinstance(stages.axes[node], TokenAxis)]
 
 
 def moments(captured: Captured, needs: Needs, tokens: int) -> tuple[tuple[Moment, ...], tuple[Moment, ...]]:
     """(those of forward, those of backward), for sequences of ``tokens`` and longer."""
     device = captured.arguments[0][0].meta["val"].device
     over = overwritten(captured) if sole_holders(device.type) is not None else {}
-    forward, backward = (_Walk(captured, needs, tokens, over) for _ in range(2))
+    weights = weight_bytes(captured)
+    forward, backward = (_Walk(captured, needs, tokens, over, fixed=weights) for _ in range(2))
     forward.forward()
     backward.backward()
     return tuple(forward.moments), tuple(backward.moments)
+
+
+def weight_bytes(captured: Captured) -> int:
+    """Bytes of what a block makes of its parameters once for each call."""
+    given = {storage_key(node) for node, _ in captured.states}
+    made = {storage_key(node): tensor_bytes(node.meta["val"]) for node in captured.stages.weights
+            if isinstance(node.meta["val"], torch.Tensor)}  # fmt: skip
+    return sum(size for key, size in made.items() if key not in given)
+
+
+def storage_key(node: fx.Node) -> int:
+    """Equal for values in the same memory."""
+    return int(node.meta["val"].untyped_storage()._cdata)

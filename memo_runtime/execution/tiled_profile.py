@@ -21,9 +21,16 @@ from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment
 from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
-from memo_runtime.execution.tiled_moments import Needs, Workspace, moments, polynomial
+from memo_runtime.execution.tiled_moments import (
+    Needs,
+    Workspace,
+    moments,
+    polynomial,
+    results_of_mixers,
+    stashed_results,
+)
 from memo_runtime.execution.tiled_programs import Cost, make_programs, run_eagerly
-from memo_runtime.execution.tiled_run import rows_tile
+from memo_runtime.execution.tiled_run import rows_tile, tile_copies
 from memo_runtime.execution.tiled_swap import is_dense
 from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
@@ -51,12 +58,15 @@ def tiled_profile(
     mixers = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
     with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         tried = {node: _try(captured, node, tokens, kernels.get((captured.signature, node.name))) for node in mixers}
-    needs = Needs(costs, _TILE, {node: one.workspace for node, one in tried.items()})
+    needs = Needs(
+        costs, _TILE, {node: one.workspace for node, one in tried.items()},
+        {node: sum(size.linear for size in _saved(one)) for node, one in tried.items()},
+    )  # fmt: skip
     forward, backward = moments(captured, needs, tokens)
     again, saved, products = _repeated(captured, costs, tokens)
     found = TiledProfile(
         stash=tuple(_stash(captured, call, tried.values(), tokens)),
-        resident=_total(captured, captured.stages.fixed, tokens),
+        resident=_total(captured, _resident(captured), tokens),
         products=products,
         forward=forward,
         backward=backward,
@@ -102,7 +112,14 @@ def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: Auto
             shape[axis.dim] = axis.outer * tile * axis.inner
         with mode:
             sources.append(torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device))
-    return make_programs(captured, segment, sources, tile, autocast, compiler=run_eagerly).cost
+    programs = make_programs(captured, segment, sources, tile, autocast, compiler=run_eagerly)
+    given, tangents = tile_copies(captured, segment, programs.layouts, tile)
+    cost = programs.cost
+    return replace(
+        cost,
+        forward_bytes=cost.forward_bytes.beside(given),
+        backward_bytes=cost.backward_bytes.beside(given + tangents),
+    )
 
 
 def _repeated(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> tuple[Growth, Growth, Growth]:
@@ -132,25 +149,30 @@ def _total(captured: Captured, nodes: list[fx.Node], tokens: int) -> Growth:
     return polynomial(size, tokens)
 
 
+def _resident(captured: Captured) -> list[fx.Node]:
+    """Values made in forward that backward needs and that stay: masks, and results that need no gradient."""
+    chosen = stashed_results(captured)
+    return [*captured.stages.fixed, *(node for node in results_of_mixers(captured) if node not in chosen)]
+
+
 def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens: int) -> list[Growth]:
     """Bytes of each tensor that ``tiled._swapped`` would send to the host."""
-    nodes = []
-    for node, leaf in captured.arguments:
-        if call.leaves[leaf].is_floating_point() and is_dense(call.leaves[leaf]):
-            nodes.append(node)
-    for stage in captured.stages.stages:
-        nodes.extend([stage.node] if isinstance(stage, Mixer) else stage.outputs if stage.by_rows else [])
-    chosen = [
-        node for node in nodes
-        if node in captured.stages.differentiable and isinstance(captured.stages.axes[node], TokenAxis)
+    arguments = [
+        node for node, leaf in captured.arguments
+        if call.leaves[leaf].is_floating_point() and is_dense(call.leaves[leaf])
+        and node in captured.stages.differentiable and isinstance(captured.stages.axes[node], TokenAxis)
     ]  # fmt: skip
-    found = [_total(captured, [node], tokens) for node in chosen]
-    for one in tried:
-        for tensor in one.saved.tensors:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and is_dense(tensor):
-                per_token = tensor.numel() * tensor.element_size() / one.tokens
-                found.append(Growth(linear=per_token, multiple=_ROUNDED.get(one.saved.kernel, 1)))
-    return found
+    found = [_total(captured, [node], tokens) for node in [*arguments, *stashed_results(captured)]]
+    return [*found, *(size for one in tried for size in _saved(one))]
+
+
+def _saved(tried: _Tried) -> list[Growth]:
+    """Bytes of each tensor that an attention leaves beside its result and that may go to the host."""
+    return [
+        Growth(linear=one.numel() * one.element_size() / tried.tokens, multiple=_ROUNDED.get(tried.saved.kernel, 1))
+        for one in tried.saved.tensors
+        if isinstance(one, torch.Tensor) and one.is_floating_point() and is_dense(one)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +198,9 @@ def _try(captured: Captured, node: fx.Node, tokens: int, kernel: str | None) -> 
     meter = _Meter(device)
     output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased, kernel=kernel)
     forward = meter.beyond([output, *saved.tensors])
+    grad = torch.ones_like(output)
     meter = _Meter(device)
-    grads = attention_backward(torch.ones_like(output), inputs, output, saved, settings)
+    grads = attention_backward(grad, inputs, output, saved, settings)
     backward = meter.beyond([*grads])
     return _Tried(saved, length, (forward / length, backward / length))
 

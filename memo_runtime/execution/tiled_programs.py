@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.split import Segment
-from memo_runtime.execution.tiled_costs import bytes_alive, node_flops, tensor_bytes
+from memo_runtime.execution.tiled_costs import ProgramBytes, node_flops, tensor_bytes
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -51,20 +51,21 @@ GradientPlace = int | Factors | None
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """FLOPs of one tile, and bytes beside its inputs that are alive at once while a program runs, eagerly.
+    """FLOPs of one tile, and bytes beside its inputs while a program runs, eagerly.
 
     Args:
         forward: FLOPs of forward. again: of these, what backward runs again. again_kept: what backward of kept does.
-        forward_bytes, backward_bytes: of the programs, their results included; of the larger of both kinds.
-        product_bytes: of the products that are kept.
+        forward_bytes, backward_bytes: of the programs, their results included.
+        product_bytes: of the products that are kept. cast_bytes: of copies of weights in another precision.
     """
 
     forward: int
     again: int
     again_kept: int
-    forward_bytes: int
-    backward_bytes: int
+    forward_bytes: ProgramBytes
+    backward_bytes: ProgramBytes
     product_bytes: int
+    cast_bytes: int
 
 
 @dataclass(slots=True)
@@ -142,9 +143,10 @@ def make_programs(
         forward=sum(node_flops(node) for node in forward.graph.nodes),
         again=_flops_between(graph, again, wanted, rerun),
         again_kept=_flops_between(graph, again_kept, wanted, rerun),
-        forward_bytes=max(bytes_alive(forward.graph), bytes_alive(forward_keep.graph)),
-        backward_bytes=max(bytes_alive(backward.graph), bytes_alive(backward_kept.graph)),
+        forward_bytes=ProgramBytes.of(forward.graph, forward_keep.graph),
+        backward_bytes=ProgramBytes.of(backward.graph, backward_kept.graph),
         product_bytes=sum(tensor_bytes(node.meta["val"]) for node in products),
+        cast_bytes=sum(tensor_bytes(node.meta["val"]) for node in casts),
     )
     return Programs(
         casts=run_eagerly(_part(graph, given[: len(segment.sources)], casts)),

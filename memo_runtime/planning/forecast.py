@@ -165,9 +165,10 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     assert takes is not None, "a block that is planned by tiles was profiled so"
     stash = sum(size.at(tokens) for size in takes.stash)
     swapped = 0 if plan.device_rows else stash
+    products = takes.products.at(plan.prefix)
     timed = takes if takes.seconds_per_flop else block
     return Footprint(
-        skeletal=stash + takes.resident.at(tokens) + takes.products.at(plan.prefix),
+        skeletal=stash + takes.resident.at(tokens) + products,
         outgoing=swapped,
         kept=plan.bytes_kept,
         full=swapped,
@@ -180,8 +181,8 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         again=plan.recomputed_flops * (takes.seconds_per_flop or _seconds_per_flop(block, tokens)),
         to_host=copy_seconds(plan.bytes_to_host, link.to_host),
         to_device=copy_seconds(plan.bytes_to_device, link.to_device),
-        forward_peak=max((_moment_bytes(moment, plan) for moment in takes.forward), default=0),
-        backward_peak=max((_moment_bytes(moment, plan) for moment in takes.backward), default=0),
+        forward_peak=_highest(takes.forward, plan, backward=False) - products,
+        backward_peak=_highest(takes.backward, plan, backward=True) - products,
         end_peak=0,
         rerun_peak=0,
         gradients=block.gradients,
@@ -189,8 +190,10 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     )
 
 
-def _moment_bytes(moment: Moment, plan: BlockPlan) -> int:
-    return moment.full.at(plan.tokens) + moment.tile.at(plan.tile) + moment.fixed
+def _highest(moments: tuple[Moment, ...], plan: BlockPlan, *, backward: bool) -> int:
+    """Most bytes beside a complete stash, products that are kept among them."""
+    sizes = (one.bytes_at(plan.tokens, plan.tile, plan.prefix, backward=backward) for one in moments)
+    return max(size for size in sizes if size is not None)
 
 
 def _seconds_per_flop(block: BlockProfile, tokens: int) -> float:

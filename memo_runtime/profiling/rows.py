@@ -344,16 +344,19 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
     if tiled is None:
         return None
 
-    def moments(found: tuple[Moment, ...]) -> tuple[Moment, ...]:
-        return tuple(replace(one, full=times(one.full, ratio), tile=times(one.tile, ratio)) for one in found)
+    def moment(one: Moment) -> Moment:
+        return replace(
+            one, full=times(one.full, ratio), tile=times(one.tile, ratio), missing=times(one.missing, ratio),
+            kept=times(one.kept, ratio), own=times(one.own, ratio),
+        )  # fmt: skip
 
     return replace(
         tiled,
         stash=tuple(times(size, ratio) for size in tiled.stash),
         resident=times(tiled.resident, ratio),
         products=times(tiled.products, ratio),
-        forward=moments(tiled.forward),
-        backward=moments(tiled.backward),
+        forward=tuple(map(moment, tiled.forward)),
+        backward=tuple(map(moment, tiled.backward)),
         again_flops=times(tiled.again_flops, ratio),
         saved_flops=times(tiled.saved_flops, ratio),
         forward_seconds=times(tiled.forward_seconds, ratio),

@@ -86,9 +86,10 @@ def test_the_worst_moments_are_those_of_the_table(shared, counts):
     forward = [moment.full.at(TOKENS) / unit for moment in takes.forward]
     backward = [moment.full.at(TOKENS) / unit for moment in takes.backward]
     attention, last, worst = counts
-    assert forward == [attention, attention, last]
+    # Of each segment the first tile before and behind its program, and later ones.
+    assert forward == [*[0] * 2, *[attention] * 4, attention, *[0] * 2, *[last] * 4]
     assert max(backward) == worst
-    assert backward[0] == 2
+    assert backward[:6] == [1, 1, 2, 2, 2, 2]
 
 
 def peak_of(tiled, x, grad, monkeypatch, *, held):

@@ -1,6 +1,6 @@
 """Imports point one way; the arrows are those of the design.
 
-errors, units <- output, config <- placement, sizes <- records <- persist
+errors, units <- output, config <- placement, sizes <- moments <- records <- persist
 blocks, losses, planning, reporting, native -> the nouns  profiling, execution -> blocks, native, the nouns
 profiling -> losses
 execution -> capture -> blocks, the nouns
@@ -22,7 +22,8 @@ ALLOWED = {
     "output": {"errors", "units"},
     "placement": set(),
     "sizes": set(),
-    "records": {"placement", "sizes"},
+    "moments": {"sizes"},
+    "records": {"moments", "placement", "sizes"},
     "persist": NOUNS | {"soundness"},
     "soundness": NOUNS | {"planning"},
     "arguments": NOUNS,
@@ -67,8 +68,8 @@ ALLOWED = {
 LAZY_EXCEPTIONS = {("records", "reporting")}
 
 WITHOUT_TORCH = {
-    "errors", "units", "config", "output", "records", "placement", "sizes", "persist", "soundness", "reporting",
-    "planning", "traces", "simulation", "machines", "__init__",
+    "errors", "units", "config", "output", "records", "moments", "placement", "sizes", "persist", "soundness",
+    "reporting", "planning", "traces", "simulation", "machines", "__init__",
 }  # fmt: skip
 SOLVERS = {"ortools", "pulp", "memo_solver"}
 MAY_SOLVE = {"planning", "cli"}

@@ -23,12 +23,15 @@ def by_tiles(*, speed=1.0, reason=""):
     block = llama_block()
     if reason:
         return {"tiled": None, "tiled_reason": reason}
+    products = Growth(linear=2 * (2 * 8192 + 2 * 2048))
     takes = TiledProfile(
         stash=(Growth(linear=ROW), Growth(linear=ROW), Growth(linear=64)),
         resident=Growth(),
-        products=Growth(linear=2 * (2 * 8192 + 2 * 2048)),
-        forward=(Moment(full=Growth(linear=3 * ROW)),),
-        backward=(Moment(full=Growth(linear=6 * ROW), tile=Growth(linear=20 * ROW), fixed=4 * 60 * 10**6),),
+        products=products,
+        forward=(Moment(full=Growth(linear=3 * ROW), kept=products),),
+        backward=(
+            Moment(full=Growth(linear=6 * ROW), tile=Growth(linear=20 * ROW), fixed=4 * 60 * 10**6, kept=products),
+        ),
         again_flops=Growth(linear=block.rerun_flops.linear),
         saved_flops=Growth(linear=block.rerun_flops.linear * 0.9),
         attention=("cudnn",),

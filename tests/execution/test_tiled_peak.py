@@ -162,8 +162,9 @@ class Stack:
             plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile)
             prints.append(replace(footprint(block, plan, Link(to_host=1.0, to_device=1.0)), outgoing=0))
         around = Surroundings(
-            asynchronous=True, base_bytes=0, gradual=True, outside_gradients=0, outside_peak=0, outside_seconds=0.0
-        )
+            asynchronous=True, base_bytes=0, gradual=True, outside_gradients=0, last_gradients=0, outside_peak=0,
+            outside_seconds=0.0,
+        )  # fmt: skip
         return run_course(around, prints).device_peak
 
     def measure(self, case):

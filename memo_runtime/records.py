@@ -365,7 +365,8 @@ class BlockPlan:
 class Forecast:
     """Predicted totals of one steady step; the names are those of ``Totals``.
 
-    ``mfu``: model FLOPs as a share of the devices' peak, 0 where that was not asked for.
+    ``mfu``: model FLOPs as a share of the devices' peak, 0 where that was not asked for. Of offline plans:
+    ``collective_bytes``: what one of several GPUs sends, ``collective_seconds``: what that takes alone, hidden or not.
     """
 
     step_seconds: float = 0.0
@@ -377,6 +378,8 @@ class Forecast:
     recomputed_flops: int = 0
     stash_peak_bytes: int = 0
     mfu: float = 0.0
+    collective_bytes: int = 0
+    collective_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import traceback
@@ -87,7 +88,7 @@ def model_from_factory(name: str) -> tuple[nn.Module, Any]:
         for part in attribute.split("."):
             factory = getattr(factory, part)
     except Exception as error:  # a module may raise anything when it is imported
-        raise typer.BadParameter(f"cannot import '{name}': {_said(error)}") from error
+        raise typer.BadParameter(f"cannot import '{name}': {_said(error)}{_meant(error)}") from error
     if not callable(factory):
         raise typer.BadParameter(f"'{name}' is {type(factory).__name__}, not a function: {_WANTED}")
     try:
@@ -113,6 +114,14 @@ def _said(error: Exception) -> str:
     said = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
     return f"{said} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else said
+
+
+def _meant(error: Exception) -> str:
+    """Names near one that a module does not have."""
+    if not isinstance(error, AttributeError) or error.name is None:
+        return ""
+    near = difflib.get_close_matches(error.name, dir(error.obj))
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _is_ours(filename: str) -> bool:

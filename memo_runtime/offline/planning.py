@@ -74,6 +74,10 @@ def finished(plan: Plan, offline: Offline) -> Plan:
     """``plan`` with what concerns all GPUs together."""
     seconds, gpus = plan.forecast.step_seconds, offline.ranks.gpus
     used = utilization(offline.model_flops, seconds, plan.profile.device_name, devices=gpus)
-    return replace(
-        plan, forecast=replace(plan.forecast, mfu=used or 0.0), seq_len=offline.tokens, gpus=gpus
+    forecast = replace(
+        plan.forecast,
+        mfu=used or 0.0,
+        collective_bytes=offline.sent_bytes,
+        collective_seconds=offline.sent_seconds,
     )
+    return replace(plan, forecast=forecast, seq_len=offline.tokens, gpus=gpus)

@@ -53,7 +53,8 @@ class Offline:
     """A profile of one rank, how the model is spread, and what a step of the whole model is worth.
 
     Attributes:
-        tokens: of the whole sequence. model_flops: of the whole step, nothing counted twice.
+        tokens: of the whole sequence. model_flops: of the whole step, nothing counted twice. sent_bytes: by one rank to
+            the others in a step, and ``sent_seconds`` alone.
         runs: how the first block of each kind ran on meta at the length of one rank, and ``kinds`` the first block of
             the kind of every block.
     """
@@ -62,6 +63,8 @@ class Offline:
     ranks: Ranks
     tokens: int
     model_flops: int
+    sent_bytes: int
+    sent_seconds: float
     runs: Mapping[str, BlockRun]
     kinds: Mapping[str, str]
 
@@ -113,12 +116,21 @@ def profile_offline(
     per_gpu = _HOST_BYTES_PER_GPU if host_bytes is None else host_bytes // gpus
     source = f"assumed {format_bytes(per_gpu)} per GPU" if host_bytes is None else f"--host-memory / {gpus}"
     profile = replace(profile, host_bytes=per_gpu, host_source=source)
-    flops = _model_flops(subject, [examples[kinds[ref.name]] for ref in seen], tokens)
+    of_blocks = [examples[kinds[ref.name]] for ref in seen]
+    sent = sum(
+        ranks.sent(kind.runs[-1].heads, local, weights=kind.weights, gradients=kind.gradients) for kind in of_blocks
+    )
+    # What lies outside of the blocks is gathered once for the whole step.
+    inside = _inside(subject.model, blocks)
+    around = [p for p in subject.model.parameters() if id(p) not in inside]
+    sent += round(ranks.others * sum(p.numel() * p.element_size() + gradient_bytes(p) for p in around))
     return Offline(
         profile=profile,
         ranks=ranks,
         tokens=tokens,
-        model_flops=flops,
+        model_flops=_model_flops(subject, of_blocks, tokens),
+        sent_bytes=sent,
+        sent_seconds=sent / machine.gpu_rate,
         runs={
             name: run_block(subject.model.get_submodule(name), calls[name], kind.profile, local)
             if kind.profile.arguments
@@ -244,7 +256,7 @@ def _assemble(
 ) -> Profile:
     """The profile of the whole model; ``call`` is that of the last block."""
     gpus, model = ranks.gpus, subject.model
-    inside = {id(p) for block in blocks for p in model.get_submodule(block.name).parameters()}
+    inside = _inside(model, blocks)
     # Of a model that is known: its embeddings are called before the first block, and nowhere else.
     last = _embeddings(model, inside) if subject.tiled_loss else 0
     states = _sharded(replace(measure_states(model, None, "cuda"), gradients_last=last), gpus)
@@ -283,6 +295,11 @@ def _assemble(
         outside_seconds=_outside_seconds(model, blocks, machine, rows),
         notes=_notes(machine, ranks),
     )
+
+
+def _inside(model: nn.Module, blocks: Sequence[BlockProfile]) -> set[int]:
+    """Parameters of blocks, by id."""
+    return {id(p) for block in blocks for p in model.get_submodule(block.name).parameters()}
 
 
 def _bytes(module: nn.Module) -> int:

@@ -67,6 +67,12 @@ class Ranks:
             return self.others * sum(2 * one.query_bytes + 2 * one.key_bytes for one in heads)
         return (self.gpus - 1) * sum(2 * one.key_bytes for one in heads)
 
+    def sent(self, heads: Sequence[Heads], tokens: int, *, weights: int, gradients: int) -> int:
+        """Bytes that a rank sends for a block in one step on ``tokens`` tokens of its own."""
+        backward = 1 if self.ulysses else 2
+        states = self.others * (2 * weights + gradients)
+        return round((1 + backward) * self.exchanged(heads) * tokens + states)
+
     def buffers(self, heads: Sequence[Heads]) -> int:
         """Bytes for one token that stand beside a block's own while attention runs: what is sent while its
         counterpart is received.

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from memo_runtime.machines.machine import Machine
-from memo_runtime.offline.work import Heads, Work
+from memo_runtime.offline.work import Work
 from memo_runtime.profiling.growth import fit_counts
 from memo_runtime.records import Growth
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockSeconds:
-    """Of one block on one rank, by its local tokens. ``exchange`` is in forward, and once or twice in backward."""
-
-    forward: Growth
-    backward: Growth
-    rerun: Growth
-    exchange: Growth
 
 
 def growth_of(samples: Sequence[tuple[int, int]]) -> Growth:
@@ -54,8 +43,3 @@ def total(*parts: tuple[Growth, float]) -> Growth:
 def per_token(size_bytes: float, rate: float) -> Growth:
     """Seconds for ``size_bytes`` of every token at ``rate``."""
     return Growth(linear=size_bytes / rate)
-
-
-def heads_width(heads: Sequence[Heads], element_bytes: int) -> int:
-    """Width of attention of a block: query heads times their size."""
-    return sum(one.query_bytes for one in heads) // element_bytes

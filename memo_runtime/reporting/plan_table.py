@@ -103,6 +103,9 @@ def _forecast(plan: Plan) -> str:
     ]
     if plan.floor_bytes:
         rows.append(("device floor", format_bytes(plan.floor_bytes), "", "with every activation sent away"))
+    if forecast.collective_bytes:
+        alone = f"{format_seconds(forecast.collective_seconds)} alone; in the step time as far as nothing hides it"
+        rows.append(("sent to GPUs", format_bytes(forecast.collective_bytes), "", alone))
     rows.append(("step time", format_seconds(forecast.step_seconds), "", ""))
     if forecast.mfu:
         rows.append(("MFU", f"{100 * forecast.mfu:.1f} %", "", "of the dense bf16 peak; nothing repeated is counted"))

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """``size`` bytes at ``start``; ``mapped`` is False for the part of an expandable segment without memory."""
+    """``size`` bytes at ``start``; ``mapped`` is False for the part of an expandable segment without memory.
+
+    ``free_since``: how often its pool had been searched when it became free.
+    """
 
     start: int
     size: int
@@ -23,8 +26,14 @@ class Block:
     expandable: bool = False
     mapped: bool = True
     used: bool = False
+    free_since: int = 0
     before: Block | None = None
     after: Block | None = None
+
+    @property
+    def age(self) -> int:
+        """How often its pool was searched since it is free."""
+        return self.pool.searches - self.free_since
 
     @property
     def whole(self) -> bool:
@@ -72,6 +81,7 @@ class FreeBlocks:
         key = self._key(block)
         insort(self._keys, key)
         self._blocks[key] = block
+        block.free_since = block.pool.searches
 
     def discard(self, block: Block) -> None:
         """One less; none that is not there."""
@@ -101,10 +111,11 @@ class FreeBlocks:
 class Pool:
     """Small requests and large ones have a pool each; blocks never change theirs.
 
-    ``free`` are mapped, ``unmapped`` are the rests of expandable segments.
+    ``free`` are mapped, ``unmapped`` are the rests of expandable segments; ``searches`` counts requests.
     """
 
     small: bool
+    searches: int = 0
     free: FreeBlocks = field(default_factory=lambda: FreeBlocks(by_size=True))
     unmapped: FreeBlocks = field(default_factory=lambda: FreeBlocks(by_size=False))
 

@@ -1,7 +1,7 @@
 """PyTorch's CUDA caching allocator, as far as it decides about memory.
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings (no max_split_size, no
-power-of-two rounding, no garbage collection threshold), with and without ``expandable_segments``:
+power-of-two rounding), with and without ``expandable_segments`` and ``garbage_collection_threshold``:
 
     request          rounded up to 512 bytes; up to 1 MiB it is small, above it is large
     free blocks      of its stream and pool: the smallest that is large enough, at the lowest address
@@ -9,6 +9,8 @@ power-of-two rounding, no garbage collection threshold), with and without ``expa
     splitting        the rest of a block stays free if it is at least 512 bytes (small, expandable), else above 1 MiB;
                      a smaller rest belongs to the request
     device is full   segments without any block in use go back to the device, then it is asked once more (a retry)
+    collection       above its threshold, before the device is asked: whole free large segments go back to it, first
+                     those that were free for at least the average number of requests, until it is below
     expandable       one segment per stream and pool grows at its end, in pieces of 2 MiB (small) or 20 MiB (large)
 
 Addresses of the device are those of ``segments``, where they are known, else made up (device_memory.py). They decide
@@ -84,15 +86,22 @@ def segment_size(size: int) -> int:
 class CachingAllocator:
     """One device's allocator; ``capacity`` bounds what it reserves, None is unbounded.
 
-    ``segments``: (address, bytes) that a device gave, in order (see ``DeviceMemory``).
+    ``collection``: share of the capacity above which it collects, 0: never; PyTorch does so only where a fraction of
+    the device was set. ``segments``: (address, bytes) that a device gave, in order (see ``DeviceMemory``).
     """
 
     def __init__(
-        self, *, expandable: bool = False, capacity: int | None = None, segments: Iterable[tuple[int, int]] = ()
+        self,
+        *,
+        expandable: bool = False,
+        capacity: int | None = None,
+        collection: float = 0.0,
+        segments: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.counters = Counters()
         self._expandable = expandable
         self._capacity = capacity
+        self._collected_above = None if capacity is None or not collection else int(collection * capacity)
         self._small, self._large = Pool(small=True), Pool(small=False)
         self._device = DeviceMemory(segments)
 
@@ -104,7 +113,11 @@ class CachingAllocator:
         """
         size = round_request(size)
         pool = self._small if size <= _SMALL_REQUEST else self._large
-        block = self._cached(pool, size, stream) or self._fresh(pool, size, stream)
+        pool.searches += 1
+        block = self._cached(pool, size, stream)
+        if block is None:
+            self._collect()
+            block = self._fresh(pool, size, stream)
         if block is None:
             self.release_cached()
             self.counters.retries += 1
@@ -131,9 +144,28 @@ class CachingAllocator:
                 if block.expandable:
                     self._unmap(block)
                 elif block.whole:
-                    pool.free.discard(block)
-                    self._device.free(block.start, block.size)
-                    self.counters.give_back(block.size)
+                    self._release(block)
+
+    def _release(self, block: Block) -> None:
+        """Give a free block that is a whole segment back."""
+        block.pool.free.discard(block)
+        self._device.free(block.start, block.size)
+        self.counters.give_back(block.size)
+
+    def _collect(self) -> None:
+        """Give the oldest free segments back while more than the threshold is reserved."""
+        if self._collected_above is None:
+            return
+        wanted = self.counters.reserved - self._collected_above
+        left = [block for block in self._large.free.all() if block.whole and not block.expandable]
+        while wanted > 0 and left:
+            average = sum(block.age for block in left) / len(left)
+            for block in [block for block in left if block.age >= average]:
+                if wanted <= 0:
+                    break
+                wanted -= block.size
+                left.remove(block)
+                self._release(block)
 
     @property
     def num_segments(self) -> int:

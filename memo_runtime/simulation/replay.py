@@ -38,6 +38,7 @@ def simulate(
     *,
     expandable: bool | None = None,
     capacity: int | None = None,
+    collection: float = 0.0,
     arena_bytes: int = 0,
     placed: Container[int] = (),
 ) -> Simulation:
@@ -46,15 +47,19 @@ def simulate(
     Args:
         trace: what is replayed, from an empty allocator on.
         expandable: with expandable segments; None: as the trace was recorded.
-        capacity: most bytes that may be reserved; None: unbounded.
+        capacity: most bytes that may be reserved; None: unbounded. collection: the allocator's
+            ``garbage_collection_threshold``, a share of it.
         arena_bytes: one block of that size is taken first and held throughout; the requests whose indices are in
             ``placed`` live in it and do not meet the allocator.
     """
     chosen = trace.expandable if expandable is None else expandable
     # Another allocator, or one that holds an arena, asks the device for other things.
-    as_recorded = chosen == trace.expandable and not arena_bytes
+    as_recorded = chosen == trace.expandable and not arena_bytes and not collection
     allocator = CachingAllocator(
-        expandable=chosen, capacity=capacity, segments=trace.segments if as_recorded else ()
+        expandable=chosen,
+        capacity=capacity,
+        collection=collection,
+        segments=trace.segments if as_recorded else (),
     )
     failed = _replay(trace, allocator, arena_bytes, placed)
     counters = allocator.counters

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from memo_runtime.cli.app import app
 from memo_runtime.persist import load_plan
+from memo_solver import Problem, Request, validate
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -45,13 +46,8 @@ def memo(*arguments):
 
 
 def assert_nothing_overlaps(rows):
-    live = []
-    for row in sorted(rows, key=lambda row: row["lower"]):
-        live = [other for other in live if other["upper"] > row["lower"]]
-        for other in live:
-            apart = row["offset"] + row["size"] <= other["offset"] or other["offset"] + other["size"] <= row["offset"]
-            assert apart, (row, other)
-        live.append(row)
+    requests = tuple(Request(row["id"], row["lower"], row["upper"], row["size"]) for row in rows)
+    validate(Problem(requests=requests), [row["offset"] for row in rows])
 
 
 def test_a_config_becomes_a_plan(folder):
@@ -69,6 +65,7 @@ def test_a_config_becomes_a_plan(folder):
     assert {block.tokens for block in plan.blocks} == {32768}
     assert written["forecast"]["peak_bytes"] > plan.profile.states.parameters
     assert 0 < written["forecast"]["mfu"] < 1
+    assert written["forecast"]["collective_bytes"] > 0
     rows = written["placement"]
     assert set(rows[0]) == {"id", "lower", "upper", "size", "offset"}
     assert len({row["id"] for row in rows}) == len(rows) > 100
@@ -104,7 +101,7 @@ def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
         (["--model", "config.json", "--seq-len", "1K", "--policy", "tiled"], "cannot be planned offline"),
         (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "2XB"),
         (["--model", "offlinemodel:broken", "--seq-len", "1K"], "KeyError: 'weights.bin'"),
-        (["--model", "offlinemodel:missing", "--seq-len", "1K"], "missing"),
+        (["--model", "offlinemodel:maek", "--seq-len", "1K"], "did you mean make?"),
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),
         (["--model", "config.json", "--seq-len", "1001", "--gpus", "2"], "1,000 and 1,002 do"),
         (["--model", "config.json"], "--seq-len"),

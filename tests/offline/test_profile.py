@@ -9,6 +9,7 @@ import memo_runtime as memo
 from memo_runtime.errors import ArgumentError, PlanMismatchError, ProfileError
 from memo_runtime.machines.catalogue import find_machine
 from memo_runtime.offline.geometries import CONFIGS, known_names
+from memo_runtime.offline.planning import finished
 from memo_runtime.offline.profile import profile_offline
 from memo_runtime.offline.subject import subject_named, subject_of
 
@@ -81,7 +82,31 @@ def test_ranks_share_tokens_states_and_attention(config):
 
 def test_heads_that_do_not_divide_go_round_in_a_ring(config):
     subject = subject_named(config(num_key_value_heads=1), tokens=4096)
-    assert not profile_offline(subject, H100, tokens=4096, gpus=4).ranks.ulysses
+    ring = profile_offline(subject, H100, tokens=4096, gpus=4)
+    assert not ring.ranks.ulysses
+    # Keys and values of 16 elements in bf16 go to three neighbours, and in backward their gradients too.
+    exchanged = 3 * (1 + 2) * 2 * 16 * 2 * 1024
+    assert ring.sent_bytes == 4 * exchanged + states_sent(subject.model, 4)
+
+
+def states_sent(model, gpus):
+    """Parameters of blocks are gathered twice, the others once, gradients are scattered; in bf16, all but a share."""
+    sizes = [((2 if ".layers." in name else 1) + 1) * 2 * p.numel() for name, p in model.named_parameters()]
+    return sum(sizes) * (gpus - 1) // gpus
+
+
+def test_what_a_rank_sends_is_counted(config):
+    subject = subject_named(config(), tokens=4096)
+    one, two = (profile_offline(subject, H100, tokens=4096, gpus=gpus) for gpus in (1, 2))
+    assert (one.sent_bytes, one.sent_seconds) == (0, 0)
+    # Ulysses: queries and results of 64 elements, keys and values of 32; half of each stays, backward sends as much.
+    exchanged = 2 * (2 * 64 + 2 * 32) * 2 * 2048 // 2
+    assert two.sent_bytes == 4 * exchanged + states_sent(subject.model, 2)
+    assert two.sent_seconds == two.sent_bytes / H100.gpu_rate
+    plan = finished(memo.plan(two.profile, policy="swap", host_budget="1TB"), two)
+    assert plan.forecast.collective_bytes == two.sent_bytes
+    assert "sent to GPUs" in str(plan)
+    assert "sent to GPUs" not in str(finished(memo.plan(one.profile, policy="swap", host_budget="1TB"), one))
 
 
 def test_model_flops_are_those_of_the_formula(config):

@@ -74,6 +74,36 @@ def test_a_full_device_gets_the_cache_back_and_is_asked_again():
         allocator.allocate(41 * MIB)  # no longer split, but 60 of 100 are in use
 
 
+@pytest.mark.parametrize(
+    ("collection", "reserved"),
+    [
+        (0.0, 94),  # nothing is collected
+        (0.7, 94),  # 64 are no more than 70
+        (0.5, 74),  # 14 too many: what was free for longest goes, 20
+        (0.41, 50),  # 23 too many: both go
+    ],
+)
+def test_above_a_threshold_old_segments_go_back_before_the_device_is_asked(collection, reserved):
+    allocator = CachingAllocator(capacity=100 * MIB, collection=collection)
+    old, _ = allocator.allocate(20 * MIB), allocator.allocate(20 * MIB)
+    allocator.free(old)
+    young = allocator.allocate(24 * MIB)
+    allocator.free(young)
+    assert allocator.counters.reserved == 64 * MIB
+    allocator.allocate(30 * MIB)
+    assert allocator.counters.reserved == reserved * MIB
+    assert allocator.counters.retries == 0
+
+
+def test_expandable_segments_and_small_ones_are_not_collected():
+    for expandable, size in ((True, 30 * MIB), (False, KIB)):
+        allocator = CachingAllocator(capacity=100 * MIB, collection=0.01, expandable=expandable)
+        allocator.free(allocator.allocate(size))
+        before = allocator.counters.reserved
+        allocator.allocate(size, stream=1)
+        assert allocator.counters.reserved == 2 * before
+
+
 def test_a_segment_with_anything_in_use_stays():
     allocator = CachingAllocator()
     first, second = allocator.allocate(5 * MIB), allocator.allocate(5 * MIB)
@@ -167,6 +197,15 @@ def test_where_memory_ends_the_request_is_named():
     assert simulate(trace, capacity=50 * MIB).failed == 2
     assert simulate(trace, capacity=60 * MIB).failed is None
     assert simulate(trace, capacity=60 * MIB, arena_bytes=61 * MIB).failed == ARENA
+
+
+def test_a_trace_is_replayed_with_collection():
+    builder = TraceBuilder()
+    builder.free(builder.allocate(30 * MIB))
+    builder.allocate(40 * MIB)
+    trace = builder.build()
+    assert simulate(trace, capacity=100 * MIB).reserved_peak == 70 * MIB
+    assert simulate(trace, capacity=100 * MIB, collection=0.2).reserved_peak == 40 * MIB
 
 
 def test_what_is_placed_lives_in_the_arena():

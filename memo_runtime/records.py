@@ -152,7 +152,8 @@ class TiledProfile:
         forward, backward: moments that may be the worst.
         again_flops: run again; saved_flops: less of it by kept tokens. attention: kernel of each attention.
         forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
-            seconds_per_flop; 0: not timed, and estimated from those of the block as it is.
+            seconds_per_flop less saved_seconds by kept tokens; 0: not timed, and estimated from those of the block
+            as it is.
     """
 
     stash: tuple[Growth, ...]
@@ -166,6 +167,7 @@ class TiledProfile:
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)
     seconds_per_flop: float = 0.0
+    saved_seconds: Growth = field(default_factory=Growth)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,6 +86,7 @@ def _timed(profile: TiledProfile, times: TileTimes, flops: float) -> TiledProfil
         forward_seconds=times.forward,
         backward_seconds=replace(backward, linear=max(0.0, backward.linear - rate * again.linear)),
         seconds_per_flop=rate,
+        saved_seconds=Growth(linear=times.saved),
     )
 
 

@@ -1,8 +1,10 @@
 """Seconds of a block by tiles, for a plan: a few tiles of it, and its attention at the length of the call.
 
     short run of whole tiles  -  attention at its length  =  the segments, on a line
+    the same with the products of half of the tiles kept  =  what a kept token saves
     attention at the full length: few groups of heads, times the groups
 
+Runs follow each other without a pause, as in a step: a GPU that waits in between runs faster than one that does not.
 The programs are those that the step will use, so what they take to compile is not lost. What the weights take that is
 the same at every length (casts, sums in float32) is in the line: it is small beside two long tiles.
 """
@@ -10,7 +12,8 @@ the same at every length (casts, sums in float32) is in the line: it is small be
 from __future__ import annotations
 
 import logging
-import time
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import first_line
-from memo_runtime.blocks.stopwatch import seconds_of
+from memo_runtime.blocks.stopwatch import laps
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer
@@ -39,6 +42,8 @@ logger = logging.getLogger("memo_runtime")
 #: Work before anything is timed: a device that has just woken up runs faster than it will.
 _LOAD_SECONDS = {"cuda": 0.5}
 _WARM = 2
+#: Most rounds of that work.
+_MOST_ROUNDS = 500
 #: By name: its module takes a second to import where nothing is compiled.
 _COMPILER_ERROR = "TorchDynamoException"
 _SAMPLES = 3
@@ -48,11 +53,15 @@ _BUSY_ROWS = {"cuda": 2**18, "cpu": 2**8}
 
 @dataclass(frozen=True, slots=True)
 class TileTimes:
-    """Seconds of a block by tiles with nothing kept, by tokens; ``segment``: of its segments' forward, by token."""
+    """Seconds of a block by tiles with nothing kept, by tokens.
+
+    ``segment``: of its segments' forward, by token. ``saved``: less in forward and backward, by kept token.
+    """
 
     forward: Growth
     backward: Growth
     segment: float
+    saved: float
 
 
 def time_tiles(
@@ -80,7 +89,8 @@ def time_tiles(
         with RandomState.current(hidden.device).restored(), torch.enable_grad():
             attentions = [_Attention(captured, node) for node in mixers]
             full = [one.fastest(tiles.programs.kernels, tokens) for one in attentions]
-            block = _time_block(tiles, captured, shortened(call, length), tile)
+            block = _time_block(tiles, captured, shortened(call, length), Way(tile=tile))
+            kept = _time_block(tiles, captured, shortened(call, length), Way(tile=tile, alpha=tile / length))
             short = [one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions]
     except torch.OutOfMemoryError as error:
         logger.info("memo: tiles are not timed, there is no room for it: %s", error)
@@ -92,26 +102,31 @@ def time_tiles(
     rest = [max(0.0, block[way] - sum(one[way] for one in short)) / length for way in (0, 1)]
     squared = [sum(one[way] for one in full) / tokens**2 for way in (0, 1)]
     forward, backward = (Growth(linear=rest[way], quadratic=squared[way]) for way in (0, 1))
-    return TileTimes(forward, backward, rest[0])
+    return TileTimes(forward, backward, rest[0], max(0.0, sum(block) - sum(kept)) / tile)
 
 
-def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int) -> tuple[float, float]:
-    """(forward, backward) of one call, nothing kept; no ``.grad`` is touched."""
+def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way) -> tuple[float, float]:
+    """(forward, backward) of one call; no ``.grad`` is touched."""
     device: torch.device = call.leaves[captured.input_leaf].device
     inputs = [leaf for _, leaf in call.tensors() if leaf.requires_grad]
     inputs += [one for one in tiles.block.parameters() if one.requires_grad]
-    way = Way(tile=tile)
+    outputs: list[Any] = []
+    results: list[torch.Tensor] = []
 
-    def sample() -> tuple[float, float]:
-        outputs: list[Any] = []
-        forward = seconds_of(lambda: outputs.append(tiles.run(captured, call, way)), device)
-        results = [one for one in _pytree.tree_leaves(outputs.pop())
-                   if isinstance(one, torch.Tensor) and one.requires_grad]  # fmt: skip
-        ones = [torch.ones_like(one) for one in results]
-        backward = seconds_of(lambda: _gradients(results, inputs, ones), device)
-        return forward, backward
+    def forward() -> None:
+        outputs.append(tiles.run(captured, call, way))
 
-    return _least(sample, device)
+    def between() -> None:
+        leaves = _pytree.tree_leaves(outputs.pop())
+        results.extend(one for one in leaves if isinstance(one, torch.Tensor) and one.requires_grad)
+        outputs.extend(torch.ones_like(one) for one in results)
+
+    def backward() -> None:
+        _gradients(results, inputs, outputs)
+        results.clear()
+        outputs.clear()
+
+    return _typical(forward, between, backward, device)
 
 
 def _gradients(results: list[torch.Tensor], inputs: list[torch.Tensor], ones: list[torch.Tensor]) -> None:
@@ -168,17 +183,18 @@ class _Attention:
         """(forward, backward) of all heads of all sequences."""
         settings, device = self._settings(inputs), inputs.query.device
 
-        def sample() -> tuple[float, float]:
-            found: list[Any] = []
-            forward = seconds_of(
-                lambda: found.append(attention_forward(inputs, settings, seed=0, kernel=kernel)), device
-            )
-            output, saved = found.pop()
-            grad = torch.ones_like(output)
-            return forward, seconds_of(lambda: attention_backward(grad, inputs, output, saved, settings), device)
+        found: list[Any] = []
+
+        def run() -> None:
+            found.extend(attention_forward(inputs, settings, seed=0, kernel=kernel))
+
+        def back() -> None:
+            output, saved, grad = found
+            attention_backward(grad, inputs, output, saved, settings)
+            found.clear()
 
         with torch.no_grad():
-            forward, backward = _least(sample, device)
+            forward, backward = _typical(run, lambda: found.append(torch.ones_like(found[0])), back, device)
         shapes = self._shapes(inputs.query.shape[2])
         times = shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
         return forward * times, backward * times
@@ -191,12 +207,13 @@ def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:
     return made.transpose(1, 2)
 
 
-def _least(sample: Callable[[], tuple[float, float]], device: torch.device) -> tuple[float, float]:
-    """The least of some samples, each way, from a device that has been at work."""
+def _typical(
+    forward: Callable[[], None], between: Callable[[], None], backward: Callable[[], None], device: torch.device
+) -> tuple[float, float]:
+    """Median seconds of forward and backward, on a device that has been at work and does not pause."""
+    once = [forward, between, backward]
     for _ in range(_WARM):
-        sample()
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < _LOAD_SECONDS.get(device.type, 0.0):
-        sample()
-    samples = [sample() for _ in range(_SAMPLES)]
-    return min(one[0] for one in samples), min(one[1] for one in samples)
+        took = sum(laps(once, device))
+    rounds = _SAMPLES + min(_MOST_ROUNDS, math.ceil(_LOAD_SECONDS.get(device.type, 0.0) / max(took, 1e-9)))
+    found = laps(once * rounds, device)[-len(once) * _SAMPLES :]
+    return statistics.median(found[0 :: len(once)]), statistics.median(found[2 :: len(once)])

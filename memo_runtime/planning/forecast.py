@@ -34,6 +34,7 @@ from memo_runtime.records import (
     Moment,
     Profile,
     Role,
+    TiledProfile,
 )
 from memo_runtime.sizes import WITNESS_ROWS
 from memo_runtime.units import MiB
@@ -178,7 +179,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         stashed=False,
         forward=timed.forward_seconds.exact(tokens),
         backward=timed.backward_seconds.exact(tokens),
-        again=plan.recomputed_flops * (takes.seconds_per_flop or _seconds_per_flop(block, tokens)),
+        again=_again_seconds(block, takes, plan),
         to_host=copy_seconds(plan.bytes_to_host, link.to_host),
         to_device=copy_seconds(plan.bytes_to_device, link.to_device),
         forward_peak=_highest(takes.forward, plan, backward=False) - products,
@@ -188,6 +189,14 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         gradients=block.gradients,
         held=block.output.at(tokens),
     )
+
+
+def _again_seconds(block: BlockProfile, takes: TiledProfile, plan: BlockPlan) -> float:
+    """Seconds of what is run again; products that are kept save what was measured, which is less than their FLOPs."""
+    if not takes.seconds_per_flop:
+        return plan.recomputed_flops * _seconds_per_flop(block, plan.tokens)
+    all_again = takes.again_flops.at(plan.tokens) * takes.seconds_per_flop
+    return all_again - takes.saved_seconds.exact(plan.prefix)
 
 
 def _highest(moments: tuple[Moment, ...], plan: BlockPlan, *, backward: bool) -> int:

@@ -361,4 +361,5 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         saved_flops=times(tiled.saved_flops, ratio),
         forward_seconds=times(tiled.forward_seconds, ratio),
         backward_seconds=times(tiled.backward_seconds, ratio),
+        saved_seconds=times(tiled.saved_seconds, ratio),
     )

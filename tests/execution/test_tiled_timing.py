@@ -28,7 +28,7 @@ def _pairs(query: Any, key: Any, *_: Any, out_val: Any = None, **__: Any) -> int
     return 4 * batch * heads * tokens * key[2] * depth
 
 
-def flops_of(run: Callable[[], object], device: torch.device | None = None) -> float:
+def flops_of(run: Callable[[], object]) -> float:
     """Of attention as of one matrix product in each direction, whatever kernel it is."""
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _pairs,
@@ -39,8 +39,12 @@ def flops_of(run: Callable[[], object], device: torch.device | None = None) -> f
     return float(counter.get_total_flops())
 
 
+def flops_of_each(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
+    return [flops_of(run) for run in runs]
+
+
 def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
-    monkeypatch.setattr(tiled_timing, "seconds_of", flops_of)
+    monkeypatch.setattr(tiled_timing, "laps", flops_of_each)
     monkeypatch.setattr(tiled_timing, "longest_tile", lambda rows: 24 // rows)
     tiles, x = TiledBlock(double(hand_written.TwoMixers), tile=8), hidden(64)
     call = BlockCall.of((x,), {})
@@ -49,6 +53,7 @@ def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
     assert found is not None
     profile = tiled_profile(captured, call, found)
     assert profile.seconds_per_flop == 1.0  # a FLOP takes one second here
+    assert profile.saved_seconds == profile.saved_flops
     for tokens in (64, 40):
         again = hidden(tokens)
         outputs: list[torch.Tensor] = []
@@ -62,7 +67,7 @@ def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
 def test_one_group_of_heads_stands_for_all(monkeypatch):
     whole = {}
     for busy in (10**9, 1):
-        monkeypatch.setattr(tiled_timing, "seconds_of", flops_of)
+        monkeypatch.setattr(tiled_timing, "laps", flops_of_each)
         monkeypatch.setitem(tiled_timing._BUSY_ROWS, "cpu", busy)
         tiles = TiledBlock(double(hand_written.Attention), tile=8)
         call = BlockCall.of((hidden(64),), {})

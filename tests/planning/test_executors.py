@@ -9,7 +9,7 @@ from memo_runtime.errors import BlockFallbackError, PlanInfeasibleError
 from memo_runtime.planning.executors import tiles_are_worth_trying
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import Sheet, lengths_of
-from memo_runtime.records import Executor, Growth, Link, Moment, TiledProfile
+from memo_runtime.records import Executor, Growth, Link, Moment, TileAt, TiledProfile
 from memo_runtime.units import GiB
 from tests.planning.builders import llama_block, llama_profile, on_cpu, opaque, profile_of
 
@@ -38,6 +38,7 @@ def by_tiles(*, speed=1.0, reason=""):
         forward_seconds=_times(block.forward_seconds, 1 / speed),
         backward_seconds=_times(block.backward_seconds, 1 / speed),
         seconds_per_flop=1 / 6e14 / speed,
+        saved_seconds=Growth(linear=block.rerun_flops.linear * 0.9 / 6e14 / speed),
     )
     return {"tiled": takes}
 
@@ -164,3 +165,22 @@ def test_strict_still_refuses_what_replay_cannot():
     profile = tried(profile_of(blocks), reason="no")
     with pytest.raises(BlockFallbackError, match="cannot take policy 'auto'"):
         plan(profile, budget=TIGHT, host_budget="60GiB", strict=True)
+
+
+def test_room_that_tiles_give_back_is_used_for_more_of_them():
+    """Products that go with their tile, before attention goes backward, leave room to keep more."""
+    def going(takes):
+        first = replace(takes.backward[0], kept=Growth(), own=takes.products, at=TileAt.LATER_KEPT)
+        bare = replace(takes.backward[0], kept=Growth(), at=TileAt.LATER_BARE)
+        small = Growth(linear=ROW)
+        return replace(takes, backward=(replace(first, full=small), bare))
+
+    staying = tried(llama_profile())
+    leaving = replace(
+        staying, blocks=tuple(replace(block, tiled=going(block.tiled)) for block in staying.blocks)
+    )
+    settings = {"policy": "tiled", "budget": TIGHT, "host_budget": "16GiB"}
+    before, after = plan(staying, **settings), plan(leaving, **settings)
+    assert after.blocks[0].alpha > before.blocks[0].alpha
+    assert after.forecast.peak_bytes <= TIGHT
+    assert after.forecast.step_seconds < before.forecast.step_seconds

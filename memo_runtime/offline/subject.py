@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 from collections.abc import Mapping
@@ -18,8 +19,11 @@ from memo_runtime.offline.geometries import CONFIGS, MEMO_GPT, unknown_model
 
 #: Tokens of the batch that shows how blocks are called; sizes at the planned length follow from it.
 _TOKENS = 64
-#: Of a checkpoint, not of a shape.
-_SKIPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
+#: Of a checkpoint or of how it was run, not of a shape.
+_SKIPPED = (
+    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map",
+    "attn_implementation", "_attn_implementation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,15 +100,29 @@ def _causal_model(name: str, fields: Mapping[str, Any], tokens: int, dtype: torc
     transformers.logging.set_verbosity_error()
     shape = {key: value for key, value in fields.items() if key not in _SKIPPED}
     kind = shape.pop("model_type")
+    _check_kind(name, kind)
     try:
         config = transformers.AutoConfig.for_model(kind, **shape)
         if getattr(config, "max_position_embeddings", tokens) < tokens:
             config.max_position_embeddings = tokens
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise ArgumentError(
             f"no causal language model of type {kind!r} can be made of {name}: {type(error).__name__}: {error}"
         ) from error
     result: nn.Module = model.train()
     return result
+
+
+def _check_kind(name: str, kind: str) -> None:
+    auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
+    known = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in known:
+        return
+    near = difflib.get_close_matches(kind, known)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ArgumentError(
+        f"{name} has model_type {kind!r}, of which the installed transformers knows no causal language model: {meant}"
+        "other models are given as module:factory"
+    )

@@ -37,6 +37,7 @@ def broken():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "misspelled.json").write_text(json.dumps({**CONFIG, "model_type": "llamma"}))
     (tmp_path / "offlinemodel.py").write_text(FACTORY)
     return tmp_path
 
@@ -105,6 +106,8 @@ def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),
         (["--model", "config.json", "--seq-len", "1001", "--gpus", "2"], "1,000 and 1,002 do"),
         (["--model", "config.json"], "--seq-len"),
+        (["--model", "misspelled.json", "--seq-len", "1K"], "did you mean llama"),
+        (["--model", "misspelled.json", "--seq-len", "1K"], "are given as module:factory"),
     ],
 )
 def test_mistakes_are_one_message(folder, arguments, said):

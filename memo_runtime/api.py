@@ -9,7 +9,7 @@ Each function takes the model itself or a wrapper around it (DDP, PEFT, ``torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,7 +201,7 @@ def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, 
         )
     planned = [block.name for block in plan.profile.blocks]
     named = planned if blocks is None else [ref.name for ref in given_blocks(model, blocks)]
-    if named != planned:
+    if sorted(named) != sorted(planned):
         raise PlanMismatchError(
             f"the plan is for {len(planned)} blocks ({planned[0]} to {planned[-1]}) and blocks= names {len(named)} "
             f"({', '.join(named[:3])}{', ...' if named[3:] else ''}): leave blocks= out, or plan for those"
@@ -225,6 +225,11 @@ def unwrap(model: Model) -> Model:
     for wrapped in all_wrapped(model).values():
         wrapped.remove()
     return model
+
+
+def _other(given: Sequence[BlockRef], refs: Sequence[BlockRef]) -> bool:
+    """Whether ``given`` are other blocks than ``refs``, in whatever order they are named."""
+    return {(ref.name, ref.stack) for ref in given} != {(ref.name, ref.stack) for ref in refs}
 
 
 def as_batch(batch: Any) -> Batch:
@@ -257,7 +262,7 @@ def profile(
     check_optimizer(optimizer)
     existing = find_wrapped(model)
     if existing is not None:
-        if blocks is not None and (given := given_blocks(existing.model, blocks)) != tuple(existing.refs):
+        if blocks is not None and _other(given := given_blocks(existing.model, blocks), existing.refs):
             raise AlreadyWrappedError(
                 f"{type(existing.model).__name__} is wrapped with {existing}, and blocks= names {len(given)} "
                 f"({given[0].name}, ...): leave blocks= out, or call memo.unwrap(model) first"

@@ -13,7 +13,7 @@ import torch
 from torch import is_tensor, nn
 
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.failures import BlockRefusedError
+from memo_runtime.blocks.failures import BlockRefusedError, first_line, pass_on
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.compare import Lengths
 from memo_runtime.profiling.growth import fit_counts
@@ -95,7 +95,15 @@ def _calibrated(subject: Subject) -> tuple[BlockProfile, Trial, str]:
         raise BlockRefusedError(unseen)
     if not trial.whole.saved:
         return _without_saves(subject, trial), trial, reason
-    return unsliced(subject, trial, reason) if reason else _sliced(subject, trial), trial, reason
+    if not reason:
+        try:
+            return _sliced(subject, trial), trial, ""
+        except Exception as error:
+            pass_on(error)
+            # A scan in chunks may take slices of some lengths alone.
+            reason = f"slices of other lengths do not run: {first_line(error)}"
+            trial.slicing = Slicing(reason=reason)
+    return unsliced(subject, trial, reason), trial, reason
 
 
 def calibrate_again(

@@ -66,6 +66,7 @@ class Observer(Walk):
     rows: int = 1
     hidden: torch.Tensor | None = None
     pairs: dict[str, PairLaw] = field(default_factory=dict)
+    _called: list[str] = field(default_factory=list)
     _examples: list[Example] = field(default_factory=list)
 
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -73,6 +74,7 @@ class Observer(Walk):
         if self.allocated is None and self.device.type == "cuda":
             self.allocated = torch.cuda.memory_allocated(self.device)
         if block.name not in self.profiles:
+            self._called.append(block.name)
             self.profiles[block.name] = self._profile(block, forward, call)
         return self.profiles[block.name]
 
@@ -103,6 +105,20 @@ class Observer(Walk):
             if block.name not in self.profiles and block.stack in stacks and not is_gathered(block.module):
                 self._compare(block)
         self._examples.clear()
+
+    def in_order(self) -> list[NamedBlock]:
+        """The profiled blocks as the forward called them first, which modules of a model need not be listed in.
+
+        One that was left out stands behind the one before it in its stack.
+        """
+        places = {name: place for place, name in enumerate(self._called)}
+        last: dict[int, int] = {}
+        for block in self.blocks.values():
+            if block.name not in places:
+                firsts = (places[b.name] for b in self.blocks.values() if b.stack == block.stack and b.name in places)
+                places[block.name] = last.get(block.stack, min(firsts, default=len(self._called)) - 1)
+            last[block.stack] = places[block.name]
+        return sorted((b for b in self.blocks.values() if b.name in self.profiles), key=lambda b: places[b.name])
 
     def carry_over(self, before: Measured) -> None:
         """Take what ``before`` knows of blocks that were not called this time."""
@@ -241,7 +257,7 @@ def profile_model(
         )
     if before is not None:
         observer.carry_over(before)
-    seen = [(b.name, b.module) for b in blocks if b.name in observer.profiles]
+    seen = [(b.name, b.module) for b in observer.in_order()]
     gradients = gradients_of_blocks(model, seen)
     measured = tuple(replace(observer.profiles[name], gradients=gradients[name]) for name, _ in seen)
     tokens = max(profile.tokens for profile in measured)

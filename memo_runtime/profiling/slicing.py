@@ -140,8 +140,11 @@ def _token_dims(whole: OperatorRecord, part: OperatorRecord) -> tuple[int, int]:
 def _pinnable(record: OperatorRecord) -> bool:
     """Integers found by value are an order of tokens or a count: cutting them would point past the slice.
 
-    Booleans are not: a block that cuts its causal mask out of a buffer takes the wrong part of it on a slice.
+    Booleans are not: a block that cuts its causal mask out of a buffer takes the wrong part of it on a slice. A
+    ``detach`` makes nothing, and who watches a run detaches too: the n-th of a profile is another one in the step.
     """
+    if record.func is torch.ops.aten.detach.default:
+        return False
     tensors = [value for value in record.outputs if isinstance(value, torch.Tensor)]
     values = all(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in tensors)
     return not record.lists and (not record.inputs or values)

@@ -16,7 +16,7 @@ from memo_runtime.planning.sheet import PlanRequestError
 from memo_runtime.profiling.link import measure_link
 from memo_runtime.units import parse_bytes
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, refused, step, totals
-from tests.api.towers import HIDDEN, POLICIES, signal, tower
+from tests.api.towers import HIDDEN, POLICIES, Tower, signal, tower
 
 
 @pytest.fixture
@@ -215,3 +215,34 @@ def test_keep_last_larger_than_the_stack() -> None:
     assert_trains_as(model, plain, signal())
     refused(PlanRequestError, memo.plan, memo.profile(model, signal()), policy="swap", keep_last=4)
     assert_trains_as(memo.wrap(model, policy="swap", keep_last=3), plain, signal(), bound=0)
+
+
+class SecondFirst(nn.Module):
+    """Two towers that are called in another order than they are listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = Tower(2), Tower(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.two(x[:, :17])
+        return torch.cat([self.one(x), other], dim=1)
+
+
+def test_blocks_are_planned_in_the_order_of_their_calls() -> None:
+    """What a block keeps that is called early is there all the time."""
+    model, plain = SecondFirst().double(), SecondFirst().double()
+    profile = memo.profile(model, signal(tokens=40))
+    assert [block.name.split(".")[0] for block in profile.blocks] == ["two", "two", "one", "one"]
+    floor, most = (memo.plan(profile, policy=policy).forecast.peak_bytes for policy in ("recompute", "none"))
+    for share in (0.1, 0.4, 0.7):
+        budget = int(floor + share * (most - floor))
+        memo.wrap(model, budget=budget)
+        for _ in range(2):
+            assert_trains_as(model, plain, signal(tokens=40))
+        assert totals(model).peak_bytes == totals(model).forecast.peak_bytes <= budget
+        memo.unwrap(model)
+    plan = memo.plan(profile, policy="swap")
+    memo.wrap(model, plan=plan, blocks=[model.one.layers, model.two.layers])
+    assert_trains_as(model, plain, signal(tokens=40))

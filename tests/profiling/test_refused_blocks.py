@@ -164,3 +164,27 @@ def test_a_block_that_runs_on_no_crop_is_timed_at_its_own_length(way: Any) -> No
     for _ in range(2):
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(), want, strict=True))
     assert all(block.executor == Executor.REPLAY and block.bytes_to_host for block in memo.report(model).blocks)
+
+
+class Uneven(blocks.NoMixer):
+    """Takes sequences of some lengths alone, as a scan in chunks may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 20:
+            raise OwnError("not twenty tokens")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_block_of_which_some_slices_do_not_run_is_managed(way: Any) -> None:
+    """Of 40 tokens, slices of 25 and of 20 are looked at."""
+    model, batch = blocks.stack_of(Uneven), {"x": blocks.sequence(tokens=40)}
+    want = run_step(model, batch, output_loss)
+    way.wrap(model)
+    for _ in range(2):
+        assert_gradients(run_step(model, batch, output_loss).gradients, want.gradients, way)
+    report = memo.report(model)
+    assert all(block.bytes_to_host for block in report.blocks)
+    assert all("slices of other lengths do not run: OwnError: not twenty" in b.reason for b in report.blocks) == (
+        way is MEMO
+    )

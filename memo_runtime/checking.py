@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from memo_runtime.arguments import check_model, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.ambient import RandomState
+from memo_runtime.blocks.containers import leaves_of, mapped
 from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.config import Loss, make_settings
@@ -97,7 +97,7 @@ def _scalar(output: Any) -> torch.Tensor:
         return loss
     if isinstance(output, torch.Tensor) and output.dim() == 0:
         return output
-    leaves = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    leaves = [t for t in leaves_of(output) if isinstance(t, torch.Tensor) and t.requires_grad]
     if not leaves:
         raise ProfileError("the model's output has no loss and no tensor with a gradient to check")
     return torch.stack([leaf.float().square().mean().to(leaves[0].device) for leaf in leaves]).sum()
@@ -171,7 +171,7 @@ def _errors(found: Gradients, reference: Gradients) -> tuple[float, dict[str, fl
 
 
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    return _pytree.tree_map(
+    return mapped(
         lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tree
     )
 
@@ -261,7 +261,7 @@ def _refs(model: nn.Module, blocks: Any, existing: Wrapped | None) -> Sequence[B
 
 def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: RandomState) -> tuple[float, bool]:
     """(ratio of the wrapped model's error to the unwrapped one's, within bounds), median of five perturbed weights."""
-    longest = max((max(t.shape) for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)), default=0)
+    longest = max((max(t.shape) for t in leaves_of(batch) if isinstance(t, torch.Tensor)), default=0)
     wide = torch.float64 if longest <= _DOUBLE_TOKENS else torch.float32
     overall, singles = [], []
     for seed in range(_HALF_SEEDS):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Loss, OnRefusal, Policy, Settings
@@ -234,7 +234,7 @@ class Wrapped:
     def _signature(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
     ) -> tuple[tuple[Any, ...], Shapes]:
-        leaves = _pytree.tree_leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
         parameters = hash(tuple((p.dtype, p.requires_grad) for p in self.model.parameters()))
         key = (

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from memo_runtime.blocks.cache import cache_is_empty, cache_layers_of, is_cache, own_copy
+from memo_runtime.blocks.containers import flatten, leaves_of, unflatten
 from memo_runtime.blocks.region import packed
 from memo_runtime.records import ArgumentAxes
 
@@ -31,7 +31,7 @@ class BlockCall:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module | None = None) -> BlockCall:
         """The call ``block(*args, **kwargs)``."""
-        leaves, spec = _pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten((args, kwargs))
         call = cls(tuple(leaves), spec, (args, kwargs))
         if block is None or not call.caches()[1]:
             return call
@@ -55,7 +55,7 @@ class BlockCall:
         """
         if self.original is not None and not self.caches()[0]:
             return self.original
-        args, kwargs = _pytree.tree_unflatten([self._own(leaf) for leaf in self.leaves], self.spec)
+        args, kwargs = unflatten([self._own(leaf) for leaf in self.leaves], self.spec)
         return args, kwargs
 
     def replaced(self, leaves: dict[int, Any]) -> BlockCall:
@@ -127,7 +127,7 @@ class BlockCall:
 
 def first_tensor(output: Any) -> torch.Tensor | None:
     """The first floating-point tensor of what a block yields that has a gradient."""
-    for leaf in _pytree.tree_leaves(output):
+    for leaf in leaves_of(output):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             return leaf
     return None

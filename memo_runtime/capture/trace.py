@@ -36,11 +36,11 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import flatten
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
@@ -273,8 +273,12 @@ class _Runner:
         call = self._call.replaced(dict(zip(self._leaves, tensors, strict=True)))
         args, kwargs = call.arguments()
         named = dict(zip(self._states, states, strict=True))
+        given, how = flatten((args, kwargs))
         out = torch.func.functional_call(self._block, named, args, kwargs)
-        leaves, self.output = _pytree.tree_flatten(out)
+        there, as_it_is = flatten((args, kwargs))
+        if how != as_it_is or any(one is not other for one, other in zip(given, there, strict=True)):
+            raise CaptureRefusedError("arguments", "the block writes to a list, a dict or an object that it is given")
+        leaves, self.output = flatten(out)
         return leaves
 
 

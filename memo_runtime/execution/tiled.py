@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import unflatten
 from memo_runtime.capture.captured import Captured, capture
 from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
@@ -162,7 +162,7 @@ def _apply(run: Run, block: nn.Module, call: BlockCall) -> Any:
     sole_holders(run.device.type)  # found out here, not in the middle of a backward
     tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
     results = _TiledFunction.apply(run, *tensors)  # type: ignore[no-untyped-call]
-    return _pytree.tree_unflatten(list(results), captured.traced.output)
+    return unflatten(list(results), captured.traced.output)
 
 
 class _TiledFunction(torch.autograd.Function):

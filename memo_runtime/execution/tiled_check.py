@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.copying import structural_copy
 from memo_runtime.capture.trace import shortened
@@ -88,7 +88,7 @@ def _short_call(captured: Captured, call: BlockCall) -> BlockCall:
 def _outputs_and_gradients(result: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     found: dict[str, torch.Tensor | None] = {}
     pairs = []
-    for index, leaf in enumerate(_pytree.tree_leaves(result)):
+    for index, leaf in enumerate(leaves_of(result)):
         if not isinstance(leaf, torch.Tensor):
             continue
         found[f"output {index}"] = leaf.detach()

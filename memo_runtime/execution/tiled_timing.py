@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.stopwatch import laps
 from memo_runtime.capture.captured import Captured
@@ -117,7 +117,7 @@ def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way
         outputs.append(tiles.run(captured, call, way))
 
     def between() -> None:
-        leaves = _pytree.tree_leaves(outputs.pop())
+        leaves = leaves_of(outputs.pop())
         results.extend(one for one in leaves if isinstance(one, torch.Tensor) and one.requires_grad)
         outputs.extend(torch.ones_like(one) for one in results)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, ReplayMode
 from memo_runtime.blocks.rerun import run_again, stops_early
@@ -142,7 +142,7 @@ def peak_above_start(trace: Trace, phase: Phase, *, base: Phase | None = None) -
 
 
 def _results(output: object) -> list[torch.Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    return [leaf for leaf in leaves_of(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

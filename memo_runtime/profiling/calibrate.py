@@ -76,7 +76,7 @@ def calibrate(
 def _without_input(call: BlockCall) -> str:
     """Why a call has no input hidden state."""
     objects = [type(leaf).__name__ for leaf in call.leaves if hasattr(leaf, "__dict__") and not is_tensor(leaf)]
-    inside = f": tensors inside a {objects[0]} are not seen" if objects else ""
+    inside = f": tensors inside a {objects[0]} are not seen, and those of a plain dataclass are" if objects else ""
     return f"it has no argument of numbers with tokens{inside}"
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
+from memo_runtime.blocks.containers import flatten
 from memo_runtime.records import Fingerprint
 
 
@@ -24,7 +24,7 @@ def _digest(parts: Iterable[str]) -> str:
 
 def batch_signature(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     """Types and ranks of a batch, without sizes: what decides which code of the model runs."""
-    leaves, spec = _pytree.tree_flatten((tuple(args), kwargs))
+    leaves, spec = flatten((tuple(args), kwargs))
     parts = [str(spec)]
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):

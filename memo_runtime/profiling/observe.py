@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.operators import is_mutable, pin_kind
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
 from memo_runtime.blocks.rerun import Forward, run_again, storage_key
@@ -134,7 +135,7 @@ def observe(
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        leaves = _pytree.tree_leaves(output)
+        leaves = leaves_of(output)
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             observation.returned = type(leaves[0] if leaves else output).__name__
         return output

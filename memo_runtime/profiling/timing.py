@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
@@ -225,7 +225,7 @@ def _median(timed: list[_Sample], samples: list[_Sample]) -> _Sample:
 
 def _results(output: object) -> list[torch.Tensor]:
     """Tensors of a result that have a gradient."""
-    return [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [t for t in leaves_of(output) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
 def _output_bytes(output: object) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import mapped
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.start import Start, cut_graphs, without_graph
@@ -104,7 +104,7 @@ class Walk(ABC):
             and output.shape == hidden.shape
             and output.dtype == hidden.dtype
         )
-        return _pytree.tree_map(without_graph, output)
+        return mapped(without_graph, output)
 
 
 def unprofiled(block: NamedBlock, reason: str) -> BlockProfile:

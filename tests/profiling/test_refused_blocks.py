@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -47,9 +46,11 @@ class Later(blocks.NoMixer):
         return (super(Later, self).forward(part) for part in (x,))
 
 
-@dataclass
 class State:
-    hidden: Tensor
+    """No container, and nobody knows what else it is."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
 
 
 class Boxed(blocks.NoMixer):

@@ -1,0 +1,125 @@
+"""What a call is given and what it yields, as flat leaves.
+
+Lists, tuples, dicts, named tuples and what libraries register (transformers' outputs) are PyTorch's to open. Objects of
+dataclasses, frozen ones too, are opened here where tensors are inside and their fields are all that they are: one of
+the same class with other values in its fields is then what the caller could have given. Others stay leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
+from types import MemberDescriptorType
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Tensor))
+
+
+class _Opened:
+    """An object on its way into a tree of PyTorch's: that knows this class, and makes the object's own again."""
+
+    __slots__ = ("kind", "names", "values")
+
+    def __init__(self, kind: type, names: tuple[str, ...], values: list[Any]) -> None:
+        self.kind = kind
+        self.names = names
+        self.values = values
+
+
+def _made(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+    """An object with these values, without its ``__init__``: what that does was done when there were others."""
+    kind, names = context
+    made: Any = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(made, name, value)  # frozen ones too
+    return made
+
+
+_pytree.register_pytree_node(
+    _Opened,
+    lambda opened: (opened.values, (opened.kind, opened.names)),
+    _made,
+    serialized_type_name="memo_runtime.blocks.containers.opened",
+)
+
+
+def flatten(value: Any) -> tuple[list[Any], Any]:
+    """(leaves, how to put them together again)."""
+    leaves, spec = _pytree.tree_flatten(value)
+    if not any(_may_open(type(leaf)) for leaf in leaves):
+        return leaves, spec
+    return _pytree.tree_flatten(_with_objects_open(value, ()))
+
+
+def unflatten(leaves: Iterable[Any], spec: Any) -> Any:
+    """What ``flatten`` took apart, with other leaves."""
+    return _pytree.tree_unflatten(leaves, spec)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves alone."""
+    return flatten(value)[0]
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``function`` of every leaf."""
+    leaves, spec = flatten(value)
+    return unflatten([function(leaf) for leaf in leaves], spec)
+
+
+def _with_objects_open(value: Any, inside: tuple[int, ...]) -> Any:
+    """``value`` with each object that is to be opened as an ``_Opened``; ``inside``: objects that it is part of."""
+
+    def opened(leaf: Any) -> Any:
+        names = _names(type(leaf)) if _may_open(type(leaf)) else None
+        if names is None or id(leaf) in inside or not _is_its_fields(leaf, names):
+            return leaf
+        values = [_with_objects_open(getattr(leaf, name), (*inside, id(leaf))) for name in names]
+        # Settings and the like stay what they are: the very object that the caller gave.
+        if not any(isinstance(one, torch.Tensor) for one in _pytree.tree_leaves(values)):
+            return leaf
+        return _Opened(type(leaf), names, values)
+
+    return _pytree.tree_map(opened, value)
+
+
+def _is_its_fields(value: Any, names: tuple[str, ...]) -> bool:
+    """Nothing else was set on ``value``, and every field was."""
+    return getattr(value, "__dict__", {}).keys() <= set(names) and all(hasattr(value, name) for name in names)
+
+
+def _may_open(kind: Hashable) -> bool:
+    return kind not in _ATOMS and _names(kind) is not None
+
+
+@lru_cache(maxsize=4096)
+def _names(kind: Any) -> tuple[str, ...] | None:
+    """Fields of a class whose objects may be opened; None where they may not."""
+    parameters = getattr(kind, "__dataclass_params__", None)
+    if parameters is None:
+        return None
+    names = tuple(field.name for field in dataclasses.fields(kind))
+    frozen = bool(parameters.frozen)
+    plain = kind.__getattribute__ is object.__getattribute__ and not hasattr(kind, "__getattr__")
+    plain = plain and (frozen or kind.__setattr__ is object.__setattr__) and kind.__new__ is object.__new__
+    # Those of PyTorch are not the user's: a sharding, a block mask, a graph.
+    if not plain or kind.__module__.partition(".")[0] in ("torch", "memo_runtime"):
+        return None
+    return names if _holds_only(kind, names) else None
+
+
+def _holds_only(kind: type, names: tuple[str, ...]) -> bool:
+    """Objects of ``kind`` have no place beside ``names`` and their ``__dict__``, and no code in between."""
+    for base in kind.__mro__[:-1]:
+        for name, value in vars(base).items():
+            slot = isinstance(value, MemberDescriptorType)
+            if (slot and name not in names) or (name in names and hasattr(type(value), "__set__") and not slot):
+                return False
+        # A class that is derived from a list or a tensor has more than attributes.
+        if base.__module__ == "builtins":
+            return False
+    return True

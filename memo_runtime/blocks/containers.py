@@ -8,7 +8,7 @@ the same class with other values in its fields is then what the caller could hav
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import MemberDescriptorType
 from typing import Any
@@ -50,7 +50,7 @@ _pytree.register_pytree_node(
 def flatten(value: Any) -> tuple[list[Any], Any]:
     """(leaves, how to put them together again)."""
     leaves, spec = _pytree.tree_flatten(value)
-    if not any(_may_open(type(leaf)) for leaf in leaves):
+    if not any(_may_open(leaf) for leaf in leaves):
         return leaves, spec
     return _pytree.tree_flatten(_with_objects_open(value, ()))
 
@@ -75,14 +75,15 @@ def _with_objects_open(value: Any, inside: tuple[int, ...]) -> Any:
     """``value`` with each object that is to be opened as an ``_Opened``; ``inside``: objects that it is part of."""
 
     def opened(leaf: Any) -> Any:
-        names = _names(type(leaf)) if _may_open(type(leaf)) else None
+        kind: Any = type(leaf)
+        names = _names(kind) if kind not in _ATOMS else None
         if names is None or id(leaf) in inside or not _is_its_fields(leaf, names):
             return leaf
         values = [_with_objects_open(getattr(leaf, name), (*inside, id(leaf))) for name in names]
         # Settings and the like stay what they are: the very object that the caller gave.
         if not any(isinstance(one, torch.Tensor) for one in _pytree.tree_leaves(values)):
             return leaf
-        return _Opened(type(leaf), names, values)
+        return _Opened(kind, names, values)
 
     return _pytree.tree_map(opened, value)
 
@@ -92,7 +93,8 @@ def _is_its_fields(value: Any, names: tuple[str, ...]) -> bool:
     return getattr(value, "__dict__", {}).keys() <= set(names) and all(hasattr(value, name) for name in names)
 
 
-def _may_open(kind: Hashable) -> bool:
+def _may_open(leaf: Any) -> bool:
+    kind: Any = type(leaf)
     return kind not in _ATOMS and _names(kind) is not None
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
@@ -66,10 +68,21 @@ class Observation:
 
     def unseen(self, call: BlockCall, block: nn.Module) -> str:
         """Why the work of ``block`` is not what was observed of it; "": it is."""
+        if any(isinstance(tensor, FakeTensor) for tensor in self.saved):
+            return self._traced_inside()
         trained = any(parameter.requires_grad for parameter in block.parameters())
         if not self.returned or self.saved or not (trained or any(t.requires_grad for _, t in call.tensors())):
             return ""
         return f"its forward saves nothing for backward and returns a {self.returned}: its work comes after it, unseen"
+
+    def _traced_inside(self) -> str:
+        called = (record.func.name() for record in self.operators if isinstance(record.func, HigherOrderOperator))
+        names = " and ".join(dict.fromkeys(called)) or "that it calls"
+        return (
+            f"the higher-order operator {names} has its branches or its loop traced on tensors without elements: what it "
+            "saves for backward cannot be told from what is saved then. Nothing of this block is swapped or run again, and "
+            "it trains as it does unwrapped. Would work: torch.where, or Python's own if or loop"
+        )
 
     def counts(self) -> Counter[str]:
         """How often each operator was called."""

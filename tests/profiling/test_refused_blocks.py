@@ -75,7 +75,7 @@ class Tower(nn.Module):
 
 
 UNMANAGED = {
-    "cond": (Branch, lambda block, x: block(x), "it could not be profiled: AssertionError"),
+    "cond": (Branch, lambda block, x: block(x), "the higher-order operator cond has its branches"),
     "generator": (Later, lambda block, x: next(iter(block(x))), "returns a generator: its work comes after it"),
     "object": (Boxed, lambda block, x: block(State(x)).hidden, "tensors inside a State are not seen"),
 }

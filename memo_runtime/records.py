@@ -19,7 +19,7 @@ from memo_runtime.placement import PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -189,6 +189,7 @@ class BlockProfile:
         stateful: its forward writes to its buffers (running statistics), or to other tensors that it holds.
         inner_autograd: its forward goes backward itself (torch.autograd.grad, backward).
         forward_seconds, backward_seconds: the block alone. rerun_seconds: by tokens rebuilt.
+            write_seconds: of writing those behind a prefix, where there is one.
         forward_flops: all operators. rerun_flops: of a rerun with pins, by tokens rebuilt.
         recompute_flops: of a rerun of the whole block without pins.
         forward_peak, backward_peak: transient device bytes beyond what is saved; backward's contain the gradients of
@@ -222,6 +223,7 @@ class BlockProfile:
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)
     rerun_seconds: Growth = field(default_factory=Growth)
+    write_seconds: Growth = field(default_factory=Growth)
     forward_flops: Growth = field(default_factory=Growth)
     rerun_flops: Growth = field(default_factory=Growth)
     recompute_flops: Growth = field(default_factory=Growth)
@@ -233,6 +235,10 @@ class BlockProfile:
     timed_tokens: int = 0
     tiled: TiledProfile | None = None
     tiled_reason: str = ""
+
+    def rebuild_seconds(self, tokens: int, *, written: bool) -> float:
+        """Seconds to make ``tokens`` tokens again, and, if they are ``written``, to put them behind a prefix."""
+        return self.rerun_seconds.exact(tokens) + (self.write_seconds.exact(tokens) if written else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

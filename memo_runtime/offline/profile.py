@@ -32,6 +32,7 @@ from memo_runtime.profiling.growth import fit_peak, polynomial_bytes
 from memo_runtime.profiling.outside import loss_peak, outside_peak
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, measure_states
+from memo_runtime.profiling.writing import written_bytes
 from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, Role
 from memo_runtime.units import GiB, MiB, format_bytes
 
@@ -226,6 +227,7 @@ def _on_rank(kind: _Kind, machine: Machine, ranks: Ranks, local: int) -> BlockPr
         forward_seconds=total((forward, 1), (exchange, hidden), (Growth(constant=waits[0]), 1)),
         backward_seconds=total((backward, 1), (exchange, hidden), (Growth(constant=waits[1]), 1)),
         rerun_seconds=rerun,
+        write_seconds=per_token(_written(profile, local), machine.memory_rate * machine.shares.elementwise),
         forward_flops=_rank_flops(profile.forward_flops, gpus),
         recompute_flops=_rank_flops(profile.recompute_flops, gpus),
         forward_peak=peak(lambda r: r.forward_peak, beyond_saved=True, buffers=buffers, constant=0),
@@ -239,6 +241,11 @@ def _on_rank(kind: _Kind, machine: Machine, ranks: Ranks, local: int) -> BlockPr
 def _beyond(seconds: float, cover: float) -> float:
     """What of a transfer its cover does not hide."""
     return max(0.0, seconds - cover)
+
+
+def _written(profile: BlockProfile, tokens: int) -> float:
+    """Bytes that are read and written for every token that is put behind a prefix."""
+    return 2 * sum(written_bytes(profile, tokens)) / tokens
 
 
 def _rank_flops(flops: Growth, gpus: int) -> Growth:

@@ -235,7 +235,7 @@ def _rerun_seconds(block: BlockProfile, plan: BlockPlan) -> float:
     if plan.executor is Executor.RECOMPUTE:
         return block.forward_seconds.exact(plan.tokens)
     if plan.executor is Executor.REPLAY and plan.prefix < plan.tokens:
-        return block.rerun_seconds.exact(plan.tokens - plan.prefix)
+        return block.rebuild_seconds(plan.tokens - plan.prefix, written=plan.prefix > 0)
     return 0.0
 
 

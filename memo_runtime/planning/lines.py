@@ -91,7 +91,7 @@ def lines_of(sheet: Sheet, index: int) -> Lines:
 
 def _slope(block: BlockProfile, tokens: int) -> float:
     """Seconds per rebuilt row, from the cost of rebuilding all of them."""
-    return block.rerun_seconds.exact(tokens) / tokens
+    return block.rebuild_seconds(tokens, written=True) / tokens
 
 
 def _jump_bytes(block: BlockProfile, actions: tuple[Action, ...], tokens: int) -> list[int]:

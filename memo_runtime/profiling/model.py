@@ -207,6 +207,7 @@ def _with_times_of(model: BlockProfile, profile: BlockProfile) -> BlockProfile:
         forward_seconds=model.forward_seconds,
         backward_seconds=model.backward_seconds,
         rerun_seconds=model.rerun_seconds,
+        write_seconds=model.write_seconds,
         forward_peak=model.forward_peak,
         backward_peak=model.backward_peak,
         rerun_peak=model.rerun_peak,

@@ -79,9 +79,9 @@ class Observation:
         called = (record.func.name() for record in self.operators if isinstance(record.func, HigherOrderOperator))
         names = " and ".join(dict.fromkeys(called)) or "that it calls"
         return (
-            f"the higher-order operator {names} has its branches or its loop traced on tensors without elements: what it "
-            "saves for backward cannot be told from what is saved then. Nothing of this block is swapped or run again, and "
-            "it trains as it does unwrapped. Would work: torch.where, or Python's own if or loop"
+            f"the higher-order operator {names} has its branches or its loop traced on tensors without elements: what "
+            "it saves for backward cannot be told from what is saved then. Nothing of this block is swapped or run "
+            "again, and it trains as it does unwrapped. Would work: torch.where, or Python's own if or loop"
         )
 
     def counts(self) -> Counter[str]:

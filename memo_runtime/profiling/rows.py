@@ -87,6 +87,7 @@ class RowLaw:
             forward_seconds=times(profile.forward_seconds, ratio),
             backward_seconds=times(profile.backward_seconds, ratio),
             rerun_seconds=times(profile.rerun_seconds, ratio),
+            write_seconds=times(profile.write_seconds, ratio),
             forward_peak=times(profile.forward_peak, ratio),
             backward_peak=times(profile.backward_peak, ratio),
             rerun_peak=times(profile.rerun_peak, ratio),

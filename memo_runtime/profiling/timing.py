@@ -28,6 +28,7 @@ from memo_runtime.profiling.mixers import Attention, is_attention, time_attentio
 from memo_runtime.profiling.observe import observe
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.trial import crop_tokens
+from memo_runtime.profiling.writing import writing, written_bytes
 from memo_runtime.records import BlockProfile, Growth, PinKind, Role
 
 logger = logging.getLogger("memo_runtime")
@@ -53,6 +54,7 @@ class _Sample:
     forward: float
     backward: float
     rerun: float
+    write: float = 0.0
     forward_peak: int = 0
     backward_peak: int = 0
     rerun_peak: int = 0
@@ -107,7 +109,10 @@ class _Timer:
         self._captured(call, tokens)
         peak = _Peak(self.device)
         rerun = self._rerun(call, tokens)
-        return _Sample(tokens, forward, backward, rerun, forward_peak, backward_peak, peak.take(), output)
+        rerun_peak = peak.take()
+        return _Sample(
+            tokens, forward, backward, rerun, self._write(tokens), forward_peak, backward_peak, rerun_peak, output
+        )
 
     def median(self, tokens: int) -> _Sample:
         """Samples at ``tokens`` until two agree, without the first if it does not: libraries choose kernels in it."""
@@ -145,6 +150,10 @@ class _Timer:
             run_again(self.forward, call, lambda *_: None, mode=ReplayMode(values), last=last, on_walk=on_walk)
 
         return self.seconds(again)
+
+    def _write(self, tokens: int) -> float:
+        sizes = written_bytes(self.profile, tokens)
+        return self.seconds(writing(sizes, self.device)) if sizes else 0.0
 
     def attention(self, lengths: Sequence[int]) -> Mapping[int, Attention]:
         """Seconds of the block's attention at each of ``lengths``.
@@ -216,6 +225,7 @@ def _median(timed: list[_Sample], samples: list[_Sample]) -> _Sample:
         statistics.median(s.forward for s in timed),
         statistics.median(s.backward for s in timed),
         statistics.median(s.rerun for s in timed),
+        statistics.median(s.write for s in timed),
         max(s.forward_peak for s in samples),
         max(s.backward_peak for s in samples),
         max(s.rerun_peak for s in samples),
@@ -299,6 +309,7 @@ def time_block(
         forward_seconds=_seconds(medians, lambda s: s.forward, {n: a.forward for n, a in attention.items()}),
         backward_seconds=_seconds(medians, lambda s: s.backward, {n: a.backward for n, a in attention.items()}),
         rerun_seconds=fit_seconds([(s.tokens, s.rerun) for s in medians], curved=False),
+        write_seconds=fit_seconds([(s.tokens, s.write) for s in medians], curved=False),
         forward_peak=peak(lambda s: s.forward_peak),
         backward_peak=peak(lambda s: s.backward_peak),
         rerun_peak=peak(lambda s: s.rerun_peak, saved=False),

@@ -64,7 +64,7 @@ def _rerun(profiled: BlockProfile, block: BlockPlan) -> float:
     if block.executor is Executor.RECOMPUTE:
         return profiled.forward_seconds.exact(block.tokens)
     if block.executor is Executor.REPLAY and block.prefix < block.tokens:
-        return profiled.rerun_seconds.exact(block.tokens - block.prefix)
+        return profiled.rebuild_seconds(block.tokens - block.prefix, written=block.prefix > 0)
     if block.executor is Executor.TILED and (flops := profiled.rerun_flops.at(block.tokens)):
         return profiled.rerun_seconds.exact(block.tokens) * block.recomputed_flops / flops
     return 0.0

@@ -33,6 +33,7 @@ from memo_runtime.profiling.outside import loss_peak, outside_peak
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, measure_states
 from memo_runtime.profiling.writing import written_bytes
+from memo_runtime.recording.meta_attention import fused_attention_on_cpu
 from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, Role
 from memo_runtime.units import GiB, MiB, format_bytes
 
@@ -175,7 +176,8 @@ def _likeness(block: nn.Module, call: BlockCall) -> tuple[object, ...]:
 def _look(ref: BlockRef, call: BlockCall) -> _Kind:
     block, arguments = real_block(ref.module), real_call(call, ref.name)
     start = Start([(ref.name, block), ("its arguments", arguments.leaves)], torch.device("cpu"))
-    profile = calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
+    with fused_attention_on_cpu():
+        profile = calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
     del block, arguments, start
     weights = {storage_key(p): p.untyped_storage().nbytes() for p in ref.module.parameters()}
     lengths = _LENGTHS if profile.arguments and profile.tokens else (profile.tokens,)

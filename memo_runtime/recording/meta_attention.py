@@ -4,6 +4,8 @@ On the meta device ``scaled_dot_product_attention`` falls apart into products wi
 long-context run ever has. Here it is the fused operator that CUDA chooses: flash attention, or the memory-efficient one
 where there is a mask. Both have meta kernels and gradients.
 
+On the CPU it does so only without dropout, which a model that is tried there for its structure may have.
+
 The function is replaced in ``torch.nn.functional`` while a context is open, and not by a mode: modes are off in the
 reruns of checkpoints, since ``Tensor.backward`` is itself a function that modes see.
 """
@@ -27,6 +29,37 @@ def fused_attention_on_meta() -> Iterator[None]:
         result: torch.Tensor = (_fused if query.device.type == "meta" else own)(query, *args, **kwargs)
         return result
 
+    with _replaced(attention):
+        yield
+
+
+@contextmanager
+def fused_attention_on_cpu() -> Iterator[None]:
+    """While this is open, attention drops nothing: only then has the CPU a fused operator. CUDA has one in any case.
+
+    What is saved is the same but for a seed.
+    """
+    own: Any = functional.scaled_dot_product_attention
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        *given: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        result: torch.Tensor = own(query, key, value, attn_mask, 0.0, *given, **options)
+        return result
+
+    with _replaced(attention):
+        yield
+
+
+@contextmanager
+def _replaced(attention: Any) -> Iterator[None]:
+    own: Any = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = attention
     try:
         yield

@@ -12,6 +12,7 @@ from memo_runtime.offline.geometries import CONFIGS, known_names
 from memo_runtime.offline.planning import finished
 from memo_runtime.offline.profile import profile_offline
 from memo_runtime.offline.subject import subject_named, subject_of
+from memo_runtime.records import Role
 
 TINY = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -61,6 +62,17 @@ def test_an_offline_plan_is_to_read_and_not_to_run(config):
     ids = torch.randint(512, (1, 64))
     with pytest.raises(PlanMismatchError, match="offline:NVIDIA H100"):
         model(input_ids=ids, labels=ids, use_cache=False)
+
+
+def test_dropout_in_attention_makes_no_matrix_of_weights(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 512}))
+    subject = subject_named(str(path), tokens=2048)
+    assert subject.model.config.attn_pdrop > 0
+    block = profile_offline(subject, H100, tokens=2048).profile.blocks[0]
+    assert not any(group.size.quadratic for group in block.groups)
+    assert any(group.role is Role.MIXER for group in block.groups)
 
 
 def test_ranks_share_tokens_states_and_attention(config):

@@ -10,13 +10,14 @@ though: queries, keys and values of one group of heads take little memory and a 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from memo_runtime.blocks.operators import base_name
-from memo_runtime.blocks.stopwatch import seconds_of
+from memo_runtime.blocks.stopwatch import laps
 from memo_runtime.profiling.observe import OperatorRecord
 
 #: Operators that take queries, keys and values as [rows, heads, tokens, features] in front of everything else.
@@ -28,6 +29,8 @@ _ATTENTION = (
 )
 #: Query rows (heads times tokens) that keep a device busy: fewer groups of heads are not timed.
 _BUSY_ROWS = {"cuda": 2**18, "cpu": 2**8}
+#: Timed rounds of forward and backward.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +65,20 @@ def _time(record: OperatorRecord, tokens: int) -> Attention:
     busy = _BUSY_ROWS.get(device.type, _BUSY_ROWS["cpu"])
     timed = min(groups, -(-busy // (tokens * per_group)))
     tensors = [_stretched(tensor, tokens, timed * tensor.shape[1] // groups) for tensor in record.args[:3]]
-    # The first run chooses kernels.
-    samples = [_sample(record, tensors, device) for _ in range(3)][1:]
-    times = q.shape[0] * groups / timed
-    return Attention(
-        min(sample.forward for sample in samples) * times, min(sample.backward for sample in samples) * times
-    )
-
-
-def _sample(record: OperatorRecord, tensors: Sequence[torch.Tensor], device: torch.device) -> Attention:
     outputs: list[torch.Tensor] = []
+
+    def forward() -> None:
+        outputs.append(_result(record, tensors))
+
+    def backward() -> None:
+        output = outputs.pop()
+        torch.autograd.grad(output, tensors, output.detach())
+
     with torch.enable_grad():
-        forward = seconds_of(lambda: outputs.append(_result(record, tensors)), device)
-        gradient = outputs[0].detach()
-        backward = seconds_of(lambda: torch.autograd.grad(outputs.pop(), tensors, gradient), device)
-    return Attention(forward, backward)
+        # The first round chooses kernels.
+        seconds = laps([forward, backward] * (1 + _ROUNDS), device)[2:]
+    times = q.shape[0] * groups / timed
+    return Attention(statistics.median(seconds[0::2]) * times, statistics.median(seconds[1::2]) * times)
 
 
 def _result(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

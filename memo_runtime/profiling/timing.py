@@ -1,7 +1,8 @@
 """Timing one block: forward, backward, and a rerun with its mixers replaced, at three lengths.
 
-On CUDA the transient memory of the block is measured in the same runs. A device that has just woken up runs faster
-than one under load, so it works for a while before anything is timed for a step of long sequences.
+A device that has just woken up runs faster than one under load, so it works for a while before anything is timed for a
+step of long sequences. On CUDA transient memory is measured in runs of their own; the timed ones follow each other
+without a pause, since a GPU that waits in between has a higher clock than in a step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
-from memo_runtime.blocks.stopwatch import seconds_of, synchronize
+from memo_runtime.blocks.stopwatch import laps, seconds_of, synchronize
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
@@ -38,6 +39,8 @@ _LONGEST = {"cuda": 8192, "cpu": 512}
 #: Most samples at one length, and how much two that follow each other may differ to be taken for steady.
 _MOST_SAMPLES = 4
 _STEADY = 0.05
+#: On CUDA: samples for their bytes, and timed rounds without a pause.
+_BYTES_SAMPLES, _ROUNDS = 2, 3
 #: Runs longer than this are repeated once: what libraries prepare in the first is small beside them.
 _LONG_SECONDS = 0.5
 #: Work before blocks of long sequences are timed.
@@ -108,20 +111,48 @@ class _Timer:
         backward_peak = peak.take()
         self._captured(call, tokens)
         peak = _Peak(self.device)
-        rerun = self._rerun(call, tokens)
+        rerun = self.seconds(self._again(call, tokens))
         rerun_peak = peak.take()
         return _Sample(
             tokens, forward, backward, rerun, self._write(tokens), forward_peak, backward_peak, rerun_peak, output
         )
 
     def median(self, tokens: int) -> _Sample:
-        """Samples at ``tokens`` until two agree, without the first if it does not: libraries choose kernels in it."""
+        """What is typical at ``tokens``.
+
+        On CPU of samples until two agree, without the first if it does not: libraries choose kernels in it.
+        """
+        if self.device.type == "cuda":
+            samples = [self.sample(tokens) for _ in range(_BYTES_SAMPLES)]
+            return _median(self._without_pause(tokens, samples[-1]), samples)
         # Ranks of a distributed run may gather parameters in every run: all of them make as many, whatever their times.
         together = several_ranks()
         samples = [self.sample(tokens), self.sample(tokens)]
         while len(samples) < _MOST_SAMPLES and (together or not _steady(*samples[-2:])):
             samples.append(self.sample(tokens))
         return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:], samples)
+
+    def _without_pause(self, tokens: int, like: _Sample) -> list[_Sample]:
+        """The seconds of rounds that follow each other; those of writing are ``like``'s."""
+        # Ranks make as many, whatever their times: see ``median``.
+        long = like.forward + like.backward > _LONG_SECONDS and not several_ranks()
+        rounds = 1 if long else _ROUNDS
+        seconds = laps(self._round(tokens) * rounds, self.device)
+        # Every second lap is a start.
+        found = zip(seconds[1::6], seconds[3::6], seconds[5::6], strict=True)
+        return [_Sample(tokens, forward, backward, rerun, like.write) for forward, backward, rerun in found]
+
+    def _round(self, tokens: int) -> list[Callable[[], object]]:
+        """Forward, backward and rerun, a start before each."""
+        call = self.crop(tokens)
+        args, kwargs = call.arguments()
+        outputs: list[object] = []
+        each: list[Callable[[], object]] = [
+            lambda: outputs.append(self.forward(*args, **kwargs)),
+            lambda: self._backward(call, outputs.pop()),
+            self._again(call, tokens),
+        ]
+        return [run for timed in each for run in (self.start.set, timed)]
 
     def _backward(self, call: BlockCall, output: object) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire."""
@@ -140,7 +171,7 @@ class _Timer:
                 "and recompute itself. Leave checkpoint out, or give it use_reentrant=False"
             ) from error
 
-    def _rerun(self, call: BlockCall, tokens: int) -> float:
+    def _again(self, call: BlockCall, tokens: int) -> Callable[[], None]:
         captured = self._captured(call, tokens)
         last = len(self.profile.saved) - 1 if self.profile.saved and stops_early(self.block) else None
         on_walk = _nothing if self.profile.inner_autograd else None
@@ -149,7 +180,7 @@ class _Timer:
         def again() -> None:
             run_again(self.forward, call, lambda *_: None, mode=ReplayMode(values), last=last, on_walk=on_walk)
 
-        return self.seconds(again)
+        return again
 
     def _write(self, tokens: int) -> float:
         sizes = written_bytes(self.profile, tokens)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def attention(*, rows: int = 2, heads: int = 4, groups: int = 4, masked: bool = 
 def test_attention_is_run_at_the_asked_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one row, and on as few groups of heads as keep the device busy; then times what was left out."""
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(mixers, "seconds_of", lambda run, _: (run(), 2.0)[1])
+    monkeypatch.setattr(mixers, "laps", lambda runs, _: [(run(), 2.0)[1] for run in runs])
     run = mixers._result
 
     def watched(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -122,10 +123,46 @@ def test_samples_are_taken_until_two_agree(steady: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(timing._Timer, "sample", sample)
     monkeypatch.setattr(timing, "_LONG_SECONDS", 100.0)
     block = Block()
-    timer = timing._Timer(block, block.forward, BlockCall.of((torch.randn(1, 8, 32),), {}), None, None, None)  # type: ignore[arg-type]
+    call, cpu = BlockCall.of((torch.randn(1, 8, 32),), {}), torch.device("cpu")
+    timer = timing._Timer(block, block.forward, call, None, None, cpu)  # type: ignore[arg-type]
     found = timer.median(8)
     assert len(taken) == (2 if steady else timing._MOST_SAMPLES)
     assert found.forward == pytest.approx(0.1 if steady else 0.8), "the first is no sample where it differs"
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, timing._ROUNDS), (0.4, 1)])
+def test_on_a_gpu_rounds_follow_each_other_without_a_pause(
+    seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward and rerun by turns, each behind a start whose time is nobody's; long ones once."""
+    done: list[str] = []
+
+    def laps(runs: Sequence[Callable[[], object]], _: object) -> list[float]:
+        for run in runs:
+            run()
+        return [float(10 * (number % 6) + number // 6) for number in range(len(runs))]
+
+    monkeypatch.setattr(timing, "laps", laps)
+    profile = memo.profile(tower(2), (torch.randn(1, 16, 8, dtype=torch.float64),)).blocks[0]
+    block = Block().double()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        done.append("forward")
+        return block(x)
+
+    start = SimpleNamespace(set=lambda: done.append("start"))
+    call = BlockCall.of((torch.randn(1, 16, 32, dtype=torch.float64, requires_grad=True),), {})
+    timer = timing._Timer(block, forward, call, profile, start, torch.device("cpu"))  # type: ignore[arg-type]
+    like = timing._Sample(16, seconds, seconds, seconds, write=7.0)
+    with torch.enable_grad():
+        timer._captured(timer.crop(16), 16)
+        done.clear()
+        found = timer._without_pause(16, like)
+    assert [(one.forward, one.backward, one.rerun, one.write) for one in found] == [
+        (10.0 + number, 30.0 + number, 50.0 + number, 7.0) for number in range(rounds)
+    ]
+    # Backward runs no forward, and the rerun does.
+    assert done == ["start", "forward", "start", "start", "forward"] * rounds
 
 
 class Headed(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
@@ -106,6 +107,10 @@ def _build(wanted: type[_Record], content: dict[str, Any], path: str | os.PathLi
     return result
 
 
+#: Where a file that ends too early stops making sense: at its end, or in a word or number that is not whole.
+_CUT = re.compile(r"|t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|(\.\d+)?[eE][+-]?")
+
+
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = file_path(path)
     try:
@@ -118,7 +123,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}"
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        cut = _CUT.fullmatch(text[error.pos :].rstrip()) or error.msg.startswith("Unterminated")
         what = "ends too early" if cut else f"is not JSON: {error.msg}"
         raise PlanFileError(f"{path} {what} ({at})") from error
     except (_FieldError, RecursionError) as error:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
@@ -159,3 +160,16 @@ def test_another_schema_version_is_refused_before_anything_else(tmp_path):
 )
 def test_each_wrong_field_is_named(tmp_path, change, says):
     assert says in refused(edited(written(tmp_path), change))
+
+
+def test_a_file_that_is_cut_in_a_word_or_number_ends_too_early(tmp_path):
+    path = written(tmp_path)
+    text = path.read_text()
+    cuts = {}
+    for found in re.finditer(r"true|false|null|-?\d[\d.eE+-]*", text):
+        for end in range(found.start(), found.end()):
+            cuts.setdefault(re.sub(r"\d", "0", text[found.start() : end]), end)
+    assert {"fa", "nul", "0.", "0e", "0e-"} <= set(cuts)
+    for end in cuts.values():
+        path.write_text(text[:end])
+        assert "ends too early" in refused(path)

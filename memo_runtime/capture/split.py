@@ -323,7 +323,7 @@ def split(graph: fx.Graph, token: TokenSymbol, draws: Iterable[Draw]) -> Stages:
     """Cut ``graph`` into stages.
 
     Raises:
-        CaptureRefusedError: an operator mixes tokens and is no mixer that can be cut out; names it.
+        CaptureRefusedError: an operator mixes tokens and is no mixer that can be cut out; names it. Or there is none.
     """
     splitter = _Splitter(graph, token, draws)
     (output,) = (node for node in graph.nodes if node.op == "output")
@@ -337,4 +337,6 @@ def split(graph: fx.Graph, token: TokenSymbol, draws: Iterable[Draw]) -> Stages:
     last = splitter.segment(yielded)
     if last is not None:
         splitter.out.stages.append(last)
+    if not splitter.out.stages:
+        raise CaptureRefusedError("output", "nothing that the block yields is made in it")
     return splitter.out

@@ -36,6 +36,7 @@ class Gradients:
         self._owned: set[fx.Node] = set()
         #: Memory that the gradients of some values may be written to.
         self._places: dict[fx.Node, torch.Tensor] = {}
+        self._over: set[fx.Node] = set()
         #: Values whose first full-length gradient is being filled, and up to where.
         self._filled: dict[fx.Node, int] = {}
 
@@ -54,6 +55,14 @@ class Gradients:
     def place(self, node: fx.Node, over: torch.Tensor) -> None:
         """Write the gradient of ``node`` over ``over``, which is laid out like it; each of its tiles is read before."""
         self._places[node] = over
+        self._over.add(node)
+
+    def in_order(self, nodes: Sequence[fx.Node]) -> list[int]:
+        """In which order the gradients of one tile are added: those that are written over another come last.
+
+        What a program yields for other values may be views of that one (of a residual, as factors of a weight's).
+        """
+        return sorted(range(len(nodes)), key=lambda index: nodes[index] in self._over)
 
     def take(self, node: fx.Node) -> torch.Tensor | None:
         """The sum so far, which is not kept."""
@@ -87,7 +96,9 @@ class Gradients:
         target = rows(self._own(node), axis, self._tokens, start, start + length)
         grad = grad.reshape(target.shape)
         if self._filled.get(node) == start:
-            target.copy_(grad)
+            # The gradient of a residual is that of the result, and may be in its place already.
+            if not same_elements(target, grad):
+                target.copy_(grad)
             self._filled[node] = start + length
         else:
             target.add_(grad)
@@ -99,6 +110,14 @@ class Gradients:
             self._sums[node] = wide.clone(memory_format=torch.contiguous_format)
             self._owned.add(node)
         return self._sums[node]
+
+
+def same_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Two tensors of one shape and dtype are the same memory, whatever the strides of their dimensions of size one."""
+    if one.dtype != other.dtype or one.data_ptr() != other.data_ptr():
+        return False
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size == 1 or first == second for size, first, second in strides)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

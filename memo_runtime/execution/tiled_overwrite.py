@@ -83,7 +83,8 @@ def _found_out(device_type: str) -> Holders | None:
 def overwritten(captured: Captured) -> dict[fx.Node, fx.Node]:
     """Inputs of a block whose gradient may be written over that of a result: input -> result.
 
-    Both are as long and as wide, of one dtype, and the segment that makes the result is the last to use the input.
+    Both are as long and as wide, of one dtype, and the segment that makes the result is the last to use the input. One
+    of each segment: the gradient of a second may be the very one that the first is written over.
     """
     stages = captured.stages
     found: dict[fx.Node, fx.Node] = {}
@@ -101,6 +102,7 @@ def overwritten(captured: Captured) -> dict[fx.Node, fx.Node]:
             ]  # fmt: skip
             if alike and result not in used and captured.outputs.count(result) == 1:
                 found[alike[0]] = result
+                break
         used.update(stage.sources)
     return found
 

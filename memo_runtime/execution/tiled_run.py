@@ -351,7 +351,8 @@ class Run:
                 results = programs.backward(*sources, *tangents)
             else:
                 results = programs.backward_kept(*sources, *tangents, *kept)
-            for node, place in zip(segment.sources, programs.places, strict=True):
+            for source in found.in_order(segment.sources):
+                node, place = segment.sources[source], programs.places[source]
                 if place is not None:
                     found.add_tile(node, segment.axes[node], Part(place, results, start), values[node])
             del sources, tangents, kept, results

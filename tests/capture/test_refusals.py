@@ -27,6 +27,7 @@ REFUSED = {
     hand_written.TupleOutput: ("aten.mean", "all elements"),
     hand_written.Convolution: ("aten.conv1d", "not known"),
     hand_written.CustomFunction: ("autograd.Function 'Doubling'", "backward"),
+    blocks.GivesBack: ("output", "made in it"),
     hand_written.Routed: ("aten.nonzero.default", "depends on data"),
 }
 

@@ -162,3 +162,52 @@ def test_nothing_is_written_over_while_a_debugger_may_hold_what_frames_hold(monk
     block = TiledBlock(double(hand_written.Attention), tile=6)
     kept_by_a_hook(block, hidden().detach().requires_grad_())
     assert torch.equal(kept[0], torch.full_like(kept[0], 3.0))
+
+
+class Mirrored(hand_written.Attention):
+    """A matrix made of a parameter, which stands behind the input: a factor of its gradient is that of the result."""
+
+    def finish(self, x, mixed):
+        x = x + self.merge(mixed)
+        return x + nn.functional.linear(nn.functional.silu(self.up(x)), self.up.weight.t())
+
+
+class Adds(hand_written.Attention):
+    """The gradient of the input is that of the result, and attention's part of it."""
+
+    def finish(self, x, mixed):
+        return x + self.merge(mixed)
+
+
+@pytest.mark.parametrize("kind", [Mirrored, Adds])
+@pytest.mark.parametrize("size", [(1, 11), (1, 5), (3, 5), (3, 11)])
+def test_views_of_the_gradient_are_read_before_it_is_written_over(kind, size):
+    """Where a tile is a view of the whole: one sequence, or one tile."""
+    rows, tokens = size
+    model, batch = stack(kind, kind), batch_of(tokens, rows)
+    want = run_step(model, batch, output_loss)
+    memo.wrap(model, **TILED)
+    for _ in range(2):
+        assert_close(run_step(model, batch, output_loss), want)
+
+
+class TwoResults(hand_written.Part):
+    """The gradient of the second input is that of the first result."""
+
+    def forward(self, x, y):
+        mixed = self.down(self.up(x))
+        return x * 2 + y, mixed * 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_two_inputs_and_two_results(rows):
+    def gradients(call):
+        pair = [hidden(rows=rows).detach().requires_grad_(), hidden(rows=rows).detach().requires_grad_()]
+        first, second = call(*(one * 1 for one in pair))
+        ((first * 3).sin().sum() + (second * 5).cos().sum()).backward()
+        return [one.grad for one in pair]
+
+    block = double(TwoResults)
+    want = gradients(block)
+    for one, other in zip(gradients(TiledBlock(block, tile=6)), want, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)

@@ -25,6 +25,7 @@ from memo_runtime.arguments import (
     check_weights,
     describe_batch,
 )
+from memo_runtime.blocks.declared import declare_token_wise
 from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.operators import register_mixer_operator
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
@@ -50,7 +51,7 @@ from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import parse_tokens, show_value
 from memo_runtime.wrapping import Batch, Wrapped, all_wrapped, find_wrapped, make_wrapped, policy_from_outside
 
-__all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "unwrap", "wrap"]
+__all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "token_wise", "unwrap", "wrap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 PlanLike = Plan | str | os.PathLike[str]
@@ -350,8 +351,9 @@ def report(model: nn.Module) -> Report:
 def register_mixer(operator: str) -> None:
     """Declare that ``operator`` (``"namespace::name"``) mixes tokens: its result is saved, never recomputed.
 
-    Operators that mix tokens are found by comparing runs; this is for those whose effect may be too small to see,
-    such as a custom scan that starts as the identity.
+    Under replay, operators that mix tokens are found by comparing runs; this is for those whose effect may be too small
+    to see, such as a custom scan that starts as the identity. By tiles it is what makes an operator a mixer, whose
+    forward is run once at full length and whose backward is that of its autograd formula.
 
     Raises:
         ArgumentError, ArgumentTypeError: no name of an operator that is loaded.
@@ -366,3 +368,22 @@ def register_mixer(operator: str) -> None:
     if not hasattr(getattr(torch.ops, namespace), name.partition(".")[0]):
         raise ArgumentError(f"there is no operator {operator!r} in torch.ops: import the library that defines it first")
     register_mixer_operator(operator)
+
+
+def token_wise(module: Model) -> Model:
+    """Declare that ``module``, a part of a block or a whole one, treats tokens one by one, and return it.
+
+    For what cannot be captured as a graph: routing to experts, kernels of one's own. ``policy="tiled"`` then runs it on
+    each tile by its own forward and backward. It is tested on random numbers before it is used; one that mixes tokens
+    is refused, and its block runs in another way with the reason in the report. Copies of the module are declared too.
+
+    Raises:
+        ArgumentTypeError: no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentTypeError(
+            f"memo.token_wise takes a module, such as model.layers[0].mlp, and got {show_value(module)}; declare each "
+            "module of a stack: for layer in model.layers: memo.token_wise(layer.mlp)"
+        )
+    declare_token_wise(module)
+    return module

@@ -56,12 +56,22 @@ def register_mixer_operator(name: str) -> None:
     _registered_mixers.add(name.replace("::", "."))
 
 
+def is_registered_mixer(name: str) -> bool:
+    """The user has named ``name`` (an overload) as one that mixes tokens."""
+    return name in _registered_mixers or name.rsplit(".", 1)[0] in _registered_mixers
+
+
+def registered_mixers() -> frozenset[str]:
+    """All of them, at this point."""
+    return frozenset(_registered_mixers)
+
+
 def pin_kind(name: str) -> PinKind | None:
     """Why the result of operator ``name`` must be saved rather than recomputed; None: it need not by its name."""
     base = base_name(name)
     if any(mark in name for mark in _MIXER_MARKS) and "backward" not in base:
         return PinKind.MIXER
-    if name in _registered_mixers or name.rsplit(".", 1)[0] in _registered_mixers:
+    if is_registered_mixer(name):
         return PinKind.MIXER
     if base in _ALONG_A_DIMENSION:
         return PinKind.MIXER

@@ -141,3 +141,11 @@ def rows(tensor: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: i
         return tensor.narrow(axis.dim, start, stop - start)
     split: torch.Tensor = tensor.unflatten(axis.dim, (axis.outer, tokens, axis.inner))
     return split.narrow(axis.dim + 1, start, stop - start)
+
+
+def packed_rows(tensor: torch.Tensor, axis: AxisTree, tokens: int, start: int, stop: int) -> torch.Tensor:
+    """The same with its token dimension in one piece; a tensor without tokens as it is."""
+    if not isinstance(axis, TokenAxis):
+        return tensor
+    part = rows(tensor, axis, tokens, start, stop)
+    return part if axis.outer == 1 and axis.inner == 1 else part.flatten(axis.dim, axis.dim + 2)

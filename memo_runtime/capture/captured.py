@@ -50,13 +50,23 @@ class Captured:
     @property
     def random(self) -> bool:
         """It drops elements."""
-        mixers = [stage.node for stage in self.stages.stages if isinstance(stage, Mixer)]
-        return bool(self.draws) or any(arguments_of(node)["dropout_p"] for node in mixers)
+        return bool(self.draws) or any(arguments_of(node)["dropout_p"] for node in self.attentions)
+
+    @property
+    def attentions(self) -> tuple[fx.Node, ...]:
+        """Attention as one operator."""
+        return tuple(stage.node for stage in self.stages.stages if isinstance(stage, Mixer) and not stage.by_graph)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The stages that run token by token."""
         return tuple(stage for stage in self.stages.stages if isinstance(stage, Segment) and not stage.by_rows)
+
+    def segment(self, index: int) -> Segment:
+        """Stage number ``index``, which is one."""
+        stage = self.stages.stages[index]
+        assert isinstance(stage, Segment), "only segments have programs"
+        return stage
 
     def tokens(self, call: BlockCall) -> int:
         """The number of tokens of ``call``."""
@@ -103,7 +113,7 @@ def capture(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | Non
 
 
 def _signature(traced: Trace, stages: Stages) -> str:
-    lines = []
+    lines = [str([stage.node.name for stage in stages.stages if isinstance(stage, Mixer)])]
     for node in traced.graph.nodes:
         value = node.meta.get("val")
         shape: Any = ""

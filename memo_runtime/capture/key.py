@@ -17,7 +17,8 @@ from torch import nn
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.capture.trace import token_dims
+from memo_runtime.blocks.operators import registered_mixers
+from memo_runtime.capture.dims import token_dims
 
 Key = tuple[Any, ...]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -34,7 +35,8 @@ def capture_key(block: nn.Module, call: BlockCall) -> Key:
     _, dims = token_dims(call)
     leaves = tuple(_leaf(leaf, dims.get(index, ())) for index, leaf in enumerate(call.leaves))
     device = call.leaves[next(iter(dims))].device
-    return (str(call.spec), leaves, AutocastState.current(device.type).signature(), state_key(block))
+    precision = AutocastState.current(device.type).signature()
+    return (str(call.spec), leaves, registered_mixers(), precision, state_key(block))
 
 
 def _leaf(leaf: Any, dims: tuple[int, ...]) -> Any:

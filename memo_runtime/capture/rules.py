@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from memo_runtime.capture.axes import SQUARE, Axis, AxisTree, NotTokenWiseError, TokenSymbol, at, reshaped
+from memo_runtime.capture.declared import DECLARED, OPERATOR
 from memo_runtime.records import TokenAxis
 
 Rule = Callable[["Operator"], AxisTree]
@@ -368,6 +369,11 @@ def _repeat(op: Operator) -> AxisTree:
     return at(place, axis.outer, axis.inner)
 
 
+def _declared(op: Operator) -> AxisTree:
+    """A module that was declared token-wise, and tested."""
+    return DECLARED[op.arguments["key"]].axes([axis for _, axis in op.tensors(["tensors"])])
+
+
 def _named(rule: Rule, names: str) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
@@ -385,7 +391,7 @@ _RULES: dict[str, Rule] = {
     **_named(_slice, "slice"),
     **_named(_lost, "select unbind"),
     **_named(_off_axis, "split split_with_sizes chunk softmax _softmax log_softmax _log_softmax cumsum"
-                        " index_select repeat_interleave tensor_split glu"),
+                        " index_select repeat_interleave tensor_split glu topk"),
     **_named(_reduce, "mean sum amax amin var std logsumexp norm linalg_vector_norm argmax argmin max min prod any all"
                       " var_mean"),
     **_named(_joined, "cat stack concat"),
@@ -400,4 +406,5 @@ _RULES: dict[str, Rule] = {
     **_named(_mirror, "flip roll"),
     **_named(_pad, "constant_pad_nd pad"),
     **_named(_repeat, "repeat"),
+    **_named(_declared, OPERATOR),
 }  # fmt: skip

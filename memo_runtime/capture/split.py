@@ -19,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree
 
+from memo_runtime.blocks.operators import draws, is_registered_mixer
 from memo_runtime.capture.axes import SQUARE, AxisTree, NotTokenWiseError, TokenSymbol, at
+from memo_runtime.capture.flash import OPERATOR as FLASH
 from memo_runtime.capture.functional import Draw
 from memo_runtime.capture.rules import arguments_of, follow, operator_name
 from memo_runtime.capture.trace import NEEDS_GRAD
@@ -67,11 +70,32 @@ class Mixer:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """The values that it uses."""
-        return tuple(self.node.all_input_nodes)
+        """The tensors that it uses."""
+        return tuple(one for one in self.node.all_input_nodes if isinstance(one.meta["val"], torch.Tensor))
+
+    @property
+    def by_graph(self) -> bool:
+        """It is one that the user has named, and no attention that we know."""
+        return operator_name(self.node) not in MIXERS
+
+    @property
+    def results(self) -> tuple[tuple[fx.Node, int], ...]:
+        """(value, its number among what the operator yields) of all that is used."""
+        if isinstance(self.node.meta["val"], torch.Tensor):
+            return ((self.node, 0),)
+        return tuple((user, int(user.args[1])) for user in self.node.users)  # type: ignore[arg-type]
 
 
 Stage = Segment | Mixer
+
+
+def mixed_values(stage: Stage) -> list[fx.Node]:
+    """Values of ``stage`` that backward needs of forward: results of mixers."""
+    if isinstance(stage, Mixer):
+        return [node for node, _ in stage.results]
+    return list(stage.outputs) if stage.by_rows else []
+
+
 _Nodes = tuple[fx.Node, ...]
 
 
@@ -112,7 +136,12 @@ class _Splitter:
         sources = [one for one in node.all_input_nodes if one in self.axes]
         if _needs_gradient(node, sources, self.out.differentiable):
             self.out.differentiable.add(node)
-        if any(one in self.row_axes for one in sources):
+        member: Any = node.args[0] if operator_name(node) == "getitem" else None
+        if member in self.mixed:
+            members: Any = self.axes[member]
+            self.axes[node] = members[node.args[1]]
+            self.mixed.append(node)
+        elif any(one in self.row_axes for one in sources):
             self._place_row(node)
         elif not any(one in self.tile or one in self.mixed or self._is_moving(one) for one in sources):
             self._place_whole(node)
@@ -158,6 +187,9 @@ class _Splitter:
         (self.out.weights if weight else self.out.fixed).append(node)
 
     def _place_tile(self, node: fx.Node) -> None:
+        if _is_by_graph(node):
+            self._place_mixing(node, "it was named as one that mixes tokens")
+            return
         try:
             axis = follow(node, self.axes, self.token)
             self._check(node, axis)
@@ -191,6 +223,8 @@ class _Splitter:
         elif node not in self.out.differentiable and self._at_full_length(node):
             self.axes[node] = self._plain(node)
             self.whole.add(node)
+        elif _is_by_graph(node):
+            self._place_registered(node)
         elif name in _PRODUCTS and len(self.token.dims(node.meta["val"])) == 2:
             self._start_rows(node, reason)
         else:
@@ -222,6 +256,16 @@ class _Splitter:
                 text = f"{reason}, and its {name} has no tokens in its last dimension but one"
                 raise CaptureRefusedError(operator_name(node), text)
         self.axes[node] = self.axes[named["query"]]
+        self.mixed.append(node)
+        self._start_stage(Mixer(node))
+
+    def _place_registered(self, node: fx.Node) -> None:
+        """An operator that the user has named: it runs at full length, and backward by its own formula."""
+        if draws(str(node.target)):
+            raise CaptureRefusedError(operator_name(node), "it is a mixer that draws random numbers")
+        if any(one in self.row_axes for one in node.all_input_nodes):
+            raise CaptureRefusedError(operator_name(node), "it uses scores of attention")
+        self.axes[node] = self._plain(node)
         self.mixed.append(node)
         self._start_stage(Mixer(node))
 
@@ -310,6 +354,11 @@ class _Splitter:
     def _start_stage(self, stage: Stage) -> None:
         before = self.segment(stage.inputs if isinstance(stage, Mixer) else stage.sources)
         self.out.stages.extend([before, stage] if before is not None else [stage])
+
+
+def _is_by_graph(node: fx.Node) -> bool:
+    """A mixer that runs at full length through autograd's own graph: the user has named it, or it is flash-attn's."""
+    return is_registered_mixer(str(node.target)) or operator_name(node) == FLASH
 
 
 def _needs_gradient(node: fx.Node, sources: list[fx.Node], differentiable: set[fx.Node]) -> bool:

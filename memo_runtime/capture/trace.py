@@ -9,6 +9,8 @@ The trace is the one that ``torch.export`` makes in its non-strict mode, before 
 ``export`` itself is not used: it wants real tensors to make fake ones of, and turns a length that a block only compares
 with a constant into an error.
 
+A module that was declared token-wise is one operator of the trace (``declared.py``), and not looked into.
+
 Note [What a trace cannot see]
 Custom backwards and tensor hooks leave no operator, and a hook of an inner module runs at trace time only. All three
 are refused here, by name. Python state is frozen into the graph: ``key.py`` captures again when it changes.
@@ -41,14 +43,19 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import flatten
+from memo_runtime.blocks.declared import declared_in
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
+from memo_runtime.capture.declaring import DeclaredCalls
+from memo_runtime.capture.dims import token_dims
+from memo_runtime.capture.flash import flash_stands_in
 from memo_runtime.errors import CaptureRefusedError
-from memo_runtime.records import ArgumentAxes
 
 #: Meta entry of placeholders; traced values are detached.
 NEEDS_GRAD = "needs_grad"
+#: Backwards that belong to operators of libraries (``torch.library.register_autograd``): they go with the operator.
+_OF_OPERATORS = "GeneratedBackwardFor_"
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -64,6 +71,7 @@ class Trace:
         token: the symbolic number of tokens.
         guards: conditions on it that the block's own Python code has asked for.
         fake_mode: what the traced values belong to.
+        declared: modules that were declared token-wise, and their calls.
     """
 
     graph: fx.Graph
@@ -73,48 +81,11 @@ class Trace:
     token: TokenSymbol
     guards: tuple[Any, ...]
     fake_mode: FakeTensorMode
+    declared: DeclaredCalls
 
     def allows(self, tokens: int) -> bool:
         """The trace holds for this number of tokens."""
         return all(bool(guard.subs(self.token.symbol, tokens)) for guard in self.guards)
-
-
-def token_dims(call: BlockCall) -> tuple[int, dict[int, tuple[int, ...]]]:
-    """(number of tokens, leaf index -> token dimensions), by size.
-
-    The tokens of the input, the first floating-point tensor, are in its last dimension but one; a dimension of
-    another leaf of that size is one of tokens too. Where that guess is wrong the trace fails or is refused: what is
-    captured is proved operator by operator.
-
-    Raises:
-        CaptureRefusedError: the call has no such tensor.
-    """
-    first = call.input_leaf
-    if first is None:
-        raise CaptureRefusedError("arguments", "none is a floating-point tensor with two dimensions")
-    source: torch.Tensor = call.leaves[first]
-    at = source.dim() - 2
-    tokens = int(source.shape[at])
-    found: dict[int, tuple[int, ...]] = {first: (at,)}
-    for index, leaf in call.tensors():
-        dims = tuple(dim for dim, size in enumerate(leaf.shape) if size == tokens)
-        if index == first or not dims:
-            continue
-        if leaf.dim() < 4 and len(dims) > 1:
-            # A hidden size or a number of heads that happens to be the same: tokens come before features.
-            at_right = [dim for dim in dims if dim - leaf.dim() == at - source.dim()]
-            dims = tuple(at_right[:1]) or dims[:1]
-        found[index] = dims
-    return tokens, found
-
-
-def shortened(call: BlockCall, length: int) -> BlockCall:
-    """The first ``length`` tokens of ``call``, with memory and leaves of its own wherever it wants a gradient."""
-    _, dims = token_dims(call)
-    short = call.cut([ArgumentAxes(leaf=leaf, dims=where) for leaf, where in dims.items()], 0, length)
-    return short.replaced(
-        {index: leaf.detach().clone().requires_grad_() for index, leaf in short.tensors() if leaf.requires_grad}
-    )
 
 
 def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None = None) -> Trace:
@@ -140,11 +111,13 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
     hint = _hint(block, call, dims, tokens)
     arguments = [_fake_leaf(call.leaves[index], dims.get(index, ()), mode, hint) for index in leaves]
     symbol = _symbol_of(arguments[leaves.index(call.input_leaf)], dims[call.input_leaf][0])  # type: ignore[index, arg-type]
-    _look_for_functions(block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, hint)
+    declared = DeclaredCalls(declared_in(block))
+    declared.put_into(copied, TokenSymbol(symbol))
     runner = _Runner(copied, states, leaves, call)
     autocast = AutocastState.current(arguments[0].device.type).uncached()
-    with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored():
+    with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored(), flash_stands_in():
         module = _run_trace(runner, fakes, arguments)
+    _look_for_functions(block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, hint, declared=declared)
     if shape_env.replacements.get(symbol) is not None or runner.output is None:
         raise CaptureRefusedError("forward", _only_length(shape_env, symbol))
     named_again(module.graph)
@@ -161,6 +134,7 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
         token=TokenSymbol(symbol),
         guards=tuple(guard.expr for guard in shape_env.guards),
         fake_mode=mode,
+        declared=declared,
     )
 
 
@@ -283,7 +257,13 @@ class _Runner:
 
 
 def _look_for_functions(
-    block: nn.Module, call: BlockCall, states: Sequence[str], dims: Mapping[int, tuple[int, ...]], hint: int
+    block: nn.Module,
+    call: BlockCall,
+    states: Sequence[str],
+    dims: Mapping[int, tuple[int, ...]],
+    hint: int,
+    *,
+    declared: DeclaredCalls,
 ) -> None:
     """Run once with autograd, at one length, and look at the nodes of its graph.
 
@@ -291,9 +271,10 @@ def _look_for_functions(
     """
     mode = FakeTensorMode()
     copied, fakes = _fake_copy(block, mode, states)
+    declared.put_into(copied, None)
     arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
     try:
-        with mode, _NoTensorHooks(), torch.enable_grad():
+        with mode, _NoTensorHooks(), torch.enable_grad(), flash_stands_in():
             outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
     except CaptureRefusedError:
         raise
@@ -306,7 +287,8 @@ def _look_for_functions(
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        backward = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if backward and not type(node).__name__.startswith(_OF_OPERATORS):
             what = type(node).__name__.removesuffix("Backward")
             raise CaptureRefusedError(f"autograd.Function '{what}'", "its own backward would be lost")
         pending.extend(parent for parent, _ in node.next_functions)

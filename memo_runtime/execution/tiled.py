@@ -241,7 +241,7 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
     nodes = [*_placeholders(captured), *run.stash()]
     fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
     chosen = {}
-    kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products)
+    kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products if one.dim())
     made, wanted = set(run.stash()), captured.stages.differentiable
     kept += sum(tensor_bytes(tensor) for node, tensor in zip(nodes, stash, strict=False)
                 if node in fixed or (node in made and node not in wanted))  # fmt: skip

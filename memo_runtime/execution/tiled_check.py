@@ -11,16 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
+from memo_runtime.blocks.failures import first_line
+from memo_runtime.capture.axes import packed_rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.copying import structural_copy
-from memo_runtime.capture.trace import shortened
+from memo_runtime.capture.declared import DECLARED, OPERATOR, DrawLog, logged_draws, run_seeded
+from memo_runtime.capture.dims import shortened
+from memo_runtime.capture.rules import operator_name
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.mixers.by_rows import RowsAttention
 from memo_runtime.execution.tiled_run import Run
@@ -54,8 +58,13 @@ def check(captured: Captured, block: nn.Module, call: BlockCall, execute: Execut
         short = _short_call(captured, call)
         inputs = {f"argument {index}": leaf for index, leaf in short.tensors() if leaf.requires_grad}
         inputs |= {name: one for name, one in copied.named_parameters() if one.requires_grad}
-        result, run = execute(copied, short, _TILE)
-        mine = _outputs_and_gradients(result, inputs)
+        with logged_draws() as log:
+            result, run = execute(copied, short, _TILE)
+        try:
+            mine = _outputs_and_gradients(result, inputs)
+        except RuntimeError as error:
+            raise CaptureRefusedError("check", f"its backward fails: {first_line(error)}") from error
+        _give_seeds(captured, copied, log)
         args, kwargs = short.arguments()
         with _GivenDropout(run):
             result = copied.forward(*args, **kwargs)
@@ -132,6 +141,48 @@ def _compare(
         if not error <= tolerance * size:
             share = error / size if size else float("inf")
             raise CaptureRefusedError("check", f"{name} differs by {share:.2g} (relative) between tiles and the block")
+
+
+class _GivenSeeds:
+    """The forward of a declared module that draws, for the whole sequence: in tiles, by the seeds that theirs had."""
+
+    def __init__(self, nodes: Sequence[fx.Node], captured: Captured, module: nn.Module, log: DrawLog) -> None:
+        self._nodes, self._captured, self._module, self._log = nodes, captured, module, log
+        self._calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        node: Any = self._nodes[self._calls]
+        declared, seeds = DECLARED[node.args[1]], self._log.seeds[node.args[1]][self._calls :: len(self._nodes)]
+        self._calls += 1
+        axes = [self._captured.stages.axes[one] for one in node.args[0]]
+        outputs = declared.axes(axes)
+        call = BlockCall.of(args, kwargs)
+        named = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        tensors = [*(named[name] for name in declared.states), *(call.leaves[leaf] for leaf in declared.leaves)]
+        tokens, parts = declared.tokens(tensors), []
+        for start, seed in zip(range(0, tokens, _TILE), seeds, strict=True):
+            tile = [packed_rows(one, axis, tokens, start, min(start + _TILE, tokens))
+                    for one, axis in zip(tensors, axes, strict=True)]  # fmt: skip
+            with torch._C.DisableTorchFunction():  # its dropouts are none of the block's
+                parts.append(run_seeded(declared, seed, tile))
+        joined = [_joined(group, axis) for group, axis in zip(zip(*parts, strict=True), outputs, strict=False)]
+        return declared.yielded(joined)
+
+
+def _joined(tiles: Sequence[torch.Tensor], axis: Any) -> torch.Tensor:
+    split = [one.unflatten(axis.dim, (axis.outer, -1, axis.inner)) for one in tiles]
+    return torch.cat(split, dim=axis.dim + 1).flatten(axis.dim, axis.dim + 2)
+
+
+def _give_seeds(captured: Captured, copied: nn.Module, log: DrawLog) -> None:
+    """Make declared modules of ``copied`` that draw do so as their tiles did."""
+    for name, calls in captured.traced.declared.calls.items():
+        if any(declared.random for _, declared in calls):
+            keys = [key for key, _ in calls]
+            nodes = [node for node in captured.traced.graph.nodes
+                     if operator_name(node) == OPERATOR and node.args[1] in keys]  # fmt: skip
+            module = copied.get_submodule(name)
+            module.__dict__["forward"] = _GivenSeeds(nodes, captured, module, log)
 
 
 class _GivenDropout(TorchFunctionMode):

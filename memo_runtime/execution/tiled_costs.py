@@ -10,9 +10,20 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from memo_runtime.capture.declared import DECLARED, Declared
+
+DECLARED_FORWARD = torch.ops.memo_runtime.token_wise.default
+DECLARED_AGAIN = torch.ops.memo_runtime.token_wise_again.default
+DECLARED_BACKWARD = torch.ops.memo_runtime.token_wise_backward.default
+
 
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of one traced operator, by PyTorch's own formulas; 0 where it has none."""
+    """FLOPs of one traced operator, by PyTorch's own formulas; 0 where it has none.
+
+    Of a declared module: as counted when it was tested; of its backward: of the forward that is run again for it.
+    """
+    if node.op == "call_function" and node.target in (DECLARED_FORWARD, DECLARED_BACKWARD):
+        return round(_declared(node).flops * _declared_tokens(node))
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
     if node.op != "call_function" or formula is None:
         return 0
@@ -22,6 +33,23 @@ def node_flops(node: fx.Node) -> int:
 
     args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
     return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _declared(node: fx.Node) -> Declared:
+    key: Any = node.args[-1]
+    return DECLARED[key]
+
+
+def _declared_tokens(node: fx.Node) -> int:
+    tensors: Any = node.args[0]
+    return int(_declared(node).tokens([one.meta["val"] for one in tensors]))
+
+
+def _inside(node: fx.Node) -> int:
+    """Bytes that a declared module takes while it runs, beside its results: what its backward needs."""
+    if node.target not in (DECLARED_FORWARD, DECLARED_BACKWARD, DECLARED_AGAIN):
+        return 0
+    return round(_declared(node).saved_bytes * _declared_tokens(node))
 
 
 def tensor_bytes(value: Any) -> int:
@@ -86,7 +114,7 @@ def bytes_alive(graph: fx.Graph) -> int:
             if key not in there and key not in given:
                 there.add(key)
                 alive += count
-        highest = max(highest, alive)
+        highest = max(highest, alive + _inside(node))
         for key in [key for key in there if last[key] == index]:
             there.remove(key)
             alive -= size[key]

@@ -23,8 +23,7 @@ import torch
 from torch import fx
 
 from memo_runtime.capture.captured import Captured
-from memo_runtime.capture.rules import arguments_of
-from memo_runtime.capture.split import Mixer, Segment
+from memo_runtime.capture.split import Mixer, Segment, mixed_values
 from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
@@ -42,7 +41,8 @@ class Needs:
     Args:
         costs: of each segment's programs, by stage: at a tile, and at one of twice its tokens.
         tile: tokens of the smaller one.
-        workspaces: of each mixer. saved: bytes by token that its forward leaves beside its result.
+        workspaces: of each mixer. saved: by the first result of each, bytes by token that its forward leaves
+            beside its results.
     """
 
     costs: Mapping[int, tuple[Cost, Cost]]
@@ -162,7 +162,7 @@ class _Walk:
         for index, stage in enumerate(self.captured.stages.stages):
             before = self.feeds(index)
             if isinstance(stage, Mixer):
-                self._made([stage.node])
+                self._made(mixed_values(stage))
                 self.look(index, extra=self.needs.workspaces[stage.node][0])
             elif stage.by_rows:
                 self._made(stage.outputs)
@@ -218,12 +218,11 @@ class _Walk:
         return most
 
     def _mixer_backward(self, index: int, mixer: Mixer) -> None:
-        named = arguments_of(mixer.node)
-        for name in ("query", "key", "value", "attn_mask"):
-            if named[name] is not None and named[name] in self.captured.stages.differentiable:
-                self.add("gradient", named[name])
+        for node in mixer.inputs:
+            if node in self.captured.stages.differentiable:
+                self.add("gradient", node)
         self.look(index, extra=self.needs.workspaces[mixer.node][1])
-        self.drop("gradient", [mixer.node])
+        self.drop("gradient", [node for node, _ in mixer.results])
 
     def _segment_backward(self, index: int, segment: Segment) -> None:
         wanted = self.captured.stages.differentiable
@@ -246,10 +245,7 @@ class _Walk:
 
 def results_of_mixers(captured: Captured) -> list[fx.Node]:
     """Values made in forward that backward needs whole."""
-    return [
-        node for stage in captured.stages.stages
-        for node in ([stage.node] if isinstance(stage, Mixer) else stage.outputs if stage.by_rows else [])
-    ]  # fmt: skip
+    return [node for stage in captured.stages.stages for node in mixed_values(stage)]
 
 
 def stashed_results(captured: Captured) -> list[fx.Node]:

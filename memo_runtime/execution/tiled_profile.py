@@ -17,10 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line
 from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.choices import borrowed, kept_values
 from memo_runtime.capture.rules import arguments_of
-from memo_runtime.capture.split import Mixer, Segment
-from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
+from memo_runtime.capture.split import Mixer, Segment, mixed_values
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
+from memo_runtime.execution.mixers.by_graph import run_with_graph
+from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
+from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_moments import (
     Needs,
     Workspace,
@@ -55,24 +61,27 @@ def tiled_profile(
     device = call.leaves[captured.input_leaf].device
     costs = {index: _costs(captured, index, tokens, device) for index in range(len(captured.stages.stages))
              if isinstance(captured.stages.stages[index], Segment)}  # fmt: skip
-    mixers = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
+    tried: dict[fx.Node, _Tried] = {}
     with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        tried = {node: _try(captured, node, tokens, kernels.get((captured.signature, node.name))) for node in mixers}
+        for stage in captured.stages.stages:
+            if isinstance(stage, Mixer):
+                tried[stage.node] = _try(captured, stage, tokens, kernels.get((captured.signature, stage.node.name)))
     needs = Needs(
         costs, _TILE, {node: one.workspace for node, one in tried.items()},
-        {node: sum(size.linear for size in _saved(one)) for node, one in tried.items()},
+        {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
+         for stage in captured.stages.stages if isinstance(stage, Mixer)},
     )  # fmt: skip
     forward, backward = moments(captured, needs, tokens)
     again, saved, products = _repeated(captured, costs, tokens)
     found = TiledProfile(
         stash=tuple(_stash(captured, call, tried.values(), tokens)),
-        resident=_total(captured, _resident(captured), tokens),
+        resident=_stays(captured, costs, tokens),
         products=products,
         forward=forward,
         backward=backward,
         again_flops=again,
         saved_flops=saved,
-        attention=tuple(one.saved.kernel for one in tried.values()),
+        attention=tuple(one.kernel for one in tried.values()),
     )
     return found if times is None else _timed(found, times, _forward_flops(costs))
 
@@ -101,19 +110,20 @@ def _costs(captured: Captured, index: int, tokens: int, device: torch.device) ->
 
 
 def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: AutocastState) -> Cost:
-    segment = captured.stages.stages[index]
-    assert isinstance(segment, Segment), "only segments have tiles"
+    segment = captured.segment(index)
     tile = rows_tile(captured, segment, tokens, tile)
     mode = FakeTensorMode()
+    values = [(node.meta["val"], segment.axes[node]) for node in segment.sources]
+    for node, _, _ in borrowed(captured.stages, index):
+        values.extend(kept_values(captured.stages, node))
     sources = []
-    for node in segment.sources:
-        axis = segment.axes[node]
-        shape = [int(captured.size(size, tokens)) for size in node.meta["val"].shape]
+    for value, axis in values:
+        shape = [int(captured.size(size, tokens)) for size in value.shape]
         if axis is not None:
             shape[axis.dim] = axis.outer * tile * axis.inner
         with mode:
-            sources.append(torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device))
-    programs = make_programs(captured, segment, sources, tile, autocast, compiler=run_eagerly)
+            sources.append(torch.empty(shape, dtype=value.dtype, device=value.device))
+    programs = make_programs(captured, index, sources, tile, autocast, compiler=run_eagerly)
     given, tangents = tile_copies(captured, segment, programs.layouts, tile)
     cost = programs.cost
     return replace(
@@ -141,6 +151,13 @@ def _repeated(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: i
     return Growth(linear=linear, quadratic=quadratic), Growth(linear=saved), Growth(linear=products)
 
 
+def _stays(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> Growth:
+    """What stays on the device between forward and backward, choices of experts included."""
+    fixed = _total(captured, _resident(captured), tokens)
+    choices = sum(cost.choice_bytes / _TILE for cost, _ in costs.values())
+    return replace(fixed, linear=fixed.linear + choices)
+
+
 def _total(captured: Captured, nodes: list[fx.Node], tokens: int) -> Growth:
     values = [node.meta["val"] for node in nodes if isinstance(node.meta["val"], torch.Tensor)]
 
@@ -164,29 +181,23 @@ def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens:
         and node in captured.stages.differentiable and isinstance(captured.stages.axes[node], TokenAxis)
     ]  # fmt: skip
     found = [_total(captured, [node], tokens) for node in [*arguments, *stashed_results(captured)]]
-    return [*found, *(size for one in tried for size in _saved(one))]
-
-
-def _saved(tried: _Tried) -> list[Growth]:
-    """Bytes of each tensor that an attention leaves beside its result and that may go to the host."""
-    return [
-        Growth(linear=one.numel() * one.element_size() / tried.tokens, multiple=_ROUNDED.get(tried.saved.kernel, 1))
-        for one in tried.saved.tensors
-        if isinstance(one, torch.Tensor) and one.is_floating_point() and is_dense(one)
-    ]
+    return [*found, *(size for one in tried for size in one.saved)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """A short run of one attention: what its forward left, of how many tokens, and bytes by token that it took."""
+    """One mixer: its kernel, bytes of each tensor that its forward leaves, and bytes by token that it took."""
 
-    saved: Saved
-    tokens: int
+    kernel: str
+    saved: tuple[Growth, ...]
     workspace: Workspace
 
 
-def _try(captured: Captured, node: fx.Node, tokens: int, kernel: str | None) -> _Tried:
+def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: str | None) -> _Tried:
     """Run one attention on random numbers of few tokens."""
+    if mixer.by_graph:
+        return _try_named(captured, mixer, tokens)
+    node = mixer.node
     named = arguments_of(node)
     device = node.meta["val"].device
     length = min(tokens, _ATTENTION_TOKENS.get(device.type, 64))
@@ -203,7 +214,37 @@ def _try(captured: Captured, node: fx.Node, tokens: int, kernel: str | None) -> 
     meter = _Meter(device)
     grads = attention_backward(grad, inputs, output, saved, settings)
     backward = meter.beyond([*grads])
-    return _Tried(saved, length, (forward / length, backward / length))
+    growths = [
+        Growth(linear=tensor_bytes(one) / length, multiple=_ROUNDED.get(saved.kernel, 1)) for one in saved.tensors
+        if isinstance(one, torch.Tensor) and one.is_floating_point() and is_dense(one)
+    ]  # fmt: skip
+    return _Tried(saved.kernel, tuple(growths), (forward / length, backward / length))
+
+
+def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:
+    """A mixer that the user has named, on fake tensors: what its formula saves. Its workspace is not known."""
+    device = captured.arguments[0][0].meta["val"].device
+    autocast = AutocastState.current(device.type)
+    wanted = [node in captured.stages.differentiable for node in mixer.inputs]
+
+    def saved(length: int) -> list[torch.Tensor]:
+        with FakeTensorMode():
+            shapes = [[int(captured.size(size, length)) for size in node.meta["val"].shape] for node in mixer.inputs]
+            values = [torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+                      for shape, node in zip(shapes, mixer.inputs, strict=True)]  # fmt: skip
+            operator = mixer_operator(captured, mixer, length, autocast)
+            try:
+                return run_with_graph(operator, values, wanted, [at for _, at in mixer.results])[1]
+            except RuntimeError as error:
+                reason = f"what it saves cannot be told, since it does not run on fake tensors: {first_line(error)}"
+                raise CaptureRefusedError(kernel_name(mixer), reason) from error
+
+    by_length = {count * tokens: saved(count * tokens) for count in (1, 2, 3)}
+    def size(at: int) -> Growth:
+        return polynomial(lambda length: float(tensor_bytes(by_length[length][at])), tokens)
+
+    chosen = [at for at, one in enumerate(by_length[tokens]) if one.is_floating_point() and is_dense(one)]
+    return _Tried(kernel_name(mixer), tuple(size(at) for at in chosen), (0.0, 0.0))
 
 
 def _random(captured: Captured, node: fx.Node, tokens: int) -> torch.Tensor:

@@ -8,7 +8,9 @@ cut in up to four programs:
     backward          sources, gradients      -> gradients of sources     (what it needs of the forward is run again)
     backward of kept  sources, products, ...  -> gradients of sources     (only what is cheap is run again)
 
-where products are the results of the matrix products that backward needs. What backward does not need is not run again:
+where products are the results of the matrix products that backward needs. Every forward also yields what it has chosen
+(``capture/choices.py``), which whatever runs again is given: backward, and a fifth program, ``rebuild``, that makes
+outputs anew. What backward does not need is not run again:
 the last product of a segment never is. All of them take copies of weights in the precision of autocast behind their
 sources, which one more program makes once for all tiles. A weight gradient that is one matrix product is not computed
 in the program: its factors are yielded, so that the product is added to an accumulator of higher precision by the GEMM
@@ -17,6 +19,7 @@ itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +31,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept, owned, run_again
 from memo_runtime.capture.split import Segment
-from memo_runtime.execution.tiled_costs import ProgramBytes, node_flops, tensor_bytes
+from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -56,7 +60,8 @@ class Cost:
     Args:
         forward: FLOPs of forward. again: of these, what backward runs again. again_kept: what backward of kept does.
         forward_bytes, backward_bytes: of the programs, their results included.
-        product_bytes: of the products that are kept. cast_bytes: of copies of weights in another precision.
+        product_bytes: of the products that are kept. choice_bytes: of the choices that all tiles keep. cast_bytes: of
+            copies of weights in another precision.
     """
 
     forward: int
@@ -65,6 +70,7 @@ class Cost:
     forward_bytes: ProgramBytes
     backward_bytes: ProgramBytes
     product_bytes: int
+    choice_bytes: int
     cast_bytes: int
 
 
@@ -74,7 +80,7 @@ class Programs:
 
     Args:
         casts: sources -> casts of weights; they come behind the sources of the other programs.
-        kept: how many products ``forward_keep`` yields behind the outputs.
+        choices: how many choices and seeds the forward programs yield behind the outputs, before products.
         places: where the gradient of each source is.
         layouts: sizes and strides that gradients of outputs must have (meta tensors).
         cost: what one run of each takes.
@@ -83,60 +89,80 @@ class Programs:
     casts: Program
     forward: Program
     forward_keep: Program
+    rebuild: Program
     backward: Program
     backward_kept: Program
-    kept: int
+    choices: int
     places: tuple[GradientPlace, ...]
     layouts: tuple[torch.Tensor, ...]
     cost: Cost
 
 
-def run_node(node: fx.Node, values: dict[fx.Node, Any], size: Callable[[Any], Any]) -> Any:
-    """Run one captured operator; sizes are asked of ``size``."""
+def run_node(
+    node: fx.Node, values: dict[fx.Node, Any], size: Callable[[Any], Any], kept: Sequence[torch.Tensor] | None = None
+) -> Any:
+    """Run one captured operator; sizes are asked of ``size``; ``kept``: what it chose before."""
 
     def value(one: fx.Node) -> Any:
         return values[one] if one in values else size(one.meta["val"])
 
     args = fx.node.map_arg(node.args, value)
     kwargs = fx.node.map_arg(node.kwargs, value)
+    if kept is not None:
+        return run_again(node, args, dict(kwargs), kept)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def segment_outputs(
-    captured: Captured, segment: Segment, sources: Sequence[torch.Tensor], tokens: int
-) -> list[torch.Tensor]:
-    """Run a segment operator by operator on tiles of ``tokens`` tokens."""
-    values: dict[fx.Node, Any] = dict(zip(segment.sources, sources, strict=True))
+    captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Run a segment operator by operator on tiles of ``tokens`` tokens: (outputs, what it has chosen)."""
+    segment, stages = captured.segment(stage), captured.stages
+    values: dict[fx.Node, Any] = dict(zip(segment.sources, sources, strict=False))
+    rest = iter(sources[len(segment.sources) :])
+    given = {node: [next(rest) for _ in range(count_kept(node))] for node, _, _ in borrowed(stages, stage)}
+    chosen: list[torch.Tensor] = []
+    own = owned(stages, stage)
     for node in segment.nodes:
-        values[node] = run_node(node, values, lambda size: captured.size(size, tokens))
-    return [values[node] for node in segment.outputs]
+        values[node] = run_node(node, values, lambda size: captured.size(size, tokens), given.get(node))
+        if node in own:
+            chosen.extend(values[node][-count_kept(node) :])
+    return [values[node] for node in segment.outputs], chosen
 
 
 def make_programs(
     captured: Captured,
-    segment: Segment,
+    stage: int,
     sources: Sequence[torch.Tensor],
     tokens: int,
     autocast: AutocastState,
     *,
     compiler: Callable[[fx.GraphModule], Program],
 ) -> Programs:
-    """Trace ``segment`` for tiles like ``sources``; the graphs hold casts of autocast, so they run without it."""
-    joint, layouts = _trace(captured, segment, sources, tokens, autocast)
+    """Trace segment number ``stage`` for tiles like ``sources``, with the choices that it borrows behind them.
+
+    The graphs hold casts of autocast, so they run without it.
+    """
+    segment = captured.segment(stage)
+    joint, layouts = _trace(captured, stage, sources, tokens, autocast)
     graph = joint.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
     results = list(output.args[0])
-    outputs, grads = results[: len(segment.outputs)], results[len(segment.outputs) :]
+    ends = len(segment.outputs), len(results) - len(segment.sources)
+    outputs, choices, grads = results[: ends[0]], results[ends[0] : ends[1]], results[ends[1] :]
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    given = inputs[: len(segment.sources)]
+    given = inputs[: len(sources)]
     wanted, places = _gradient_results(segment, grads)
     products = _products(graph, given, wanted)
-    casts = _casts(graph, [node for node, source in zip(given, segment.sources, strict=True)
+    casts = _casts(graph, [node for node, source in zip(given, segment.sources, strict=False)
                            if segment.axes[source] is None])  # fmt: skip
     tangents = inputs[len(given) :]
     given += casts
-    again, again_kept = [*given, *tangents], [*given, *tangents, *products]
-    forward, forward_keep = _part(graph, given, outputs), _part(graph, given, [*outputs, *products])
+    again = [*given, *tangents, *choices]
+    again_kept = [*again, *products]
+    forward = _part(graph, given, [*outputs, *choices])
+    forward_keep = _part(graph, given, [*outputs, *choices, *products])
+    rebuild = _part(graph, [*given, *choices], outputs) if choices else None
     backward, backward_kept = _part(graph, again, wanted), _part(graph, again_kept, wanted)
     rerun = _forward_nodes(graph, given)
     cost = Cost(
@@ -146,15 +172,18 @@ def make_programs(
         forward_bytes=ProgramBytes.of(forward.graph, forward_keep.graph),
         backward_bytes=ProgramBytes.of(backward.graph, backward_kept.graph),
         product_bytes=sum(tensor_bytes(node.meta["val"]) for node in products),
+        choice_bytes=sum(tensor_bytes(node.meta["val"]) for node in choices if node.meta["val"].dim()),
         cast_bytes=sum(tensor_bytes(node.meta["val"]) for node in casts),
     )
+    run_forward = compiler(forward)
     return Programs(
-        casts=run_eagerly(_part(graph, given[: len(segment.sources)], casts)),
-        forward=compiler(forward),
+        casts=run_eagerly(_part(graph, inputs[: len(sources)], casts)),
+        forward=run_forward,
         forward_keep=compiler(forward_keep),
+        rebuild=compiler(rebuild) if rebuild is not None else run_forward,
         backward=compiler(backward),
         backward_kept=compiler(backward_kept),
-        kept=len(products),
+        choices=len(choices),
         places=places,
         layouts=layouts,
         cost=cost,
@@ -162,15 +191,16 @@ def make_programs(
 
 
 def _trace(
-    captured: Captured, segment: Segment, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
+    captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
 ) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
-    wanted = captured.stages.differentiable
+    """(the graph of outputs, choices, and a gradient or None of each source; what gradients of outputs look like)."""
+    segment, wanted = captured.segment(stage), captured.stages.differentiable
     needs = [node in wanted for node in segment.sources]
     mode = FakeTensorMode()
 
     def joint(inputs: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[Any]:
-        leaves = [one.detach().requires_grad_(need) for one, need in zip(inputs, needs, strict=True)]
-        outputs = segment_outputs(captured, segment, leaves, tokens)
+        leaves = [one.detach().requires_grad_(need) for one, need in zip(inputs, needs, strict=False)]
+        outputs, chosen = segment_outputs(captured, stage, [*leaves, *inputs[len(leaves) :]], tokens)
         pairs = [(out, tangent) for out, tangent in zip(outputs, tangents, strict=True) if out.requires_grad]
         sought = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
         found: tuple[Any, ...] = (None,) * len(sought)
@@ -178,12 +208,12 @@ def _trace(
             results, grads = zip(*pairs, strict=True)
             found = torch.autograd.grad(results, sought, grads, allow_unused=True)
         each = iter(found)
-        return [*(out.detach() for out in outputs), *(next(each) if need else None for need in needs)]
+        return [*(out.detach() for out in outputs), *chosen, *(next(each) if need else None for need in needs)]
 
     with mode, torch.enable_grad(), autocast.uncached().restored(), torch.autograd.set_multithreading_enabled(False):
         fakes = [_alike(one) for one in sources]
         with torch.no_grad():
-            shapes = segment_outputs(captured, segment, fakes, tokens)
+            shapes, _ = segment_outputs(captured, stage, fakes, tokens)
         tangents = [_alike(one) for one in shapes]
         module: fx.GraphModule = make_fx(joint, tracing_mode="real")(fakes, tangents)
     for node in list(module.graph.nodes):
@@ -282,6 +312,35 @@ def _products(graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Nod
     return sorted(needed, key=order.__getitem__)
 
 
+@dataclass(slots=True)
+class _Copying:
+    """Operators copied into ``part``; those of which choices are given run as they say."""
+
+    part: fx.Graph
+    copies: dict[fx.Node, fx.Node]
+    chosen: dict[Any, list[fx.Node]]
+
+    def copy(self, node: fx.Node) -> None:
+        """Copy ``node``, whose arguments have been."""
+        source = node.args[0] if node.target is operator.getitem else None
+        if node.target is TOPK and node in self.chosen:
+            return
+        if source in self.chosen and source.target is TOPK:  # type: ignore[union-attr]
+            (indices,) = self.chosen[source]
+            dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", -1)  # type: ignore[union-attr]
+            given = self.copies[source.args[0]]  # type: ignore[union-attr, index]
+            self.copies[node] = self.part.call_function(aten.gather.default, (given, dim, indices))
+            self.copies[node].meta = dict(node.meta)
+            return
+        self.copies[node] = self.part.node_copy(node, self.copies.__getitem__)
+        if node.target is TOKEN_WISE and node in self.chosen:
+            tensors, key = self.copies[node].args
+            self.part.erase_node(self.copies[node])
+            again = torch.ops.memo_runtime.token_wise_again.default
+            self.copies[node] = self.part.call_function(again, (tensors, self.chosen[node], key))
+            self.copies[node].meta = dict(node.meta)
+
+
 def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
     """The part of ``graph`` that makes ``results`` out of ``inputs``, which may be inside it."""
     part = fx.Graph()
@@ -290,9 +349,15 @@ def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]
         copies[node] = part.placeholder(f"input_{index}")
         copies[node].meta = dict(node.meta)
     needed = _between(inputs, results)
+    chosen: dict[Any, list[fx.Node]] = {}
+    for node in inputs:
+        # Inputs inside the graph are products, or choices: members of what their operators yield.
+        if node.target is operator.getitem:
+            chosen.setdefault(node.args[0], []).append(copies[node])
+    copying = _Copying(part, copies, chosen)
     for node in graph.nodes:
         if node in needed:
-            copies[node] = part.node_copy(node, copies.__getitem__)
+            copying.copy(node)
     part.output(tuple(copies[node] for node in results))
     return fx.GraphModule(torch.nn.Module(), part)
 
@@ -313,7 +378,8 @@ def _flops_between(
     graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node], counted: set[fx.Node]
 ) -> int:
     needed = _between(inputs, results)
-    return sum(node_flops(node) for node in graph.nodes if node in needed and node in counted)
+    again = (node for node in graph.nodes if node in needed and (node in counted or node.target is DECLARED_BACKWARD))
+    return sum(node_flops(node) for node in again)
 
 
 def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, transposed: bool) -> None:

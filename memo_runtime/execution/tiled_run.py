@@ -20,10 +20,13 @@ from torch import fx
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.rules import arguments_of
-from memo_runtime.capture.split import Mixer, Segment
+from memo_runtime.capture.split import Mixer, Segment, mixed_values
 from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
+from memo_runtime.execution.mixers.by_graph import MixerGraph, run_with_graph
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
+from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_gradients import Gradients, Part
 from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
@@ -48,15 +51,11 @@ class ProgramCache:
     def get(
         self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
     ) -> Programs:
-        """The programs of stage number ``stage`` for tiles like ``sources``."""
+        """The programs of stage number ``stage`` for tiles like ``sources``, borrowed choices behind them."""
         layout = tuple((tuple(one.shape), one.stride(), one.dtype) for one in sources)
         key = (captured.signature, stage, tokens, autocast, layout)
         if key not in self._programs:
-            segment = captured.stages.stages[stage]
-            assert isinstance(segment, Segment), "only segments have programs"
-            self._programs[key] = make_programs(
-                captured, segment, sources, tokens, autocast, compiler=self._compiler
-            )
+            self._programs[key] = make_programs(captured, stage, sources, tokens, autocast, compiler=self._compiler)
         return self._programs[key]
 
     def __len__(self) -> int:
@@ -130,6 +129,7 @@ class Run:
     swap: TiledSwap | None = None
     to_host: bool = False
     reproducible: bool = False
+    #: By stage and start of a tile: choices of declared modules, then products.
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     saved: dict[fx.Node, Saved] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
@@ -167,7 +167,7 @@ class Run:
         results = [
             node
             for stage in self.captured.stages.stages
-            for node in ([stage.node] if isinstance(stage, Mixer) else stage.outputs if stage.by_rows else [])
+            for node in mixed_values(stage)
         ]
         return [*results, *self.captured.stages.fixed]
 
@@ -199,6 +199,11 @@ class Run:
             return whole if axis is None else _packed(whole, axis, self.tokens, start, stop)
         return self._mask(node, axis, start, stop)
 
+    def _borrowed(self, index: int, start: int) -> Iterator[torch.Tensor]:
+        """What earlier segments chose for this tile, and segment ``index`` has to choose as well."""
+        for node, owner, place in borrowed(self.captured.stages, index):
+            yield from self.kept[owner, start][place : place + count_kept(node)]
+
     def _mask(self, node: fx.Node, axis: TokenAxis | None, start: int, stop: int) -> torch.Tensor:
         draw = next(draw for draw in self.captured.draws if draw.mask is node)
         shape = [int(self.captured.size(size, self.tokens)) for size in node.meta["val"].shape]
@@ -229,16 +234,19 @@ class Run:
         casts: tuple[torch.Tensor, ...] = ()
         for number, start, stop in self._tiles(segment):
             sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
+            sources.extend(self._borrowed(index, start))
             programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
             if start == 0:
                 casts = programs.casts(*sources)
             sources.extend(casts)
-            if keep and number < self.keep and not segment.by_rows:
-                results = programs.forward_keep(*sources)
-                self.kept[index, start] = list(results[len(segment.outputs) :])
-                results = results[: len(segment.outputs)]
+            if not keep:
+                results = programs.rebuild(*sources, *self.kept.get((index, start), ())[: programs.choices])
             else:
-                results = programs.forward(*sources)
+                kept = number < self.keep and not segment.by_rows
+                results = programs.forward_keep(*sources) if kept else programs.forward(*sources)
+                if len(results) > len(segment.outputs) or kept:
+                    self.kept[index, start] = list(results[len(segment.outputs) :])
+                results = results[: len(segment.outputs)]
             self.again_flops += 0 if keep else programs.cost.forward
             for place, node in enumerate(segment.outputs):
                 axis = segment.axes[node]
@@ -250,6 +258,9 @@ class Run:
             del sources, results
 
     def _mix(self, mixer: Mixer, values: Values) -> None:
+        if mixer.by_graph:
+            self._mix_by_graph(mixer, values)
+            return
         inputs, settings, biased = self._attention(mixer, values)
         by_rows = biased or (self.reproducible and settings.dropout > 0.0)
         seed = self.attention_seed(len(self.saved))
@@ -258,6 +269,30 @@ class Run:
         values[mixer.node] = output
         self.saved[mixer.node] = saved
         self.kernels.append(saved.kernel)
+
+    def _mix_by_graph(self, mixer: Mixer, values: Values) -> None:
+        wanted = [node in self.captured.stages.differentiable for node in mixer.inputs]
+        operator = mixer_operator(self.captured, mixer, self.tokens, self.autocast)
+        arguments, held = [values[node] for node in mixer.inputs], [at for _, at in mixer.results]
+        results, stash, graph = run_with_graph(operator, arguments, wanted, held)
+        for node, at in mixer.results:
+            values[node] = results[at]
+        self.saved[mixer.node] = Saved(kernel_name(mixer), tuple(stash), (graph,))
+        self.kernels.append(kernel_name(mixer))
+
+    def _backward_by_graph(self, mixer: Mixer, values: Values, found: Gradients) -> None:
+        saved = self.saved[mixer.node]
+        graph: MixerGraph = saved.numbers[0]
+        grads: list[torch.Tensor | None] = [None] * len(graph.edges)
+        for node, at in mixer.results:
+            grad = found.take(node)
+            grads[at] = grad.to(values[node].dtype) if grad is not None else None
+        arguments, results = [values[node] for node in mixer.inputs], [values[node] for node, _ in mixer.results]
+        stash: Any = saved.tensors
+        given = graph.backward(grads, arguments, results, stash, retain=self.retain)
+        for node, grad in zip(mixer.inputs, given, strict=True):
+            if grad is not None:
+                found.add(node, grad.to(values[node].dtype))
 
     def _attention(self, mixer: Mixer, values: Values) -> tuple[Inputs, Settings, bool]:
         named = arguments_of(mixer.node)
@@ -321,6 +356,9 @@ class Run:
             self._segment_forward(index - 1, before, values, keep=False)
 
     def _mixer_backward(self, mixer: Mixer, values: Values, found: Gradients) -> None:
+        if mixer.by_graph:
+            self._backward_by_graph(mixer, values, found)
+            return
         grad = found.take(mixer.node)
         if grad is None:
             return
@@ -335,8 +373,9 @@ class Run:
     def _segment_backward(self, index: int, segment: Segment, values: Values, found: Gradients) -> None:
         upstream = [found.take(node) for node in segment.outputs]
         casts: tuple[torch.Tensor, ...] = ()
-        for _, start, stop in self._tiles(segment):
+        for number, start, stop in self._tiles(segment):
             sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
+            sources.extend(self._borrowed(index, start))
             programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
             if start == 0:
                 casts = programs.casts(*sources)
@@ -345,12 +384,11 @@ class Run:
                 self._tangent(layout, segment.axes[node], grad, start, stop)
                 for node, grad, layout in zip(segment.outputs, upstream, programs.layouts, strict=True)
             ]
-            kept = self.kept.get((index, start)) if self.retain else self.kept.pop((index, start), None)
-            self.again_flops += programs.cost.again if kept is None else programs.cost.again_kept
-            if kept is None:
-                results = programs.backward(*sources, *tangents)
-            else:
-                results = programs.backward_kept(*sources, *tangents, *kept)
+            kept = self.kept.get((index, start), []) if self.retain else self.kept.pop((index, start), [])
+            whole = number < self.keep and not segment.by_rows
+            self.again_flops += programs.cost.again_kept if whole else programs.cost.again
+            backward = programs.backward_kept if whole else programs.backward
+            results = backward(*sources, *tangents, *kept)
             for source in found.in_order(segment.sources):
                 node, place = segment.sources[source], programs.places[source]
                 if place is not None:

@@ -27,9 +27,8 @@ from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.stopwatch import laps
 from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.dims import shortened
 from memo_runtime.capture.rules import arguments_of
-from memo_runtime.capture.split import Mixer
-from memo_runtime.capture.trace import shortened
 from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward, kernels_for
@@ -70,12 +69,12 @@ def time_tiles(
     """Time ``captured`` for calls like ``call``; ``tile``: tokens of a tile, where the user has fixed it.
 
     None: it mixes tokens in a way that cannot be timed at full length beside the model (a mask of all pairs of
-    tokens, attention in chunks of queries), or there is no room for it.
+    tokens, attention in chunks of queries, an operator that the user has named), or there is no room for it.
 
     Raises:
         CaptureRefusedError: its programs do not compile.
     """
-    mixers = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
+    mixers = captured.attentions
     if captured.mixers > len(mixers) or any(arguments_of(node)["attn_mask"] is not None for node in mixers):
         return None
     tokens = captured.tokens(call)

@@ -44,7 +44,7 @@ def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Seq
     lines = [
         f"this step does not fit in {allowed}: it needs {format_bytes(needed)}, "
         f"short by {format_bytes(budgets.over_device(needed))}",
-        f"  at         {where}, policy '{settings.policy}'",
+        f"  at         {where}, policy '{settings.policy}'{f', tile={settings.tile}' if settings.tile else ''}",
         _floor_line(sheet, settings),
         *_accumulation_line(sheet, settings),
         *_suggestions(suggest.for_device(sheet, settings, tried), _no_length(sheet, budgets)),

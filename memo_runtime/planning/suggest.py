@@ -42,7 +42,12 @@ def is_feasible(sheet: Sheet, settings: Settings) -> bool:
 
 def for_device(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
     """What to do about a device budget that no plan of ``tried`` keeps."""
-    return [*_lengths(sheet, settings), *_budgets(sheet, settings, tried, "budget"), *_knobs(sheet, settings)]
+    return [
+        *_shorter_tile(sheet, settings),
+        *_lengths(sheet, settings),
+        *_budgets(sheet, settings, tried, "budget"),
+        *_knobs(sheet, settings),
+    ]
 
 
 def for_host(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
@@ -150,6 +155,17 @@ def _more_kept(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
         if is_feasible(sheet, kept):
             yield from _checked(sheet, kept, f"keep_last={count}")
             return
+
+
+def _shorter_tile(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+    """The first half, quarter, ... of the asked tile that fits."""
+    tile = (settings.tile or 0) // 2
+    while tile:
+        shorter = replace(settings, tile=tile)
+        if is_feasible(sheet, shorter):
+            yield from _checked(sheet, shorter, f"tile={tile} instead of {settings.tile}")
+            return
+        tile //= 2
 
 
 def _knobs(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:

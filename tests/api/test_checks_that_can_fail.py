@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import memo_runtime as memo
 from memo_runtime import checking
+from memo_runtime.blocks import operators
 from memo_runtime.errors import ProfileError, ReplayMismatchError
 
 
@@ -52,8 +53,10 @@ def test_a_mixer_that_there_is_not_is_refused(name):
         memo.register_mixer(name)
 
 
-def test_a_mixer_that_there_is_is_taken():
+def test_a_mixer_that_there_is_is_taken(monkeypatch):
+    monkeypatch.setattr(operators, "_registered_mixers", set())
     memo.register_mixer("aten::cumsum")
+    assert operators.registered_mixers() == {"aten.cumsum"}
 
 
 class Normed(nn.Module):

@@ -170,6 +170,42 @@ class LearnedBias(Part):
         return self.finish(x, merge_heads(mixed)), bias
 
 
+class MaskByTiles(Part):
+    """Uses a mask of all pairs beside attention too: its diagonal scales tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.finish(x * mask.diagonal(dim1=-2, dim2=-1).mean(1)[..., None], merge_heads(mixed))
+
+
+class MaskOfRows(Part):
+    """A mask for each row of the batch, or for all of them, without a dimension of heads."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mask = mask if mask.dim() == 2 else mask[:, None]
+        return self.finish(x, merge_heads(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+class MaskTimesTokens(Part):
+    """Lets every token see its row of the mask outside of attention."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.finish(x, merge_heads(mixed)) * (x[..., :1] * mask[:, 0].to(x.dtype)).amax(-1, keepdim=True)
+
+
+class MaskFromTokens(Part):
+    """Makes a bias of its scores out of its hidden states."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        bias = (x @ x.transpose(1, 2))[:, None]
+        return self.finish(x, merge_heads(functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+
+
 class Cross(Part):
     """Attention to other tokens than its own."""
 

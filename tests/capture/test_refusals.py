@@ -45,6 +45,24 @@ def test_refused_by_name(kind):
     assert reason in caught.value.reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "mask", "operator", "reason"),
+    [
+        (blocks.MaskFromTokens, None, "aten.scaled_dot_product_attention", "every query meets every token"),
+        (blocks.MaskTimesTokens, "boolean", "aten.mul", "two token dimensions"),
+        (blocks.MaskTimesTokens, "additive", "aten.mul", "two token dimensions"),
+    ],
+)
+def test_a_mask_that_cannot_be_tiled(kind, mask, operator, reason):
+    shape = (3, 1, 29, 29)
+    masks = {"boolean": torch.ones(shape, dtype=torch.bool), "additive": torch.zeros(shape).requires_grad_()}
+    given = [masks[mask]] if mask else []
+    with pytest.raises(CaptureRefusedError) as caught:
+        capture(kind(), BlockCall.of((*call_of().leaves, *given), {}))
+    assert caught.value.operator == operator
+    assert reason in caught.value.reason
+
+
 @pytest.mark.parametrize("where", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 def test_a_hook_of_an_inner_module_is_refused_and_one_of_the_block_is_not(where):
     block = hand_written.Attention()

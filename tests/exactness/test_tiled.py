@@ -98,6 +98,31 @@ def test_other_blocks(kind):
     assert_tiled(stack(kind, kind).eval(), batch_of())  # tiles draw other dropout masks
 
 
+def test_experts_that_are_declared():
+    """Every block by tiles, and the trade to the byte: choices of the router stay on the device."""
+    model = FAMILIES["mixtral"].make()
+    for layer in model.model.layers:
+        assert memo.token_wise(layer.mlp) is layer.mlp
+    assert_tiled(model, FAMILIES["mixtral"].batch(rows=3, tokens=17), model_loss)
+
+
+def test_a_module_that_mixes_where_it_was_declared_runs_in_another_way():
+    model = stack(hand_written.Squeeze, hand_written.Squeeze)
+    for block in model.blocks:
+        memo.token_wise(block)
+    want = run_step(model, batch_of(), output_loss)
+    memo.wrap(model, **TILED)
+    assert_close(run_step(model, batch_of(), output_loss), want)
+    for block in memo.report(model).blocks:
+        assert block.executor is not Executor.TILED
+        assert "memo.token_wise block: it does not run" in block.reason or "mixes tokens" in block.reason
+
+
+def test_a_word_for_what_is_no_module():
+    with pytest.raises(TypeError, match=r"memo\.token_wise takes a module"):
+        memo.token_wise("mlp")
+
+
 def test_what_a_profile_and_a_plan_file_say_of_tiles(tmp_path):
     model, batch = stack(), batch_of()
     want = run_step(model, batch, output_loss)

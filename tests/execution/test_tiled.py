@@ -76,6 +76,20 @@ def test_packed_documents():
     assert_exact(call_of(block, hidden(), documents), TiledBlock(block, tile=6))
 
 
+@pytest.mark.parametrize("shape", [(29, 29), (3, 29, 29)])
+def test_masks_without_a_dimension_of_heads(shape):
+    block = double(blocks.MaskOfRows)
+    mask = torch.ones(shape, dtype=torch.bool).tril()
+    mask[..., 3:7, 1] = False
+    assert_exact(call_of(block, hidden(), mask), TiledBlock(block, tile=6))
+
+
+def test_a_mask_that_tokens_see_too():
+    block = double(blocks.MaskByTiles)
+    mask = torch.randn(3, 1, 29, 29, dtype=torch.float64, requires_grad=True)
+    assert_exact(call_of(block, hidden(), mask), TiledBlock(block, tile=6))
+
+
 def test_an_input_without_gradient_and_frozen_parameters():
     block = double(hand_written.Attention)
     tiled = TiledBlock(block, tile=6)

@@ -17,6 +17,7 @@ from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.records import Executor
 from tests.exactness.hand_written import WIDTH, Attention
+from tests.execution import test_tiled_declared as declared
 from tests.execution.tiles import call_of, run, worst
 from tests.gpu.models import batch, error, llama, step
 
@@ -191,3 +192,19 @@ def test_a_model_by_tiles_in_bfloat16(budget_share):
         assert totals.bytes_to_host > 0
     # Gradients of the step before the last were cloned by ``step``: they are not the step's own.
     assert totals.peak_bytes <= 1.05 * forecast.peak_bytes + sum(g.numel() * g.element_size() for g in exact.values())
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_a_declared_module_in_compiled_programs(drop):
+    """Routed experts between compiled operators; with dropout, compiled and eager programs drop the same."""
+    torch.manual_seed(0)
+    block = declared.Around(declared.Experts(drop=drop), first=True).cuda()
+    memo.token_wise(block.inner)
+    x = torch.randn(2, 300, WIDTH, device="cuda", requires_grad=True)
+    results = []
+    for programs in (ProgramCache(compiled), ProgramCache(run_eagerly)):
+        torch.manual_seed(1)
+        results.append(run(call_of(block, x), TiledBlock(block, tile=150, alpha=0.5, programs=programs)))
+    expected = results[1] if drop else run(call_of(block, x), block)
+    for mine, theirs in zip(results[0], expected, strict=True):
+        assert worst(mine, theirs) < 1e-3

@@ -1,5 +1,6 @@
 """``auto`` between replay and tiles: when tiles are tried, which is taken, and what the plan says of it."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -184,3 +185,12 @@ def test_room_that_tiles_give_back_is_used_for_more_of_them():
     assert after.blocks[0].alpha > before.blocks[0].alpha
     assert after.forecast.peak_bytes <= TIGHT
     assert after.forecast.step_seconds < before.forecast.step_seconds
+def test_a_tile_that_does_not_fit_is_told_one_that_does():
+    profile = tried(llama_profile())
+    settings = {"policy": "tiled", "alpha": 0.0, "keep_last": 0}
+    least = plan(profile, **settings, tile=1024).forecast.peak_bytes
+    with pytest.raises(PlanInfeasibleError, match=r"policy 'tiled', tile=65536") as caught:
+        plan(profile, **settings, tile=65536, budget=least)
+    (suggested,) = re.findall(r"tile=(\d+) instead of 65536", str(caught.value))
+    assert int(suggested) >= 1024
+    assert plan(profile, **settings, tile=int(suggested), budget=least).forecast.peak_bytes <= least

@@ -203,6 +203,15 @@ def test_routed_experts(name, part):
     assert_exact(call, TiledBlock(call.block, tile=5, alpha=0.5))
 
 
+@pytest.mark.parametrize("part", ["mlp", "mlp.experts"])
+def test_logits_that_are_collected_from_inside_are_refused_by_name(part):
+    """Transformers collects router logits by a hook, which would see tiles."""
+    call = calls_of(FAMILIES["qwen3-moe"], tokens=19)[0]
+    declare_token_wise(call.block.get_submodule(part))
+    with pytest.raises(CaptureRefusedError, match=r"hook '.*capturing_hook' of '"):
+        TiledBlock(call.block, tile=5)(*call.args, **call.kwargs)
+
+
 def test_a_block_that_is_declared_itself():
     torch.manual_seed(0)
     block = Experts().double()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import _disable_current_modes
 
+from memo_runtime.blocks.aside import Aside
 from memo_runtime.blocks.region import shrink
 from memo_runtime.blocks.undo import Undo
 
@@ -69,7 +69,7 @@ class BufferState:
 
     def set(self) -> None:
         """Make them the current values; no dispatch mode sees that."""
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), Aside():
             for buffer, value in self.values:
                 # Expanded dimensions cannot be written to: one element stands for all.
                 memory = shrink(buffer.detach())

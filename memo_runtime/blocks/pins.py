@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memo_runtime.blocks.aside import is_aside
 from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops, pin_kind, written_by
 from memo_runtime.records import Pin, PinKind
 
@@ -91,6 +92,8 @@ class CountingMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operator; subclasses see it through ``handle``."""
+        if is_aside():
+            return func(*args, **(kwargs or {}))
         return self.handle(func, self.next_key(func), args, kwargs or {})
 
     def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

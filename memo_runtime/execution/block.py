@@ -20,10 +20,9 @@ from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
 from memo_runtime.blocks.rerun import Forward, parameter_storages
 from memo_runtime.blocks.state import StateWatch
-from memo_runtime.blocks.undo import num_open, undo_to
+from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.counters import BlockCounters
-from memo_runtime.execution.guard import leave_hooks, leave_mode
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.ledger import Share
@@ -77,12 +76,12 @@ class BlockForward:
         if not torch.is_grad_enabled() or self.session.idle:
             return forward(*args, **kwargs)
         counters = self.session.enter(self)
-        under_way = num_open()
+        surroundings = Surroundings()
         try:
             return self._managed(counters, forward, args, kwargs)
         except BaseException:
             self.session.give_up()
-            undo_to(under_way)
+            surroundings.restore()
             raise
 
     def _managed(
@@ -152,17 +151,12 @@ class BlockForward:
         args, kwargs = call.arguments()
         versions = [tensor._version for _, tensor in call.tensors()]
         hooks = saved_tensors_hooks(stash.pack, stash.unpack)
-        try:
-            with torch.profiler.record_function(f"memo::forward {self.name}"), hooks:
-                if capture is None:
+        with torch.profiler.record_function(f"memo::forward {self.name}"), hooks:
+            if capture is None:
+                output = forward(*args, **kwargs)
+            else:
+                with capture:
                     output = forward(*args, **kwargs)
-                else:
-                    with capture:
-                        output = forward(*args, **kwargs)
-        except BaseException:
-            leave_hooks(stash)
-            leave_mode(capture)
-            raise
         if stash.pending:
             captured = capture.captured if capture is not None else {}
             # A rerun from what the block itself changed in place would compute something else.

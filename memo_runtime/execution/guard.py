@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from memo_runtime.errors import MemoError, OffloaderActiveError
 
@@ -70,19 +69,6 @@ def refuse_active_hooks() -> None:
         f"saved-tensor hooks of {module}.{name} are active around this step (torch.utils.checkpoint, save_on_cpu, or "
         f"an activation offloader such as TRL's): {_ADVICE}. Leave that context, or do not wrap"
     )
-
-
-def leave_hooks(owner: object) -> None:
-    """Take away hooks of ``owner`` that an interrupt left active: it came when they were, before their context was."""
-    hooks = active_hooks()
-    if hooks and getattr(hooks[0], "__self__", None) is owner:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-
-
-def leave_mode(mode: TorchDispatchMode | None) -> None:
-    """The same for a dispatch mode."""
-    if mode is not None and mode in _get_current_dispatch_mode_stack():
-        mode.__exit__(None, None, None)
 
 
 def refuse_transforms(model: str) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from memo_runtime.blocks.ambient import AutocastState, BufferState, RandomState
+from memo_runtime.blocks.aside import Aside
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value
 from memo_runtime.blocks.region import packed, tail
@@ -151,7 +151,7 @@ class Rerun:
         if holder is None or holder.piece is None:
             return
         # Writing a piece is no operator of the block: the mode that counts and replaces them must not see it.
-        with _disable_current_modes():
+        with Aside():
             if self.witness is not None:
                 self.witness.compare(index, tensor)
             if holder.piece.action == Action.PREFIX:

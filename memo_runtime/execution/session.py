@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memo_runtime.blocks.undo import num_open, undo_to
+from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.batch import Outgoing
@@ -199,11 +199,11 @@ class Session:
         self._turn.take(self._under_way)
         outermost = not self._preparing
         self._preparing = True
-        under_way = num_open()
+        surroundings = Surroundings()
         try:
             yield
         except BaseException:
-            undo_to(under_way)
+            surroundings.restore()
             raise
         finally:
             if outermost:

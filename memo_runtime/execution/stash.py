@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from memo_runtime.blocks.failures import first_line, pass_on
-from memo_runtime.blocks.undo import num_open, undo_to
+from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedError, StepGivenUpError
 from memo_runtime.execution.batch import Incoming, Outgoing
@@ -292,11 +292,11 @@ class Stash:
         if self._preparing:
             self.drop()
         self._preparing = True
-        under_way = num_open()
+        surroundings = Surroundings()
         try:
             self._prepare()
         except BaseException:
-            undo_to(under_way)
+            surroundings.restore()
             raise
         self._ready = True
         self._preparing = False

@@ -18,6 +18,7 @@ from torch import fx, nn
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import unflatten
+from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import Captured, capture
 from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
@@ -211,9 +212,13 @@ class _TiledFunction(torch.autograd.Function):
         for state in run.saved.values():
             state.tensors = tuple(next(rest) for _ in state.tensors)
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
+        surroundings = Surroundings()
         try:
             with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
                 found = run.backward(values, grads, sole)
+        except BaseException:
+            surroundings.restore()
+            raise
         finally:
             # Whoever keeps the loss keeps this node: it must hold nothing any more.
             for state in run.saved.values():

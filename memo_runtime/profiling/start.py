@@ -18,6 +18,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
+from memo_runtime.blocks.aside import is_aside
 from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.reach import Reach, reach
 from memo_runtime.blocks.rerun import Forward, storage_key
@@ -139,7 +140,7 @@ class _FirstWrites(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_mutable(func):
+        if is_mutable(func) and not is_aside():
             for tensor in _pytree.tree_leaves(written_by(func, args, kwargs)):
                 if isinstance(tensor, torch.Tensor):
                     self._start.before_write(tensor)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import memo_runtime as memo
+from memo_runtime.blocks.aside import is_aside
 from memo_runtime.errors import StepGivenUpError
 from tests.api.interrupting import Interrupter, every_place
 from tests.api.subjects import Gradients, assert_close, assert_nothing_held, loss_of, step, totals
@@ -19,7 +20,7 @@ from tests.api.towers import HIDDEN, POLICIES, Tower, signal, tower
 
 HOW: dict[str, dict[str, Any]] = {**POLICIES, "tiled": {"policy": "tiled", "alpha": 0.5, "keep_last": 0, "tile": 8}}
 #: Where memory and copies change hands, and where a rerun takes the place of its forward.
-FILES = ("memo_runtime/native/", "memo_runtime/execution/", "memo_runtime/blocks/undo", "memo_runtime/blocks/ambient",
+FILES = ("memo_runtime/native/", "memo_runtime/execution/", "memo_runtime/blocks/undo", "memo_runtime/blocks/a",
          "torch/autograd/graph.py", "torch/utils/_python_dispatch.py")  # fmt: skip
 #: Of about 800 places in a step, every so many-th.
 STRIDES = [pytest.param(101), pytest.param(7, marks=pytest.mark.slow)]
@@ -118,6 +119,28 @@ def test_a_graph_that_was_retained_goes_backward_after_a_ctrl_c(stride: int) -> 
         backward(at)
     let_go(model)
     assert twin.calls == state.calls
+
+
+@pytest.mark.parametrize("file", ["contextlib.py", "memo_runtime/blocks/aside.py"])
+def test_no_mode_of_a_rerun_comes_back(file: str) -> None:
+    """A context manager that is closed late must not put the mode of an interrupted rerun into another step: it would
+    replace the attention there by that of the rerun.
+    """
+    model, plain = memo.wrap(tower(2), **POLICIES["memo"]), tower(2)
+    want = step(plain, signal(seed=5))
+    for _ in range(2):
+        step(model, signal())
+    before = ambient()
+    watch = Interrupter((file,))
+    watch.run(lambda: step(model, signal()))
+    for times in watch.seen.values():
+        for at in {times[0], times[len(times) // 2], times[-1]}:
+            interrupter = Interrupter((file,), at)
+            assert interrupter.run(lambda: step(model, signal())), f"lost at {interrupter.where}"
+            assert ambient() == before, interrupter.where
+            assert not is_aside()
+            let_go(model)
+    assert_close(step(model, signal(seed=5)), want)
 
 
 @pytest.mark.parametrize("how", HOW)

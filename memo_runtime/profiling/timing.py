@@ -137,7 +137,8 @@ class _Timer:
         # Ranks make as many, whatever their times: see ``median``.
         long = like.forward + like.backward > _LONG_SECONDS and not several_ranks()
         rounds = 1 if long else _ROUNDS
-        seconds = laps(self._round(tokens) * rounds, self.device)
+        # Each with a call of its own: a forward writes into the key/value cache that it was given.
+        seconds = laps([run for _ in range(rounds) for run in self._round(tokens)], self.device)
         # Every second lap is a start.
         found = zip(seconds[1::6], seconds[3::6], seconds[5::6], strict=True)
         return [_Sample(tokens, forward, backward, rerun, like.write) for forward, backward, rerun in found]

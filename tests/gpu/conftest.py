@@ -12,9 +12,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.fixture(autouse=True)
 def a_device_without_garbage():
-    """Models of tests before this one sit in reference cycles, and a plan counts what is allocated."""
+    """Models of tests before this one sit in reference cycles, and a plan counts what is allocated.
+
+    What the allocator keeps of them goes back too: tests of other processes share the device.
+    """
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -40,7 +40,7 @@ _LONGEST = {"cuda": 8192, "cpu": 512}
 _MOST_SAMPLES = 4
 _STEADY = 0.05
 #: On CUDA: samples for their bytes, and timed rounds without a pause.
-_BYTES_SAMPLES, _ROUNDS = 2, 3
+_BYTES_SAMPLES, _ROUNDS = 3, 3
 #: Runs longer than this are repeated once: what libraries prepare in the first is small beside them.
 _LONG_SECONDS = 0.5
 #: Work before blocks of long sequences are timed.

@@ -79,7 +79,7 @@ class Delays:
         make = lambda: self.submit(out, pairs, name)  # noqa: E731
         left_out = self.leave_out == f"ready {'out' if out else 'in'}"
         ticket = self.from_idle(make) if left_out else make()
-        self.directions[ticket._number] = "out" if out else "in"
+        self.directions[ticket.number] = "out" if out else "in"
         return ticket
 
     def _wait(self, number):

@@ -46,7 +46,7 @@ def plan(
     from memo_runtime.output import check_writable
     from memo_runtime.persist import save
     from memo_runtime.reporting.plan_table import plan_table
-    from memo_runtime.units import parse_tokens
+    from memo_runtime.units import format_bytes, parse_tokens
 
     machine = find_machine(gpu)
     settings = make_settings(policy=policy, alpha=alpha, budget=budget, host_budget=host_memory, keep_last=keep_last)
@@ -58,6 +58,11 @@ def plan(
         raise ArgumentError(
             "--policy tiled cannot be planned offline: what tiles take is measured with their compiled segments, "
             "on the device; there are auto, replay, memo, swap, recompute, none"
+        )
+    if settings.budget is not None and settings.budget > machine.memory_bytes:
+        raise ArgumentError(
+            f"--budget {format_bytes(settings.budget)} is more than the {format_bytes(machine.memory_bytes)} of one "
+            f"{machine.name}: give less, or leave it out for 95 % of what there is"
         )
     if gpus < 1:
         raise ArgumentError(f"--gpus {gpus} is not a number of GPUs: give 1 or more")

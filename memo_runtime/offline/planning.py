@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from memo_runtime.config import Settings
-from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.iteration import iteration_trace
 from memo_runtime.offline.profile import Offline, profile_offline
 from memo_runtime.offline.subject import Subject
 from memo_runtime.planning.layout import Layout, plan_layout
 from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.words import CommandWords
 from memo_runtime.records import Plan
 from memo_runtime.reporting.mfu import utilization
 from memo_runtime.units import format_bytes
@@ -43,12 +43,7 @@ def plan_offline(
     """
     offline = profile_offline(subject, machine, tokens=tokens, gpus=gpus, host_bytes=host_bytes, progress=progress)
     progress("the plan")
-    try:
-        plan = make_plan(offline.profile, settings)
-    except PlanInfeasibleError as error:
-        if gpus > 1:
-            error.args = (f"{error}\n  all of this  is one GPU's: tokens times {gpus} make the sequence",)
-        raise
+    plan = make_plan(offline.profile, settings, words=CommandWords(gpus))
     progress("the layout")
     return with_placement(finished(plan, offline), offline)
 

@@ -19,21 +19,29 @@ from memo_runtime.planning.policies import strategy_for
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.strategy import Choices
 from memo_runtime.planning.tiles import floor
+from memo_runtime.planning.words import PYTHON, PythonWords
 from memo_runtime.units import format_bytes
 
 
-def infeasible(sheet: Sheet, settings: Settings) -> PlanInfeasibleError:
-    """The error for a request of which no stand-by fits: about the device first, then about the host."""
+def infeasible(sheet: Sheet, settings: Settings, words: PythonWords = PYTHON) -> PlanInfeasibleError:
+    """The error for a request of which no stand-by fits: about the device first, then about the host.
+
+    Args:
+        words: how suggestions are put.
+    """
     budgets = Budgets.of(sheet, settings)
     strategy, _ = strategy_for(settings, budgets)
     tried = list(strategy.stand_bys(sheet))
     on_device = [choices for choices in tried if not budgets.over_device(sheet.peak_bytes(choices))]
     if not on_device:
-        return _device_error(sheet, settings, budgets, tried)
-    return _host_error(sheet, settings, budgets, tried, min(sheet.host_bytes(choices) for choices in on_device))
+        return _device_error(sheet, settings, tried, words)
+    return _host_error(sheet, settings, tried, words)
 
 
-def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices]) -> PlanInfeasibleError:
+def _device_error(
+    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords
+) -> PlanInfeasibleError:
+    budgets = Budgets.of(sheet, settings)
     choices = min(tried, key=sheet.peak_bytes)
     needed = sheet.peak_bytes(choices)
     course = sheet.course(choices)
@@ -47,14 +55,15 @@ def _device_error(sheet: Sheet, settings: Settings, budgets: Budgets, tried: Seq
         f"  at         {where}, policy '{settings.policy}'{f', tile={settings.tile}' if settings.tile else ''}",
         _floor_line(sheet, settings),
         *_accumulation_line(sheet, settings),
-        *_suggestions(suggest.for_device(sheet, settings, tried), _no_length(sheet, budgets)),
+        *_suggestions(suggest.for_device(sheet, settings, tried, words), _no_length(sheet)),
+        *_footing_line(words),
     ]
     return PlanInfeasibleError("\n".join(lines))
 
 
-def _host_error(
-    sheet: Sheet, settings: Settings, budgets: Budgets, tried: Sequence[Choices], needed: int
-) -> HostLimitError:
+def _host_error(sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords) -> HostLimitError:
+    budgets = Budgets.of(sheet, settings)
+    needed = min(sheet.host_bytes(choices) for choices in tried if not budgets.over_device(sheet.peak_bytes(choices)))
     room = ""
     if budgets.device is not None:
         room = f" to fit in {format_bytes(budgets.device)} on the device ({budgets.device_source})"
@@ -62,9 +71,15 @@ def _host_error(
         f"this step needs {format_bytes(needed)} of host memory with policy '{settings.policy}'{room}, and "
         f"{format_bytes(budgets.host)} are allowed ({budgets.host_source}): "
         f"short by {format_bytes(budgets.over_host(needed))}",
-        *_suggestions(suggest.for_host(sheet, settings, tried), "nothing that was tried"),
+        *_suggestions(suggest.for_host(sheet, settings, tried, words), "nothing that was tried"),
+        *_footing_line(words),
     ]
     return HostLimitError("\n".join(lines))
+
+
+def _footing_line(words: PythonWords) -> list[str]:
+    footing = words.footing()
+    return [f"  of         {footing}"] if footing else []
 
 
 def _accumulation_line(sheet: Sheet, settings: Settings) -> list[str]:
@@ -83,7 +98,7 @@ def _suggestions(found: Sequence[suggest.Suggestion], otherwise: str) -> list[st
     return [f"  {'would fit' if not number else '':9}  {text}" for number, text in enumerate(texts)]
 
 
-def _no_length(sheet: Sheet, budgets: Budgets) -> str:
+def _no_length(sheet: Sheet) -> str:
     base = format_bytes(sheet.around.base_bytes)
     return f"no length: {base} are there before any activation; a smaller model or optimizer state would"
 

@@ -11,11 +11,17 @@ from memo_runtime.planning.notes import note_on_accumulation, notes_on
 from memo_runtime.planning.policies import decide
 from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.planning.tiles import floor
+from memo_runtime.planning.words import PYTHON, PythonWords
 from memo_runtime.records import Plan, Profile
 
 
 def make_plan(
-    profile: Profile, settings: Settings, *, tokens: Mapping[int, int] | None = None, accumulating: bool = False
+    profile: Profile,
+    settings: Settings,
+    *,
+    tokens: Mapping[int, int] | None = None,
+    accumulating: bool = False,
+    words: PythonWords = PYTHON,
 ) -> Plan:
     """Decide what happens to each byte of a training step. Pure: the same arguments give the same plan.
 
@@ -23,6 +29,7 @@ def make_plan(
         profile: what was measured. settings: policy and budgets.
         tokens: length of a sequence by stack index; stacks that are not named keep their profiled length.
         accumulating: for steps that start with gradients already there.
+        words: how a refusal puts what would fit.
 
     Raises:
         PlanRequestError: knobs that do not go with this profile.
@@ -32,7 +39,7 @@ def make_plan(
     sheet = Sheet(profile, lengths_of(profile, tokens), accumulating=accumulating)
     decision = decide(sheet, settings)
     if decision is None:
-        raise infeasible(sheet, settings)
+        raise infeasible(sheet, settings, words)
     return Plan(
         policy=settings.policy.value,
         alpha=settings.alpha,

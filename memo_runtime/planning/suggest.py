@@ -14,6 +14,7 @@ from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.search import largest
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.strategy import Choices, Decision
+from memo_runtime.planning.words import PythonWords, size_at_least
 from memo_runtime.units import format_bytes, parse_bytes
 
 #: Decimals of a suggested swap fraction.
@@ -40,25 +41,29 @@ def is_feasible(sheet: Sheet, settings: Settings) -> bool:
     return strategy.is_feasible(sheet, budgets)
 
 
-def for_device(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
+def for_device(
+    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords
+) -> list[Suggestion]:
     """What to do about a device budget that no plan of ``tried`` keeps."""
     return [
-        *_shorter_tile(sheet, settings),
-        *_lengths(sheet, settings),
-        *_budgets(sheet, settings, tried, "budget"),
-        *_knobs(sheet, settings),
+        *_shorter_tile(sheet, settings, words),
+        *_lengths(sheet, settings, words),
+        *_budgets(sheet, settings, tried, words, "budget"),
+        *_knobs(sheet, settings, words),
     ]
 
 
-def for_host(sheet: Sheet, settings: Settings, tried: Sequence[Choices]) -> list[Suggestion]:
+def for_host(
+    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords
+) -> list[Suggestion]:
     """What to do about a host budget that no plan of ``tried`` keeps."""
     return [
-        *_alphas(sheet, settings),
-        *_lengths(sheet, settings),
-        *_budgets(sheet, settings, tried, "host_budget"),
-        *_budgets(sheet, settings, tried, "budget"),
-        *_more_kept(sheet, settings),
-        *_knobs(sheet, settings),
+        *_alphas(sheet, settings, words),
+        *_lengths(sheet, settings, words),
+        *_budgets(sheet, settings, tried, words, "host_budget"),
+        *_budgets(sheet, settings, tried, words, "budget"),
+        *_more_kept(sheet, settings, words),
+        *_knobs(sheet, settings, words),
     ]
 
 
@@ -80,18 +85,6 @@ def longest_that_fits(sheet: Sheet, settings: Settings) -> int:
     )
 
 
-def size_at_least(size_bytes: int) -> str:
-    """A size in words of this library that is ``size_bytes`` or slightly more: ``"84.13GiB"``, ``"320B"``."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        scale = parse_bytes(f"1{unit}")
-        if size_bytes >= scale:
-            hundredths = -(-size_bytes * 100 // scale)
-            while parse_bytes(f"{hundredths / 100:.2f}{unit}") < size_bytes:
-                hundredths += 1
-            return f"{hundredths / 100:.2f}{unit}"
-    return f"{size_bytes}B"
-
-
 def _planned(sheet: Sheet, settings: Settings) -> Decision | None:
     try:
         return decide(sheet, settings)
@@ -107,31 +100,33 @@ def _checked(sheet: Sheet, settings: Settings, text: str) -> Iterator[Suggestion
         yield Suggestion(text, sheet.peak_bytes(decision.choices), sheet.host_bytes(decision.choices))
 
 
-def _lengths(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+def _lengths(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:
     longest = longest_that_fits(sheet, settings)
     if longest:
         shorter = sheet.at(scaled_lengths(sheet, longest))
-        yield from _checked(shorter, settings, f"{longest:,} tokens instead of {max(sheet.lengths):,}")
+        yield from _checked(shorter, settings, words.length(longest, max(sheet.lengths)))
 
 
-def _budgets(sheet: Sheet, settings: Settings, tried: Sequence[Choices], knob: str) -> Iterator[Suggestion]:
-    """The smallest budget of one kind under which a plan keeps the other."""
+def _budgets(
+    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords, knob: str
+) -> Iterator[Suggestion]:
+    """The smallest budget of one kind under which a plan keeps the other; of the device no more than it has."""
     budgets = Budgets.of(sheet, settings)
     if knob == "budget":
         needs = [sheet.peak_bytes(c) for c in tried if not budgets.over_host(sheet.host_bytes(c))]
+        if sheet.profile.device_type != "cpu":
+            needs = [need for need in needs if need <= sheet.profile.device_bytes]
     else:
         needs = [sheet.host_bytes(c) for c in tried if not budgets.over_device(sheet.peak_bytes(c))]
     if needs:
-        text = size_at_least(min(needs))
+        raised_bytes = parse_bytes(size_at_least(min(needs)))
         raised = (
-            replace(settings, budget=parse_bytes(text))
-            if knob == "budget"
-            else replace(settings, host_budget=parse_bytes(text))
+            replace(settings, budget=raised_bytes) if knob == "budget" else replace(settings, host_budget=raised_bytes)
         )
-        yield from _checked(sheet, raised, f"{knob}='{text}'")
+        yield from _checked(sheet, raised, words.size(knob, min(needs)))
 
 
-def _alphas(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+def _alphas(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:
     """The largest swap fraction below the asked one."""
     asked = 1.0 if settings.policy is Policy.SWAP else settings.alpha
     if asked is None:
@@ -142,10 +137,11 @@ def _alphas(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
         return replace(settings, policy=policy, alpha=steps / _ALPHA_STEPS)
 
     steps = largest(lambda steps: is_feasible(sheet, at(steps)), max(1, -int(-asked * _ALPHA_STEPS // 1)))
-    yield from _checked(sheet, at(steps), f"policy='{policy}', alpha={steps / _ALPHA_STEPS:g}")
+    text = words.together(words.setting("policy", policy.value), words.setting("alpha", steps / _ALPHA_STEPS))
+    yield from _checked(sheet, at(steps), text)
 
 
-def _more_kept(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+def _more_kept(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:
     """The fewest blocks whose staying on the device makes the rest fit the host."""
     if settings.policy is Policy.NONE or (settings.policy is Policy.AUTO and settings.keep_last is None):
         return
@@ -153,25 +149,26 @@ def _more_kept(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
     for count in range((settings.keep_last or 0) + 1, most + 1):
         kept = replace(settings, keep_last=count)
         if is_feasible(sheet, kept):
-            yield from _checked(sheet, kept, f"keep_last={count}")
+            yield from _checked(sheet, kept, words.setting("keep_last", count))
             return
 
 
-def _shorter_tile(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+def _shorter_tile(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:
     """The first half, quarter, ... of the asked tile that fits."""
     tile = (settings.tile or 0) // 2
     while tile:
         shorter = replace(settings, tile=tile)
         if is_feasible(sheet, shorter):
-            yield from _checked(sheet, shorter, f"tile={tile} instead of {settings.tile}")
+            yield from _checked(sheet, shorter, f"{words.setting('tile', tile)} instead of {settings.tile}")
             return
         tile //= 2
 
 
-def _knobs(sheet: Sheet, settings: Settings) -> Iterator[Suggestion]:
+def _knobs(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:
     """Other settings of the same request."""
     if settings.policy is not Policy.NONE and settings.keep_last != 0:
-        yield from _checked(sheet, replace(settings, keep_last=0), "keep_last=0")
+        yield from _checked(sheet, replace(settings, keep_last=0), words.setting("keep_last", 0))
     for policy in (Policy.RECOMPUTE, Policy.AUTO):
         if settings.policy is not policy:
-            yield from _checked(sheet, replace(settings, policy=policy, alpha=None, tile=None), f"policy='{policy}'")
+            other = replace(settings, policy=policy, alpha=None, tile=None)
+            yield from _checked(sheet, other, words.setting("policy", policy.value))

@@ -1,6 +1,8 @@
 """``memo plan``: names, files and factories in; a table and a plan out; one message for every mistake."""
 
+import itertools
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -87,8 +89,31 @@ def test_a_factory_is_called_on_meta(folder):
 def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
     result = memo("--model", "offlinemodel:make", "--seq-len", "1M", "--budget", "100MiB")
     assert result.exit_code == 3
-    for said in ("does not fit in 100.00 MiB", "floor", "would fit", "tokens instead of 1,048,576"):
+    for said in ("does not fit in 100.00 MiB", "floor", "would fit", " instead of 1048576"):
         assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("asked", "refusal"),
+    [
+        ({"--seq-len": "1M", "--budget": "100MiB"}, "does not fit in 100.00 MiB"),
+        ({"--seq-len": "64K", "--policy": "recompute", "--host-memory": "1MiB"}, "host memory with policy"),
+    ],
+)
+def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
+    def plan(options):
+        return memo("--model", "offlinemodel:make", "--gpus", "2", *itertools.chain.from_iterable(options.items()))
+
+    refused = plan(asked)
+    assert refused.exit_code == 3
+    assert refusal in refused.output
+    assert "each of 2 GPUs; --seq-len and --host-memory are of all together" in refused.output
+    lines = refused.output.split("would fit")[1].split("  of  ")[0].strip().splitlines()
+    found = [dict(re.findall(r"(--[a-z-]+) (\S+)", line.split("(device")[0])) for line in lines]
+    assert all(found)
+    for options in found:
+        result = plan({**asked, **options})
+        assert result.exit_code == 0, (options, result.output)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +126,7 @@ def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
         (["--model", "config.json", "--seq-len", "1K", "--policy", "swop"], "did you mean 'swap'"),
         (["--model", "config.json", "--seq-len", "1K", "--policy", "tiled"], "cannot be planned offline"),
         (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "2XB"),
+        (["--model", "config.json", "--seq-len", "1K", "--budget", "1TiB"], "1.00 TiB is more than the 79.18 GiB of"),
         (["--model", "offlinemodel:broken", "--seq-len", "1K"], "KeyError: 'weights.bin'"),
         (["--model", "offlinemodel:maek", "--seq-len", "1K"], "did you mean make?"),
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),

@@ -7,7 +7,7 @@ import pytest
 from memo_runtime.config import make_settings
 from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning.planner import make_plan
-from memo_runtime.planning.suggest import size_at_least
+from memo_runtime.planning.words import size_at_least
 from memo_runtime.records import Role
 from memo_runtime.units import GiB, parse_bytes
 from tests.planning.builders import group, llama_block, llama_profile, on_cpu, opaque, profile_of
@@ -157,10 +157,21 @@ def test_auto_on_cpu_keeps_what_the_host_does_not_take():
 
 
 def test_a_host_refusal_names_the_device_budget_that_causes_it_and_the_one_that_would_do():
-    text = refused(error=HostLimitError, budget="30GiB", host_budget="5GiB")
+    larger = llama_profile(12, device_bytes=140 * GiB)
+    text = refused(larger, error=HostLimitError, budget="30GiB", host_budget="5GiB")
     assert "with policy 'auto' to fit in 30.00 GiB on the device (budget), and 5.00 GiB are allowed" in text
     budget = next(change["budget"] for change, _ in suggestions(text) if "budget" in change)
-    assert make_plan(PROFILE, make_settings(budget=budget, host_budget="5GiB")).forecast.host_bytes <= 5 * GiB
+    assert make_plan(larger, make_settings(budget=budget, host_budget="5GiB")).forecast.host_bytes <= 5 * GiB
+
+
+def test_no_budget_is_suggested_that_the_device_does_not_have():
+    # Of the 79 GiB of this device; keeping more there would need 102 GiB.
+    text = refused(error=HostLimitError, budget="30GiB", host_budget="5GiB")
+    assert "host_budget='" in text
+    assert "\n             budget='" not in text
+    small = llama_profile(12, device_bytes=2 * GiB)
+    assert "budget='" not in refused(small)
+    assert "would fit  no length" in refused(small)
 
 
 def test_the_fewest_blocks_that_must_stay_are_suggested():

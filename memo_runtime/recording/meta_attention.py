@@ -2,7 +2,7 @@
 
 On the meta device ``scaled_dot_product_attention`` falls apart into products with a matrix of tokens x tokens, which no
 long-context run ever has. Here it is the fused operator that CUDA chooses: flash attention, or the memory-efficient one
-where there is a mask. Both have meta kernels and gradients.
+where there is a mask or values have another width than keys (DeepSeek's latent attention). Both have meta kernels and gradients.
 
 On the CPU it does so only without dropout, which a model that is tried there for its structure may have.
 
@@ -78,15 +78,17 @@ def _fused(
 ) -> torch.Tensor:
     causal = bool(given[0] if given else options.get("is_causal", False))
     scale = options.get("scale")
-    if attn_mask is None:
+    if attn_mask is None and value.shape[-1] == query.shape[-1]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         result: torch.Tensor = flash(query, key, value, dropout_p, causal, scale=scale)[0]
         return result
     if key.shape[1] != query.shape[1]:  # this operator wants as many heads of keys as of queries
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    bias = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
-    bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    bias = None
+    if attn_mask is not None:
+        bias = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     masked: torch.Tensor = efficient(query, key, value, bias, True, dropout_p, causal, scale=scale)[0]
     return masked

@@ -35,6 +35,17 @@ def test_with_a_mask_the_scores_are_not_there_either():
         assert attend(mask) <= 4 * 512 * 512  # the bias, once
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_may_have_another_width_than_keys(masked):
+    query, value = (torch.empty(1, 4, 512, width, device="meta", requires_grad=True) for width in (24, 16))
+    mask = torch.ones(1, 1, 512, 512, dtype=torch.bool, device="meta") if masked else None
+    with fused_attention_on_meta():
+        result = functional.scaled_dot_product_attention(query, query, value, attn_mask=mask, is_causal=not masked)
+    assert result.shape == value.shape
+    result.sum().backward()
+    assert (query.grad.shape, value.grad.shape) == (query.shape, value.shape)
+
+
 def test_other_devices_and_the_time_afterwards_are_as_before():
     own = functional.scaled_dot_product_attention
     x = torch.randn(1, 2, 8, 4)

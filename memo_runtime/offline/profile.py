@@ -19,6 +19,7 @@ from torch import nn
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.blocks.stack import BlockRef, find_blocks
+from memo_runtime.errors import ArgumentError
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.calls import block_calls
 from memo_runtime.offline.materialise import real_block, real_call
@@ -46,6 +47,8 @@ _USABLE = 0.95
 _WORKSPACE_BYTES = 64 * MiB
 #: Bytes that each logit moves in the loss: as they are, in float32, the softmax, the gradient.
 _LOGIT_TRAFFIC = 16
+#: Of a block's products, those of tokens with tokens; less is rounding of what routing counts.
+_SQUARE_SHARE = 0.01
 #: Of a node's memory where nobody says how much there is.
 _HOST_BYTES_PER_GPU = 232 * GiB
 
@@ -96,7 +99,8 @@ def profile_offline(
         host_bytes: host memory of the whole node for pinned activations. progress: told what is done next.
 
     Raises:
-        ArgumentError: tokens do not divide. NoBlocksError, ProfileError: the model has no blocks, or does not run here.
+        ArgumentError: tokens do not divide, or several GPUs for attention in plain products.
+        NoBlocksError, ProfileError: the model has no blocks, or does not run here.
     """
     refs = find_blocks(subject.model)
     progress("how blocks are called")
@@ -105,6 +109,8 @@ def profile_offline(
     kinds, examples = _kinds(seen, calls, progress)
     heads = [one for kind in examples.values() for one in kind.runs[-1].heads]
     ranks = choose_ranks(gpus, heads)
+    if gpus > 1:
+        _check_attention_is_fused(subject, examples)
     local = ranks.local(tokens)
     gradients = gradients_of_blocks(subject.model, [(ref.name, ref.module) for ref in seen])
     blocks = tuple(
@@ -157,6 +163,18 @@ def _kinds(
             progress(f"{ref.name} on the CPU and at {len(_LENGTHS)} lengths on meta")
             examples[first] = _look(ref, calls[ref.name])
     return kinds, examples
+
+
+def _check_attention_is_fused(subject: Subject, kinds: Mapping[str, _Kind]) -> None:
+    """Ranks share attention that is one operator; products of tokens with tokens would be counted for one part only."""
+    for name, kind in kinds.items():
+        products = growth_of([(run.tokens, run.forward.matmul) for run in kind.runs])
+        square = products.quadratic * kind.runs[-1].tokens ** 2
+        if square > _SQUARE_SHARE * kind.runs[-1].forward.matmul:
+            raise ArgumentError(
+                f"{subject.name} cannot be planned for several GPUs: {name} multiplies tokens with tokens itself, and "
+                "only attention by scaled_dot_product_attention is known to be shared out; plan it with --gpus 1"
+            )
 
 
 def _likeness(block: nn.Module, call: BlockCall) -> tuple[object, ...]:

@@ -2,7 +2,8 @@
 
 On the meta device ``scaled_dot_product_attention`` falls apart into products with a matrix of tokens x tokens, which no
 long-context run ever has. Here it is the fused operator that CUDA chooses: flash attention, or the memory-efficient one
-where there is a mask or values have another width than keys (DeepSeek's latent attention). Both have meta kernels and gradients.
+where there is a mask or values have another width than keys (DeepSeek's latent attention). Both have meta kernels
+and gradients.
 
 On the CPU it does so only without dropout, which a model that is tried there for its structure may have.
 

@@ -30,6 +30,13 @@ def make():
     assert torch.empty(1).device.type == "meta"
     return nn.Sequential(*(Block() for _ in range(4))), torch.randn(2, 96, 16)
 
+class Scores(Block):
+    def forward(self, x):
+        return super().forward(x + torch.softmax(x @ x.transpose(1, 2), -1) @ x)
+
+def scores():
+    return nn.Sequential(*(Scores() for _ in range(2))), torch.randn(2, 96, 16)
+
 def broken():
     raise KeyError("weights.bin")
 """
@@ -127,6 +134,7 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "config.json", "--seq-len", "1K", "--policy", "tiled"], "cannot be planned offline"),
         (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "2XB"),
         (["--model", "config.json", "--seq-len", "1K", "--budget", "1TiB"], "1.00 TiB is more than the 79.18 GiB of"),
+        (["--model", "offlinemodel:scores", "--seq-len", "4K", "--gpus", "2"], "plan it with --gpus 1"),
         (["--model", "offlinemodel:broken", "--seq-len", "1K"], "KeyError: 'weights.bin'"),
         (["--model", "offlinemodel:maek", "--seq-len", "1K"], "did you mean make?"),
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),

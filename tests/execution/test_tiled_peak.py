@@ -146,7 +146,9 @@ class Stack:
         self.tiles = [TiledBlock(one, tile=1, programs=programs) for one in self.layers]
         self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
         call = BlockCall.of((self.source,), {})
-        self.takes = profiling.tiled_profile(self.tiles[0].captured(call), call)
+        # All are captured here: in the step what counts bytes would ask symbolic sizes for theirs, and so fix them.
+        captured, *_ = [one.captured(call) for one in self.tiles]
+        self.takes = profiling.tiled_profile(captured, call)
 
     def forecast(self, case):
         """Most bytes of a step, beside its parameters; copies are synchronous, so none are under way."""

@@ -120,7 +120,9 @@ def test_tensors_inside_objects_are_managed(kind: str, way: Way) -> None:
     assert report.totals.bytes_to_host == report.totals.forecast.bytes_to_host
 
 
-@pytest.mark.parametrize("kind", ["plain", "slotted", "output", "writing"])
+@pytest.mark.parametrize(
+    "kind", ["plain", *(pytest.param(one, marks=pytest.mark.slow) for one in ("slotted", "output")), "writing"]
+)
 def test_by_tiles(kind: str) -> None:
     """What a block writes into an object that it is given is no result of a graph: such a block is run by replay."""
     model, batch = objects(kind), {"x": sequence()}

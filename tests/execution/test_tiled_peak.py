@@ -201,15 +201,19 @@ def stack_of(kind):
 GROUPED, ADAPTED = Kind(shared=1, wide=8), Kind(rows=3, lora=True)
 CASES = [
     *(Case(GROUPED, keep=keep, swapped=swapped) for keep, swapped in ((0, 0), (0, 2), (2, 1), (6, 2), (6, 0))),
-    *(Case(GROUPED, tile=tile, keep=1, swapped=1) for tile in (7, 40, TOKENS)),
+    *(Case(GROUPED, tile=tile, keep=1, swapped=1) for tile in (40, TOKENS)),
     *(Case(GROUPED, keep=keep, held=True) for keep in (0, 3)),
-    *(Case(ADAPTED, keep=keep, swapped=swapped, tile=20) for keep, swapped in ((0, 0), (2, 2), (5, 1))),
+    *(Case(ADAPTED, keep=keep, swapped=swapped, tile=20) for keep, swapped in ((2, 2), (5, 1))),
     Case(ADAPTED, held=True, tile=7),
 ]
 MORE = [
-    Case(kind, tile=tile, keep=keep, swapped=swapped)
-    for kind in (Kind(), Kind(rows=3), Kind(wide=12), Kind(shared=2, lora=True))
-    for tile, keep, swapped in ((16, 0, 0), (16, 2, 1), (16, 6, 2), (7, 5, 0), (48, 2, 2))
+    Case(GROUPED, tile=7, keep=1, swapped=1),
+    Case(ADAPTED, tile=20),
+    *(
+        Case(kind, tile=tile, keep=keep, swapped=swapped)
+        for kind in (Kind(), Kind(rows=3), Kind(wide=12), Kind(shared=2, lora=True))
+        for tile, keep, swapped in ((16, 0, 0), (16, 2, 1), (16, 6, 2), (7, 5, 0), (48, 2, 2))
+    ),
 ]
 
 

@@ -6,18 +6,21 @@ A file may have been cut, merged or edited by hand. Everything that can be told 
     indices         within the lists that they point into
     a block's plan  device_rows <= prefix <= tokens (by tiles device_rows are none or all), an action for each group,
                     named as in the profile
+    a placement     rows have bytes and time, and no two that are alive together share a byte
 
 and before a plan is executed, that its actions and bytes are those that follow from its profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
 from memo_runtime.config import Policy
+from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.actions import plan_block
 from memo_runtime.records import BlockPlan, BlockProfile, Bundle, Executor, Growth, Link, Pin, Plan, Profile
 
@@ -150,7 +153,35 @@ def _negative(growth: Growth, tokens: int, where: str) -> Iterator[Fault]:
         yield Fault(where, value, f"0 or more at {tokens:,} tokens")
 
 
+def _placement_faults(rows: Sequence[PlacedRequest]) -> Iterator[Fault]:
+    """Rows without bytes or time, and rows that share a byte while both are alive."""
+    for index, row in enumerate(rows):
+        if not row.size:
+            yield Fault(f"placement[{index}].size", row.size, "1 or more")
+        if row.upper <= row.lower:
+            yield Fault(f"placement[{index}].upper", row.upper, f"more than {row.lower}, its lower")
+    # At every event what ends goes first. Neighbours by address are enough: those alive before do not overlap.
+    events = sorted(
+        (tick, begins, index)
+        for index, row in enumerate(rows)
+        for tick, begins in ((row.lower, True), (row.upper, False))
+    )
+    alive: list[tuple[int, int]] = []
+    for _, begins, index in events:
+        row = rows[index]
+        at = bisect_left(alive, (row.offset, index))
+        if not begins:
+            del alive[at]
+            continue
+        for _, other in alive[max(0, at - 1) : at + 1]:
+            near = rows[other]
+            if near.offset < row.offset + row.size and row.offset < near.offset + near.size:
+                yield Fault(f"placement[{index}].offset", row.offset, f"another byte than those of placement[{other}]")
+        alive.insert(at, (row.offset, index))
+
+
 def _plan_faults(plan: Plan) -> Iterator[Fault]:
+    yield from _placement_faults(plan.placement)
     policies = [policy.value for policy in Policy]
     if plan.policy not in policies:
         yield Fault("policy", plan.policy, f"one of {', '.join(policies)}")

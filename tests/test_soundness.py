@@ -13,6 +13,7 @@ import pytest
 import memo_runtime as memo
 from memo_runtime.errors import ArgumentError, PlanFileError, PlanMismatchError
 from memo_runtime.persist import load_plan, load_profile, save
+from memo_runtime.placement import PlacedRequest
 from memo_runtime.records import Plan
 from memo_runtime.soundness import find_deviation, find_fault
 from tests.api.subjects import acted, assert_trains_as, refused
@@ -195,6 +196,32 @@ def test_what_memo_plans_is_sound(settings: dict[str, Any], tmp_path: Path) -> N
 
 
 # What differs, in words.
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": 0}, "field 'placement[1].size' is 0; expected 1 or more"),
+        ({"upper": 2}, "field 'placement[1].upper' is 2; expected more than 2, its lower"),
+        ({"offset": 63}, "expected another byte than those of placement[0]"),
+        ({"offset": 0, "size": 500}, "expected another byte than those of placement["),
+    ],
+)
+def test_rows_that_cannot_be_placed_so(change: dict[str, Any], said: str, plan: Plan, tmp_path: Path) -> None:
+    rows = [
+        PlacedRequest(id="a", lower=0, upper=5, size=64, offset=0),
+        PlacedRequest(id="b", lower=2, upper=6, size=64, offset=64),
+        PlacedRequest(id="c", lower=5, upper=7, size=64, offset=0),
+    ]
+    path = tmp_path / "placed.json"
+    save(replace(plan, placement=tuple(rows)), path)
+    assert load_plan(path).placement == tuple(rows)
+    rows[1] = replace(rows[1], **change)
+    save(replace(plan, placement=tuple(rows)), path)
+    with pytest.raises(PlanFileError) as caught:
+        load_plan(path)
+    assert "placed.json" in str(caught.value)
+    assert said in str(caught.value)
 
 
 def test_another_number_of_blocks_in_words(plan: Plan) -> None:

@@ -52,18 +52,17 @@ def test_links(quiet_machine, big, capsys):
     raw = {name: rate / 1e9 for name, rate in raw_rates(slab, engine.device).items()}
     report(capsys, ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in found.items()))
     report(capsys, ", ".join(f"raw {name} {rate:.1f} GB/s" for name, rate in raw.items()))
-    # What the links of an H100 give; a machine whose own copies are slower is held to those.
-    for name, asked in {"to_host": 52, "to_device": 52, "both": 85}.items():
-        assert found[name] >= min(asked, 0.97 * raw[name])
-    assert found["slices_to_host"] >= min(45, 0.9 * raw["to_host"])
+    assert found["to_host"] >= 52
+    assert found["to_device"] >= 52
+    assert found["both"] >= 85
+    assert found["slices_to_host"] >= 45
 
 
 def test_host_time_per_copy(quiet_machine, big, capsys):
     slab, _, engine = big
     found = {name: seconds * 1e6 for name, seconds in host_times(engine, slab).items()}
     report(capsys, ", ".join(f"{name} {us:.1f} us" for name, us in found.items()))
-    # A host on which PyTorch's own submission is slow is held to half of that.
-    assert found["submit"] <= max(10, 0.5 * found["raw"])
+    assert found["submit"] <= 10
     assert found["batched"] <= 10
 
 

@@ -35,7 +35,7 @@ from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, measure_states
 from memo_runtime.profiling.writing import written_bytes
 from memo_runtime.recording.meta_attention import fused_attention_on_cpu
-from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, Role
+from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, PinKind, Profile, Role
 from memo_runtime.units import GiB, MiB, format_bytes
 
 #: Lengths measured on meta: counts are polynomials, peaks are straight from a few thousand tokens on.
@@ -166,8 +166,18 @@ def _kinds(
 
 
 def _check_attention_is_fused(subject: Subject, kinds: Mapping[str, _Kind]) -> None:
-    """Ranks share attention that is one operator; products of tokens with tokens would be counted for one part only."""
+    """Ranks share attention that is one operator, and nothing else that mixes tokens.
+
+    Products of tokens with tokens would be counted for one part only, and what a scan or a convolution hands to the
+    next rank would not be counted at all.
+    """
     for name, kind in kinds.items():
+        mixers = [pin.op for pin in kind.profile.pins if pin.kind is PinKind.MIXER]
+        if mixers and not kind.runs[-1].heads:
+            raise ArgumentError(
+                f"{subject.name} cannot be planned for several GPUs: {name} mixes tokens by {mixers[0]}, and only "
+                "attention by scaled_dot_product_attention is known to be shared out; plan it with --gpus 1"
+            )
         products = growth_of([(run.tokens, run.forward.matmul) for run in kind.runs])
         square = products.quadratic * kind.runs[-1].tokens ** 2
         if square > _SQUARE_SHARE * kind.runs[-1].forward.matmul:
@@ -320,7 +330,7 @@ def _assemble(
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
         outside_seconds=_outside_seconds(model, blocks, machine, rows),
-        notes=_notes(machine, ranks),
+        notes=(*_notes(machine, ranks), *_note_on_precision(subject, machine)),
     )
 
 
@@ -400,6 +410,17 @@ def _model_flops(subject: Subject, kinds: Sequence[_Kind], tokens: int) -> int:
             forward += growth_of([(run.tokens, getattr(run.forward, part)) for run in kind.runs]).exact(tokens)
     names = [ref.name for ref in find_blocks(subject.model)]
     return round(3 * (forward + 2 * _heads_of(subject.model, names) * tokens))
+
+
+def _note_on_precision(subject: Subject, machine: Machine) -> tuple[str, ...]:
+    """What the times of a model in a wider precision are worth: machines are described by their rate in bf16."""
+    wide = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters() if p.dtype.itemsize > 2})
+    if not wide:
+        return ()
+    return (
+        f"weights are {' and '.join(wide)}, and {machine.name} is described by its peak in bf16: their products take "
+        "longer than forecast, several times as long without TensorFloat-32, and MFU is lower; bytes are the model's",
+    )
 
 
 def _notes(machine: Machine, ranks: Ranks) -> tuple[str, ...]:

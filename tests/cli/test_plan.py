@@ -37,6 +37,16 @@ class Scores(Block):
 def scores():
     return nn.Sequential(*(Scores() for _ in range(2))), torch.randn(2, 96, 16)
 
+class Scan(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.out = nn.Conv1d(16, 16, 4, padding=3, groups=16), nn.Linear(16, 16)
+    def forward(self, x):
+        return x + self.out(self.mix(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+
+def scan():
+    return nn.Sequential(*(Scan() for _ in range(2))), torch.randn(2, 96, 16)
+
 def broken():
     raise KeyError("weights.bin")
 """
@@ -55,6 +65,11 @@ def memo(*arguments):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
+def said(result):
+    """What was printed, with lines joined."""
+    return " ".join(result.stdout.split())
+
+
 def assert_nothing_overlaps(rows):
     requests = tuple(Request(row["id"], row["lower"], row["upper"], row["size"]) for row in rows)
     validate(Problem(requests=requests), [row["offset"] for row in rows])
@@ -69,6 +84,7 @@ def test_a_config_becomes_a_plan(folder):
     assert "one of 2 for 65,536 tokens" in result.stdout
     assert "MFU" in result.stdout
     assert "Ulysses" in result.stdout
+    assert "described by its peak in bf16" not in said(result)
     plan = load_plan(folder / "plan.json")
     written = json.loads((folder / "plan.json").read_text())
     assert (written["seq_len"], written["gpus"]) == (65536, 2) == (plan.seq_len, plan.gpus)
@@ -91,6 +107,8 @@ def test_a_factory_is_called_on_meta(folder):
     result = memo("--model", "offlinemodel:make", "--seq-len", "8K", "--policy", "recompute", "--gpu", "rtx-4090")
     assert result.exit_code == 0, result.output
     assert "8,192 tokens on NVIDIA GeForce RTX 4090" in result.stdout
+    # What nobody asked for in bf16 is not told in bf16 without a word.
+    assert "weights are float32, and rtx-4090 is described by its peak in bf16" in said(result)
 
 
 def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
@@ -135,6 +153,7 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "2XB"),
         (["--model", "config.json", "--seq-len", "1K", "--budget", "1TiB"], "1.00 TiB is more than the 79.18 GiB of"),
         (["--model", "offlinemodel:scores", "--seq-len", "4K", "--gpus", "2"], "plan it with --gpus 1"),
+        (["--model", "offlinemodel:scan", "--seq-len", "4K", "--gpus", "2"], "mixes tokens by aten.convolution"),
         (["--model", "offlinemodel:broken", "--seq-len", "1K"], "KeyError: 'weights.bin'"),
         (["--model", "offlinemodel:maek", "--seq-len", "1K"], "did you mean make?"),
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from tests.exactness.hand_written import merge_heads
+from tests.execution.alive import Alive
 
 TOKENS, WIDTH, HEADS = 64, 32, 4
 
@@ -41,39 +41,6 @@ class Grouped(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of tensors of full length that were made since it began and are alive, at most, by phase."""
-
-    def __init__(self, least, before):
-        super().__init__()
-        self._least = least
-        self._before = {one.untyped_storage()._cdata for one in before}
-        self._alive = {}
-        self.now = 0
-        self.peaks = {}
-        self.phase = ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, torch.Tensor):
-                self._see(one.untyped_storage())
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
-        return out
-
-    def _see(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if size < self._least or key in self._alive or key in self._before:
-            return
-        self._alive[key] = size
-        self.now += size
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key, size):
-        if self._alive.pop(key, None) is not None:
-            self.now -= size
-
-
 @pytest.mark.parametrize(("shared", "counts"), [(4, (3, 1, 8)), (1, (1.5, 1, 5))])
 def test_the_worst_moments_are_those_of_the_table(shared, counts):
     torch.manual_seed(0)
@@ -95,7 +62,7 @@ def test_the_worst_moments_are_those_of_the_table(shared, counts):
 def peak_of(tiled, x, grad, monkeypatch, *, held):
     """(most bytes of full length by phase, those after the forward), beside what was there before."""
     gc.collect()
-    alive = Alive(TOKENS * WIDTH * 8, [x, grad, *tiled.block.parameters()])
+    alive = Alive(least=TOKENS * WIDTH * 8)
     for name in ("forward", "backward"):
         original = getattr(Run, name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_profile as profiling
@@ -24,6 +22,7 @@ from memo_runtime.planning.actions import plan_block
 from memo_runtime.planning.forecast import Surroundings, footprint, run_course
 from memo_runtime.records import BlockProfile, Executor, Growth, Link
 from tests.exactness.hand_written import merge_heads
+from tests.execution.alive import Alive
 
 TOKENS, WIDTH, HEADS, BLOCKS = 96, 32, 4, 2
 CPU = torch.device("cpu")
@@ -65,35 +64,6 @@ class Layer(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors that were made since it began and are alive, and the most of them."""
-
-    def __init__(self):
-        super().__init__()
-        self._alive = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, torch.Tensor) and one.device.type == "cpu":
-                self._see(one.untyped_storage(), given)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _see(self, storage, given):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive and key not in given:
-            self._alive[key] = size
-            self.now += size
-            weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key, size):
-        if self._alive.pop(key, None) is not None:
-            self.now -= size
-
-
 class Meter(Alive):
     """What ``tiled_profile`` asks the allocator of a GPU: most bytes beside those of results."""
 
@@ -104,7 +74,7 @@ class Meter(Alive):
     def beyond(self, results):
         self.__exit__(None, None, None)
         held = sum(one.numel() * one.element_size() for one in results if isinstance(one, torch.Tensor))
-        return max(0, self.peak - held)
+        return max(0, self.peaks.get("", 0) - held)
 
 
 @dataclass(frozen=True)
@@ -185,10 +155,10 @@ class Stack:
                 call = BlockCall.of((x,), {})
                 x = one.run(one.captured(call), call, replace(way, to_host=index < case.swapped))
                 del call
-            forward, x = alive.peak, x if case.held else x * 3.0
-            behind, alive.peak = bytes_of(x), alive.now
+            forward, x = alive.peaks[""], x if case.held else x * 3.0
+            behind, alive.phase = bytes_of(x), "backward"
             x.backward(grad)
-        return max(forward, alive.peak - behind)
+        return max(forward, alive.peaks["backward"] - behind)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockFallbackError
-from memo_runtime.records import Executor
+from memo_runtime.records import Executor, Report
 from tests.exactness import hand_written as blocks
 from tests.exactness.compare import MEMO, RECOMPUTE, SWAP, assert_gradients, output_loss, run_step
 
@@ -113,15 +113,21 @@ def test_strict_refuses_them_and_says_what_works(case: str) -> None:
     assert "policy='swap'" not in str(caught.value)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_any_error_on_fewer_tokens_is_a_reason(way: Any) -> None:
-    model, batch = blocks.stack_of(Choosy), {"x": blocks.sequence(tokens=33)}
+def trained(kind: type[nn.Module], tokens: int, way: Any) -> Report:
+    """The report of a stack of ``kind`` that went two steps with the gradients of the unwrapped one, and swapped."""
+    model, batch = blocks.stack_of(kind), {"x": blocks.sequence(tokens=tokens)}
     want = run_step(model, batch, output_loss)
     way.wrap(model)
     for _ in range(2):
         assert_gradients(run_step(model, batch, output_loss).gradients, want.gradients, way)
     report = memo.report(model)
     assert all(block.bytes_to_host for block in report.blocks)
+    return report
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_any_error_on_fewer_tokens_is_a_reason(way: Any) -> None:
+    report = trained(Choosy, 33, way)
     if way is MEMO:
         assert all("OwnError: not so few tokens" in block.reason for block in report.blocks)
 
@@ -179,13 +185,7 @@ class Uneven(blocks.NoMixer):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_block_of_which_some_slices_do_not_run_is_managed(way: Any) -> None:
     """Of 40 tokens, slices of 25 and of 20 are looked at."""
-    model, batch = blocks.stack_of(Uneven), {"x": blocks.sequence(tokens=40)}
-    want = run_step(model, batch, output_loss)
-    way.wrap(model)
-    for _ in range(2):
-        assert_gradients(run_step(model, batch, output_loss).gradients, want.gradients, way)
-    report = memo.report(model)
-    assert all(block.bytes_to_host for block in report.blocks)
+    report = trained(Uneven, 40, way)
     assert all("slices of other lengths do not run: OwnError: not twenty" in b.reason for b in report.blocks) == (
         way is MEMO
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from memo_runtime.sizes import Growth
+from memo_runtime.sizes import TILES_AHEAD, Growth
 
 
 class TileAt(StrEnum):
@@ -24,6 +24,14 @@ class TileAt(StrEnum):
     LATER_BARE = "later bare"  # one behind the first with nothing kept
 
 
+class Stretch(StrEnum):
+    """Which stretch of a backward: before its attention, with it, or behind it. A block with none is all behind it."""
+
+    EARLY = "early"
+    MIDDLE = "middle"
+    LATE = "late"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
     """Device bytes of a block by tiles at one moment beside its stash.
@@ -33,7 +41,7 @@ class Moment:
         missing: of the stash, what is not made yet, by tokens.
         kept: of products that are there whichever tile is at hand, by kept tokens.
         own: likewise of the segment at hand, whose products come or go tile by tile.
-        at: the tile at hand.
+        at: the tile at hand. stretch: of the backward; in forward it says nothing.
     """
 
     full: Growth
@@ -43,26 +51,34 @@ class Moment:
     kept: Growth = field(default_factory=Growth)
     own: Growth = field(default_factory=Growth)
     at: TileAt = TileAt.ANY
+    stretch: Stretch = Stretch.MIDDLE
 
-    def bytes_at(self, tokens: int, tile: int, prefix: int, *, backward: bool) -> int | None:
+    def bytes_at(self, tokens: int, tile: int, prefix: int, *, backward: bool, sent: int = 0) -> int | None:
         """Bytes beside a complete stash and no products at all (less than 0: not all of the stash is there).
 
-        None: with ``prefix`` kept tokens of ``tokens``, in tiles of ``tile``, there is no such moment.
+        None: with ``prefix`` kept tokens of ``tokens``, in tiles of ``tile``, there is no such moment. The products of
+        the last ``sent`` of these are in host memory; what has landed of them is counted.
         """
+        stays = prefix - sent
         if self.at is TileAt.ANY:
             own = 0
         elif self.at is TileAt.FIRST_KEPT:
             if not prefix:
                 return None
-            own = prefix if backward else 0
+            own = _landed(stays, prefix, tile, 0) if backward else 0
         elif self.at is TileAt.LATER_KEPT:
             if prefix <= tile:
                 return None
-            own = prefix - tile
+            own = _landed(stays, prefix, tile, 1) - tile if backward else min(stays, prefix - tile)
         else:
             later = self.at is TileAt.LATER_BARE
             if (later and (prefix >= tokens or tokens <= tile)) or (not later and prefix):
                 return None
-            own = 0 if backward else prefix
-        products = self.kept.at(prefix) + self.own.at(own)
+            own = 0 if backward else stays
+        products = self.kept.at(stays) + self.own.at(own)
         return self.full.at(tokens) - self.missing.at(tokens) + self.tile.at(tile) + self.fixed + products
+
+
+def _landed(stays: int, prefix: int, tile: int, number: int) -> int:
+    """Rows up to which products are there while tile ``number`` goes backward; the first ``stays`` never left."""
+    return min(prefix, max(stays, (number + 1 + TILES_AHEAD) * tile))

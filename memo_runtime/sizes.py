@@ -11,6 +11,9 @@ HOST_ALIGNMENT = 64
 MIN_SWAP_BYTES = 1024
 
 
+#: Tiles whose products are under way to the host at a time, and which are fetched before the one at hand is over.
+TILES_OUTSTANDING, TILES_AHEAD = 8, 2
+
 #: Rows of a dropped tensor that are compared when it is rebuilt.
 WITNESS_ROWS = 8
 

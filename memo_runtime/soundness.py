@@ -5,7 +5,7 @@ A file may have been cut, merged or edited by hand. Everything that can be told 
     every number    not negative (but polynomial coefficients and results of operators), finite (but link rates)
     indices         within the lists that they point into
     a block's plan  device_rows <= prefix <= tokens (by tiles device_rows are none or all), an action for each group,
-                    named as in the profile
+                    named as in the profile; what is sent is of its prefix, less whole tiles that stay
     a placement     rows have bytes and time, and no two that are alive together share a byte
 
 and before a plan is executed, that its actions and bytes are those that follow from its profile.
@@ -57,7 +57,7 @@ def find_deviation(plan: Plan) -> Fault | None:
     for index, (block, planned) in enumerate(zip(plan.profile.blocks, plan.blocks, strict=True)):
         follows = plan_block(
             block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
-            reason=planned.reason, tile=planned.tile, resident=planned.resident,
+            reason=planned.reason, tile=planned.tile, resident=planned.resident, sent=planned.sent,
         )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)
@@ -205,9 +205,24 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
             yield Fault(f"{where}.device_rows", rows, f"0 or {planned.tokens}, its tokens")
         if not tiled and rows > planned.prefix:
             yield Fault(f"{where}.device_rows", rows, f"at most {planned.prefix}, its prefix")
+        if wrong := _wrong_sent(planned):
+            yield Fault(f"{where}.sent", planned.sent, wrong)
         if tiled and block.tiled is None:
             yield Fault(f"{where}.executor", planned.executor.value, "another one: the profile says nothing of tiles")
         if tiled != bool(planned.tile):
             yield Fault(f"{where}.tile", planned.tile, "1 or more" if tiled else f"0 for executor {planned.executor}")
         if planned.executor is not Executor.NATIVE and not block.tokens:
             yield Fault(f"{where}.executor", planned.executor.value, "native: its input was not found")
+
+
+def _wrong_sent(planned: BlockPlan) -> str:
+    """What is expected of the rows whose products are sent; empty where they can be."""
+    if not planned.sent:
+        return ""
+    if planned.executor is not Executor.TILED or planned.device_rows:
+        return "0 where the block does not run by tiles, or its stash stays on the device"
+    if planned.sent > planned.prefix:
+        return f"at most {planned.prefix}, its prefix"
+    if planned.tile and (planned.prefix - planned.sent) % planned.tile:
+        return f"{planned.prefix} less a multiple of {planned.tile}, its tile"
+    return ""

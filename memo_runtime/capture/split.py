@@ -17,7 +17,7 @@ one query and all keys, so it goes through in tiles of queries with keys and val
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,12 @@ def mixed_values(stage: Stage) -> list[fx.Node]:
     if isinstance(stage, Mixer):
         return [node for node, _ in stage.results]
     return list(stage.outputs) if stage.by_rows else []
+
+
+def mixing_stages(stages: Sequence[Stage]) -> range:
+    """From the first stage that mixes tokens to behind the last; empty where none does."""
+    found = [index for index, stage in enumerate(stages) if isinstance(stage, Mixer) or stage.by_rows]
+    return range(found[0], found[-1] + 1) if found else range(0)
 
 
 _Nodes = tuple[fx.Node, ...]

@@ -36,6 +36,7 @@ from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.peak import PeakWatch, device_peak
 from memo_runtime.execution.stash import Stash, Tools
 from memo_runtime.execution.tiled_block import new_programs
+from memo_runtime.execution.tiled_products import Departures
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import Entry
 from memo_runtime.execution.turn import Turn
@@ -103,6 +104,8 @@ class Session:
         self._stored: list[weakref.ref[Any]] = []
         self._given_up: list[weakref.ref[Any]] = []
         self._in_flight: deque[tuple[int, Callable[[], Outgoing | Entry | None]]] = deque()
+        #: Products of tiles under way to the host.
+        self.departures = Departures()
         self._programs: ProgramCache | None = None
         self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
         self._witnessed: set[tuple[str, int, int]] = set()

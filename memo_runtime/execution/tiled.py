@@ -7,7 +7,8 @@ and whose outputs are everything that the block yields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,21 +26,28 @@ from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_overwrite import holders, sole_holders
+from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_random import new_seed
+from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import ProgramCache, Run
-from memo_runtime.execution.tiled_swap import Entry, TiledSwap, is_dense
+from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How one call runs: see ``TiledBlock``; ``ended`` is called with each backward that is over."""
+    """How one call runs: see ``TiledBlock``.
+
+    ``sent``: of the last tiles whose products are kept, how many have them in host memory. ``ended`` is called with
+    each backward that is over.
+    """
 
     tile: int
     alpha: float = 0.0
     swap: TiledSwap | None = None
     to_host: bool = True
+    sent: int = 0
     ended: Callable[[Run], None] | None = None
 
 
@@ -135,6 +143,8 @@ class TiledBlock:
             autocast=AutocastState.current(call.leaves[captured.input_leaf].device.type),
             swap=way.swap,
             to_host=way.to_host,
+            products=_products(captured, way),
+            sent=way.sent,
             ended=way.ended,
         )
         output = _apply(run, self.block, call)
@@ -173,13 +183,14 @@ class _TiledFunction(torch.autograd.Function):
     def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> tuple[Any, ...]:
         captured = run.captured
         values = dict(zip(_placeholders(captured), tensors, strict=True))
-        with torch.autocast(tensors[-1].device.type, enabled=False):
+        with _given_back(run), torch.autocast(tensors[-1].device.type, enabled=False):
             results = run.forward(values)
         extra = [values[node] for node in run.stash()]
         saved = [one for state in run.saved.values() for one in state.tensors]
         ctx.run, ctx.counts = run, (len(tensors), len(extra))
         stash = [*tensors, *extra, *saved]
-        ctx.entry = _swapped(run, stash, len(tensors), len(extra))
+        with _given_back(run):
+            ctx.entry = _swapped(run, stash, len(tensors), len(extra))
         ctx.save_for_backward(*stash)
         for state in run.saved.values():
             state.tensors = (None,) * len(state.tensors)
@@ -215,7 +226,7 @@ class _TiledFunction(torch.autograd.Function):
         surroundings = Surroundings()
         try:
             with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
-                found = run.backward(values, grads, sole)
+                found = run.backward(values, grads, sole, ctx.entry)
         except BaseException:
             surroundings.restore()
             raise
@@ -232,6 +243,24 @@ class _TiledFunction(torch.autograd.Function):
             grad = found.take(node)
             results.append(grad.to(node.meta["val"].dtype) if grad is not None else None)
         return tuple(results)
+
+
+def _products(captured: Captured, way: Way) -> Products | None:
+    if way.swap is None or not way.sent:
+        return None
+    return Products(way.swap, stages=len(captured.stages.stages), tile=way.tile)
+
+
+@contextmanager
+def _given_back(run: Run) -> Iterator[None]:
+    """Where the forward ends by an exception, whose traceback somebody may keep, products in host memory go at once."""
+    try:
+        yield
+    except BaseException:
+        if run.products is not None:
+            run.products.sent()
+            run.products.done(retain=False)
+        raise
 
 
 def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | None:
@@ -262,7 +291,7 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
         kept += sum(tensor_bytes(tensor) for tensor in chosen.values())
         chosen = {}
     run.bytes_kept = kept
-    entry = run.swap.store(chosen, kept=kept)
+    entry = run.swap.store(chosen, kept=kept, products=run.products)
     for place in chosen:
         stash[place] = None
     return entry

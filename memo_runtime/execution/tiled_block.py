@@ -47,6 +47,7 @@ class _InSession:
         self._session = session
         self._position = position
         self._step = session.step
+        self.departures = session.departures
 
     def stored(self, entry: Entry) -> None:
         """See ``tiled_swap.Order``."""
@@ -123,7 +124,10 @@ class TiledForward:
         count = -(-tokens // tile)
         kept = count if plan.prefix >= plan.tokens else plan.prefix * tokens // plan.tokens // tile
         ended = _Ended(session, counters, self._owner)
-        way = Way(tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, ended=ended)
+        stays = (plan.prefix - plan.sent) * tokens // plan.tokens // tile if plan.sent else kept
+        way = Way(
+            tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, sent=kept - stays, ended=ended
+        )
         with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
             output = tiles.run(captured, call, way)
         counters.alpha, counters.attention = plan.alpha, tuple(tiles.kernels)

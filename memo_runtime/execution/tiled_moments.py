@@ -23,12 +23,12 @@ import torch
 from torch import fx
 
 from memo_runtime.capture.captured import Captured
-from memo_runtime.capture.split import Mixer, Segment, mixed_values
+from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
 from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
 from memo_runtime.execution.tiled_programs import Cost
-from memo_runtime.records import Growth, Moment, TileAt, TokenAxis
+from memo_runtime.records import Growth, Moment, Stretch, TileAt, TokenAxis
 
 #: Bytes by tokens that attention takes beside its tensors: (forward, backward).
 Workspace = tuple[float, float]
@@ -89,6 +89,7 @@ class _Walk:
     to_come: list[fx.Node] = field(default_factory=list)
     fixed: int = 0
     rebuilding: bool = False
+    stretch: Stretch = Stretch.MIDDLE
     moments: list[Moment] = field(default_factory=list)
 
     def add(self, kind: str, node: fx.Node, dtype: torch.dtype | None = None) -> None:
@@ -126,6 +127,7 @@ class _Walk:
             Moment(
                 full=polynomial(full, self.tokens), tile=tile, fixed=self.fixed + more, at=at,
                 missing=polynomial(self._missing, self.tokens), kept=Growth(linear=below), own=Growth(linear=own),
+                stretch=self.stretch,
             )
         )  # fmt: skip
 
@@ -182,11 +184,13 @@ class _Walk:
     def backward(self) -> None:
         """As ``Run.backward``: what came stays to the end, since its owner holds it."""
         stages = self.captured.stages
+        mixing = mixing_stages(stages.stages)
         for node in self.captured.outputs:
             if isinstance(node, fx.Node) and node in stages.differentiable:
                 self.add("given gradient", node)
         for index in range(len(stages.stages) - 1, -1, -1):
             stage = stages.stages[index]
+            self.stretch = stretch_of(index, mixing)
             before = self.feeds(index) if isinstance(stage, Mixer) or stage.by_rows else None
             if before is not None:
                 self._rebuild(index - 1, before)
@@ -196,6 +200,7 @@ class _Walk:
                 self._segment_backward(index, stage)
             if before is not None:
                 self.drop("value", self.dropped(before))
+        self.stretch = Stretch.LATE
         self.look(0, more=self._rounding())
 
     def _rebuild(self, index: int, segment: Segment) -> None:
@@ -241,6 +246,13 @@ class _Walk:
                 self.fixed += int(node.meta["val"].numel()) * dtype.itemsize
         self.look_at(index, _WHICHEVER if segment.by_rows else _REST, backward=True)
         self.drop("gradient", segment.outputs)
+
+
+def stretch_of(index: int, mixing: range) -> Stretch:
+    """That of stage number ``index`` in backward, where those of ``mixing`` mix tokens."""
+    if not mixing or index < mixing.start:
+        return Stretch.LATE
+    return Stretch.MIDDLE if index in mixing else Stretch.EARLY
 
 
 def results_of_mixers(captured: Captured) -> list[fx.Node]:

@@ -36,8 +36,8 @@ from memo_runtime.execution.tiled_moments import (
     stashed_results,
 )
 from memo_runtime.execution.tiled_programs import Cost, make_programs, run_eagerly
+from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import rows_tile, tile_copies
-from memo_runtime.execution.tiled_swap import is_dense
 from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
 
@@ -83,11 +83,13 @@ def tiled_profile(
         saved_flops=saved,
         attention=tuple(one.kernel for one in tried.values()),
     )
-    return found if times is None else _timed(found, times, _forward_flops(costs))
+    return found if times is None else _timed(found, times, costs)
 
 
-def _timed(profile: TiledProfile, times: TileTimes, flops: float) -> TiledProfile:
-    """``profile`` with seconds; what is run again takes what its FLOPs take in the forward, ``flops`` by token."""
+def _timed(profile: TiledProfile, times: TileTimes, costs: dict[int, tuple[Cost, Cost]]) -> TiledProfile:
+    """``profile`` with seconds; what is run again takes what its FLOPs take in the forward."""
+    flops = _forward_flops(costs.values())
+    with_products = _forward_flops(pair for pair in costs.values() if pair[0].product_bytes)
     rate = times.segment / flops if flops else 0.0
     again, backward = profile.again_flops, times.backward
     return replace(
@@ -96,12 +98,13 @@ def _timed(profile: TiledProfile, times: TileTimes, flops: float) -> TiledProfil
         backward_seconds=replace(backward, linear=max(0.0, backward.linear - rate * again.linear)),
         seconds_per_flop=rate,
         saved_seconds=Growth(linear=times.saved),
+        product_seconds=Growth(linear=rate * with_products),
     )
 
 
-def _forward_flops(costs: dict[int, tuple[Cost, Cost]]) -> float:
+def _forward_flops(costs: Iterable[tuple[Cost, Cost]]) -> float:
     """By token, of the segments; those in chunks of queries are not timed."""
-    return sum(cost.forward / _TILE for cost, _ in costs.values())
+    return sum(cost.forward / _TILE for cost, _ in costs)
 
 
 def _costs(captured: Captured, index: int, tokens: int, device: torch.device) -> tuple[Cost, Cost]:
@@ -133,9 +136,12 @@ def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: Auto
     )
 
 
-def _repeated(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> tuple[Growth, Growth, Growth]:
-    """(FLOPs that backward runs again, less of it by kept tokens, bytes by kept tokens)."""
-    linear = quadratic = saved = products = 0.0
+def _repeated(
+    captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int
+) -> tuple[Growth, Growth, tuple[Growth, ...]]:
+    """(FLOPs that backward runs again, less of it by kept tokens, bytes of each stage by kept tokens)."""
+    linear = quadratic = saved = 0.0
+    products = dict.fromkeys(range(len(captured.stages.stages)), Growth())
     stages = captured.stages.stages
     for index, (cost, _) in costs.items():
         segment = stages[index]
@@ -147,8 +153,8 @@ def _repeated(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: i
         feeds = isinstance(behind, Mixer) or (isinstance(behind, Segment) and behind.by_rows)
         linear += (cost.again + (cost.forward if feeds else 0)) / _TILE
         saved += (cost.again - cost.again_kept) / _TILE
-        products += cost.product_bytes / _TILE
-    return Growth(linear=linear, quadratic=quadratic), Growth(linear=saved), Growth(linear=products)
+        products[index] = Growth(linear=cost.product_bytes / _TILE)
+    return Growth(linear=linear, quadratic=quadratic), Growth(linear=saved), tuple(products.values())
 
 
 def _stays(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> Growth:

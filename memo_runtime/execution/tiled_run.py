@@ -22,16 +22,18 @@ from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.rules import arguments_of
-from memo_runtime.capture.split import Mixer, Segment, mixed_values
+from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
 from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
 from memo_runtime.execution.mixers.by_graph import MixerGraph, run_with_graph
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_gradients import Gradients, Part
 from memo_runtime.execution.tiled_overwrite import overwritten
+from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
-from memo_runtime.execution.tiled_swap import TiledSwap
+from memo_runtime.execution.tiled_rows import like, packed, same_memory, write
+from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
 
 Values = dict[fx.Node, Any]
@@ -86,16 +88,16 @@ def tile_copies(
             continue
         shape, stride = ([int(captured.size(one, 2 * tile)) for one in many] for many in (value.shape, value.stride()))
         whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
-        part = _packed(whole, axis, 2 * tile, 0, tile)
+        part = packed(whole, axis, 2 * tile, 0, tile)
         if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
             given += part.numel() * part.element_size()
     for node, layout in zip(segment.outputs, layouts, strict=True):
         axis = segment.axes[node]
         assert axis is not None, "a segment yields values with tokens"
-        part = rows(_like(layout, axis, 2 * tile, tile), axis, 2 * tile, 0, tile)
+        part = rows(like(layout, axis, 2 * tile, tile), axis, 2 * tile, 0, tile)
         if axis.outer != 1 or axis.inner != 1:
             part = part.flatten(axis.dim, axis.dim + 2)
-        if node not in captured.outputs or not _same_memory(part, layout):
+        if node not in captured.outputs or not same_memory(part, layout):
             tangents += part.numel() * part.element_size()
     return given, tangents
 
@@ -116,6 +118,7 @@ class Run:
         seed: of its dropout.
         autocast: the precision of the call.
         swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
+        products: host memory for those of the last ``sent`` of the tiles that are kept.
         reproducible: attention drops what ``attention_seed`` says, also where a fused kernel would draw itself.
     """
 
@@ -128,6 +131,8 @@ class Run:
     autocast: AutocastState
     swap: TiledSwap | None = None
     to_host: bool = False
+    products: Products | None = None
+    sent: int = 0
     reproducible: bool = False
     #: By stage and start of a tile: choices of declared modules, then products.
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
@@ -196,7 +201,7 @@ class Run:
         axis = segment.axes[node]
         if node in values:
             whole: torch.Tensor = values[node]
-            return whole if axis is None else _packed(whole, axis, self.tokens, start, stop)
+            return whole if axis is None else packed(whole, axis, self.tokens, start, stop)
         return self._mask(node, axis, start, stop)
 
     def _borrowed(self, index: int, start: int) -> Iterator[torch.Tensor]:
@@ -245,15 +250,20 @@ class Run:
                 kept = number < self.keep and not segment.by_rows
                 results = programs.forward_keep(*sources) if kept else programs.forward(*sources)
                 if len(results) > len(segment.outputs) or kept:
-                    self.kept[index, start] = list(results[len(segment.outputs) :])
+                    made = list(results[len(segment.outputs) :])
+                    if self.products is not None and number >= self.keep - self.sent and made[programs.choices :]:
+                        self.products.store(index, start, made[programs.choices :])
+                        del made[programs.choices :]
+                    self.kept[index, start] = made
+                    del made
                 results = results[: len(segment.outputs)]
             self.again_flops += 0 if keep else programs.cost.forward
             for place, node in enumerate(segment.outputs):
                 axis = segment.axes[node]
                 assert axis is not None, "a segment yields values with tokens"
                 if start == 0:
-                    values[node] = _like(results[place], axis, self.tokens, stop)
-                _write(values[node], axis, self.tokens, start, results[place])
+                    values[node] = like(results[place], axis, self.tokens, stop)
+                write(values[node], axis, self.tokens, start, results[place])
             # Not alive while the next tile runs: they are as large as what a program takes itself.
             del sources, results
 
@@ -315,12 +325,17 @@ class Run:
     # ---- backward
 
     def backward(
-        self, values: Values, grads: Sequence[torch.Tensor | None], sole: Collection[int] = ()
+        self,
+        values: Values,
+        grads: Sequence[torch.Tensor | None],
+        sole: Collection[int] = (),
+        entry: Entry | None = None,
     ) -> Gradients:
         """Gradients of all placeholders that want one.
 
         Args:
             values: placeholders and the stash. grads: of the outputs. sole: which of these nobody else can see.
+            entry: what it has in host memory, and the way to what the block below has.
         """
         stages = self.captured.stages
         weights = self._weights(values)
@@ -336,8 +351,14 @@ class Run:
                 found.place(node, grad)
             elif grad is not None:
                 self.held_elsewhere = True
+        mixing = mixing_stages(stages.stages)
+        if entry is not None and not mixing:
+            entry.fetch_below()
+            entry.fetch_products_below()
         for index in range(len(stages.stages) - 1, -1, -1):
             stage = stages.stages[index]
+            if entry is not None and index + 1 == mixing.stop:
+                entry.fetch_below()
             if isinstance(stage, Mixer) or stage.by_rows:
                 self._rebuild_inputs(index, values)
             if isinstance(stage, Mixer):
@@ -347,6 +368,8 @@ class Run:
                 self._segment_backward(index, stage, values, found)
                 if stage.by_rows:
                     self._drop_inputs(index, values)
+            if entry is not None and mixing and index == mixing.start:
+                entry.fetch_products_below()
         self._weights_backward(weights, found)
         return found
 
@@ -374,6 +397,8 @@ class Run:
         upstream = [found.take(node) for node in segment.outputs]
         casts: tuple[torch.Tensor, ...] = ()
         for number, start, stop in self._tiles(segment):
+            if self.products is not None:
+                self.products.fetch_from(index, start)
             sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
             sources.extend(self._borrowed(index, start))
             programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
@@ -385,6 +410,7 @@ class Run:
                 for node, grad, layout in zip(segment.outputs, upstream, programs.layouts, strict=True)
             ]
             kept = self.kept.get((index, start), []) if self.retain else self.kept.pop((index, start), [])
+            kept = [*kept, *(self.products.take(index, start) if self.products is not None else ())]
             whole = number < self.keep and not segment.by_rows
             self.again_flops += programs.cost.again_kept if whole else programs.cost.again
             backward = programs.backward_kept if whole else programs.backward
@@ -394,6 +420,8 @@ class Run:
                 if place is not None:
                     found.add_tile(node, segment.axes[node], Part(place, results, start), values[node])
             del sources, tangents, kept, results
+            if self.products is not None:
+                self.products.over(index, start, retain=self.retain)
 
     def _tangent(
         self, layout: torch.Tensor, axis: TokenAxis | None, grad: torch.Tensor | None, start: int, stop: int
@@ -405,7 +433,7 @@ class Run:
         part = rows(grad, axis, self.tokens, start, stop)
         if axis.outer != 1 or axis.inner != 1:
             part = part.flatten(axis.dim, axis.dim + 2)
-        if part.dtype == layout.dtype and _same_memory(part, layout):
+        if part.dtype == layout.dtype and same_memory(part, layout):
             return part.as_strided(layout.shape, layout.stride())
         return torch.empty_like(layout, device=grad.device).copy_(part)
 
@@ -442,49 +470,3 @@ class Run:
             ):
                 if grad is not None:
                     found.add(node, grad)
-
-
-def _packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) without gaps, in the memory order of ``whole``; a view of it wherever that is possible.
-
-    Dimensions of size one get the strides that they would have without gaps, so that tiles of all lengths look alike.
-    """
-    part = rows(whole, axis, tokens, start, stop)
-    if axis.outer != 1 or axis.inner != 1:
-        part = part.flatten(axis.dim, axis.dim + 2)
-    order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] != 1, -int(part.stride()[dim]), dim))
-    strides = _strides(part.shape, order)
-    layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
-    if _same_memory(part, layout):
-        return part.as_strided(layout.shape, layout.stride())
-    return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
-
-
-def _same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
-    """Both have the same strides wherever strides matter."""
-    pairs = zip(tensor.shape, tensor.stride(), layout.stride(), strict=True)
-    return all(size == 1 or a == b for size, a, b in pairs)
-
-
-def _like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torch.Tensor:
-    """Full-length memory for an output, its dimensions in the memory order of its first tile."""
-    shape = list(tile.shape)
-    shape[axis.dim] = shape[axis.dim] // length * tokens
-    order = sorted(range(tile.dim()), key=lambda dim: (-int(tile.stride()[dim]), dim))
-    # No view: autograd refuses in-place operations on a result that is one.
-    return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=tile.device)
-
-
-def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
-    """Those of memory without gaps whose dimensions lie in ``order``, the outermost first."""
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= shape[dim]
-    return strides
-
-
-def _write(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, tile: torch.Tensor) -> None:
-    length = tile.shape[axis.dim] // (axis.outer * axis.inner)
-    target = rows(whole, axis, tokens, start, start + length)
-    target.copy_(tile.view(target.shape) if tile.is_contiguous() else tile.reshape(target.shape))

@@ -22,6 +22,7 @@ import torch
 
 from memo_runtime.errors import StateChangedError, StepGivenUpError
 from memo_runtime.execution.ledger import Ledger, Share
+from memo_runtime.execution.tiled_products import Departures, Products
 from memo_runtime.native.engine import CopyEngine, Ticket
 from memo_runtime.native.pool import HostPool, Slot
 
@@ -49,10 +50,14 @@ class Entry:
 
     ``share``: what is on the device: sources and what was fetched, and bytes of the stash and of products that stay
     there until the block's backward is over. Where the step is given up, it goes with the entry, and so do tickets.
+    ``products``: those of tiles that were sent; the fetch of the block below then waits until they are back.
     """
 
-    def __init__(self, swap: TiledSwap, copies: Mapping[int, _Copy], share: Share) -> None:
+    def __init__(
+        self, swap: TiledSwap, copies: Mapping[int, _Copy], share: Share, products: Products | None = None
+    ) -> None:
         self._swap = swap
+        self._products = products
         self._copies = dict(copies)
         self._share = share
         self._given_up = False
@@ -73,6 +78,8 @@ class Entry:
                         "the input or an attention result of a block was changed in place while it was copied to the "
                         "host: change a copy of it, or keep this block on the device"
                     )
+        if self._products is not None:
+            self._products.sent()
 
     def fetch(self) -> None:
         """Start the copies back, once; where there are none, those of the next block below that has some."""
@@ -101,7 +108,7 @@ class Entry:
         return self.lower() if self.lower is not None else None
 
     def take(self) -> dict[int, torch.Tensor]:
-        """The tensors, on the device; starts the fetch of the block below.
+        """The tensors, on the device; starts the fetch of the block below, unless products come first.
 
         Raises:
             StepGivenUpError: their memory was needed for another step.
@@ -113,9 +120,8 @@ class Entry:
             )
         self._swap.order.started(self)
         self.fetch()
-        lower = self._below()
-        if self._copies and lower is not None:
-            lower.fetch()
+        if self._products is None:
+            self._fetch_lower()
         found = {}
         for place, copy in self._copies.items():
             assert copy.target is not None, "the copy was fetched"
@@ -124,6 +130,22 @@ class Entry:
                 ticket.wait()
             found[place] = copy.target
         return found
+
+    def fetch_below(self) -> None:
+        """The block's products are back: start the fetch of the block below, where that had to wait for them."""
+        if self._products is not None:
+            self._fetch_lower()
+
+    def fetch_products_below(self) -> None:
+        """There is room: start the fetch of the products that the block below begins with."""
+        lower = self._below()
+        if isinstance(lower, Entry) and lower._products is not None:
+            lower._products.fetch_first()
+
+    def _fetch_lower(self) -> None:
+        lower = self._below()
+        if self._copies and lower is not None:
+            lower.fetch()
 
     def give_back(self) -> None:
         """An exception ended the step, and somebody keeps its graph: free everything. It goes backward no more."""
@@ -137,13 +159,17 @@ class Entry:
             if copy.target is not None:
                 copy.target = None
                 self._share.hold(-copy.size_bytes)
+        if self._products is not None:
+            self._products.done(retain=retain)
         if not retain:
             self._copies.clear()
             self._share.clear()
 
 
 class Order(Protocol):
-    """Who goes after whom: knows the entry below each."""
+    """Who goes after whom: knows the entry below each. ``departures``: products of all of them under way."""
+
+    departures: Departures
 
     def stored(self, entry: Entry) -> None:
         """A block has finished its forward, and its copies are under way."""
@@ -160,6 +186,7 @@ class CallOrder:
     def __init__(self) -> None:
         self._last: weakref.ref[Entry] | None = None
         self._in_flight: deque[weakref.ref[Entry]] = deque()
+        self.departures = Departures()
 
     def stored(self, entry: Entry) -> None:
         """See ``Order``."""
@@ -219,36 +246,28 @@ class TiledSwap:
         self.transfer = transfer
         self.order = order if order is not None else CallOrder()
         self.counters = counters if counters is not None else Moved()
-        self._ledger = ledger if ledger is not None else Ledger()
+        self.ledger = ledger if ledger is not None else Ledger()
 
-    def store(self, tensors: Mapping[int, torch.Tensor], *, kept: int = 0) -> Entry:
+    def store(
+        self, tensors: Mapping[int, torch.Tensor], *, kept: int = 0, products: Products | None = None
+    ) -> Entry:
         """Start the copies of one call to the host; an empty one still takes part in the order of blocks.
 
         Args:
-            tensors: what is copied. kept: bytes that stay on the device beside it.
+            tensors: what is copied. kept: bytes that stay on the device beside it. products: that were sent before.
 
         Raises:
             HostLimitError: the host budget has no room; nothing was copied.
         """
         copies = {place: _Copy(one, self.pool.take(one.numel() * one.element_size())) for place, one in tensors.items()}
-        share = Share(self._ledger)
+        share = Share(self.ledger)
         share.hold(kept + sum(copy.size_bytes for copy in copies.values()))
         for place, one in tensors.items():
             flat = one.as_strided((one.numel(),), (1,)).view(1, -1, 1)
             copies[place].out = self.transfer.to_host(flat, copies[place].memory())
             self.counters.bytes_to_host += copies[place].size_bytes
-        entry = Entry(self, copies, share)
+        entry = Entry(self, copies, share, products)
         if self.device.type == "cpu":
             entry.sent()  # nothing to gain from waiting later: the caller's cores make the copies
         self.order.stored(entry)
         return entry
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Its elements fill one run of memory, each once, in some order of dimensions."""
-    expected = 1
-    for size, step in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return tensor.numel() > 0

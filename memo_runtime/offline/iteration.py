@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from memo_runtime.offline.measure import BlockRun
-from memo_runtime.planning.forecast import Footprint, Surroundings, footprint
+from memo_runtime.planning.footprint import Footprint, footprint
+from memo_runtime.planning.forecast import Surroundings
 from memo_runtime.records import Plan
 from memo_runtime.traces.trace import Phase, Trace, TraceBuilder
 

@@ -9,7 +9,7 @@ Execution obeys these actions, and its counters equal the numbers computed here.
 
 from __future__ import annotations
 
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role, TensorGroup
+from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role, TensorGroup, TiledProfile
 from memo_runtime.sizes import MIN_SWAP_BYTES, slot_bytes
 
 #: Roles whose bytes belong to the model or to all blocks: never moved, never counted for a block.
@@ -125,6 +125,7 @@ def plan_block(
     reason: str = "",
     tile: int = 0,
     resident: bool = False,
+    sent: int = 0,
 ) -> BlockPlan:
     """The exact plan of one block.
 
@@ -134,9 +135,10 @@ def plan_block(
             For ``TILED``: rows whose products are kept, and all tokens where the stash stays on the device.
         reason: why the executor is not the policy's. tile: tokens of a tile.
         resident: what a rerun starts from and autograd saved stays on the device.
+        sent: the last of the kept rows whose products go to the host.
     """
     if executor is Executor.TILED:
-        return _plan_tiled(block, tokens, prefix, device_rows, tile)
+        return _plan_tiled(block, tokens, (prefix, sent), device_rows, tile)
     if executor in (Executor.KEEP, Executor.NATIVE):
         prefix, device_rows = tokens, 0
     elif executor is Executor.RECOMPUTE:
@@ -163,11 +165,12 @@ def plan_block(
     )
 
 
-def _plan_tiled(block: BlockProfile, tokens: int, prefix: int, device_rows: int, tile: int) -> BlockPlan:
+def _plan_tiled(block: BlockProfile, tokens: int, kept: tuple[int, int], device_rows: int, tile: int) -> BlockPlan:
     takes = block.tiled
+    prefix, sent = kept
     assert takes is not None, "a block that is planned by tiles was profiled so"
     stash = [size.at(tokens) for size in takes.stash]
-    copied = [] if device_rows else stash
+    copied = [*([] if device_rows else stash), *_sent_tiles(takes, prefix, sent, tile)]
     return BlockPlan(
         name=block.name,
         executor=Executor.TILED,
@@ -177,11 +180,18 @@ def _plan_tiled(block: BlockProfile, tokens: int, prefix: int, device_rows: int,
         device_rows=device_rows,
         bytes_to_host=sum(copied),
         bytes_to_device=sum(copied),
-        bytes_kept=takes.products.at(prefix) + takes.resident.at(tokens) + (sum(stash) if device_rows else 0),
+        bytes_kept=takes.product_bytes(prefix - sent) + takes.resident.at(tokens) + (sum(stash) if device_rows else 0),
         host_bytes=sum(slot_bytes(size) for size in copied),
         recomputed_flops=takes.again_flops.at(tokens) - takes.saved_flops.at(prefix),
         tile=tile,
+        sent=sent,
     )
+
+
+def _sent_tiles(takes: TiledProfile, prefix: int, sent: int, tile: int) -> list[int]:
+    """Bytes of the products of each tile of each segment that go to the host."""
+    tiles = [min(tile, prefix - start) for start in range(prefix - sent, prefix, tile)] if sent else []
+    return [size for one in takes.products for rows in tiles if (size := one.at(rows))]
 
 
 def _recomputed_flops(block: BlockProfile, executor: Executor, tokens: int, prefix: int) -> int:

@@ -121,6 +121,7 @@ def _choice(planned: BlockPlan) -> Choice:
             planned.reason,
             tile=planned.tile,
             resident=planned.resident,
+            sent=planned.sent,
         )
     return Choice(planned.executor, reason=planned.reason)
 

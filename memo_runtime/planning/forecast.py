@@ -22,64 +22,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
-from memo_runtime.records import (
-    FETCH_PARTS,
-    Action,
-    BlockPlan,
-    BlockProfile,
-    Executor,
-    Forecast,
-    Link,
-    Moment,
-    Profile,
-    Role,
-    TiledProfile,
-)
+from memo_runtime.planning.actions import RESIDENT_ROLES
+from memo_runtime.planning.footprint import NO_PRODUCTS, Footprint
+from memo_runtime.records import FETCH_PARTS, BlockPlan, Forecast, Profile, Stretch
 from memo_runtime.sizes import WITNESS_ROWS
 from memo_runtime.units import MiB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Footprint:
-    """What one block, planned, holds and takes; bytes and seconds.
-
-    Attributes:
-        skeletal: saved while its forward runs. outgoing: sources of its copies to the host. kept: stashed on
-            the device. full: all that its rerun and backward need, fetched and rebuilt. spent: what of that only
-            the rerun reads. landing: buffers of its fetch.
-        copies: its backward fetches something. stashed: its stash is sorted when its forward ends, when rows
-            that are kept have been copied and what they were copied from is still there.
-        to_host, to_device: seconds of its copies alone. again: seconds of its rerun.
-        forward_peak, backward_peak: transient bytes beyond all these. end_peak: when its stash is sorted.
-        rerun_peak: in its rerun, with the gradient that waits for it; 0: it has none.
-        gradients: of its own parameters. kept_rows: of ``kept``, rows that are copied for it; all else that is
-            kept stays where it is.
-        gathered: copies of small tensors, made when its stash is sorted to be sent together.
-        held: what its backward takes more where somebody else holds the gradient of its result.
-    """
-
-    skeletal: int
-    outgoing: int
-    kept: int
-    full: int
-    spent: int
-    landing: int
-    copies: bool
-    stashed: bool
-    forward: float
-    backward: float
-    again: float
-    to_host: float
-    to_device: float
-    forward_peak: int
-    backward_peak: int
-    end_peak: int
-    rerun_peak: int
-    gradients: int
-    kept_rows: int = 0
-    gathered: int = 0
-    held: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,147 +43,6 @@ class Course:
     device_peak: int
     index: int
     phase: str
-
-
-def copy_seconds(size_bytes: float, rate: float) -> float:
-    """Seconds for ``size_bytes`` at ``rate`` bytes per second; a rate of 0 was not measured: no time."""
-    return size_bytes / rate if rate > 0 else 0.0
-
-
-def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
-    """What ``block`` holds and takes when it runs as ``plan`` says."""
-    if plan.executor is Executor.TILED:
-        return _tiled_footprint(block, plan, link)
-    tokens = plan.tokens
-    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = gathered = 0
-    copies = False
-    for group, action in zip(block.groups, plan.actions, strict=True):
-        if group.role in RESIDENT_ROLES:
-            continue
-        size = group.size.at(tokens)
-        if group.bundle is not None:
-            skeletal += group.bundle.live.at(tokens)
-        else:
-            skeletal += size if group.saved else 0
-        unsaved_input += size if group.role is Role.INPUT and not group.saved else 0
-        if action in (Action.HOST, Action.PREFIX, Action.TAIL):
-            copies = True
-            fetched = size
-            if action is Action.TAIL:
-                fetched = row_bytes(group, tokens - plan.prefix)
-            elif group.bundle is not None:
-                fetched = group.bundle.copied.at(tokens)
-                gathered += group.bundle.gathered.at(tokens)
-            full += fetched
-            landing += fetched
-            spent += 0 if group.saved else fetched
-            kept_rows += row_bytes(group, plan.device_rows) if action is Action.PREFIX else 0
-            if action is not Action.PREFIX or plan.prefix > plan.device_rows:
-                outgoing += size
-        elif action is Action.REBUILD and group.saved:
-            full += size
-    return Footprint(
-        skeletal=skeletal,
-        # Copies that were made to be sent stay until they are, and so may what they were made of.
-        outgoing=outgoing + gathered,
-        kept=plan.bytes_kept,
-        full=full,
-        spent=spent,
-        landing=landing,
-        copies=copies,
-        stashed=plan.executor in (Executor.REPLAY, Executor.RECOMPUTE),
-        forward=block.forward_seconds.exact(tokens),
-        backward=block.backward_seconds.exact(tokens),
-        again=_rerun_seconds(block, plan),
-        to_host=copy_seconds(plan.bytes_to_host, link.to_host),
-        to_device=copy_seconds(plan.bytes_to_device, link.to_device),
-        # The caller holds a block's input until it has the result, whether or not autograd saves it.
-        forward_peak=block.forward_peak.at(tokens) + unsaved_input,
-        backward_peak=block.backward_peak.at(tokens),
-        end_peak=block.output.at(tokens) + unsaved_input,
-        rerun_peak=rerun_bytes(block, plan),
-        gradients=block.gradients,
-        kept_rows=kept_rows,
-        gathered=gathered,
-    )
-
-
-def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
-    takes, tokens = block.tiled, plan.tokens
-    assert takes is not None, "a block that is planned by tiles was profiled so"
-    stash = sum(size.at(tokens) for size in takes.stash)
-    swapped = 0 if plan.device_rows else stash
-    products = takes.products.at(plan.prefix)
-    timed = takes if takes.seconds_per_flop else block
-    return Footprint(
-        skeletal=stash + takes.resident.at(tokens) + products,
-        outgoing=swapped,
-        kept=plan.bytes_kept,
-        full=swapped,
-        spent=0,
-        landing=swapped,
-        copies=swapped > 0,
-        stashed=False,
-        forward=timed.forward_seconds.exact(tokens),
-        backward=timed.backward_seconds.exact(tokens),
-        again=_again_seconds(block, takes, plan),
-        to_host=copy_seconds(plan.bytes_to_host, link.to_host),
-        to_device=copy_seconds(plan.bytes_to_device, link.to_device),
-        forward_peak=_highest(takes.forward, plan, backward=False) - products,
-        backward_peak=_highest(takes.backward, plan, backward=True) - products,
-        end_peak=0,
-        rerun_peak=0,
-        gradients=block.gradients,
-        held=block.output.at(tokens),
-    )
-
-
-def _again_seconds(block: BlockProfile, takes: TiledProfile, plan: BlockPlan) -> float:
-    """Seconds of what is run again; products that are kept save what was measured, which is less than their FLOPs."""
-    if not takes.seconds_per_flop:
-        return plan.recomputed_flops * _seconds_per_flop(block, plan.tokens)
-    all_again = takes.again_flops.at(plan.tokens) * takes.seconds_per_flop
-    return all_again - takes.saved_seconds.exact(plan.prefix)
-
-
-def _highest(moments: tuple[Moment, ...], plan: BlockPlan, *, backward: bool) -> int:
-    """Most bytes beside a complete stash, products that are kept among them."""
-    sizes = (one.bytes_at(plan.tokens, plan.tile, plan.prefix, backward=backward) for one in moments)
-    return max(size for size in sizes if size is not None)
-
-
-def _seconds_per_flop(block: BlockProfile, tokens: int) -> float:
-    """Of what is not attention, as a rerun on tokens showed; else of the whole block."""
-    flops, seconds = block.rerun_flops.at(tokens), block.rerun_seconds.exact(tokens)
-    if flops <= 0 or seconds <= 0:
-        flops, seconds = block.forward_flops.at(tokens), block.forward_seconds.exact(tokens)
-    return seconds / flops if flops > 0 else 0.0
-
-
-def rerun_bytes(block: BlockProfile, plan: BlockPlan) -> int:
-    """Transient bytes of a rerun, with the gradient of the block's result, which waits for it; 0: there is none."""
-    waiting = block.output.at(plan.tokens)
-    if plan.executor is Executor.REPLAY and 0 < plan.prefix < plan.tokens:
-        constant, per_row = rerun_line(block, plan.tokens)
-        return waiting + round(constant + per_row * (plan.tokens - plan.prefix))
-    if plan.executor is Executor.RECOMPUTE or (plan.executor is Executor.REPLAY and not plan.prefix):
-        # All that it makes is kept, as in the forward.
-        return waiting + block.forward_peak.at(plan.tokens)
-    return 0
-
-
-def rerun_line(block: BlockProfile, tokens: int) -> tuple[float, float]:
-    """(bytes, bytes per rebuilt row) that a rerun takes beside the buffers that its rows are written to."""
-    constant = block.rerun_peak.constant
-    return constant, (block.rerun_peak.exact(tokens) - constant) / max(1, tokens)
-
-
-def _rerun_seconds(block: BlockProfile, plan: BlockPlan) -> float:
-    if plan.executor is Executor.RECOMPUTE:
-        return block.forward_seconds.exact(plan.tokens)
-    if plan.executor is Executor.REPLAY and plan.prefix < plan.tokens:
-        return block.rebuild_seconds(plan.tokens - plan.prefix, written=plan.prefix > 0)
-    return 0.0
 
 
 #: Of a free block that is at most this much larger than a request PyTorch's allocator splits nothing off, and counts
@@ -359,7 +165,9 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
     transient = 1 if around.asynchronous else 0
     kept = outgoing = 0
     for index, block in enumerate(blocks):
-        stash = kept + outgoing + block.skeletal
+        sent = (block.sent, blocks[index - 1].sent if index else NO_PRODUCTS)
+        departing = min(sum(one.total for one in sent), max(one.under_way for one in sent)) * transient
+        stash = kept + outgoing + departing + block.skeletal
         yield _Point(stash, transient * block.forward_peak, 0, index, "forward")
         if block.stashed:
             sorting = stash + block.kept_rows + block.gathered
@@ -374,11 +182,12 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
 def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
     """The points of backward, from the top."""
     transient = 1 if around.asynchronous else 0
-    stashes = []
+    stashes, fetched = [], []
     kept = landing = 0
     for block in blocks:
         kept += block.kept
-        stashes.append(kept + block.full + (0 if put_off(block, landing) else landing))
+        fetched.append(0 if put_off(block, landing) else landing)
+        stashes.append(kept + block.full + fetched[-1])
         landing = block.landing if block.copies else landing
     there = gradients_above(around, blocks)
     for index in reversed(range(len(blocks))):
@@ -387,7 +196,14 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
             yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
         # What comes behind the last block is not ours, and may keep the gradient that it hands over.
         held = block.held if index == len(blocks) - 1 else 0
-        yield _Point(stash - block.spent, transient * (block.backward_peak + held), there[index], index, "backward")
+        for stretch, peak, landed in block.stretches:
+            # The block below is fetched when products are back, and its first ones when attention is over.
+            waiting = fetched[index] if stretch is Stretch.EARLY and block.sent.total else 0
+            first = blocks[index - 1].sent.first if stretch is Stretch.LATE and index else 0
+            held_stash, rest = stash - waiting + first + landed, peak - landed + held
+            yield _Point(held_stash, transient * rest, there[index], index, "backward")
+        if not block.stretches:
+            yield _Point(stash - block.spent, transient * (block.backward_peak + held), there[index], index, "backward")
     yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
 
 
@@ -416,11 +232,11 @@ def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
     """Compute, reruns, and the part of every copy that compute cannot hide."""
     compute = sum(block.forward + block.backward + block.again for block in blocks)
     if not around.asynchronous:
-        copies = sum(block.to_host + block.to_device for block in blocks)
+        copies = sum(block.to_host + block.to_device + block.sent.copies for block in blocks)
         return compute + copies + around.outside_seconds
     exposed = 0.0
     for block, cover in zip(blocks, to_host_cover(blocks), strict=True):
-        exposed += max(0.0, block.to_host - cover)
+        exposed += max(0.0, block.to_host + block.sent.left - cover) + block.sent.waits
     for index, block in enumerate(blocks):
         cover = sum(blocks[above].backward + blocks[above].again for above in to_device_cover(blocks, index))
         exposed += max(0.0, block.to_device - cover)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memo_runtime.planning.actions import block_actions, splits
-from memo_runtime.planning.forecast import rerun_line
+from memo_runtime.planning.footprint import rerun_line
 from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.sheet import Choice, Sheet
 from memo_runtime.records import Action, BlockProfile, Executor

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from memo_runtime.errors import MemoError
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.planning.forecast import Course, Footprint, Surroundings, footprint, run_course
+from memo_runtime.planning.footprint import Footprint, footprint
+from memo_runtime.planning.forecast import Course, Surroundings, run_course
 from memo_runtime.records import BlockPlan, BlockProfile, Executor, Forecast, Profile
 
 
@@ -29,6 +30,7 @@ class Choice:
     reason: str = ""
     tile: int = 0
     resident: bool = False
+    sent: int = 0
 
 
 #: The choice that leaves a block alone.
@@ -114,6 +116,7 @@ class Sheet:
                 reason=choice.reason,
                 tile=choice.tile,
                 resident=choice.resident,
+                sent=choice.sent,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

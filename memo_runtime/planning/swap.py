@@ -23,10 +23,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from memo_runtime.planning.footprint import Footprint, copy_seconds
 from memo_runtime.planning.forecast import (
-    Footprint,
     all_gradients,
-    copy_seconds,
     gradients_above,
     put_off,
     to_device_cover,

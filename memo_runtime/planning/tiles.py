@@ -2,9 +2,11 @@
 
 * the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory;
 * how many blocks at the end of each stack keep their *stash* on the device, since nothing hides the fetch of the last;
-* *alpha*, the share of tiles whose matrix products stay on the device and are not run again.
+* *alpha*, the share of tiles whose matrix products are kept and not run again: on the device, or, of the blocks below
+  those that keep their stash, in host memory.
 
-Every pair of the last two within both budgets is forecast, and the fastest is taken.
+For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
+those of the lower blocks in host memory, and the fastest is taken.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class ByTiles(Strategy):
                 alpha = self._most(sheet, budgets, resident, tile)
                 if alpha is not None:
                     found.append(by_tiles(sheet, alpha, resident, tile))
+                if alpha is None or alpha < 1.0:
+                    found.extend(self._sending(sheet, budgets, resident, tile))
             choices = fastest(sheet, budgets, found)
             if choices is not None:
                 return Decision(choices, () if _timed(sheet) else (_ESTIMATED,))
@@ -67,6 +71,19 @@ class ByTiles(Strategy):
         if at(_ALPHA_STEPS):
             return 1.0
         return largest(at, _ALPHA_STEPS) / _ALPHA_STEPS if at(0) else None
+
+    def _sending(self, sheet: Sheet, budgets: Budgets, resident: int, tile: int) -> Iterator[Choices]:
+        """The lower blocks send as much as fits; the others keep on the device what fits beside that."""
+
+        def at(sent: int, alpha: int) -> Choices:
+            return by_tiles(sheet, alpha / _ALPHA_STEPS, resident, tile, sent=sent / _ALPHA_STEPS)
+
+        if self.alpha is not None:
+            yield by_tiles(sheet, self.alpha, resident, tile, sent=self.alpha)
+            return
+        sent = largest(lambda steps: fits(sheet, budgets, at(steps, 0)), _ALPHA_STEPS + 1)
+        if sent:
+            yield at(sent, largest(lambda steps: fits(sheet, budgets, at(sent, steps)), _ALPHA_STEPS + 1))
 
     def _tiles(self, sheet: Sheet) -> list[int]:
         if self.tile is not None:
@@ -90,8 +107,11 @@ def _timed(sheet: Sheet) -> bool:
     return all(block.tiled.seconds_per_flop for block in sheet.blocks if block.tiled is not None)
 
 
-def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int) -> Choices:
-    """Every block that can by tiles; the others are run again as a whole, or as much of them as has to be."""
+def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0) -> Choices:
+    """Every block that can by tiles; the others are run again as a whole, or as much of them as has to be.
+
+    ``sent``: alpha of the blocks whose stash does not stay, where they keep their products in host memory.
+    """
     most = Counter(block.stack for block in sheet.blocks)
     kept = kept_blocks(sheet, min(resident, min(most.values(), default=0)))
     if resident >= max(most.values(), default=0):
@@ -105,8 +125,10 @@ def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int) -> Choices:
             continue
         size = min(tile, tokens)
         count = -(-tokens // size)
-        prefix = min(tokens, int(alpha * count + 1e-9) * size)
-        found.append(Choice(Executor.TILED, prefix, tokens if index in kept else 0, tile=size))
+        sends = sent > 0 and index not in kept
+        prefix = min(tokens, int((sent if sends else alpha) * count + 1e-9) * size)
+        rows = tokens if index in kept else 0
+        found.append(Choice(Executor.TILED, prefix, rows, tile=size, sent=prefix if sends else 0))
     return tuple(found)
 
 

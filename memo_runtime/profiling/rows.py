@@ -355,7 +355,7 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         tiled,
         stash=tuple(times(size, ratio) for size in tiled.stash),
         resident=times(tiled.resident, ratio),
-        products=times(tiled.products, ratio),
+        products=tuple(times(size, ratio) for size in tiled.products),
         forward=tuple(map(moment, tiled.forward)),
         backward=tuple(map(moment, tiled.backward)),
         again_flops=times(tiled.again_flops, ratio),
@@ -363,4 +363,5 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         forward_seconds=times(tiled.forward_seconds, ratio),
         backward_seconds=times(tiled.backward_seconds, ratio),
         saved_seconds=times(tiled.saved_seconds, ratio),
+        product_seconds=times(tiled.product_seconds, ratio),
     )

@@ -1,7 +1,8 @@
 """When a plan's blocks compute and copy: three lanes of bars, from the times of its profile.
 
 Forwards follow one another; copies to the host begin when a block's forward is over; the fetch of a block begins with
-the backward of the nearest block above that fetches or is kept, and its backward waits for it.
+the backward of the nearest block above that fetches or is kept, and its backward waits for it. Products of tiles go
+while their block's forward runs, and come back while its backward does.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ def lanes_of(plan: Plan) -> list[Bar]:
     for profiled, block in pairs:
         end = now + profiled.forward_seconds.exact(block.tokens)
         bars.append(Bar("compute", block.name, "forward", now, end))
+        products = _products(profiled, block)
+        if seconds := _seconds(products, plan.profile.link.to_host):
+            out = max(out, now) + seconds
+            bars.append(Bar("to host", block.name, "products", out - seconds, out))
         now = end
-        if seconds := _seconds(block.bytes_to_host, plan.profile.link.to_host):
+        if seconds := _seconds(block.bytes_to_host - products, plan.profile.link.to_host):
             out = max(out, now) + seconds
             bars.append(Bar("to host", block.name, "copy", out - seconds, out))
     now = max(now, out)
@@ -40,16 +45,27 @@ def lanes_of(plan: Plan) -> list[Bar]:
     now += head
     began, fetched = now, 0.0
     for profiled, block in reversed(pairs):
-        if seconds := _seconds(block.bytes_to_device, plan.profile.link.to_device):
+        products = _products(profiled, block)
+        if seconds := _seconds(block.bytes_to_device - products, plan.profile.link.to_device):
             fetched = max(fetched, began) + seconds
             bars.append(Bar("to device", block.name, "fetch", fetched - seconds, fetched))
             now = max(now, fetched)
         began = now
+        if seconds := _seconds(products, plan.profile.link.to_device):
+            fetched = max(fetched, began) + seconds
+            bars.append(Bar("to device", block.name, "products", fetched - seconds, fetched))
         for what, length in (("rerun", _rerun(profiled, block)), ("backward", _backward(profiled, block))):
             if length:
                 bars.append(Bar("compute", block.name, what, now, now + length))
                 now += length
     return bars
+
+
+def _products(profiled: BlockProfile, block: BlockPlan) -> int:
+    """Bytes of products that go to the host and come back."""
+    if not block.sent or profiled.tiled is None:
+        return 0
+    return profiled.tiled.product_bytes(block.prefix) - profiled.tiled.product_bytes(block.prefix - block.sent)
 
 
 def _seconds(size_bytes: int, rate: float) -> float:

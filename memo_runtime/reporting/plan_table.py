@@ -5,7 +5,8 @@
     blocks             executor  alpha    to host  to device  kept  host memory   recomputed
     model.layers.0-29  replay    0.375  48.00 MiB  48.00 MiB     -    48.00 MiB  12.00 GFLOP
 
-Bytes and FLOPs are those of one block; the line ``total`` is the sum over all of them.
+Bytes and FLOPs are those of one block; the line ``total`` is the sum over all of them. ``sent``: tokens whose products
+go to the host, where a block by tiles sends some.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def _key(block: BlockPlan) -> tuple[object, ...]:
         block.recomputed_flops,
         block.reason,
         block.tile,
+        block.sent,
     )
 
 
@@ -55,7 +57,9 @@ def _blocks(plan: Plan) -> list[str]:
     rows, reasons = run_rows(plan.blocks, _key, _cells)
     if len(plan.blocks) > 1:
         rows.append(_total(plan.blocks))
-    return [table(_HEADER, rows, text_columns=(0, 1)), *reasons_text(reasons)]
+    sends = any(block.sent for block in plan.blocks)
+    header = (*_HEADER, "sent") if sends else _HEADER
+    return [table(header, [row[: len(header)] for row in rows], text_columns=(0, 1)), *reasons_text(reasons)]
 
 
 def _cells(block: BlockPlan) -> tuple[str, ...]:
@@ -68,6 +72,7 @@ def _cells(block: BlockPlan) -> tuple[str, ...]:
         amount(block.host_bytes, format_bytes),
         amount(block.recomputed_flops, format_flops),
         f"{block.tile:,}" if block.tile else "",
+        f"{block.sent:,}" if block.sent else "",
     )
 
 
@@ -81,6 +86,7 @@ def _total(blocks: Sequence[BlockPlan]) -> tuple[str, ...]:
         amount(sum(block.bytes_kept for block in blocks), format_bytes),
         amount(sum(block.host_bytes for block in blocks), format_bytes),
         amount(sum(block.recomputed_flops for block in blocks), format_flops),
+        "",
         "",
     )
 

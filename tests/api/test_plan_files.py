@@ -41,8 +41,8 @@ BROKEN: dict[str, tuple[Callable[[str], str], list[str]]] = {
     "a list": (lambda text: "[]", ["a list instead of an object"]),
     "something else": (lambda text: "{}", ["field 'memo_runtime' is missing"]),
     "another schema": (
-        lambda text: text.replace('"schema_version": 5\n}', '"schema_version": 99\n}'),
-        ["field 'schema_version' is 99", "reads 5"],
+        lambda text: text.replace('"schema_version": 6\n}', '"schema_version": 99\n}'),
+        ["field 'schema_version' is 99", "reads 6"],
     ),
     "a field too few": (lambda text: edited(text, lambda plan: plan.pop("floor_bytes")), ["'floor_bytes' is missing"]),
     "a field too many": (

@@ -97,7 +97,7 @@ def test_a_file_that_is_none_is_one_message_without_a_traceback(tmp_path):
     assert result.returncode == ExitCode.USAGE
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
-        f"memo: {path}: field 'schema_version' is 0, and this release reads 5; "
+        f"memo: {path}: field 'schema_version' is 0, and this release reads 6; "
         "make the file again with the installed release"
     ]
 

@@ -19,7 +19,8 @@ from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.planning.forecast import Surroundings, footprint, run_course
+from memo_runtime.planning.footprint import footprint
+from memo_runtime.planning.forecast import Surroundings, run_course
 from memo_runtime.records import BlockProfile, Executor, Growth, Link
 from tests.exactness.hand_written import merge_heads
 from tests.execution.alive import Alive
@@ -91,7 +92,8 @@ class Kind:
 class Case:
     """How a step runs: products of ``keep`` tiles are kept, the stash of ``swapped`` blocks goes to the host.
 
-    ``held``: somebody keeps the gradient of the last block's result.
+    ``held``: somebody keeps the gradient of the last block's result. ``sent``: of the kept tiles of swapped blocks, the
+    last ones whose products go to the host.
     """
 
     kind: Kind
@@ -99,6 +101,7 @@ class Case:
     keep: int = 0
     swapped: int = 0
     held: bool = False
+    sent: int = 0
 
 
 def bytes_of(*tensors):
@@ -131,8 +134,10 @@ class Stack:
                 gradients=bytes_of(*(one for one in layer.parameters() if one.requires_grad)),
             )  # fmt: skip
             rows = 0 if index < case.swapped else TOKENS
-            plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile)
-            prints.append(replace(footprint(block, plan, Link(to_host=1.0, to_device=1.0)), outgoing=0))
+            sent = 0 if rows else prefix - max(0, case.keep - case.sent) * case.tile
+            plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile, sent=sent)
+            one = footprint(block, plan, Link(to_host=1.0, to_device=1.0))
+            prints.append(replace(one, outgoing=0, sent=replace(one.sent, under_way=0)))
         around = Surroundings(
             asynchronous=True, base_bytes=0, gradual=True, outside_gradients=0, last_gradients=0, outside_peak=0,
             outside_seconds=0.0,
@@ -153,7 +158,10 @@ class Stack:
             x = self.source * 2.0
             for index, one in enumerate(self.tiles):
                 call = BlockCall.of((x,), {})
-                x = one.run(one.captured(call), call, replace(way, to_host=index < case.swapped))
+                below = index < case.swapped
+                x = one.run(
+                    one.captured(call), call, replace(way, to_host=below, sent=case.sent if below else 0)
+                )
                 del call
             forward, x = alive.peaks[""], x if case.held else x * 3.0
             behind, alive.phase = bytes_of(x), "backward"
@@ -176,6 +184,12 @@ CASES = [
     *(Case(ADAPTED, keep=keep, swapped=swapped, tile=20) for keep, swapped in ((2, 2), (5, 1))),
     Case(ADAPTED, held=True, tile=7),
 ]
+SENDING = [
+    *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)
+      for keep, swapped, sent in ((6, 1, 6), (6, 2, 6), (6, 2, 5), (3, 2, 2), (1, 1, 1))),
+    Case(GROUPED, tile=7, keep=14, swapped=1, sent=14),
+    Case(Kind(rows=2, lora=True), tile=20, keep=5, swapped=2, sent=5),
+]  # fmt: skip
 MORE = [
     Case(GROUPED, tile=7, keep=1, swapped=1),
     Case(ADAPTED, tile=20),
@@ -187,7 +201,9 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *SENDING, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)], ids=str
+)
 def test_the_peak_of_a_step(case):
     stack = stack_of(case.kind)
     stack.measure(case)  # programs are made in the first step

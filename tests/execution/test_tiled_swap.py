@@ -12,7 +12,8 @@ from torch import nn
 from memo_runtime.errors import HostLimitError, StateChangedError
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_swap import TiledSwap, is_dense
+from memo_runtime.execution.tiled_rows import is_dense
+from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.native.backend import TorchBackend
 from memo_runtime.native.engine import Ticket
 from memo_runtime.native.pool import HostPool

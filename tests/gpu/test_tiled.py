@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import memo_runtime as memo
+from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
 from memo_runtime.execution.stash import Tools
-from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_gradients import Gradients
 from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
@@ -116,6 +119,71 @@ def test_swapped_blocks_have_the_gradients_of_blocks_that_stay():
     torch.cuda.synchronize()
     assert swap.pool.in_use == 0
     assert swap.transfer.open_copies == 0
+
+
+def test_products_in_host_memory_are_those_that_stay_bit_for_bit(monkeypatch):
+    """The copy streams are late by random times, and memory that is freed too early is taken by the next tile."""
+    torch.manual_seed(0)
+    blocks = [Attention().cuda().bfloat16() for _ in range(4)]
+    x = torch.randn(2, 16384, WIDTH, device="cuda").bfloat16().requires_grad_()
+    device = torch.device("cuda")
+    wanted = [x, *(one for block in blocks for one in block.parameters())]
+    tools = Tools(device, 1 << 30)
+    swap = TiledSwap(device, tools.pool, tools.engine)
+    draw, submit = random.Random(3), tools.engine._submit
+    handles = [tools.engine.stream_handle(to_host=out) for out in (True, False)]
+    streams = [torch.cuda.ExternalStream(handle, device=device) for handle in handles]
+
+    def late(*args):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(draw.randrange(1_000_000))
+        return submit(*args)
+
+    monkeypatch.setattr(tools.engine, "_submit", late)
+    tiles = [TiledBlock(block, tile=1024) for block in blocks]
+
+    def step(sent):
+        hidden = x * 1
+        for one in tiles:
+            call = BlockCall.of((hidden,), {})
+            hidden = one.run(one.captured(call), call, Way(tile=1024, alpha=1.0, swap=swap, sent=sent))
+            del call
+        return torch.autograd.grad(hidden.float().square().mean(), wanted)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            expected = step(0)
+            for sent in (16, 15, 16, 1, 16):
+                assert all(torch.equal(a, b) for a, b in zip(step(sent), expected, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.cuda.synchronize()
+    assert (tools.pool.in_use, tools.engine.open_copies) == (0, 0)
+
+
+def test_a_budget_that_needs_products_in_host_memory_is_kept():
+    """Products that do not fit on the device go to the host; the plan's bytes are the step's, and so is its peak."""
+    model, data = llama(torch.bfloat16, hidden=2048), batch(1, 16384)
+    profile = memo.profile(model, data, tiles=True)
+    least = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=1, tile=1024).forecast.peak_bytes
+    most = memo.plan(profile, policy="tiled", alpha=1.0, keep_last=4, tile=1024).forecast.peak_bytes
+    budget = least + (most - least) // 3
+    plan = memo.plan(profile, policy="tiled", alpha=1.0, keep_last=1, tile=1024, budget=budget)
+    assert [block.sent > 0 for block in plan.blocks] == [True] * 3 + [False]
+    memo.wrap(model, plan=plan)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        model(**data).loss.backward()
+        model.zero_grad(set_to_none=True)
+    report = memo.report(model)
+    print(plan, report, sep="\n")
+    totals, forecast = report.totals, report.totals.forecast
+    for name in ("bytes_to_host", "bytes_to_device", "bytes_kept", "recomputed_flops", "host_bytes"):
+        assert getattr(totals, name) == getattr(forecast, name), name
+    assert totals.peak_bytes <= budget
+    assert totals.peak_bytes <= 1.03 * forecast.peak_bytes
 
 
 def test_gradients_of_inputs_take_the_place_of_those_of_results(monkeypatch):

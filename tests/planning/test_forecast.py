@@ -7,7 +7,8 @@ import pytest
 from memo_runtime.config import make_settings
 from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.planning.forecast import allowance, footprint
+from memo_runtime.planning.footprint import footprint
+from memo_runtime.planning.forecast import allowance
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Executor, Growth, Link, ModelStates, Role
 from tests.planning import reference

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memo_runtime as memo
-from memo_runtime.planning.forecast import _rerun_seconds
+from memo_runtime.planning.footprint import rerun_seconds
 from memo_runtime.profiling import timing
 from memo_runtime.profiling.writing import writing, written_bytes
 from memo_runtime.records import Action, BlockProfile, Executor, Growth
@@ -57,6 +57,6 @@ def test_it_counts_behind_a_prefix(profile: BlockProfile) -> None:
     block = replace(profile, rerun_seconds=Growth(linear=1.0), write_seconds=Growth(linear=0.25))
     whole = memo.plan(memo.profile(tower(), signal(tokens=64)), policy="recompute", keep_last=0).blocks[0]
     assert whole.executor is Executor.REPLAY
-    assert _rerun_seconds(block, whole) == 64
-    assert _rerun_seconds(block, replace(whole, prefix=24)) == 40 * 1.25
-    assert _rerun_seconds(block, replace(whole, prefix=64)) == 0
+    assert rerun_seconds(block, whole) == 64
+    assert rerun_seconds(block, replace(whole, prefix=24)) == 40 * 1.25
+    assert rerun_seconds(block, replace(whole, prefix=64)) == 0

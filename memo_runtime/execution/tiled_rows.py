@@ -1,0 +1,67 @@
+"""Rows of tensors in memory: tiles cut out of a whole one, and written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from memo_runtime.capture.axes import rows
+from memo_runtime.records import TokenAxis
+
+
+def packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) without gaps, in the memory order of ``whole``; a view of it wherever that is possible.
+
+    Dimensions of size one get the strides that they would have without gaps, so that tiles of all lengths look alike.
+    """
+    part = rows(whole, axis, tokens, start, stop)
+    if axis.outer != 1 or axis.inner != 1:
+        part = part.flatten(axis.dim, axis.dim + 2)
+    order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] != 1, -int(part.stride()[dim]), dim))
+    strides = _strides(part.shape, order)
+    layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
+    if same_memory(part, layout):
+        return part.as_strided(layout.shape, layout.stride())
+    return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
+
+
+def same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
+    """Both have the same strides wherever strides matter."""
+    pairs = zip(tensor.shape, tensor.stride(), layout.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in pairs)
+
+
+def like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torch.Tensor:
+    """Full-length memory for an output, its dimensions in the memory order of its first tile."""
+    shape = list(tile.shape)
+    shape[axis.dim] = shape[axis.dim] // length * tokens
+    order = sorted(range(tile.dim()), key=lambda dim: (-int(tile.stride()[dim]), dim))
+    # No view: autograd refuses in-place operations on a result that is one.
+    return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=tile.device)
+
+
+def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Those of memory without gaps whose dimensions lie in ``order``, the outermost first."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    return strides
+
+
+def write(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, tile: torch.Tensor) -> None:
+    """Put ``tile`` into ``whole`` from row ``start`` on."""
+    length = tile.shape[axis.dim] // (axis.outer * axis.inner)
+    target = rows(whole, axis, tokens, start, start + length)
+    target.copy_(tile.view(target.shape) if tile.is_contiguous() else tile.reshape(target.shape))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Its elements fill one run of memory, each once, in some order of dimensions."""
+    expected = 1
+    for size, step in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return tensor.numel() > 0

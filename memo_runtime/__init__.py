@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memo_runtime import errors
-    from memo_runtime.api import check, plan, profile, register_mixer, report, token_wise, unwrap, wrap
+    from memo_runtime.api import check, plan, profile, register_mixer, rehearse, report, token_wise, unwrap, wrap
     from memo_runtime.errors import MemoError
     from memo_runtime.losses import linear_cross_entropy
     from memo_runtime.records import Plan, Profile, Report
@@ -36,6 +36,7 @@ __all__ = [
     "plan",
     "profile",
     "register_mixer",
+    "rehearse",
     "report",
     "token_wise",
     "unwrap",
@@ -54,6 +55,7 @@ _HOMES = {
     "plan": "memo_runtime.api",
     "profile": "memo_runtime.api",
     "register_mixer": "memo_runtime.api",
+    "rehearse": "memo_runtime.api",
     "report": "memo_runtime.api",
     "token_wise": "memo_runtime.api",
     "unwrap": "memo_runtime.api",

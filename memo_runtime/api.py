@@ -47,11 +47,16 @@ from memo_runtime.execution.guard import refuse_other_optimisers
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan, Profile, Report
+from memo_runtime.rehearsal.record import Rehearsal
+from memo_runtime.rehearsal.run import rehearse
 from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import parse_tokens, show_value
 from memo_runtime.wrapping import Batch, Wrapped, all_wrapped, find_wrapped, make_wrapped, policy_from_outside
 
-__all__ = ["CheckResult", "check", "plan", "profile", "register_mixer", "report", "token_wise", "unwrap", "wrap"]
+__all__ = [
+    "CheckResult", "Rehearsal", "check", "plan", "profile", "register_mixer", "rehearse", "report", "token_wise",
+    "unwrap", "wrap",
+]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 PlanLike = Plan | str | os.PathLike[str]

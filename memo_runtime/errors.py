@@ -124,6 +124,10 @@ class ProfileError(MemoError, RuntimeError):
     """The model could not be profiled on the given batch."""
 
 
+class RehearsalError(MemoError, RuntimeError):
+    """A step could not be rehearsed: the model does not train on this batch, has no loss, or another rehearsal runs."""
+
+
 class CaptureRefusedError(MemoError, RuntimeError):
     """A block cannot be executed by tiles: which operator or object stands against it, and why."""
 

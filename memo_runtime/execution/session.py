@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import ReplayMismatchError
@@ -204,13 +205,29 @@ class Session:
         self._preparing = True
         surroundings = Surroundings()
         try:
-            yield
+            with RealKernels():
+                yield
         except BaseException:
             surroundings.restore()
             raise
         finally:
             if outermost:
                 self._preparing = False
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Steps inside are none of the training's: the last one that counts stays the one before.
+
+        A comparison that a stand-in has passed is made again. A step that an exception ended is remembered, since the
+        next one takes back what it holds.
+        """
+        step, steps, witnessed = self._step, self.steps, set(self._witnessed)
+        try:
+            yield
+        finally:
+            self.steps, self._witnessed = steps, witnessed
+            if self._step is not None and not (self._step.failed or self._step.in_backward):
+                self._step = step
 
     def _under_way(self) -> bool:
         """A step was started and is not over."""

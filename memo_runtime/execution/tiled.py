@@ -19,6 +19,7 @@ from torch import fx, nn
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import unflatten
+from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import Captured, capture
 from memo_runtime.capture.key import Key, capture_key
@@ -125,7 +126,8 @@ class TiledBlock:
             if not found.traced.allows(found.tokens(call)):
                 raise CaptureRefusedError("forward", f"it takes another way for {found.tokens(call)} tokens")
             if found.signature not in self.programs.checked:
-                check(found, self.block, call, partial(_checked_run, found))
+                with RealKernels():
+                    check(found, self.block, call, partial(_checked_run, found))
                 self.programs.checked.add(found.signature)
             self._captures[key] = found
         return found

@@ -45,7 +45,8 @@ ALLOWED = {
     "wrapping": NOUNS | STAGES | {"blocks", "integrations", "recent"},
     "recent": set(),
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
-    "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "soundness", "wrapping"},
+    "rehearsal": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
+    "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
     "cli": NOUNS
     | {
         "api",

@@ -1,0 +1,255 @@
+"""``memo.rehearse``: a whole step at full length, in a fraction of its time.
+
+Kernels that mix tokens take nearly all of a long step and have little to do with its memory. They are replaced
+(``stand_ins.py``); all else is the step itself: products, norms, loss, copies to and from the host, rebuilding, the
+allocator. The step runs twice. In the first happens what happens once: a wrapped model is profiled and planned with
+the real kernels, programs are compiled, host memory is pinned, an optimizer makes its states. The second is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memo_runtime.arguments import check_model, check_optimizer, check_shapes, check_weights, describe_batch
+from memo_runtime.blocks.containers import leaves_of
+from memo_runtime.errors import ArgumentTypeError, MemoError, PinningError, PlanInfeasibleError, RehearsalError
+from memo_runtime.profiling.model import model_device
+from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
+from memo_runtime.rehearsal.failure import forget, innermost_module, ran_out
+from memo_runtime.rehearsal.kept import Kept
+from memo_runtime.rehearsal.record import Rehearsal, ReplacedKernel
+from memo_runtime.rehearsal.stand_ins import StandIns
+from memo_runtime.wrapping import Batch, Wrapped, find_wrapped
+
+_POOL = ("allocated_bytes.current", "reserved_bytes.current")
+_NO_OPTIMIZER = "no optimizer= was given: what its step and its state take is not in the peak"
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step that is rehearsed, and how far it is."""
+
+    model: nn.Module
+    batch: Batch
+    loss: Callable[[Any], torch.Tensor] | None
+    optimizer: torch.optim.Optimizer | None
+    device: torch.device
+    phase: str = ""
+    seconds: float = 0.0
+    peaks: tuple[int, int] = (0, 0)
+
+    def run(self) -> None:
+        """Forward, loss, backward and the optimizer's step."""
+        began = time.perf_counter()
+        args, kwargs = self.batch
+        with torch.enable_grad():
+            self.phase = "forward"
+            loss = self._loss_of(self.model(*args, **kwargs))
+            self.phase = "backward"
+            loss.backward()
+            del loss
+        self.phase = "optimizer"
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self._wait()
+        self.seconds = time.perf_counter() - began
+
+    def measured(self, resident: int) -> None:
+        """The step with its peaks; on the CPU it begins with ``resident`` bytes."""
+        if self.device.type != "cuda":
+            self.peaks = cpu_peak(self.run, resident), 0
+            return
+        try:
+            self.run()
+        finally:
+            self.read_peaks()
+
+    def reset_peaks(self) -> None:
+        """Count from here, with no unused memory held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            self._wait()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read_peaks(self) -> None:
+        """What the allocator has counted since then."""
+        if self.device.type == "cuda":
+            self.peaks = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _loss_of(self, output: Any) -> torch.Tensor:
+        found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if self.loss is not None:
+            found = self.loss(output)
+        elif isinstance(output, torch.Tensor) and output.dim() == 0:
+            found = output
+        if isinstance(found, torch.Tensor) and found.dim() == 0 and found.requires_grad:
+            return found
+        given = "loss= yields" if self.loss is not None else f"{type(self.model).__name__} yields"
+        seen = output if found is None else found
+        what = type(seen).__name__
+        if isinstance(seen, torch.Tensor):
+            what = f"a tensor of shape {list(seen.shape)}" + ("" if seen.requires_grad else " without a gradient")
+        raise RehearsalError(
+            f"a rehearsal needs the loss that training takes, and {given} no scalar with a gradient ({what}): give "
+            "labels in the batch, or loss=, a function from the model's output to the loss"
+        )
+
+
+def rehearse(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    restore: bool = True,
+) -> Rehearsal:
+    """Run a training step of ``model`` on ``batch`` without the work of attention: its memory, copies and peaks.
+
+    Everything else is real. Kernels of attention are replaced by stand-ins that take the same memory, so a step that
+    would take half an hour takes seconds, and its loss means nothing. Memory that is short is a result, not an error.
+    Afterwards parameters, gradients, buffers, generators and the optimizer are as they were. On CUDA it starts
+    PyTorch's peak statistics anew.
+
+    Args:
+        model: the model, wrapped or not; a wrapped one is profiled and planned as in its first step, with the real
+            kernels. batch: keywords as a mapping, or positional arguments.
+        loss: from the model's output to the loss; by default its ``loss``, or the output itself if it is a scalar.
+        optimizer: takes a step too; by default the one given to ``wrap``. Gradients that exist are added to.
+        restore: False: what the optimizer steps is not copied to host memory first, and stays changed; for processes
+            that end behind the rehearsal.
+
+    Raises:
+        ArgumentTypeError, NotBuiltError: see ``wrap``; ``loss`` is no function.
+        RehearsalError: the model does not train on this batch, or yields no loss.
+        MemoError: what ``wrap`` and the first step raise, infeasible plans aside.
+    """
+    from memo_runtime.api import as_batch
+
+    check_model(model, "rehearse")
+    check_optimizer(optimizer)
+    if loss is not None and not callable(loss):
+        raise ArgumentTypeError(f"loss={loss!r} is no function from the model's output to the loss")
+    check_shapes(model)
+    check_weights(model)
+    wrapped = find_wrapped(model)
+    if optimizer is None and wrapped is not None:
+        optimizer = wrapped.optimizer
+    call, device = as_batch(batch), model_device(model)
+    inputs = [one for one in leaves_of(call) if isinstance(one, torch.Tensor)]
+    kept = Kept(model, inputs, optimizer, device, restore=restore)
+    step = _Step(model, call, loss, optimizer, device)
+    with _none_of_training(wrapped), StandIns(device) as stand_ins:
+        try:
+            return _rehearsed(step, kept, stand_ins, wrapped)
+        finally:
+            kept.put_back()
+
+
+@contextlib.contextmanager
+def _none_of_training(wrapped: Wrapped | None) -> Iterator[None]:
+    """The steps of ``wrapped`` inside are not counted; a step under way is no place for them."""
+    if wrapped is None:
+        yield
+        return
+    with wrapped.session.turn():
+        pass
+    with wrapped.session.rehearsing():
+        yield
+
+
+def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | None) -> Rehearsal:
+    failed: BaseException | None = None
+    where = ""
+    step.reset_peaks()
+    try:
+        step.run()
+        kept.start_again()
+        stand_ins.clear()
+        step.reset_peaks()
+        step.measured(_resident(step))
+    except Exception as error:
+        step.read_peaks()
+        where = _where(error, step, stand_ins)
+        forget(error)
+        if not ran_out(error):
+            if isinstance(error, MemoError):
+                raise
+            raise RehearsalError(
+                f"{type(step.model).__name__} does not train on this batch ({describe_batch(*step.batch)}): "
+                f"{type(error).__name__}: {error}. Give the batch as the model takes it: keyword arguments as a dict, "
+                "positional ones as a tuple"
+            ) from error
+        failed = error
+    return _record(step, stand_ins, wrapped, failed, where)
+
+
+def _where(error: BaseException, step: _Step, stand_ins: StandIns) -> str:
+    """The place at which ``error`` was raised."""
+    forward, backward = (sum(getattr(one, way) for one in stand_ins.calls.values()) for way in ("forward", "backward"))
+    if isinstance(error, PlanInfeasibleError):
+        step.phase = "plan"
+        return "its host memory" if isinstance(error, PinningError) else "none fits"
+    if step.phase == "forward":
+        return f"in '{innermost_module(error, step.model)}' after {forward} attentions"
+    if step.phase == "backward":
+        return f"after {backward} of {forward} attentions"
+    return "in the optimizer's step"
+
+
+def _resident(step: _Step) -> int:
+    """Bytes of the tensors that are there before a step."""
+    state = step.optimizer.state.values() if step.optimizer is not None else ()
+    held = [value for one in state for value in one.values() if isinstance(value, torch.Tensor)]
+    parameters = list(step.model.parameters())
+    grads = [one.grad for one in parameters if one.grad is not None]
+    inputs = [one for one in leaves_of(step.batch) if isinstance(one, torch.Tensor)]
+    return storage_bytes([*parameters, *step.model.buffers(), *grads, *held, *inputs])
+
+
+def _record(
+    step: _Step, stand_ins: StandIns, wrapped: Wrapped | None, failed: BaseException | None, where: str
+) -> Rehearsal:
+    totals = wrapped.session.report().totals if wrapped is not None else None
+    plan = wrapped.session.plan if wrapped is not None else None
+    replaced = tuple(
+        ReplacedKernel(name=name, forward=one.forward, backward=one.backward, inside_bytes=one.inside_bytes)
+        for name, one in sorted(stand_ins.calls.items())
+    )
+    message = "" if failed is None else f"{type(failed).__name__}: {str(failed).strip()}".split("\n")[0]
+    return Rehearsal(
+        fits=failed is None,
+        seconds=step.seconds if failed is None else 0.0,
+        peak_bytes=step.peaks[0],
+        reserved_bytes=step.peaks[1],
+        host_bytes=totals.host_bytes if totals is not None else _pinned_bytes(step.device),
+        bytes_to_host=totals.bytes_to_host if totals is not None else 0,
+        bytes_to_device=totals.bytes_to_device if totals is not None else 0,
+        replaced=replaced,
+        forecast=plan.forecast if plan is not None else None,
+        phase="" if failed is None else step.phase,
+        where=where,
+        error=message,
+        notes=() if step.optimizer is not None else (_NO_OPTIMIZER,),
+    )
+
+
+def _pinned_bytes(device: torch.device) -> int:
+    """Bytes that PyTorch's own pool has pinned."""
+    if device.type != "cuda":
+        return 0
+    stats = torch.cuda.host_memory_stats()
+    # Older versions call what the pool holds "reserved" and what is handed out "allocated".
+    return max((int(stats[name]) for name in _POOL if name in stats), default=0)

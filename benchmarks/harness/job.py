@@ -18,6 +18,7 @@ class Settings:
         memory: bytes that a contender may allocate, to see who needs more; None: what there is.
         steps: cap on steady and on warm-up steps; None: as many as the length asks for.
         learning_rate: of AdamW, in scope ``step``.
+        rehearse: attention is replaced, and what counts is memory.
     """
 
     geometry: str
@@ -31,6 +32,7 @@ class Settings:
     steps: int | None = None
     seed: int = 0
     learning_rate: float = 1e-5
+    rehearse: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,19 +7,12 @@ added up. That is real but slow, and meant for small shapes.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
-
-
-def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages of ``tensors``, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def limit_memory(size_bytes: int, device: torch.device) -> None:
@@ -69,16 +62,3 @@ def cuda_peaks(device: torch.device) -> dict[str, int]:
         "peak_allocated": torch.cuda.max_memory_allocated(device),
         "peak_reserved": torch.cuda.max_memory_reserved(device),
     }
-
-
-def cpu_peak(step: Callable[[], Any], resident: int) -> int:
-    """Peak bytes of tensors while ``step`` runs, which starts with ``resident`` bytes of them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    kineto = profiler.profiler.kineto_results
-    events = [event for event in kineto.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return resident + peak

@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="cap on steady and on warm-up steps")
     add("--seed", type=int, default=0)
     add("--traces", type=Path, metavar="FOLDER", help="one more step of each as a Chrome trace, and its copies' shares")
+    add("--rehearse", action="store_true",
+        help="find the longest length of each within --lengths FIRST,LAST, with stand-ins for attention")  # fmt: skip
     add("--minutes", type=float, help="stop in time; the same command goes on")
     add("--commit", help="commit of the tree that runs, where it is no checkout")
     return parser
@@ -94,6 +96,18 @@ def _has_gpu() -> bool:
     return True
 
 
+def _not_rehearsed(entries: Sequence[Entry], lengths: Sequence[int], traces: Path | None) -> str:
+    """What does not go with a search for the longest lengths; "": nothing."""
+    if len(lengths) != 2:
+        return f"--lengths has {len(lengths)}, and takes two: where the search begins, and where it ends at the latest"
+    if any(entry.name == "kernels" for entry in entries):
+        return "kernels trains nothing that could be rehearsed: leave it out"
+    other = next((entry for entry in entries if entry.budget_from is not None), None)
+    if other is not None:
+        return f"{other.label} has a budget at the lengths of {other.budget_from} only: give bytes, {other.name}@24GiB"
+    return "a trace of a rehearsed step would show no attention: leave --traces out" if traces is not None else ""
+
+
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """The options of ``arguments``; exits with 2 and what is wrong."""
     parser = _parser()
@@ -105,6 +119,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     device = given.device if given.device != "auto" else "cuda" if _has_gpu() else "cpu"
     if device == "cuda" and not _has_gpu():
         parser.error("--device cuda: nvidia-smi finds no GPU here; use --device cpu")
+    if given.rehearse and (refused := _not_rehearsed(entries, given.lengths, given.traces)):
+        parser.error(f"--rehearse: {refused}")
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps {given.steps}: at least one step is measured")
     found = given.commit or commit()
@@ -121,6 +137,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         memory=given.memory,
         steps=given.steps,
         seed=given.seed,
+        rehearse=given.rehearse,
     )
     return Options(
         run=given.run, out=given.out, entries=entries, lengths=given.lengths, settings=settings, budget=given.budget,

@@ -22,7 +22,7 @@ FIELDS = (
     "model_flops", "recomputed_flops", "mfu", "hfu",
     "peak_allocated", "peak_reserved", "first_peak_allocated", "host_rss", "pinned_bytes",
     "budget", "budget_from", "host_budget", "gradient_norm", "gradient_difference", "gradient_sketch", "details",
-    "config", "gpu", "driver", "cpu", "cores", "commit", "date", "versions",
+    "rehearsed", "config", "gpu", "driver", "cpu", "cores", "commit", "date", "versions",
 )  # fmt: skip
 #: What must agree between the rows of one run: without that they are not comparable.
 _RUN_FIELDS = ("geometry", "scope", "blocks", "config", "gpu", "driver", "cpu", "cores", "commit", "versions")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness import provenance
 from benchmarks.harness.job import Job
+from benchmarks.harness.longest import next_lengths
 from benchmarks.harness.names import Entry
 from benchmarks.harness.options import Options, parse_options
 from benchmarks.harness.rows import Row, RowError, RowFile, make_row
@@ -128,11 +129,11 @@ class Runner:
         deadline = None if options.minutes is None else time.time() + 60 * options.minutes
         return cls(options, file, conditions, deadline)
 
-    def budgets(self, entry: Entry) -> dict[int, int]:
-        """Device budget of ``entry`` by length."""
+    def budgets(self, entry: Entry, lengths: Sequence[int] = ()) -> dict[int, int]:
+        """Device budget of ``entry`` by length; one of its own at ``lengths``, or at those of the run."""
         if entry.budget_from is None:
             given = (entry.budget or self.options.budget) if entry.takes_budget else None
-            return {} if given is None else dict.fromkeys(self.options.lengths, given)
+            return {} if given is None else dict.fromkeys(lengths or self.options.lengths, given)
         rows = [row for row in self.file.of(entry.budget_from) if row["status"] == "ok"]
         return {row["seq_len"]: row["peak_allocated"] for row in rows}
 
@@ -143,11 +144,13 @@ class Runner:
         after a budget that was too small: the next length has another.
         """
         rows = self.file.of(entry.label)
+        if self.options.settings.rehearse:
+            return next_lengths(rows, self.options.lengths[0], self.options.lengths[-1])
         harmless = ("ok",) if entry.budget_from is None else ("ok", "oom")
         if any(row["status"] not in harmless for row in rows):
             return ()
         there = {row["seq_len"] for row in rows}
-        possible = set(self.options.lengths) if entry.budget_from is None else set(self.budgets(entry))
+        possible = self.options.lengths if entry.budget_from is None else self.budgets(entry)
         return tuple(tokens for tokens in self.options.lengths if tokens in possible and tokens not in there)
 
     def run(self) -> int:
@@ -157,10 +160,11 @@ class Runner:
             if not lengths:
                 say(f"{entry.label}: nothing to measure")
                 continue
-            if self.deadline is not None and time.time() >= self.deadline:
+            if not self._in_time():
                 break
-            say(f"{entry.label}: {', '.join(f'{tokens:,}' for tokens in lengths)} tokens")
             self._walk(entry, lengths)
+            while self.options.settings.rehearse and self._in_time() and (lengths := self.missing(entry)):
+                self._walk(entry, lengths)
             if entry.budget_from is not None and (left := self.missing(entry)) and left != lengths:
                 # Its process was killed for want of memory at one length, which is not the end of the others.
                 self._walk(entry, left)
@@ -170,12 +174,16 @@ class Runner:
             return NOT_IN_TIME
         return FAILED if any(row["status"] == "error" for row in self.file.rows) else DONE
 
+    def _in_time(self) -> bool:
+        return self.deadline is None or time.time() < self.deadline
+
     def _traces(self, entry: Entry) -> str | None:
         folder = self.options.traces
         return None if folder is None else str(folder / f"{self.options.run}-{entry.label.replace('@', '-at-')}")
 
     def _walk(self, entry: Entry, lengths: tuple[int, ...]) -> None:
-        budgets = self.budgets(entry)
+        say(f"{entry.label}: {', '.join(f'{tokens:,}' for tokens in lengths)} tokens")
+        budgets = self.budgets(entry, lengths)
         job = Job(
             contender=entry.name,
             settings=self.options.settings,
@@ -183,7 +191,7 @@ class Runner:
             budgets=budgets,
             own_budgets=entry.budget_from is not None,
             host_budget=self.options.host_budget if entry.takes_budget else None,
-            sketch_at=None if entry.name == "kernels" else self.options.lengths[0],
+            sketch_at=None if entry.name == "kernels" or self.options.settings.rehearse else self.options.lengths[0],
             deadline=self.deadline,
             traces=self._traces(entry),
         )
@@ -194,7 +202,9 @@ class Runner:
                 return
         failure = child.failure()
         if failure is not None:
-            self._append(entry, {**failure, "seq_len": self.missing(entry)[0]}, budgets)
+            left = next(tokens for tokens in lengths if self.file.find(entry.label, tokens) is None)
+            failure |= {"seq_len": left, "rehearsed": self.options.settings.rehearse}
+            self._append(entry, failure, budgets)
 
     def _append(self, entry: Entry, measured: Row, budgets: dict[int, int]) -> None:
         self._compare(entry, measured)
@@ -211,8 +221,10 @@ class Runner:
             }
         )
         self.file.append(row)
-        seconds = f"{row['step_seconds']:.4g} s" if row["status"] == "ok" else first_line(row["error"])
-        say(f"  {row['seq_len']:>9,}  {row['status']}  {seconds}")
+        found = first_line(row["error"] or "")
+        if row["status"] == "ok":
+            found = "rehearsed" if row["rehearsed"] else f"{row['step_seconds']:.4g} s"
+        say(f"  {row['seq_len']:>9,}  {row['status']}  {found}")
 
     def _compare(self, entry: Entry, measured: Row) -> None:
         """How far gradients are from the reference's; too far is an error, however fast."""
@@ -241,4 +253,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return runner.run()
     finally:
-        print(run_table(runner.file.rows))
+        # What the file holds: an interrupt may come when a row is written and not yet known here.
+        print(run_table(RowFile.open(options.out, options.run).rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from benchmarks.harness.rows import Row
+from benchmarks.harness.rows import Row, RowError
 from memo_runtime.reporting.text_table import table
 
 _MEMORY = ("peak_allocated", "peak_reserved", "host_rss", "pinned_bytes", "budget")
@@ -16,6 +16,8 @@ _HEADER = (
     "contender", "step s", "p20", "p80", "n", "speed", "MFU", "HFU",
     "peak", "reserved", "RSS", "pinned", "budget", "gradients",
 )  # fmt: skip
+
+_LONGEST_HEADER = ("contender", "longest", "too long", "peak", "reserved", "RSS", "pinned", "budget")
 
 
 def _number(value: float | None, shown: str) -> str:
@@ -58,6 +60,40 @@ def _unit(rows: Sequence[Row]) -> tuple[str, int]:
     return _UNITS[0] if largest >= _UNITS[0][1] else _UNITS[1]
 
 
+def _conditions(row: Row) -> str:
+    """What all rows of a run have in common."""
+    blocks = "all" if row["blocks"] is None else row["blocks"]
+    config, where = row["config"], row["gpu"] or row["cpu"]
+    kinds = f"{config['dtype']}, {config['attention']} attention, torch {row['versions']['torch']}"
+    return f"run {row['run']}: {row['geometry']}, {blocks} blocks, scope {row['scope']}, {kinds}, {where}"
+
+
+def longest_table(rows: Sequence[Row]) -> str:
+    """The longest length of each contender of a rehearsed run, and what the next one tried was short of.
+
+    Raises:
+        RowError: real steps among them.
+    """
+    if not all(row.get("rehearsed") for row in rows):
+        raise RowError(f"run '{rows[0]['run']}' has rehearsed rows and real ones, which are not put into one table")
+    unit, size = _unit(rows)
+    lines, told = [], []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        mine = [row for row in rows if row["contender"] == name]
+        there = [row for row in mine if row["status"] == "ok"]
+        best = max(there, key=lambda row: int(row["seq_len"]), default=None)
+        reached = int(best["seq_len"]) if best is not None else 0
+        above = [row for row in mine if row["status"] != "ok" and int(row["seq_len"]) > reached]
+        short = min(above, key=lambda row: int(row["seq_len"]), default=None)
+        memory = [_memory(best[one] if best is not None else None, size) for one in _MEMORY]
+        beyond = "" if short is None else f"{short['seq_len']:,}"
+        lines.append((name, f"{reached:,}" if best is not None else "none", beyond, *memory))
+        if short is not None:
+            told.append(f"{name} at {short['seq_len']:,}: {short['status']}, {first_line(short['error'])}")
+    head = f"longest length by rehearsal (attention replaced), the shortest that did not fit; {unit}"
+    return "\n".join([_conditions(rows[0]), head, "", table(_LONGEST_HEADER, lines), *([""] if told else []), *told])
+
+
 def run_table(rows: Sequence[Row]) -> str:
     """A table for each length, and why contenders stopped.
 
@@ -65,12 +101,11 @@ def run_table(rows: Sequence[Row]) -> str:
     """
     if not rows:
         return "no rows"
+    if any(row.get("rehearsed") for row in rows):
+        return longest_table(rows)
     first, (unit, size) = rows[0], _unit(rows)
-    blocks = "all" if first["blocks"] is None else first["blocks"]
-    config, where = first["config"], first["gpu"] or first["cpu"]
-    kinds = f"{config['dtype']}, {config['attention']} attention, torch {first['versions']['torch']}"
     lines = [
-        f"run {first['run']}: {first['geometry']}, {blocks} blocks, scope {first['scope']}, {kinds}, {where}",
+        _conditions(first),
         f"seconds of a step; times as fast as {BASE}; {unit}; relative L2 distance of gradients from unwrapped's",
     ]
     ordered = sorted(rows, key=lambda row: int(row["seq_len"]))

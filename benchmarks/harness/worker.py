@@ -22,26 +22,19 @@ import torch
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.job import Job
-from benchmarks.harness.memory import cpu_peak, cuda_peaks, host_facts, limit_memory, release, reset_peaks
+from benchmarks.harness.memory import cuda_peaks, host_facts, limit_memory, release, reset_peaks
+from benchmarks.harness.rehearsing import rehearse
 from benchmarks.harness.sketch import encode, norm, sketch
 from benchmarks.harness.subject import OnGradients
 from benchmarks.harness.timing import percentiles, predicted_seconds, step_counts
 from benchmarks.harness.tracing import traced_step
-from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.rehearsal.cpu_peak import cpu_peak
+from memo_runtime.rehearsal.failure import ran_out
 from memo_runtime.reporting.mfu import utilization
 
-#: Messages of allocators that raise a plain RuntimeError: of pinned memory, and of the CPU's.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _MESSAGE_LIMIT = 600
 
 Measurement = dict[str, Any]
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory was short: the device's, the host's, or the budget's."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError, PlanInfeasibleError)):
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in _NO_MEMORY)
 
 
 @dataclass(slots=True)
@@ -98,7 +91,7 @@ def measure(contender: Contender, job: Job, tokens: int) -> Measurement:
     facts = _warm_up(contender, job, tokens, max(1, warm))
     reset_peaks(contender.device)
     seconds = [_timed(contender) for _ in range(steady)]
-    facts |= {"status": "ok", "seq_len": tokens, "seconds": seconds, **percentiles(seconds)}
+    facts |= {"status": "ok", "seq_len": tokens, "rehearsed": False, "seconds": seconds, **percentiles(seconds)}
     facts |= cuda_peaks(contender.device) | host_facts(contender.device)
     if facts["pinned_bytes"] is not None:
         facts["pinned_bytes"] += contender.pinned_bytes()
@@ -111,10 +104,10 @@ def measure(contender: Contender, job: Job, tokens: int) -> Measurement:
     return facts
 
 
-def _failure(tokens: int, error: BaseException, device: torch.device) -> Measurement:
+def _failure(job: Job, tokens: int, error: BaseException, device: torch.device) -> Measurement:
     status = "oom" if ran_out(error) else "error"
     message = f"{type(error).__name__}: {str(error).strip()}"[:_MESSAGE_LIMIT]
-    facts: Measurement = {"status": status, "seq_len": tokens, "error": message}
+    facts: Measurement = {"status": status, "seq_len": tokens, "error": message, "rehearsed": job.settings.rehearse}
     if device.type == "cuda" and torch.cuda.is_initialized():
         facts |= cuda_peaks(device) | host_facts(device)
     return facts
@@ -123,11 +116,11 @@ def _failure(tokens: int, error: BaseException, device: torch.device) -> Measure
 def _measured(contender: Contender, job: Job, tokens: int) -> Measurement:
     """What ``measure`` says; memory that a budget of this length alone was short of is a measurement too."""
     try:
-        return measure(contender, job, tokens)
+        return (rehearse if job.settings.rehearse else measure)(contender, job, tokens)
     except Exception as error:
         if not (job.own_budgets and ran_out(error)):
             raise
-        return _failure(tokens, error, contender.device)
+        return _failure(job, tokens, error, contender.device)
 
 
 class _Clock:
@@ -146,6 +139,9 @@ class _Clock:
 
     def note(self, facts: Measurement, elapsed: float) -> None:
         """What the length that was just done took in all."""
+        if facts["rehearsed"]:  # no step grows with the square
+            self._before = (facts["seq_len"], 0.0, elapsed)
+            return
         steps = sum(step_counts(facts["seq_len"], self._job.settings.steps))
         other = max(0.0, elapsed - steps * facts["step_seconds"])
         self._before = (facts["seq_len"], facts["step_seconds"], other)
@@ -180,7 +176,7 @@ def walk(job: Job, out: TextIO) -> None:
     except Exception as error:  # whatever a contender does wrong is its result, and the others go on
         if not ran_out(error):
             traceback.print_exc()
-        emit(_failure(tokens, error, device))
+        emit(_failure(job, tokens, error, device))
 
 
 def main() -> int:

@@ -72,12 +72,17 @@ class _Step:
         finally:
             self.read_peaks()
 
-    def reset_peaks(self) -> None:
-        """Count from here, with no unused memory held."""
+    def let_go(self) -> None:
+        """Hold no unused memory."""
         gc.collect()
         if self.device.type == "cuda":
             self._wait()
             torch.cuda.empty_cache()
+
+    def reset_peaks(self) -> None:
+        """Count from here, with no unused memory held."""
+        self.let_go()
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def read_peaks(self) -> None:
@@ -193,6 +198,8 @@ def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | 
                 "positional ones as a tuple"
             ) from error
         failed = error
+        kept.start_again()
+        step.let_go()
     return _record(step, stand_ins, wrapped, failed, where)
 
 
@@ -203,7 +210,8 @@ def _where(error: BaseException, step: _Step, stand_ins: StandIns) -> str:
         step.phase = "plan"
         return "its host memory" if isinstance(error, PinningError) else "none fits"
     if step.phase == "forward":
-        return f"in '{innermost_module(error, step.model)}' after {forward} attentions"
+        name = innermost_module(error, step.model)
+        return (f"in '{name}' " if name else "") + f"after {forward} attentions"
     if step.phase == "backward":
         return f"after {backward} of {forward} attentions"
     return "in the optimizer's step"

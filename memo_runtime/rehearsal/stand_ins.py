@@ -134,7 +134,12 @@ _open: list[StandIns] = []
 def _layout(tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor):
         return None
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return *_alike(tuple(tensor.shape), tensor.stride()), tensor.dtype
+
+
+def _alike(shape: Sequence[int], stride: Sequence[int]) -> Layout:
+    """The same for tensors that lie alike in memory: the stride of a dimension of one element means nothing."""
+    return tuple(shape), tuple(0 if size == 1 else step for size, step in zip(shape, stride, strict=True))
 
 
 def _tokens(named: Mapping[str, Any]) -> int:
@@ -201,7 +206,7 @@ class _Fused:
     def _backward_law(self, keyset: Any, named: Named, grad: Layout, wanted: list[bool] | None) -> Law:
         """The law of a backward whose forward has the arguments ``named``."""
         wanted = wanted if "grad_input_mask" in str(self._backward_operator._schema) else None
-        more = ("backward", grad, tuple(wanted) if wanted is not None else None)
+        more = ("backward", _alike(*grad), tuple(wanted) if wanted is not None else None)
         return self._law(
             {**named, "compute_log_sumexp": True}, more, partial(self._backward_of, keyset, named, grad, wanted)
         )

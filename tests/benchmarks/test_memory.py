@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.harness.memory import cpu_peak, storage_bytes
+from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
 
 
 def test_the_peak_on_the_cpu_is_that_of_live_tensors():

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from benchmarks.harness.job import Job
-from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.subject import OnGradients, Subject
+from memo_runtime.rehearsal.cpu_peak import storage_bytes
 
 BlockForward = Callable[..., torch.Tensor]
 

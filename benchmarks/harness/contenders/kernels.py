@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.geometry import Linear, Scope, make_config, make_shape
 from benchmarks.harness.job import Job
-from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.subject import BACKENDS, OnGradients
+from memo_runtime.rehearsal.cpu_peak import storage_bytes
 
 #: Length at which kernels of attention are compared; their order does not change with it.
 _TRIAL_TOKENS = 8192

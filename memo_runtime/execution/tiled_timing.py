@@ -1,6 +1,6 @@
 """Seconds of a block by tiles, for a plan: a few tiles of it, and its attention at the length of the call.
 
-    short run of whole tiles  -  attention at its length  =  the segments, on a line
+    run of some tiles  -  attention at its length         =  the segments, on a line
     the same with the products of half of the tiles kept  =  what a kept token saves
     attention at the full length: few groups of heads, times the groups
 
@@ -43,6 +43,8 @@ logger = logging.getLogger("memo_runtime")
 #: Work before anything is timed: a device that has just woken up runs faster than it will.
 _LOAD_SECONDS = {"cuda": 0.5}
 _WARM = 2
+#: Tiles that are run: a step of as many is timed as it is.
+_TIMED_TILES = {"cuda": 4, "cpu": 2}
 #: Most rounds of that work.
 _MOST_ROUNDS = 500
 #: By name: its module takes a second to import where nothing is compiled.
@@ -65,9 +67,7 @@ class TileTimes:
     saved: float
 
 
-def time_tiles(
-    tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int | None = None
-) -> TileTimes | None:
+def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int | None = None) -> TileTimes | None:
     """Time ``captured`` for calls like ``call``; ``tile``: tokens of a tile, where the user has fixed it.
 
     None: it mixes tokens in a way that cannot be timed at full length beside the model (a mask of all pairs of
@@ -83,7 +83,9 @@ def time_tiles(
     hidden: torch.Tensor = call.leaves[captured.input_leaf]
     rows = max(1, hidden.numel() // hidden.shape[-1] // tokens)
     tile = min(tokens, longest_tile(rows) if tile is None else tile)
-    length = 2 * tile if 2 * tile <= tokens else tile
+    count = min(_TIMED_TILES.get(hidden.device.type, _TIMED_TILES["cpu"]), -(-tokens // tile))
+    length = min(tokens, count * tile)
+    half = max(1, count // 2)
     if not captured.traced.allows(length):
         return None
     try:
@@ -91,8 +93,10 @@ def time_tiles(
             attentions = [_Attention(captured, node) for node in mixers]
             full = [one.fastest(tiles.programs.kernels, tokens) for one in attentions]
             block = _time_block(tiles, captured, shortened(call, length), Way(tile=tile))
-            kept = _time_block(tiles, captured, shortened(call, length), Way(tile=tile, alpha=tile / length))
-            short = [one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions]
+            kept = _time_block(tiles, captured, shortened(call, length), Way(tile=tile, alpha=half / count))
+            short = full if length == tokens else [
+                one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions
+            ]  # fmt: skip
     except torch.OutOfMemoryError as error:
         logger.info("memo: tiles are not timed, there is no room for it: %s", error)
         return None
@@ -103,7 +107,7 @@ def time_tiles(
     rest = [max(0.0, block[way] - sum(one[way] for one in short)) / length for way in (0, 1)]
     squared = [sum(one[way] for one in full) / tokens**2 for way in (0, 1)]
     forward, backward = (Growth(linear=rest[way], quadratic=squared[way]) for way in (0, 1))
-    return TileTimes(forward, backward, rest[0], max(0.0, sum(block) - sum(kept)) / tile)
+    return TileTimes(forward, backward, rest[0], max(0.0, sum(block) - sum(kept)) / min(length, half * tile))
 
 
 def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way) -> tuple[float, float]:

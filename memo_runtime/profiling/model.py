@@ -156,9 +156,7 @@ class Observer(Walk):
         # Blocks that save the same cost the same: one of each is timed, and seen at other numbers of sequences.
         key = _kind_of(block, profile)
         if key not in self.timed:
-            timed = time_block(
-                block.module, forward, call, profile, start=start, device=self.device, load=not self.timed
-            )
+            timed = time_block(block.module, forward, call, profile, start=start, device=self.device)
             # What one stack hands to another (an encoder's states) has a length of its own.
             pair = pair_law(call, profile, self.profiles.values())
             self.timed[key] = timed, self._law(block, forward, call, profile, start), pair
@@ -171,9 +169,7 @@ class Observer(Walk):
             self.pairs[block.name] = pair
         return model
 
-    def _law(
-        self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start
-    ) -> RowLaw:
+    def _law(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile, start: Start) -> RowLaw:
         if self.rows_at_once:
             return measure_rows(block.module, forward, call, profile, start)
         return later_rows(call, profile)
@@ -195,6 +191,7 @@ class Observer(Walk):
             by_dims[min(dims, 2)] += size if by_row or not grows else 0
         tokens = max(1, tokens)
         return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
+
 
 def _kind_of(block: NamedBlock, profile: BlockProfile) -> object:
     """Equal for blocks that save the same."""

@@ -1,15 +1,15 @@
 """Timing one block: forward, backward, and a rerun with its mixers replaced, at three lengths.
 
-A device that has just woken up runs faster than one under load, so it works for a while before anything is timed for a
-step of long sequences. On CUDA transient memory is measured in runs of their own; the timed ones follow each other
-without a pause, since a GPU that waits in between has a higher clock than in a step.
+A device that has just woken up runs faster than one under load, and a GPU that waits between runs has a higher clock
+than in a step. So on CUDA transient memory is measured in runs of their own, and the timed ones follow each other and a
+while of the same work without a pause.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +22,7 @@ from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
-from memo_runtime.blocks.stopwatch import laps, seconds_of, synchronize
+from memo_runtime.blocks.stopwatch import laps, seconds_of
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
@@ -43,8 +43,8 @@ _STEADY = 0.05
 _BYTES_SAMPLES, _ROUNDS = 3, 3
 #: Runs longer than this are repeated once: what libraries prepare in the first is small beside them.
 _LONG_SECONDS = 0.5
-#: Work before blocks of long sequences are timed.
-_LOAD_SECONDS = {"cuda": 1.0}
+#: The same work before the timed rounds, and most rounds of it.
+_LOAD_SECONDS, _MOST_LOAD = 0.4, 200
 
 
 def _nothing() -> None:
@@ -86,18 +86,6 @@ class _Timer:
         self.start.set()
         return seconds_of(run, self.device)
 
-    def load(self, tokens: int) -> None:
-        """Keep the device busy until it has the speed that it keeps."""
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < _LOAD_SECONDS.get(self.device.type, 0.0):
-            call = self.crop(tokens)
-            args, kwargs = call.arguments()
-            outputs = [self.forward(*args, **kwargs)]
-            self._backward(call, outputs.pop())
-            synchronize(self.device)
-            if several_ranks():
-                return
-
     def sample(self, tokens: int) -> _Sample:
         """One forward, backward and rerun at ``tokens``."""
         call = self.crop(tokens)
@@ -137,35 +125,42 @@ class _Timer:
         # Ranks make as many, whatever their times: see ``median``.
         long = like.forward + like.backward > _LONG_SECONDS and not several_ranks()
         rounds = 1 if long else _ROUNDS
-        # Each with a call of its own: a forward writes into the key/value cache that it was given.
-        seconds = laps([run for _ in range(rounds) for run in self._round(tokens)], self.device)
+        took = max(1e-9, like.forward + like.backward + like.rerun)
+        load = 0 if several_ranks() else min(_MOST_LOAD, math.ceil(_LOAD_SECONDS / took))
+        seconds = laps([run for _ in range(load + rounds) for run in self._round(tokens)], self.device)[6 * load :]
         # Every second lap is a start.
         found = zip(seconds[1::6], seconds[3::6], seconds[5::6], strict=True)
         return [_Sample(tokens, forward, backward, rerun, like.write) for forward, backward, rerun in found]
 
     def _round(self, tokens: int) -> list[Callable[[], object]]:
         """Forward, backward and rerun, a start before each."""
-        call = self.crop(tokens)
-        args, kwargs = call.arguments()
+        calls: list[BlockCall] = []
         outputs: list[object] = []
-        each: list[Callable[[], object]] = [
-            lambda: outputs.append(self.forward(*args, **kwargs)),
-            lambda: self._backward(call, outputs.pop(), tangents),
-            self._again(call, tokens),
-        ]
         tangents: list[torch.Tensor] = []
 
         def start() -> None:
+            # A call of each round's own: a forward writes into the key/value cache that it was given.
+            calls[:] = calls or [self.crop(tokens)]
             tangents[:] = [torch.randn_like(one) for output in outputs for one in _results(output)]
             self.start.set()
 
-        return [run for timed in each for run in (start, timed)]
+        def forward() -> None:
+            args, kwargs = calls[0].arguments()
+            outputs.append(self.forward(*args, **kwargs))
+
+        def backward() -> None:
+            self._backward(calls[0], outputs.pop(), tangents)
+
+        def again() -> None:
+            self._again(calls[0], tokens)()
+
+        return [run for timed in (forward, backward, again) for run in (start, timed)]
 
     def _backward(self, call: BlockCall, output: object, tangents: Sequence[torch.Tensor] = ()) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire.
 
-        ``tangents``: gradients of the results; without them ones, over which kernels draw less power and run faster than
-        in a step.
+        ``tangents``: gradients of the results; without them ones, over which kernels draw less power and run faster
+        than in a step.
         """
         outputs = _results(output)
         inputs = [t for _, t in call.tensors() if t.requires_grad]
@@ -314,12 +309,11 @@ def time_block(
     *,
     start: Start,
     device: torch.device,
-    load: bool,
 ) -> BlockProfile:
     """``profile`` with seconds and transient peaks filled in, measured on a crop of ``call``.
 
     Every run begins at ``start``, whose setting up is not timed, and the state is that one afterwards. A block that
-    cannot be cropped is timed at full length. ``load``: the device was not busy before.
+    cannot be cropped is timed at full length.
     """
     if not profile.tokens:
         return profile
@@ -328,8 +322,6 @@ def time_block(
     lengths = (profile.tokens,) if whole_only else lengths_to_time(profile.tokens, device.type)
     with start.kept(), torch.enable_grad():
         try:
-            if load and lengths[-1] < profile.tokens:
-                timer.load(lengths[-1])
             medians = [timer.median(tokens) for tokens in lengths]
         except Exception as error:
             pass_on(error)

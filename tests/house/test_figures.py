@@ -71,7 +71,7 @@ def test_the_sentences_below_the_comparison_are_made_of_rows():
 
 
 def test_the_sentence_on_24_gib_is_made_of_rows():
-    """With what was asked of it: 1.10 times selective checkpointing, 0.92 of kernels alone, 5 % of copies not hidden."""
+    """1.10 times selective checkpointing, 0.92 of kernels alone, and at most 5 % of copies not hidden."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     rows = {(row["contender"], row["seq_len"]): row for row in rows_of("harness_tiled_h100.jsonl")}
     memo, selective, kernels = (rows[name, 131072] for name in ("memo-auto@24GiB", "selective", "kernels"))

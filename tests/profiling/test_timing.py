@@ -130,9 +130,9 @@ def test_samples_are_taken_until_two_agree(steady: bool, monkeypatch: pytest.Mon
     assert found.forward == pytest.approx(0.1 if steady else 0.8), "the first is no sample where it differs"
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, timing._ROUNDS), (0.4, 1)])
-def test_on_a_gpu_rounds_follow_each_other_without_a_pause(
-    seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "load", "rounds"), [(0.1, 2, timing._ROUNDS), (0.4, 1, 1)])
+def test_on_a_gpu_rounds_follow_each_other_and_a_load_without_a_pause(
+    seconds: float, load: int, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, backward and rerun by turns, each behind a start whose time is nobody's; long ones once."""
     done: list[str] = []
@@ -159,10 +159,10 @@ def test_on_a_gpu_rounds_follow_each_other_without_a_pause(
         done.clear()
         found = timer._without_pause(16, like)
     assert [(one.forward, one.backward, one.rerun, one.write) for one in found] == [
-        (10.0 + number, 30.0 + number, 50.0 + number, 7.0) for number in range(rounds)
+        (10.0 + number, 30.0 + number, 50.0 + number, 7.0) for number in range(load, load + rounds)
     ]
     # Backward runs no forward, and the rerun does.
-    assert done == ["start", "forward", "start", "start", "forward"] * rounds
+    assert done == ["start", "forward", "start", "start", "forward"] * (load + rounds)
 
 
 class Headed(nn.Module):

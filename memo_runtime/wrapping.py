@@ -28,6 +28,7 @@ from memo_runtime.execution.install import install_pre_hook, original_forward, p
 from memo_runtime.execution.session import Session
 from memo_runtime.execution.tiled_block import Tiling
 from memo_runtime.integrations import huggingface
+from memo_runtime.integrations.attention_masks import MaskInstallation, install_masks
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
 from memo_runtime.planning.executors import tiles_are_worth_trying
@@ -102,6 +103,7 @@ class Wrapped:
     _granted: int | None = None
     _handle: Any = None
     _integration: Any = None
+    _masks: MaskInstallation | None = None
 
     def __str__(self) -> str:
         asked, given = self.settings, self.given_plan
@@ -119,6 +121,8 @@ class Wrapped:
         """Put everything in place; on an error nothing stays."""
         self._integration = huggingface.install(self.model, loss=self.loss)
         try:
+            if not self.session.idle:
+                self._masks = install_masks(self.model)
             self.session.install()
             self._handle = install_pre_hook(self.model, _Gate(self))
             place(self.model, ATTRIBUTE, self)
@@ -134,6 +138,8 @@ class Wrapped:
         self.session.remove()
         if self._integration is not None:
             self._integration.remove()
+        if self._masks is not None:
+            self._masks.remove()
 
     @property
     def _tiles_loss(self) -> bool:

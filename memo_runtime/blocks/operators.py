@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from memo_runtime.blocks.spans import layout_of
 from memo_runtime.records import PinKind
 
 _MIXER_MARKS = (
@@ -41,6 +42,9 @@ _ALONG_A_DIMENSION = (
     "upsample_nearest1d", "upsample_linear1d", "reflection_pad1d", "replication_pad1d",
 )  # fmt: skip
 
+#: Attention under spans (``execution/mixers/masked.py``), which is treated like an operator that the user has named.
+MASKED_ATTENTION = "memo_runtime.masked_attention"
+_NAMED_HERE = frozenset({MASKED_ATTENTION, f"{MASKED_ATTENTION}_backward"})
 #: Mixers registered by the user with memo.register_mixer: qualified operator names without overload.
 _registered_mixers: set[str] = set()
 
@@ -57,13 +61,14 @@ def register_mixer_operator(name: str) -> None:
 
 
 def is_registered_mixer(name: str) -> bool:
-    """The user has named ``name`` (an overload) as one that mixes tokens."""
-    return name in _registered_mixers or name.rsplit(".", 1)[0] in _registered_mixers
+    """``name`` (an overload) was named as one that mixes tokens, by the user or here."""
+    named = registered_mixers()
+    return name in named or name.rsplit(".", 1)[0] in named
 
 
 def registered_mixers() -> frozenset[str]:
-    """All of them, at this point."""
-    return frozenset(_registered_mixers)
+    """All that were named, at this point."""
+    return _NAMED_HERE | _registered_mixers
 
 
 def pin_kind(name: str) -> PinKind | None:
@@ -117,12 +122,22 @@ def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return 2 * batch * heads * queries * key.shape[-2] * (depth + value.shape[-1])
 
 
+def _masked_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor) -> int:
+    """Of the pairs that see each other; of all where spans have no values (meta, fake)."""
+    if type(spans) is not torch.Tensor or spans.device.type == "meta":
+        return _attention_flops(query, key, value)
+    visible = layout_of(spans, key.shape[2]).visible * len(query) // len(spans)
+    return 2 * query.shape[1] * visible * (query.shape[3] + value.shape[3])
+
+
 def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Floating-point operations of one dispatched call; 0 for operators that are not matrix products."""
     packet = getattr(func, "_overloadpacket", None)
     if packet is None:
         return 0
     name = str(packet)
+    if name == MASKED_ATTENTION:
+        return _masked_flops(*args[:4])
     # PyTorch's own formula refuses grouped-query attention in some releases and lacks the CPU's operator.
     if "scaled_dot_product" in name and "backward" not in name and len(args) >= 3:
         return _attention_flops(args[0], args[1], args[2])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.names import AS_IT_IS
 from memo_runtime.errors import CaptureRefusedError
 
 #: Where modules keep their hooks; ``HOOK_TABLES`` are those that run something.
@@ -46,7 +47,7 @@ def structural_copy(block: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn
     Raises:
         CaptureRefusedError: something in it cannot be copied.
     """
-    memo: dict[int, Any] = dict(tensors)
+    memo: dict[Any, Any] = {**tensors, AS_IT_IS: True}
     modules = list(block.modules())
     for one in modules:
         made = plain_class(one)

@@ -27,7 +27,7 @@ ALLOWED = {
     "persist": NOUNS | {"soundness"},
     "soundness": NOUNS | {"planning"},
     "arguments": NOUNS,
-    "blocks": NOUNS,
+    "blocks": NOUNS | {"recent"},
     "losses": NOUNS,
     "reporting": {"records", "placement", "sizes", "units", "errors", "output"},
     "native": NOUNS,

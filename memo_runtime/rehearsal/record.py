@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from memo_runtime.records import Forecast
 from memo_runtime.units import format_bytes, format_seconds
@@ -51,6 +53,21 @@ class Rehearsal:
     def calls(self) -> int:
         """Calls of kernels that were replaced, forward and backward."""
         return sum(one.forward + one.backward for one in self.replaced)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Rehearsal:
+        """The rehearsal of ``to_dict``, through JSON or not."""
+        forecast = values["forecast"]
+        read = {
+            "replaced": tuple(ReplacedKernel(**one) for one in values["replaced"]),
+            "forecast": None if forecast is None else Forecast(**forecast),
+            "notes": tuple(values["notes"]),
+        }
+        return cls(**{**values, **read})
 
     def __str__(self) -> str:
         verdict = f"fits, rehearsed in {format_seconds(self.seconds)}"

@@ -30,6 +30,7 @@ from memo_runtime.rehearsal.stand_ins import StandIns
 from memo_runtime.wrapping import Batch, Wrapped, find_wrapped
 
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
+_NONE_REPLACED = "no fused kernel of attention ran, so nothing was replaced: the step took what it takes"
 _NO_OPTIMIZER = "no optimizer= was given: what its step and its state take is not in the peak"
 
 
@@ -236,6 +237,9 @@ def _record(
         ReplacedKernel(name=name, forward=one.forward, backward=one.backward, inside_bytes=one.inside_bytes)
         for name, one in sorted(stand_ins.calls.items())
     )
+    notes = [] if step.optimizer is not None else [_NO_OPTIMIZER]
+    if failed is None and not replaced:
+        notes.append(_NONE_REPLACED)
     message = "" if failed is None else f"{type(failed).__name__}: {str(failed).strip()}".split("\n")[0]
     return Rehearsal(
         fits=failed is None,
@@ -250,7 +254,7 @@ def _record(
         phase="" if failed is None else step.phase,
         where=where,
         error=message,
-        notes=() if step.optimizer is not None else (_NO_OPTIMIZER,),
+        notes=tuple(notes),
     )
 
 

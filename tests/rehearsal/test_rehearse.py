@@ -1,6 +1,7 @@
 """A rehearsed step takes the memory of a real one, copies as much, and leaves no trace."""
 
 import contextlib
+import json
 import random
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import memo_runtime as memo
 from benchmarks.harness.contenders.selective import save_attention
 from memo_runtime.errors import ArgumentTypeError, NotBuiltError, RehearsalError
+from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.stand_ins import StandIns
 from tests.api.towers import tower
 from tests.execution.alive import Alive
@@ -139,6 +141,13 @@ def test_states_of_the_optimizer_are_in_the_peak_and_its_own_step_is_not_undone_
     assert not optimizer.state
 
 
+def test_a_model_without_attention_says_that_nothing_was_replaced():
+    found = memo.rehearse(nn.Linear(8, 8).double(), batch(8), loss=mean_square)
+    assert found.fits
+    assert found.calls == 0
+    assert "no fused kernel of attention ran" in str(found)
+
+
 def test_a_wrapped_model_counts_training_steps_only():
     model, inputs = made("memo"), batch()
     mean_square(model(inputs)).backward()
@@ -150,6 +159,7 @@ def test_a_wrapped_model_counts_training_steps_only():
     assert "cpu: 3 forward, 3 backward" in text
     assert "(forecast " in text
     assert found.calls == 6
+    assert Rehearsal.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 class Short(torch.autograd.Function):

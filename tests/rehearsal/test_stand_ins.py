@@ -6,7 +6,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import memo_runtime as memo
 from memo_runtime.blocks.real_kernels import RealKernels
+from memo_runtime.blocks.spans import spans_tensor
 from memo_runtime.errors import RehearsalError
+from memo_runtime.execution.mixers.masked import masked_attention
 from memo_runtime.rehearsal.kernels import KERNELS
 from memo_runtime.rehearsal.laws import lengths
 from memo_runtime.rehearsal.short import short_layout
@@ -117,6 +119,18 @@ def test_a_named_operator_is_replaced_where_its_library_says_what_it_yields(scan
     assert stand_ins.calls["memo_test_rehearsal::scan"].forward == 1
     assert torch.equal(operator(x), x.cumsum(1))
     assert runs
+
+
+def test_attention_under_spans_runs_as_it_is_and_the_kernels_in_it_do_not():
+    first, end = torch.tensor([0] * 20 + [20] * 30), torch.arange(1, 51)
+    spans, given = spans_tensor(first[None], end[None]), inputs(1, 50, 2)
+    given = [one.requires_grad_() for one in given]
+    with StandIns(CPU) as stand_ins:
+        output = masked_attention(*given, spans)
+        output.sum().backward()
+    assert torch.equal(output, given[2])
+    assert set(stand_ins.calls) == {"cpu"}
+    assert (stand_ins.calls["cpu"].forward, stand_ins.calls["cpu"].backward) == (2, 2)
 
 
 def test_one_rehearsal_at_a_time():

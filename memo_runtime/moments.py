@@ -38,6 +38,7 @@ class Moment:
 
     Attributes:
         full: by tokens. tile: of one tile. fixed: of weights and sums of their gradients.
+        part: of all heads of an attention, by tokens, of which one group at a time is there.
         missing: of the stash, what is not made yet, by tokens.
         kept: of products that are there whichever tile is at hand, by kept tokens.
         own: likewise of the segment at hand, whose products come or go tile by tile.
@@ -46,6 +47,7 @@ class Moment:
 
     full: Growth
     tile: Growth = field(default_factory=Growth)
+    part: Growth = field(default_factory=Growth)
     fixed: int = 0
     missing: Growth = field(default_factory=Growth)
     kept: Growth = field(default_factory=Growth)
@@ -53,11 +55,13 @@ class Moment:
     at: TileAt = TileAt.ANY
     stretch: Stretch = Stretch.MIDDLE
 
-    def bytes_at(self, tokens: int, tile: int, prefix: int, *, backward: bool, sent: int = 0) -> int | None:
+    def bytes_at(
+        self, tokens: int, tile: int, prefix: int, *, backward: bool, sent: int = 0, groups: int = 1
+    ) -> int | None:
         """Bytes beside a complete stash and no products at all (less than 0: not all of the stash is there).
 
         None: with ``prefix`` kept tokens of ``tokens``, in tiles of ``tile``, there is no such moment. The products of
-        the last ``sent`` of these are in host memory; what has landed of them is counted.
+        the last ``sent`` of these are in host memory; what has landed of them is counted. ``groups``: of heads.
         """
         stays = prefix - sent
         if self.at is TileAt.ANY:
@@ -76,7 +80,50 @@ class Moment:
                 return None
             own = 0 if backward else stays
         products = self.kept.at(stays) + self.own.at(own)
-        return self.full.at(tokens) - self.missing.at(tokens) + self.tile.at(tile) + self.fixed + products
+        full = self.full.at(tokens) - self.missing.at(tokens) + self.part.at(tokens) // groups
+        return full + self.tile.at(tile) + self.fixed + products
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledProfile:
+    """What a block takes when it runs by tiles.
+
+    Attributes:
+        stash: bytes of each tensor that backward needs whole and that can go to the host (inputs, results of attention,
+            log-sum-exps). resident: of those that stay (masks made inside). products: of each
+            stage's matrix products, by tokens.
+        forward, backward: moments that may be the worst.
+        again_flops: run again; saved_flops: less of it by kept tokens. attention: kernel of each attention, and
+            queries that its forward takes at a time, 0 for all.
+        heads: the number of groups of heads divides it. forward_by_groups, backward_by_groups: moments where attention
+            runs so. group_flops: run again for each group but the first.
+        forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
+            seconds_per_flop less saved_seconds by kept tokens; 0: not timed, and estimated from those of the block
+            as it is. product_seconds: of the forward of the segments that have products.
+    """
+
+    stash: tuple[Growth, ...]
+    resident: Growth
+    products: tuple[Growth, ...]
+    forward: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+    again_flops: Growth
+    saved_flops: Growth
+    attention: tuple[str, ...] = ()
+    queries: tuple[int, ...] = ()
+    heads: int = 1
+    forward_by_groups: tuple[Moment, ...] = ()
+    backward_by_groups: tuple[Moment, ...] = ()
+    group_flops: Growth = field(default_factory=Growth)
+    forward_seconds: Growth = field(default_factory=Growth)
+    backward_seconds: Growth = field(default_factory=Growth)
+    seconds_per_flop: float = 0.0
+    saved_seconds: Growth = field(default_factory=Growth)
+    product_seconds: Growth = field(default_factory=Growth)
+
+    def product_bytes(self, rows: int) -> int:
+        """Bytes of the products of ``rows`` tokens."""
+        return sum(size.at(rows) for size in self.products)
 
 
 def _landed(stays: int, prefix: int, tile: int, number: int) -> int:

@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from memo_runtime.moments import Moment as Moment
 from memo_runtime.moments import Stretch as Stretch
+from memo_runtime.moments import TiledProfile as TiledProfile
 from memo_runtime.moments import TileAt as TileAt
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
@@ -141,40 +142,6 @@ class ArgumentAxes:
 
     leaf: int
     dims: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TiledProfile:
-    """What a block takes when it runs by tiles.
-
-    Attributes:
-        stash: bytes of each tensor that backward needs whole and that can go to the host (inputs, results of attention,
-            log-sum-exps). resident: of those that stay (masks made inside). products: of each
-            stage's matrix products, by tokens.
-        forward, backward: moments that may be the worst.
-        again_flops: run again; saved_flops: less of it by kept tokens. attention: kernel of each attention.
-        forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
-            seconds_per_flop less saved_seconds by kept tokens; 0: not timed, and estimated from those of the block
-            as it is. product_seconds: of the forward of the segments that have products.
-    """
-
-    stash: tuple[Growth, ...]
-    resident: Growth
-    products: tuple[Growth, ...]
-    forward: tuple[Moment, ...]
-    backward: tuple[Moment, ...]
-    again_flops: Growth
-    saved_flops: Growth
-    attention: tuple[str, ...] = ()
-    forward_seconds: Growth = field(default_factory=Growth)
-    backward_seconds: Growth = field(default_factory=Growth)
-    seconds_per_flop: float = 0.0
-    saved_seconds: Growth = field(default_factory=Growth)
-    product_seconds: Growth = field(default_factory=Growth)
-
-    def product_bytes(self, rows: int) -> int:
-        """Bytes of the products of ``rows`` tokens."""
-        return sum(size.at(rows) for size in self.products)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,6 +317,7 @@ class BlockPlan:
             rows [0, device_rows) stay on the device; rows [prefix, tokens) are rebuilt. By tiles, products of rows
             [0, prefix) are kept, and with device_rows = tokens the stash stays on the device.
         sent: by tiles, products of rows [prefix - sent, prefix) go to the host, and the others stay on the device.
+        groups: by tiles, of heads, which go through attention one after another.
         actions: one per group of the block's profile. resident: what its rerun starts from stays on the device.
         bytes_to_host, bytes_to_device: copied in one step. bytes_kept: stashed on the device.
         host_bytes: host memory occupied, with the alignment of every slot.
@@ -371,6 +339,7 @@ class BlockPlan:
     tile: int = 0
     resident: bool = False
     sent: int = 0
+    groups: int = 1
 
     @property
     def alpha(self) -> float:

@@ -5,7 +5,8 @@ A file may have been cut, merged or edited by hand. Everything that can be told 
     every number    not negative (but polynomial coefficients and results of operators), finite (but link rates)
     indices         within the lists that they point into
     a block's plan  device_rows <= prefix <= tokens (by tiles device_rows are none or all), an action for each group,
-                    named as in the profile; what is sent is of its prefix, less whole tiles that stay
+                    named as in the profile; what is sent is of its prefix, less whole tiles that stay; groups
+                    divide the heads
     a placement     rows have bytes and time, and no two that are alive together share a byte
 
 and before a plan is executed, that its actions and bytes are those that follow from its profile.
@@ -22,7 +23,7 @@ from typing import Any
 from memo_runtime.config import Policy
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.records import BlockPlan, BlockProfile, Bundle, Executor, Growth, Link, Pin, Plan, Profile
+from memo_runtime.records import BlockPlan, BlockProfile, Bundle, Executor, Growth, Link, Pin, Plan, Profile, TiledProfile
 
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = 1e300
@@ -35,6 +36,8 @@ _LEAST: dict[tuple[type, str], int | None] = {
     (Pin, "number"): None,
     (Profile, "rows"): 1,
     (Plan, "gpus"): 1,
+    (TiledProfile, "heads"): 1,
+    (BlockPlan, "groups"): 1,
 }
 
 
@@ -58,6 +61,7 @@ def find_deviation(plan: Plan) -> Fault | None:
         follows = plan_block(
             block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
             reason=planned.reason, tile=planned.tile, resident=planned.resident, sent=planned.sent,
+            groups=planned.groups,
         )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)
@@ -205,6 +209,9 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
             yield Fault(f"{where}.device_rows", rows, f"0 or {planned.tokens}, its tokens")
         if not tiled and rows > planned.prefix:
             yield Fault(f"{where}.device_rows", rows, f"at most {planned.prefix}, its prefix")
+        heads = block.tiled.heads if tiled and block.tiled is not None else 1
+        if heads % planned.groups:
+            yield Fault(f"{where}.groups", planned.groups, _groups_of(heads))
         if wrong := _wrong_sent(planned):
             yield Fault(f"{where}.sent", planned.sent, wrong)
         if tiled and block.tiled is None:
@@ -213,6 +220,12 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
             yield Fault(f"{where}.tile", planned.tile, "1 or more" if tiled else f"0 for executor {planned.executor}")
         if planned.executor is not Executor.NATIVE and not block.tokens:
             yield Fault(f"{where}.executor", planned.executor.value, "native: its input was not found")
+
+
+def _groups_of(heads: int) -> str:
+    if heads == 1:
+        return "1: its attention does not run by groups of heads"
+    return f"a number that divides {heads}, the heads that its attention can be divided into"
 
 
 def _wrong_sent(planned: BlockPlan) -> str:

@@ -40,8 +40,8 @@ from memo_runtime.records import TokenAxis
 class Way:
     """How one call runs: see ``TiledBlock``.
 
-    ``sent``: of the last tiles whose products are kept, how many have them in host memory. ``ended`` is called with
-    each backward that is over.
+    ``sent``: of the last tiles whose products are kept, how many have them in host memory. ``groups``: of heads, that
+    go through attention one by one. ``ended`` is called with each backward that is over.
     """
 
     tile: int
@@ -49,6 +49,7 @@ class Way:
     swap: TiledSwap | None = None
     to_host: bool = True
     sent: int = 0
+    groups: int = 1
     ended: Callable[[Run], None] | None = None
 
 
@@ -147,10 +148,11 @@ class TiledBlock:
             to_host=way.to_host,
             products=_products(captured, way),
             sent=way.sent,
+            groups=way.groups,
             ended=way.ended,
         )
         output = _apply(run, self.block, call)
-        self.kernels, self.bytes_kept = run.kernels, run.bytes_kept
+        self.kernels, self.bytes_kept = run.mixing.names, run.bytes_kept
         return output
 
 
@@ -188,13 +190,13 @@ class _TiledFunction(torch.autograd.Function):
         with _given_back(run), torch.autocast(tensors[-1].device.type, enabled=False):
             results = run.forward(values)
         extra = [values[node] for node in run.stash()]
-        saved = [one for state in run.saved.values() for one in state.tensors]
+        saved = [one for state in run.mixing.saved.values() for one in state.tensors]
         ctx.run, ctx.counts = run, (len(tensors), len(extra))
         stash = [*tensors, *extra, *saved]
         with _given_back(run):
             ctx.entry = _swapped(run, stash, len(tensors), len(extra))
         ctx.save_for_backward(*stash)
-        for state in run.saved.values():
+        for state in run.mixing.saved.values():
             state.tensors = (None,) * len(state.tensors)
         ctx.set_materialize_grads(False)
         outputs = _distinct(results, tensors)
@@ -222,7 +224,7 @@ class _TiledFunction(torch.autograd.Function):
         values: dict[fx.Node, Any] = dict(zip(nodes, stored[:count], strict=True))
         values.update(zip(run.stash(), stored[count : count + extra], strict=True))
         rest = iter(stored[count + extra :])
-        for state in run.saved.values():
+        for state in run.mixing.saved.values():
             state.tensors = tuple(next(rest) for _ in state.tensors)
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
         surroundings = Surroundings()
@@ -234,7 +236,7 @@ class _TiledFunction(torch.autograd.Function):
             raise
         finally:
             # Whoever keeps the loss keeps this node: it must hold nothing any more.
-            for state in run.saved.values():
+            for state in run.mixing.saved.values():
                 state.tensors = (None,) * len(state.tensors)
             if ctx.entry is not None:
                 ctx.entry.done(retain=run.retain)

@@ -64,6 +64,11 @@ class Gradients:
         """
         return sorted(range(len(nodes)), key=lambda index: nodes[index] in self._over)
 
+    def take_owned(self, node: fx.Node) -> tuple[torch.Tensor | None, bool]:
+        """The sum so far, which is not kept, and whether its memory is nobody else's."""
+        owned = node in self._owned
+        return self.take(node), owned
+
     def take(self, node: fx.Node) -> torch.Tensor | None:
         """The sum so far, which is not kept."""
         self._owned.discard(node)

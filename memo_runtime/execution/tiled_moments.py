@@ -10,22 +10,27 @@ Gradients that are written over those that came (``tiled_overwrite.py``) are cou
 the worst moment is the backward of that attention, unless many products are kept: beside x and o there are dx over dy,
 do, q, k, v, dq, dk, dv: seven tensors as long and as wide as x where keys and values have a quarter of the heads.
 
+By groups of heads (``tiled_mixing.py``) queries, keys, values and their gradients are those of one group, and gradients
+of all heads lie over what was read: x, o, dx and do are left, and a group's part of the rest.
+
 Products that are kept come and go with the tile that they belong to, and gradients of full length are made when the
 first tile has been run, so a segment has a moment for each of these tiles (``memo_runtime/moments.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
 from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
+from memo_runtime.execution.tiled_heads import Grouping, grouping
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
 from memo_runtime.execution.tiled_programs import Cost
 from memo_runtime.records import Growth, Moment, Stretch, TileAt, TokenAxis
@@ -42,13 +47,14 @@ class Needs:
         costs: of each segment's programs, by stage: at a tile, and at one of twice its tokens.
         tile: tokens of the smaller one.
         workspaces: of each mixer. saved: by the first result of each, bytes by token that its forward leaves
-            beside its results.
+            beside its results. merging: of a mixer that takes queries in chunks, bytes while two parts are merged.
     """
 
     costs: Mapping[int, tuple[Cost, Cost]]
     tile: int
     workspaces: Mapping[fx.Node, Workspace]
     saved: Mapping[fx.Node, float]
+    merging: Mapping[fx.Node, int] = field(default_factory=dict)
 
 
 #: Of what one program takes, the figure of one moment.
@@ -78,6 +84,7 @@ def polynomial(size: Callable[[int], float], tokens: int) -> Growth:
 class _Walk:
     """``alive``: values by name, with the element bytes that are counted for them. ``to_come``: of the stash.
 
+    ``grouped``: mixers that run by groups of heads, by stage; ``parts``: names of values of which one group is alive.
     ``rebuilding``: the products of the segment at hand are there, and are not what it makes.
     """
 
@@ -85,6 +92,8 @@ class _Walk:
     needs: Needs
     tokens: int
     over: Mapping[fx.Node, fx.Node]
+    grouped: Mapping[int, Grouping]
+    parts: set[str] = field(default_factory=set)
     alive: dict[str, tuple[fx.Node, int]] = field(default_factory=dict)
     to_come: list[fx.Node] = field(default_factory=list)
     fixed: int = 0
@@ -92,18 +101,22 @@ class _Walk:
     stretch: Stretch = Stretch.MIDDLE
     moments: list[Moment] = field(default_factory=list)
 
-    def add(self, kind: str, node: fx.Node, dtype: torch.dtype | None = None) -> None:
-        """``node``'s value (or its gradient: ``kind``) is there from now on."""
-        self.alive.setdefault(f"{kind} {node.name}", (node, (dtype or node.meta["val"].dtype).itemsize))
+    def add(self, kind: str, node: fx.Node, dtype: torch.dtype | None = None, *, part: bool = False) -> None:
+        """``node``'s value (or its gradient: ``kind``) is there from now on; ``part``: of one group of heads."""
+        name = f"{kind} {node.name}"
+        self.alive.setdefault(name, (node, (dtype or node.meta["val"].dtype).itemsize))
+        if part:
+            self.parts.add(name)
 
-    def drop(self, kind: str, nodes: Sequence[fx.Node]) -> None:
+    def drop(self, kind: str, nodes: Iterable[fx.Node]) -> None:
         """They are gone."""
         for node in nodes:
             self.alive.pop(f"{kind} {node.name}", None)
+            self.parts.discard(f"{kind} {node.name}")
 
-    def look(self, index: int, *, extra: float = 0.0, more: int = 0) -> None:
+    def look(self, index: int, *, extra: float = 0.0, more: int = 0, part: Growth | None = None) -> None:
         """Note a moment of stage number ``index`` at which no tile runs; ``extra``: more bytes by token."""
-        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more)
+        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more, part=part)
 
     def look_at(self, index: int, tiles: Iterable[tuple[TileAt, _Part]], *, backward: bool) -> None:
         """Note the moments of ``tiles`` of segment number ``index``; ``backward``: of its programs, those."""
@@ -114,18 +127,26 @@ class _Walk:
             tile = Growth(constant=max(0.0, first - per_token * self.needs.tile), linear=per_token)
             self._note(index, at, tile, more=costs[0].cast_bytes)
 
-    def _note(self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0) -> None:
-        held = list(self.alive.values())
+    def _note(
+        self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0, part: Growth | None = None
+    ) -> None:
+        def held(tokens: int, *, parts: bool) -> float:
+            sizes = (item * self.captured.size(node.meta["val"].numel(), tokens)
+                     for name, (node, item) in self.alive.items() if (name in self.parts) is parts)  # fmt: skip
+            return float(sum(sizes))
 
         def full(tokens: int) -> float:
-            sizes = (item * self.captured.size(node.meta["val"].numel(), tokens) for node, item in held)
-            return float(sum(sizes)) + extra * tokens
+            return held(tokens, parts=False) + extra * tokens
+
+        def group(tokens: int) -> float:
+            return held(tokens, parts=True) + (part.exact(tokens) if part is not None else 0.0)
 
         below = sum(self._products(stage) for stage in range(index + self.rebuilding))
         own = 0.0 if at is TileAt.ANY else self._products(index)
         self.moments.append(
             Moment(
                 full=polynomial(full, self.tokens), tile=tile, fixed=self.fixed + more, at=at,
+                part=polynomial(group, self.tokens),
                 missing=polynomial(self._missing, self.tokens), kept=Growth(linear=below), own=Growth(linear=own),
                 stretch=self.stretch,
             )
@@ -163,20 +184,39 @@ class _Walk:
         self.to_come = stashed_results(self.captured)
         for index, stage in enumerate(self.captured.stages.stages):
             before = self.feeds(index)
-            if isinstance(stage, Mixer):
+            if index in self.grouped:
+                self._forward_by_groups(index, self.grouped[index])
+            elif isinstance(stage, Mixer):
                 self._made(mixed_values(stage))
-                self.look(index, extra=self.needs.workspaces[stage.node][0])
+                more = self.needs.merging.get(stage.node, 0)
+                self.look(index, extra=self.needs.workspaces[stage.node][0], more=more)
             elif stage.by_rows:
                 self._made(stage.outputs)
                 self.look_at(index, _WHICHEVER, backward=False)
             else:
-                self.look_at(index, _FIRST, backward=False)
-                for node in stage.outputs:
-                    self.add("value", node)
-                self.look_at(index, _REST, backward=False)
+                if index + 1 not in self.grouped:
+                    self._segment_forward(index, stage, frozenset())
                 continue
             if before is not None:
                 self.drop("value", self.dropped(before))
+
+    def _segment_forward(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:
+        self.look_at(index, _FIRST, backward=False)
+        for node in segment.outputs:
+            self.add("value", node, part=node in sliced)
+        self.look_at(index, _REST, backward=False)
+
+    def _forward_by_groups(self, index: int, how: Grouping) -> None:
+        """The first group, whose tiles keep products, and any other, which finds these and the result there."""
+        node = how.mixer.node
+        self._segment_forward(index - 1, how.segment, how.sliced)
+        self._made(mixed_values(how.mixer))
+        self.add("part", node, part=True)
+        more = self.needs.merging.get(node, 0)
+        self.look(index, part=Growth(constant=more, linear=self.needs.workspaces[node][0] + self.needs.saved[node]))
+        self.drop("part", [node])
+        self.drop("value", how.sliced)
+        self._rebuild(index - 1, how.segment, how.sliced)
 
     def _made(self, nodes: Sequence[fx.Node]) -> None:
         self.to_come = [one for one in self.to_come if one not in nodes]
@@ -192,9 +232,11 @@ class _Walk:
             stage = stages.stages[index]
             self.stretch = stretch_of(index, mixing)
             before = self.feeds(index) if isinstance(stage, Mixer) or stage.by_rows else None
-            if before is not None:
-                self._rebuild(index - 1, before)
-            if isinstance(stage, Mixer):
+            if before is not None and index not in self.grouped:
+                self._rebuild(index - 1, before, frozenset())
+            if index in self.grouped:
+                self._backward_by_groups(index, self.grouped[index])
+            elif isinstance(stage, Mixer):
                 self._mixer_backward(index, stage)
             else:
                 self._segment_backward(index, stage)
@@ -203,11 +245,11 @@ class _Walk:
         self.stretch = Stretch.LATE
         self.look(0, more=self._rounding())
 
-    def _rebuild(self, index: int, segment: Segment) -> None:
+    def _rebuild(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:
         self.rebuilding = True
         self.look_at(index, _WHICHEVER, backward=False)
         for node in segment.outputs:
-            self.add("value", node)
+            self.add("value", node, part=node in sliced)
         self.look_at(index, _WHICHEVER, backward=False)
         self.rebuilding = False
 
@@ -228,6 +270,31 @@ class _Walk:
                 self.add("gradient", node)
         self.look(index, extra=self.needs.workspaces[mixer.node][1])
         self.drop("gradient", [node for node, _ in mixer.results])
+
+    def _backward_by_groups(self, index: int, how: Grouping) -> None:
+        """The first group, which makes room for gradients that lie over nothing, and any other, which finds it there.
+
+        Of the result and of its gradient the kernel gets a group's part without gaps, and writes to memory of its own.
+        """
+        node = how.mixer.node
+        named = arguments_of(node)
+        query, key, value = (named[name] for name in ("query", "key", "value"))
+        self._rebuild(index - 1, how.segment, how.sliced)
+        for one, over in ((query, how.over_gradient), (key, how.over_result), (value, how.over_result)):
+            self.add("made gradient", one, part=True)
+            if not over:
+                self.add("gradient", one)
+        for kind in ("part", "part of gradient"):
+            self.add(kind, node, part=True)
+        self.look(index, part=Growth(linear=self.needs.workspaces[node][1] + self.needs.saved[node]))
+        self.drop("made gradient", (query, key, value))
+        for kind in ("part", "part of gradient"):
+            self.drop(kind, [node])
+        self.drop("value", how.sliced)
+        self._rebuild(index - 1, how.segment, how.sliced)
+        self.drop("gradient", [node])
+        if how.over_gradient:
+            self.add("gradient", query)
 
     def _segment_backward(self, index: int, segment: Segment) -> None:
         wanted = self.captured.stages.differentiable
@@ -267,12 +334,16 @@ def stashed_results(captured: Captured) -> list[fx.Node]:
     return [node for node in found if node in stages.differentiable and isinstance(stages.axes[node], TokenAxis)]
 
 
-def moments(captured: Captured, needs: Needs, tokens: int) -> tuple[tuple[Moment, ...], tuple[Moment, ...]]:
-    """(those of forward, those of backward), for sequences of ``tokens`` and longer."""
+def moments(
+    captured: Captured, needs: Needs, tokens: int, *, by_groups: bool = False
+) -> tuple[tuple[Moment, ...], tuple[Moment, ...]]:
+    """(those of forward, those of backward), for sequences of ``tokens`` and longer; ``by_groups``: of heads."""
     device = captured.arguments[0][0].meta["val"].device
     over = overwritten(captured) if sole_holders(device.type) is not None else {}
     weights = weight_bytes(captured)
-    forward, backward = (_Walk(captured, needs, tokens, over, fixed=weights) for _ in range(2))
+    found = {index: grouping(captured, index) for index in range(len(captured.stages.stages) if by_groups else 0)}
+    grouped = {index: how for index, how in found.items() if how is not None}
+    forward, backward = (_Walk(captured, needs, tokens, over, grouped, fixed=weights) for _ in range(2))
     forward.forward()
     backward.backward()
     return tuple(forward.moments), tuple(backward.moments)

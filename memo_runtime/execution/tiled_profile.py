@@ -23,10 +23,18 @@ from memo_runtime.capture.choices import borrowed, kept_values
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment, mixed_values
 from memo_runtime.errors import CaptureRefusedError
-from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
+from memo_runtime.execution.mixers.attention import (
+    Inputs,
+    Kernel,
+    Settings,
+    attention_backward,
+    attention_forward,
+)
 from memo_runtime.execution.mixers.by_graph import run_with_graph
+from memo_runtime.execution.mixers.by_queries import merge_bytes
 from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_costs import tensor_bytes
+from memo_runtime.execution.tiled_heads import grouping, head_count
 from memo_runtime.execution.tiled_moments import (
     Needs,
     Workspace,
@@ -45,13 +53,13 @@ from memo_runtime.records import Growth, TiledProfile, TokenAxis
 _TILE = 2048
 #: Tokens of the run of attention: enough for a kernel to show its workspace, few enough to be over at once.
 _ATTENTION_TOKENS = {"cuda": 4096, "cpu": 64}
-_USUAL: Mapping[tuple[str, str], str] = MappingProxyType({})
+_USUAL: Mapping[tuple[str, str], Kernel] = MappingProxyType({})
 #: Kernels that round the length of their log-sum-exps up.
 _ROUNDED = {"efficient": 32}
 
 
 def tiled_profile(
-    captured: Captured, call: BlockCall, times: TileTimes | None = None, kernels: Mapping[tuple[str, str], str] = _USUAL
+    captured: Captured, call: BlockCall, times: TileTimes | None = None, kernels: Mapping[tuple[str, str], Kernel] = _USUAL
 ) -> TiledProfile:
     """What ``captured`` takes for calls like ``call``.
 
@@ -70,8 +78,11 @@ def tiled_profile(
         costs, _TILE, {node: one.workspace for node, one in tried.items()},
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
+        {node: one.merging for node, one in tried.items()},
     )  # fmt: skip
     forward, backward = moments(captured, needs, tokens)
+    heads = head_count(captured)
+    by_groups = moments(captured, needs, tokens, by_groups=True) if heads > 1 else ((), ())
     again, saved, products = _repeated(captured, costs, tokens)
     found = TiledProfile(
         stash=tuple(_stash(captured, call, tried.values(), tokens)),
@@ -81,7 +92,12 @@ def tiled_profile(
         backward=backward,
         again_flops=again,
         saved_flops=saved,
-        attention=tuple(one.kernel for one in tried.values()),
+        attention=tuple(one.kernel.name for one in tried.values()),
+        queries=tuple(one.kernel.queries for one in tried.values()),
+        heads=heads,
+        forward_by_groups=by_groups[0],
+        backward_by_groups=by_groups[1],
+        group_flops=_by_each_group(captured, costs),
     )
     return found if times is None else _timed(found, times, costs)
 
@@ -157,6 +173,13 @@ def _repeated(
     return Growth(linear=linear, quadratic=quadratic), Growth(linear=saved), tuple(products.values())
 
 
+def _by_each_group(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> Growth:
+    """FLOPs of the segments that run once more in forward, and once more in backward, for each group of heads."""
+    count = len(captured.stages.stages)
+    again = [costs[index - 1][0].forward for index in range(1, count) if grouping(captured, index) is not None]
+    return Growth(linear=2 * sum(again) / _TILE)
+
+
 def _stays(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> Growth:
     """What stays on the device between forward and backward, choices of experts included."""
     fixed = _total(captured, _resident(captured), tokens)
@@ -194,12 +217,13 @@ def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens:
 class _Tried:
     """One mixer: its kernel, bytes of each tensor that its forward leaves, and bytes by token that it took."""
 
-    kernel: str
+    kernel: Kernel
     saved: tuple[Growth, ...]
     workspace: Workspace
+    merging: int = 0
 
 
-def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: str | None) -> _Tried:
+def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: Kernel | None) -> _Tried:
     """Run one attention on random numbers of few tokens."""
     if mixer.by_graph:
         return _try_named(captured, mixer, tokens)
@@ -214,17 +238,22 @@ def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: str | None) -> _
     biased = named["attn_mask"] in captured.stages.differentiable
     settings = Settings.of(named, query.shape[-1])
     meter = _Meter(device)
-    output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased, kernel=kernel)
+    whole = replace(kernel, queries=0) if kernel is not None else None
+    output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased, kernel=whole)
     forward = meter.beyond([output, *saved.tensors])
     grad = torch.ones_like(output)
     meter = _Meter(device)
     grads = attention_backward(grad, inputs, output, saved, settings)
     backward = meter.beyond([*grads])
     growths = [
-        Growth(linear=tensor_bytes(one) / length, multiple=_ROUNDED.get(saved.kernel, 1)) for one in saved.tensors
+        Growth(linear=tensor_bytes(one) / length, multiple=_ROUNDED.get(saved.kernel.name, 1)) for one in saved.tensors
         if isinstance(one, torch.Tensor) and one.is_floating_point() and is_dense(one)
     ]  # fmt: skip
-    return _Tried(saved.kernel, tuple(growths), (forward / length, backward / length))
+    used, merging = saved.kernel, 0
+    if kernel is not None and kernel.queries and kernel.name == used.name:
+        used = kernel
+        merging = merge_bytes((query.shape[0], query.shape[1], value.shape[-1]), kernel.queries, dtype)
+    return _Tried(used, tuple(growths), (forward / length, backward / length), merging)
 
 
 def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:
@@ -250,7 +279,7 @@ def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:
         return polynomial(lambda length: float(tensor_bytes(by_length[length][at])), tokens)
 
     chosen = [at for at, one in enumerate(by_length[tokens]) if one.is_floating_point() and is_dense(one)]
-    return _Tried(kernel_name(mixer), tuple(size(at) for at in chosen), (0.0, 0.0))
+    return _Tried(Kernel(kernel_name(mixer)), tuple(size(at) for at in chosen), (0.0, 0.0))
 
 
 def _random(captured: Captured, node: fx.Node, tokens: int) -> torch.Tensor:

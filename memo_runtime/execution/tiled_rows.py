@@ -18,6 +18,11 @@ def packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: 
     part = rows(whole, axis, tokens, start, stop)
     if axis.outer != 1 or axis.inner != 1:
         part = part.flatten(axis.dim, axis.dim + 2)
+    return without_gaps(part)
+
+
+def without_gaps(part: torch.Tensor) -> torch.Tensor:
+    """``part`` itself where its elements lie together in memory, else a copy in the same order of dimensions."""
     order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] != 1, -int(part.stride()[dim]), dim))
     strides = _strides(part.shape, order)
     layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")

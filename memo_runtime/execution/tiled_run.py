@@ -5,13 +5,15 @@
 
 Between the two live the block's arguments, the result and log-sum-exp of every mixer, and for the first tiles (``keep``
 of them) the matrix products of their segments. Full-length tensors alive at the worst moment of a backward, for a block
-with one attention: x, o, dx (over dy), do, q, k, v, dq, dk, dv.
+with one attention: x, o, dx (over dy), do, q, k, v, dq, dk, dv; with attention by groups of heads (``tiled_mixing.py``)
+x, o, dx and do alone, and of one group the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +23,12 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
-from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
-from memo_runtime.execution.mixers.attention import Inputs, Saved, Settings, attention_backward, attention_forward
-from memo_runtime.execution.mixers.by_graph import MixerGraph, run_with_graph
+from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
-from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_gradients import Gradients, Part
+from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
+from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
@@ -35,9 +36,6 @@ from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
 from memo_runtime.execution.tiled_rows import like, packed, same_memory, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
-
-Values = dict[fx.Node, Any]
-
 
 class ProgramCache:
     """Programs by segment and tile size; blocks with the same graph share one."""
@@ -48,7 +46,7 @@ class ProgramCache:
         #: Signatures of captures that were compared with their modules.
         self.checked: set[str] = set()
         #: Kernels of attention that were fastest when timed, by signature and mixer.
-        self.kernels: dict[tuple[str, str], str] = {}
+        self.kernels: dict[tuple[str, str], Kernel] = {}
 
     def get(
         self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
@@ -120,6 +118,8 @@ class Run:
         swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
         products: host memory for those of the last ``sent`` of the tiles that are kept.
         reproducible: attention drops what ``attention_seed`` says, also where a fused kernel would draw itself.
+        groups: of heads, one of which goes through attention at a time, where attention can be divided so.
+        mixing: its mixers.
     """
 
     captured: Captured
@@ -134,15 +134,20 @@ class Run:
     products: Products | None = None
     sent: int = 0
     reproducible: bool = False
+    groups: int = 1
+    mixing: Mixing = field(init=False)
     #: By stage and start of a tile: choices of declared modules, then products.
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
-    saved: dict[fx.Node, Saved] = field(default_factory=dict)
-    kernels: list[str] = field(default_factory=list)
     retain: bool = False
     ended: Callable[[Run], None] | None = None
     again_flops: int = 0
     held_elsewhere: bool = False
     bytes_kept: int = 0
+
+    def __post_init__(self) -> None:
+        self.mixing = Mixing(
+            self.captured, self.programs.kernels, self.tokens, self.seed, self.autocast, self.reproducible
+        )
 
     @property
     def device(self) -> torch.device:
@@ -158,10 +163,15 @@ class Run:
         self._run_whole(stages.fixed, values)
         self._run_whole(stages.weights, values)
         for index, stage in enumerate(stages.stages):
+            how = self._grouping(index)
             if isinstance(stage, Mixer):
-                self._mix(stage, values)
+                if how is not None:
+                    make = partial(self._make_group, index - 1, how, values, keep=True)
+                    self.mixing.forward_by_groups(how, self.groups, values, make)
+                else:
+                    self.mixing.forward(stage, values)
                 self._drop_inputs(index, values)
-            else:
+            elif self._grouping(index + 1) is None:
                 self._segment_forward(index, stage, values, keep=True)
                 if stage.by_rows:
                     self._drop_inputs(index, values)
@@ -181,6 +191,18 @@ class Run:
             for node in nodes:
                 values[node] = run_node(node, values, lambda size: self.captured.size(size, self.tokens))
 
+    def _grouping(self, index: int) -> Grouping | None:
+        """How stage number ``index`` runs by groups of heads; None: it does not."""
+        if self.groups == 1 or index == len(self.captured.stages.stages):
+            return None
+        found = grouping(self.captured, index)
+        return found if found is not None and found.heads % self.groups == 0 else None
+
+    def _make_group(self, index: int, how: Grouping, values: Values, group: Heads, *, keep: bool) -> None:
+        """Run segment number ``index`` for one group of heads of the attention behind it."""
+        part = (group, how.sliced)
+        self._segment_forward(index, how.segment, values, keep=keep and group.number == 0, part=part)
+
     def _drop_inputs(self, index: int, values: Values) -> None:
         """Inputs of a mixer that a segment computed for it are rebuilt in backward."""
         before = self.captured.stages.stages[index - 1] if index else None
@@ -188,7 +210,7 @@ class Run:
             yielded = {one for one in self.captured.outputs if isinstance(one, fx.Node)}
             for node in before.outputs:
                 if node not in yielded:
-                    del values[node]
+                    values.pop(node, None)  # of one that goes by groups of heads it is gone
 
     def _tiles(self, segment: Segment) -> Iterator[tuple[int, int, int]]:
         """(number, start, stop) of each tile."""
@@ -233,9 +255,12 @@ class Run:
 
     def attention_seed(self, number: int) -> int:
         """Seed of the dropout of attention number ``number``."""
-        return mixed_seed(self.seed, number, -1)
+        return self.mixing.attention_seed(number)
 
-    def _segment_forward(self, index: int, segment: Segment, values: Values, *, keep: bool) -> None:
+    def _segment_forward(
+        self, index: int, segment: Segment, values: Values, *, keep: bool, part: HeadPart | None = None
+    ) -> None:
+        """Outputs of segment number ``index`` into ``values``; ``part``: of some of them these heads alone."""
         casts: tuple[torch.Tensor, ...] = ()
         for number, start, stop in self._tiles(segment):
             sources = [self._source(segment, node, values, start, stop) for node in segment.sources]
@@ -261,66 +286,15 @@ class Run:
             for place, node in enumerate(segment.outputs):
                 axis = segment.axes[node]
                 assert axis is not None, "a segment yields values with tokens"
+                result = results[place] if part is None else part_of(results[place], node, part)
+                if result is None:
+                    continue
                 if start == 0:
-                    values[node] = like(results[place], axis, self.tokens, stop)
-                write(values[node], axis, self.tokens, start, results[place])
+                    values[node] = like(result, axis, self.tokens, stop)
+                write(values[node], axis, self.tokens, start, result)
+                del result
             # Not alive while the next tile runs: they are as large as what a program takes itself.
             del sources, results
-
-    def _mix(self, mixer: Mixer, values: Values) -> None:
-        if mixer.by_graph:
-            self._mix_by_graph(mixer, values)
-            return
-        inputs, settings, biased = self._attention(mixer, values)
-        by_rows = biased or (self.reproducible and settings.dropout > 0.0)
-        seed = self.attention_seed(len(self.saved))
-        kernel = self.programs.kernels.get((self.captured.signature, mixer.node.name))
-        output, saved = attention_forward(inputs, settings, seed=seed, by_rows=by_rows, kernel=kernel)
-        values[mixer.node] = output
-        self.saved[mixer.node] = saved
-        self.kernels.append(saved.kernel)
-
-    def _mix_by_graph(self, mixer: Mixer, values: Values) -> None:
-        wanted = [node in self.captured.stages.differentiable for node in mixer.inputs]
-        operator = mixer_operator(self.captured, mixer, self.tokens, self.autocast)
-        arguments, held = [values[node] for node in mixer.inputs], [at for _, at in mixer.results]
-        results, stash, graph = run_with_graph(operator, arguments, wanted, held)
-        for node, at in mixer.results:
-            values[node] = results[at]
-        self.saved[mixer.node] = Saved(kernel_name(mixer), tuple(stash), (graph,))
-        self.kernels.append(kernel_name(mixer))
-
-    def _backward_by_graph(self, mixer: Mixer, values: Values, found: Gradients) -> None:
-        saved = self.saved[mixer.node]
-        graph: MixerGraph = saved.numbers[0]
-        grads: list[torch.Tensor | None] = [None] * len(graph.edges)
-        for node, at in mixer.results:
-            grad = found.take(node)
-            grads[at] = grad.to(values[node].dtype) if grad is not None else None
-        arguments, results = [values[node] for node in mixer.inputs], [values[node] for node, _ in mixer.results]
-        stash: Any = saved.tensors
-        given = graph.backward(grads, arguments, results, stash, retain=self.retain)
-        for node, grad in zip(mixer.inputs, given, strict=True):
-            if grad is not None:
-                found.add(node, grad.to(values[node].dtype))
-
-    def _attention(self, mixer: Mixer, values: Values) -> tuple[Inputs, Settings, bool]:
-        named = arguments_of(mixer.node)
-        tensors = [self._cast(values[named[name]]) for name in ("query", "key", "value")]
-        mask = values[named["attn_mask"]] if named["attn_mask"] is not None else None
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(tensors[0].dtype)
-        settings = Settings.of(named, tensors[0].shape[-1])
-        biased = named["attn_mask"] in self.captured.stages.differentiable
-        query, key, value = tensors
-        return Inputs(query, key, value, mask), settings, biased
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What autocast makes of an argument of attention."""
-        for kind, enabled, dtype in self.autocast.settings:
-            if kind == tensor.device.type and enabled and tensor.dtype != torch.float64:
-                return tensor.to(dtype)
-        return tensor
 
     # ---- backward
 
@@ -356,13 +330,17 @@ class Run:
             entry.fetch_below()
             entry.fetch_products_below()
         for index in range(len(stages.stages) - 1, -1, -1):
-            stage = stages.stages[index]
+            stage, how = stages.stages[index], self._grouping(index)
             if entry is not None and index + 1 == mixing.stop:
                 entry.fetch_below()
-            if isinstance(stage, Mixer) or stage.by_rows:
+            if how is None and (isinstance(stage, Mixer) or stage.by_rows):
                 self._rebuild_inputs(index, values)
-            if isinstance(stage, Mixer):
-                self._mixer_backward(stage, values, found)
+            if how is not None:
+                make = partial(self._make_group, index - 1, how, values, keep=False)
+                self.mixing.backward_by_groups(how, self.groups, values, found, make, retain=self.retain)
+                self._drop_inputs(index, values)
+            elif isinstance(stage, Mixer):
+                self.mixing.backward(stage, values, found, retain=self.retain)
                 self._drop_inputs(index, values)
             elif any(node in found for node in stage.outputs):
                 self._segment_backward(index, stage, values, found)
@@ -377,21 +355,6 @@ class Run:
         before = self.captured.stages.stages[index - 1] if index else None
         if isinstance(before, Segment) and not before.by_rows:
             self._segment_forward(index - 1, before, values, keep=False)
-
-    def _mixer_backward(self, mixer: Mixer, values: Values, found: Gradients) -> None:
-        if mixer.by_graph:
-            self._backward_by_graph(mixer, values, found)
-            return
-        grad = found.take(mixer.node)
-        if grad is None:
-            return
-        inputs, settings, _ = self._attention(mixer, values)
-        output = values[mixer.node]
-        grads = attention_backward(grad.to(output.dtype), inputs, output, self.saved[mixer.node], settings)
-        named = arguments_of(mixer.node)
-        for name, one in zip(("query", "key", "value", "attn_mask"), grads, strict=True):
-            if named[name] is not None and one is not None:
-                found.add(named[name], one.to(values[named[name]].dtype))
 
     def _segment_backward(self, index: int, segment: Segment, values: Values, found: Gradients) -> None:
         upstream = [found.take(node) for node in segment.outputs]

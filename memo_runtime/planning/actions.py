@@ -9,6 +9,8 @@ Execution obeys these actions, and its counters equal the numbers computed here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role, TensorGroup, TiledProfile
 from memo_runtime.sizes import MIN_SWAP_BYTES, slot_bytes
 
@@ -126,6 +128,7 @@ def plan_block(
     tile: int = 0,
     resident: bool = False,
     sent: int = 0,
+    groups: int = 1,
 ) -> BlockPlan:
     """The exact plan of one block.
 
@@ -135,10 +138,11 @@ def plan_block(
             For ``TILED``: rows whose products are kept, and all tokens where the stash stays on the device.
         reason: why the executor is not the policy's. tile: tokens of a tile.
         resident: what a rerun starts from and autograd saved stays on the device.
-        sent: the last of the kept rows whose products go to the host.
+        sent: the last of the kept rows whose products go to the host. groups: of heads, for ``TILED``.
     """
     if executor is Executor.TILED:
-        return _plan_tiled(block, tokens, (prefix, sent), device_rows, tile)
+        plan = _plan_tiled(block, tokens, (prefix, sent), device_rows, tile)
+        return plan if groups == 1 or block.tiled is None else _by_groups(plan, block.tiled, groups)
     if executor in (Executor.KEEP, Executor.NATIVE):
         prefix, device_rows = tokens, 0
     elif executor is Executor.RECOMPUTE:
@@ -186,6 +190,12 @@ def _plan_tiled(block: BlockProfile, tokens: int, kept: tuple[int, int], device_
         tile=tile,
         sent=sent,
     )
+
+
+def _by_groups(plan: BlockPlan, takes: TiledProfile, groups: int) -> BlockPlan:
+    """``plan`` with attention by groups of heads."""
+    more = (groups - 1) * takes.group_flops.at(plan.tokens)
+    return replace(plan, groups=groups, recomputed_flops=plan.recomputed_flops + more)
 
 
 def _sent_tiles(takes: TiledProfile, prefix: int, sent: int, tile: int) -> list[int]:

@@ -122,6 +122,7 @@ def _choice(planned: BlockPlan) -> Choice:
             tile=planned.tile,
             resident=planned.resident,
             sent=planned.sent,
+            groups=planned.groups,
         )
     return Choice(planned.executor, reason=planned.reason)
 

@@ -164,7 +164,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         again=_again_seconds(block, takes, plan),
         to_host=copy_seconds(swapped, link.to_host),
         to_device=copy_seconds(swapped, link.to_device),
-        forward_peak=_highest(takes.forward, plan, backward=False) - products,
+        forward_peak=_highest(_forward_moments(takes, plan), plan, backward=False) - products,
         backward_peak=max(peak for _, peak, _ in stretches),
         end_peak=0,
         rerun_peak=0,
@@ -175,9 +175,14 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     )
 
 
+def _forward_moments(takes: TiledProfile, plan: BlockPlan) -> tuple[Moment, ...]:
+    return takes.forward if plan.groups == 1 else takes.forward_by_groups
+
+
 def _stretches(takes: TiledProfile, plan: BlockPlan, products: int) -> tuple[tuple[Stretch, int, int], ...]:
     """See ``Footprint``. Products of the last stage land before attention, if there is any, and others behind it."""
-    by_stretch = {one: [moment for moment in takes.backward if moment.stretch is one] for one in Stretch}
+    backward = takes.backward if plan.groups == 1 else takes.backward_by_groups
+    by_stretch = {one: [moment for moment in backward if moment.stretch is one] for one in Stretch}
     rows = min(plan.sent, (1 + TILES_AHEAD) * plan.tile)
     last, others = (max((size.at(rows) for size in some), default=0)
                     for some in (takes.products[-1:], takes.products[:-1]))  # fmt: skip
@@ -214,13 +219,16 @@ def _again_seconds(block: BlockProfile, takes: TiledProfile, plan: BlockPlan) ->
     """Seconds of what is run again; products that are kept save what was measured, which is less than their FLOPs."""
     if not takes.seconds_per_flop:
         return plan.recomputed_flops * _seconds_per_flop(block, plan.tokens)
-    all_again = takes.again_flops.at(plan.tokens) * takes.seconds_per_flop
-    return all_again - takes.saved_seconds.exact(plan.prefix)
+    all_again = takes.again_flops.at(plan.tokens) + (plan.groups - 1) * takes.group_flops.at(plan.tokens)
+    return all_again * takes.seconds_per_flop - takes.saved_seconds.exact(plan.prefix)
 
 
 def _highest(moments: Sequence[Moment], plan: BlockPlan, *, backward: bool) -> int:
     """Most bytes beside a complete stash, products that are there among them; a stretch may have none."""
-    sizes = (one.bytes_at(plan.tokens, plan.tile, plan.prefix, backward=backward, sent=plan.sent) for one in moments)
+    sizes = (
+        one.bytes_at(plan.tokens, plan.tile, plan.prefix, backward=backward, sent=plan.sent, groups=plan.groups)
+        for one in moments
+    )
     return max((size for size in sizes if size is not None), default=0)
 
 

@@ -31,6 +31,7 @@ class Choice:
     tile: int = 0
     resident: bool = False
     sent: int = 0
+    groups: int = 1
 
 
 #: The choice that leaves a block alone.
@@ -117,6 +118,7 @@ class Sheet:
                 tile=choice.tile,
                 resident=choice.resident,
                 sent=choice.sent,
+                groups=choice.groups,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

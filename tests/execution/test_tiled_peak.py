@@ -93,7 +93,7 @@ class Case:
     """How a step runs: products of ``keep`` tiles are kept, the stash of ``swapped`` blocks goes to the host.
 
     ``held``: somebody keeps the gradient of the last block's result. ``sent``: of the kept tiles of swapped blocks, the
-    last ones whose products go to the host.
+    last ones whose products go to the host. ``groups``: of heads.
     """
 
     kind: Kind
@@ -102,6 +102,7 @@ class Case:
     swapped: int = 0
     held: bool = False
     sent: int = 0
+    groups: int = 1
 
 
 def bytes_of(*tensors):
@@ -135,7 +136,8 @@ class Stack:
             )  # fmt: skip
             rows = 0 if index < case.swapped else TOKENS
             sent = 0 if rows else prefix - max(0, case.keep - case.sent) * case.tile
-            plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile, sent=sent)
+            plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile, sent=sent,
+                              groups=case.groups)  # fmt: skip
             one = footprint(block, plan, Link(to_host=1.0, to_device=1.0))
             prints.append(replace(one, outgoing=0, sent=replace(one.sent, under_way=0)))
         around = Surroundings(
@@ -148,7 +150,7 @@ class Stack:
         """Most bytes alive in a step, beside what is behind the last block."""
         tools = Tools(CPU, 1 << 30)
         swap = TiledSwap(CPU, tools.pool, tools.engine)
-        way = Way(tile=case.tile, alpha=case.keep / -(-TOKENS // case.tile), swap=swap)
+        way = Way(tile=case.tile, alpha=case.keep / -(-TOKENS // case.tile), swap=swap, groups=case.groups)
         for layer in self.layers:
             layer.zero_grad()
         self.source.grad = None
@@ -190,6 +192,13 @@ SENDING = [
     Case(GROUPED, tile=7, keep=14, swapped=1, sent=14),
     Case(Kind(rows=2, lora=True), tile=20, keep=5, swapped=2, sent=5),
 ]  # fmt: skip
+WIDE = Kind(shared=2, wide=4)
+BY_GROUPS = [
+    *(Case(kind, keep=keep, swapped=swapped, groups=2)
+      for kind, keep, swapped in ((WIDE, 0, 2), (WIDE, 6, 0), (Kind(rows=3), 2, 1))),
+    *(Case(Kind(), tile=tile, swapped=1, groups=4) for tile in (16, 48)),
+    Case(WIDE, tile=7, keep=14, swapped=2, sent=14, groups=2),
+]  # fmt: skip
 MORE = [
     Case(GROUPED, tile=7, keep=1, swapped=1),
     Case(ADAPTED, tile=20),
@@ -202,7 +211,7 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, *SENDING, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)], ids=str
+    "case", [*CASES, *SENDING, *BY_GROUPS, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)], ids=str
 )
 def test_the_peak_of_a_step(case):
     stack = stack_of(case.kind)

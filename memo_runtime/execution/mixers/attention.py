@@ -3,18 +3,20 @@
 PyTorch's fused kernels yield their output and the log-sum-exp of each row, and their backward needs nothing else beside
 queries, keys and values. Called here as operators, so forward is run once and backward starts from what was saved,
 while queries, keys and values are rebuilt. Which kernels may serve a call is PyTorch's to say. The one that was fastest
-when they were timed (``tiled_timing.py``) is taken, else the first of cuDNN, flash, memory-efficient. What no fused
-kernel takes (a bias that needs a gradient, dropout on CPU) goes in chunks of queries (``by_rows.py``).
+when they were timed (``tiled_timing.py``) is taken, else the first of cuDNN, flash, memory-efficient; if that was
+faster, forward by chunks of queries (``by_queries.py``). What no fused kernel takes (a bias that needs a gradient,
+dropout on CPU) goes in chunks of queries with autograd inside (``by_rows.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from memo_runtime.execution.mixers.by_queries import forward_by_queries
 from memo_runtime.execution.mixers.by_rows import RowsAttention
 
 aten = torch.ops.aten
@@ -42,11 +44,24 @@ class Settings:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What runs an attention: ``name``, and in forward ``queries`` of them at a time; 0: all."""
+
+    name: str
+    queries: int = 0
+
+    def text(self, groups: int = 1) -> str:
+        """What reports say: ``cudnn, 4 groups, queries by 32,768``."""
+        parts = [f"{groups} groups" if groups > 1 else "", f"queries by {self.queries:,}" if self.queries else ""]
+        return ", ".join([self.name, *filter(None, parts)])
+
+
 @dataclass(slots=True)
 class Saved:
     """What a forward leaves for its backward: tensors, and the numbers that go with them."""
 
-    kernel: str
+    kernel: Kernel
     tensors: Tensors
     numbers: tuple[Any, ...] = ()
 
@@ -94,7 +109,7 @@ def kernels_for(inputs: Inputs, settings: Settings) -> Iterator[str]:
 
 
 def attention_forward(
-    inputs: Inputs, settings: Settings, *, seed: int, by_rows: bool = False, kernel: str | None = None
+    inputs: Inputs, settings: Settings, *, seed: int, by_rows: bool = False, kernel: Kernel | None = None
 ) -> tuple[torch.Tensor, Saved]:
     """(output, what backward needs beside the inputs); ``seed`` draws dropout where no fused kernel does.
 
@@ -102,17 +117,32 @@ def attention_forward(
     take, if it may serve this call.
     """
     if by_rows:
-        kernel = "rows"
-    elif kernel is None or kernel not in kernels_for(inputs, settings):
-        kernel = next(kernels_for(inputs, settings))
-    return _FORWARD[kernel](inputs, settings, seed)
+        name, queries = "rows", 0
+    elif kernel is not None and kernel.name in kernels_for(inputs, settings):
+        name, queries = kernel.name, kernel.queries
+    else:
+        name, queries = next(kernels_for(inputs, settings)), 0
+    if queries and by_queries_allowed(name, inputs, settings) and queries < inputs.query.shape[2]:
+        return _forward_by_queries(Kernel(name, queries), inputs, settings)
+    return _FORWARD[name](inputs, settings, seed)
+
+
+def by_queries_allowed(name: str, inputs: Inputs, settings: Settings) -> bool:
+    """Whether kernel ``name`` can take queries in chunks: causal attention of a sequence with itself, and no more."""
+    same = inputs.query.shape[2] == inputs.key.shape[2]
+    return name != "rows" and settings.causal and same and inputs.mask is None and settings.dropout == 0.0
+
+
+def has_lse(saved: Saved) -> bool:
+    """The first of its tensors is the log-sum-exp of each row."""
+    return saved.kernel.name in _FORWARD and saved.kernel.name != "rows"
 
 
 def attention_backward(
     grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
 ) -> Tensors:
     """Gradients of query, key, value and mask; that of the mask is None unless it was asked for."""
-    return _BACKWARD[saved.kernel](grad, inputs, output, saved, settings)
+    return _BACKWARD[saved.kernel.name](grad, inputs, output, saved, settings)
 
 
 # ---- keys and values shared by groups of heads
@@ -148,7 +178,7 @@ def _cpu_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.T
         wide.query, wide.key, wide.value, 0.0, settings.causal,
         attn_mask=_cpu_mask(inputs), scale=settings.scale,
     )  # fmt: skip
-    return output, Saved("cpu", (lse,))
+    return output, Saved(Kernel("cpu"), (lse,))
 
 
 def _cpu_mask(inputs: Inputs) -> torch.Tensor | None:
@@ -176,7 +206,7 @@ def _flash_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch
     output, lse, first, second, longest, longest_k, state, unused, _ = aten._scaled_dot_product_flash_attention(
         inputs.query, inputs.key, inputs.value, settings.dropout, settings.causal, False, scale=settings.scale
     )
-    return output, Saved("flash", (lse, first, second, state, unused), (longest, longest_k))
+    return output, Saved(Kernel("flash"), (lse, first, second, state, unused), (longest, longest_k))
 
 
 def _flash_backward(
@@ -195,7 +225,7 @@ def _cudnn_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch
         inputs.query, inputs.key, inputs.value, None, True, settings.dropout, settings.causal, False,
         scale=settings.scale,
     )  # fmt: skip
-    return output, Saved("cudnn", (lse, first, second, state, offset), (longest, longest_k))
+    return output, Saved(Kernel("cudnn"), (lse, first, second, state, offset), (longest, longest_k))
 
 
 def _cudnn_backward(
@@ -227,7 +257,7 @@ def _efficient_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[t
         wide.query, wide.key, wide.value, _efficient_mask(inputs), True, settings.dropout, settings.causal,
         scale=settings.scale,
     )  # fmt: skip
-    return output, Saved("efficient", (lse, state, offset))
+    return output, Saved(Kernel("efficient"), (lse, state, offset))
 
 
 def _efficient_backward(
@@ -245,9 +275,32 @@ def _efficient_backward(
 # ---- chunks of queries
 
 
+def _forward_by_queries(kernel: Kernel, inputs: Inputs, settings: Settings) -> tuple[torch.Tensor, Saved]:
+    """By a fused kernel; what it leaves is what its backward of the whole wants."""
+
+    left: list[Saved] = []
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given, how = Inputs(query, key, value, None), replace(settings, causal=causal)
+        output, saved = _FORWARD[kernel.name](given, how, 0)
+        lse = saved.tensors[0]
+        assert lse is not None, "a fused kernel yields it first"
+        left[:] = [saved]
+        return output, lse
+
+    output, lse = forward_by_queries(attend, inputs.query, inputs.key, inputs.value, kernel.queries)
+    (part,), tokens = left, inputs.query.shape[2]
+    if kernel.name == "efficient":  # its rows of log-sum-exps are filled up, with what adds nothing
+        lse = torch.nn.functional.pad(lse, (0, -tokens % 32), value=float("inf"))
+    # The numbers are the longest sequences of queries and keys.
+    return output, Saved(kernel, (lse, *part.tensors[1:]), (tokens,) * len(part.numbers))
+
+
 def _rows_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
     rows = RowsAttention(settings.scale, settings.causal, settings.dropout, seed)
-    return rows.forward(inputs.query, inputs.key, inputs.value, inputs.mask), Saved("rows", (), (seed,))
+    return rows.forward(inputs.query, inputs.key, inputs.value, inputs.mask), Saved(Kernel("rows"), (), (seed,))
 
 
 def _rows_backward(

@@ -1,0 +1,205 @@
+"""Attention by groups of heads: exact for every kind of attention, and refused or left whole where it cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from memo_runtime.blocks.call import BlockCall
+from memo_runtime.execution.mixers.attention import Kernel
+from memo_runtime.execution.stash import Tools
+from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_heads import group_sizes, grouping, head_count
+from memo_runtime.execution.tiled_swap import TiledSwap
+from tests.capture import blocks
+from tests.exactness import hand_written
+from tests.exactness.hand_written import HEADS, WIDTH, merge_heads
+from tests.execution.test_tiled import double, hidden
+from tests.execution.tiles import assert_exact, call_of, run, worst
+
+
+class ByGroups(TiledBlock):
+    """Tiles with attention by ``groups`` of heads, queries ``queries`` at a time."""
+
+    def __init__(self, block, *, groups, queries=0, **settings):
+        super().__init__(block, tile=6, alpha=0.5, **settings)
+        self.groups = groups
+        self.queries = queries
+
+    def way(self):
+        return replace(super().way(), groups=self.groups)
+
+    def captured(self, call):
+        found = super().captured(call)
+        for node in found.attentions if self.queries else ():
+            self.programs.kernels[found.signature, node.name] = Kernel("cpu", self.queries)
+        return found
+
+
+class Shared(nn.Module):
+    """A decoder layer with norms of queries (whose products backward needs) and heads that share keys and values."""
+
+    def __init__(self, heads=8, keys=4, *, depth=4, causal=True, drop=0.0, scale=None, yields=False):
+        super().__init__()
+        self.heads, self.keys, self.causal, self.drop, self.scale = heads, keys, causal, drop, scale
+        self.yields = yields
+        self.norm = nn.LayerNorm(WIDTH)
+        self.queries = nn.Linear(WIDTH, heads * depth)
+        self.both = nn.Linear(WIDTH, 2 * keys * depth, bias=False)
+        self.own = nn.LayerNorm(depth)
+        self.merge = nn.Linear(heads * depth, WIDTH)
+
+    def forward(self, x, mask=None):
+        h = self.norm(x)
+        query = self.own(self.queries(h).unflatten(-1, (self.heads, -1))).transpose(1, 2)
+        key, value = (part.unflatten(-1, (self.keys, -1)).transpose(1, 2) for part in self.both(h).chunk(2, -1))
+        mixed = scaled_dot_product_attention(
+            query, key, value, mask, is_causal=self.causal and mask is None, dropout_p=self.drop, scale=self.scale,
+            enable_gqa=self.keys < self.heads,
+        )  # fmt: skip
+        x = x + self.merge(merge_heads(mixed))
+        return (x, key) if self.yields else x
+
+
+def made(**settings):
+    torch.manual_seed(0)
+    return Shared(**settings).double()
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("keys", [4, 8])
+@pytest.mark.parametrize("causal", [True, False])
+def test_groups_are_exact(groups, keys, causal):
+    block = made(keys=keys, causal=causal, scale=0.3)
+    tiled = ByGroups(block, groups=groups)
+    assert_exact(call_of(block, hidden()), tiled)
+    assert tiled.kernels == [f"cpu, {groups} groups"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "boolean"), [((29, 29), True), ((3, 1, 29, 29), False), ((3, 8, 29, 29), True), ((3, 8, 29, 29), False)]
+)
+def test_masks_of_all_heads_and_of_each(shape, boolean):
+    block = made()
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(shape, generator=generator, dtype=torch.float64)
+    mask = (mask > 0.3) | torch.eye(29, dtype=torch.bool) if boolean else mask
+    assert_exact(call_of(block, hidden(), mask), ByGroups(block, groups=4))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [hand_written.TwoMixers, hand_written.Normalised, hand_written.Twice, hand_written.TimeFirst, blocks.DocumentMask,
+     blocks.PassThrough],
+    ids=lambda kind: kind.__name__,
+)  # fmt: skip
+def test_blocks_of_every_kind(kind):
+    block = double(kind)
+    more = [torch.tensor([0] * 7 + [1] * 12 + [2] * 10).expand(3, -1)] if kind is blocks.DocumentMask else []
+    assert_exact(call_of(block, hidden(), *more), ByGroups(block, groups=2))
+
+
+def test_keys_that_the_block_yields_are_there_whole():
+    block = made(yields=True)
+    assert_exact(call_of(block, hidden()), ByGroups(block, groups=4))
+
+
+def test_values_of_another_block_get_their_gradient():
+    block = double(hand_written.SharedValues)
+    first = torch.randn(3, HEADS, 29, WIDTH // HEADS, dtype=torch.float64, requires_grad=True)
+    assert_exact(call_of(block, hidden(), first), ByGroups(block, groups=2))
+
+
+@pytest.mark.parametrize("others", [29, 11])
+def test_attention_to_other_tokens(others):
+    block = double(blocks.Cross)
+    keys = torch.randn(3, others, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert_exact(call_of(block, hidden(), keys), ByGroups(block, groups=2))
+
+
+def test_dropout_draws_the_same_twice():
+    """Backward starts from the seeds that the groups' forward had: gradients are those of finite differences."""
+    block, x = made(drop=0.5), hidden(13, rows=1)
+    tiled = ByGroups(block, groups=4)
+
+    def loss(values):
+        torch.manual_seed(3)
+        return tiled(values).square().sum()
+
+    (grad,) = torch.autograd.grad(loss(x), x)
+    step = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 1e-5
+    with torch.no_grad():
+        pair = [(x + sign * step).requires_grad_() for sign in (1, -1)]
+    slope = float((loss(pair[0]) - loss(pair[1])).detach()) / 2
+    assert slope == pytest.approx(float((grad * step).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_second_backward_finds_what_the_first_did(held):
+    """With ``retain_graph`` nothing is written over the result of attention, on the device or fetched."""
+    block, x = made(), hidden()
+    swap = None
+    if not held:
+        tools = Tools(torch.device("cpu"), 1 << 24)
+        swap = TiledSwap(tools.device, tools.pool, tools.engine)
+    loss = ByGroups(block, groups=4, swap=swap)(x).square().sum()
+    wanted = [x, *block.parameters()]
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    second = torch.autograd.grad(loss, wanted)
+    expected = torch.autograd.grad(block(x).square().sum(), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert worst(first, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("queries", [5, 8, 28, 29])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_queries_in_chunks_are_exact(groups, queries):
+    block = made(scale=0.7)
+    tiled = ByGroups(block, groups=groups, queries=queries)
+    assert_exact(call_of(block, hidden()), tiled)
+    told = ["cpu", *(["2 groups"] if groups > 1 else []), *([f"queries by {queries}"] if queries < 29 else [])]
+    assert tiled.kernels == [", ".join(told)]
+
+
+@pytest.mark.parametrize("settings", [{"causal": False}, {"drop": 0.3}])
+def test_chunks_are_for_causal_attention_without_dropout(settings):
+    tiled = ByGroups(made(**settings), groups=1, queries=8)
+    tiled(hidden()).sum().backward()
+    assert "queries" not in tiled.kernels[0]
+
+
+def test_attention_that_has_no_groups_stays_whole():
+    for kind, args in ((hand_written.Biased, {"bias": torch.zeros(1, HEADS, 29, 29, requires_grad=True).double()}),
+                       (hand_written.EagerAttention, {}), (hand_written.NoMixer, {})):  # fmt: skip
+        block = double(kind)
+        tiled = ByGroups(block, groups=2)
+        call = BlockCall.of((hidden(),), {name: one.detach().requires_grad_() for name, one in args.items()})
+        assert head_count(tiled.captured(call)) == 1
+        assert_exact(call_of(block, *call.arguments()[0], **call.arguments()[1]), tiled)
+        assert all("groups" not in name for name in tiled.kernels)
+
+
+def test_numbers_of_groups_divide_the_heads_of_keys():
+    tiled = ByGroups(made(heads=12, keys=6), groups=4)
+    captured = tiled.captured(BlockCall.of((hidden(),), {}))
+    assert head_count(captured) == 6
+    assert group_sizes(6) == (1, 2, 3, 6)
+    assert_exact(call_of(tiled.block, hidden()), tiled)
+    assert tiled.kernels == ["cpu"]
+    how = grouping(captured, 1)
+    assert how is not None
+    assert (how.shared, how.over_result, how.over_gradient) == (2, True, True)
+
+
+def test_kept_products_are_made_once():
+    """The tiles of all groups but the first make no products, and gradients are those of whole attention."""
+    block, x = made(), hidden()
+    results = []
+    for groups in (1, 4):
+        tiled = ByGroups(block, groups=groups)
+        results.append(run(call_of(block, x), tiled))
+    assert worst(results[1][1], results[0][1]) <= 1e-13

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import gcd
 
 from memo_runtime.sizes import TILES_AHEAD, Growth
+
+#: Elements of a tensor whose places do not fit in 32 bits with a sign.
+MOST_ELEMENTS = 2**31
 
 
 class TileAt(StrEnum):
@@ -96,7 +100,8 @@ class TiledProfile:
         again_flops: run again; saved_flops: less of it by kept tokens. attention: kernel of each attention, and
             queries that its forward takes at a time, 0 for all.
         heads: the number of groups of heads divides it. forward_by_groups, backward_by_groups: moments where attention
-            runs so. group_flops: run again for each group but the first.
+            runs so. group_flops: run again for each group but the first. elements: of the largest tensor that such an
+            attention is given or yields.
         forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
             seconds_per_flop less saved_seconds by kept tokens; 0: not timed, and estimated from those of the block
             as it is. product_seconds: of the forward of the segments that have products.
@@ -115,6 +120,7 @@ class TiledProfile:
     forward_by_groups: tuple[Moment, ...] = ()
     backward_by_groups: tuple[Moment, ...] = ()
     group_flops: Growth = field(default_factory=Growth)
+    elements: Growth = field(default_factory=Growth)
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)
     seconds_per_flop: float = 0.0
@@ -124,6 +130,28 @@ class TiledProfile:
     def product_bytes(self, rows: int) -> int:
         """Bytes of the products of ``rows`` tokens."""
         return sum(size.at(rows) for size in self.products)
+
+    def groups_at(self, tokens: int, asked: int) -> int:
+        """Groups of heads for ``tokens`` tokens: what divides the heads of ``asked``, or more.
+
+        Kernels may count elements in 32 bits, so each group has fewer than 2^31 if that can be.
+        """
+        least = gcd(asked, self.heads)
+        enough = [count for count in range(least, self.heads + 1)
+                  if self.heads % count == 0 and self.elements.at(tokens) < count * MOST_ELEMENTS]  # fmt: skip
+        return min(enough, default=self.heads)
+
+    def attention_texts(self, groups: int) -> tuple[str, ...]:
+        """How each attention runs in ``groups`` of heads, which divide ``heads``."""
+        queries = self.queries or (0,) * len(self.attention)
+        each = zip(self.attention, queries, strict=True)
+        return tuple(attention_text(kernel, groups, count) for kernel, count in each)
+
+
+def attention_text(kernel: str, groups: int, queries: int) -> str:
+    """How an attention runs: ``cudnn, 4 groups, queries by 32,768``; all heads and all queries at once go unsaid."""
+    parts = [f"{groups} groups" if groups > 1 else "", f"queries by {queries:,}" if queries else ""]
+    return ", ".join([kernel, *filter(None, parts)])
 
 
 def _landed(stays: int, prefix: int, tile: int, number: int) -> int:

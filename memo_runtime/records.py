@@ -15,8 +15,9 @@ from enum import StrEnum
 
 from memo_runtime.moments import Moment as Moment
 from memo_runtime.moments import Stretch as Stretch
-from memo_runtime.moments import TiledProfile as TiledProfile
 from memo_runtime.moments import TileAt as TileAt
+from memo_runtime.moments import TiledProfile as TiledProfile
+from memo_runtime.moments import attention_text as attention_text
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth

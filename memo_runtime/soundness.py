@@ -23,7 +23,18 @@ from typing import Any
 from memo_runtime.config import Policy
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.records import BlockPlan, BlockProfile, Bundle, Executor, Growth, Link, Pin, Plan, Profile, TiledProfile
+from memo_runtime.records import (
+    BlockPlan,
+    BlockProfile,
+    Bundle,
+    Executor,
+    Growth,
+    Link,
+    Pin,
+    Plan,
+    Profile,
+    TiledProfile,
+)
 
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = 1e300

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
 from memo_runtime.execution.counters import BlockCounters, StepCounters
 from memo_runtime.execution.install import original_forward
+from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_overwrite import sole_holders
 from memo_runtime.execution.tiled_profile import tiled_profile
@@ -126,13 +129,24 @@ class TiledForward:
         ended = _Ended(session, counters, self._owner)
         stays = (plan.prefix - plan.sent) * tokens // plan.tokens // tile if plan.sent else kept
         way = Way(
-            tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, sent=kept - stays, ended=ended
-        )
+            tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, sent=kept - stays,
+            groups=plan.groups, ended=ended,
+        )  # fmt: skip
+        if profile.tiled is not None:
+            _remember_kernels(session.programs, captured, profile.tiled)
         with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
             output = tiles.run(captured, call, way)
         counters.alpha, counters.attention = plan.alpha, tuple(tiles.kernels)
         counters.bytes_kept += tiles.bytes_kept
         return output
+
+
+def _remember_kernels(programs: ProgramCache, captured: Captured, takes: TiledProfile) -> None:
+    """The kernels that the plan was made with: where it comes from a file, they were not timed here."""
+    mixers = [stage for stage in captured.stages.stages if isinstance(stage, Mixer)]
+    if len(mixers) == len(takes.attention) == len(takes.queries):
+        for mixer, name, queries in zip(mixers, takes.attention, takes.queries, strict=True):
+            programs.kernels.setdefault((captured.signature, mixer.node.name), Kernel(name, queries))
 
 
 class Tiling:

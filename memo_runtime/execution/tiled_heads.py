@@ -50,8 +50,8 @@ class Grouping:
         mixer: it. segment: its number among the stages is one less, and it makes queries, keys or values.
         sliced: results of the segment of which only one group exists at a time. The others are yielded by the block.
         heads: of keys and values; every number of groups divides them. shared: heads of queries to each.
-        over_result: gradients of keys and values have room in the result, which nothing reads afterwards.
-            over_gradient: that of queries has in the gradient of the result.
+        over_result: whose gradients, by argument, have room in the result, which nothing reads afterwards: each head of
+            queries that shares one of keys leaves room for one. over_gradient: queries have in the result's gradient.
     """
 
     mixer: Mixer
@@ -59,7 +59,7 @@ class Grouping:
     sliced: frozenset[fx.Node]
     heads: int
     shared: int
-    over_result: bool
+    over_result: tuple[str, ...]
     over_gradient: bool
 
     def groups(self, count: int) -> Iterator[Heads]:
@@ -91,14 +91,15 @@ def grouping(captured: Captured, index: int) -> Grouping | None:
     alone = len(set(given)) == len(given) and made == set(given)
     depths = {int(shape[-1]) for shape in shapes}
     same = len(depths) == 1 and {one.meta["val"].dtype for one in given} == {mixer.node.meta["val"].dtype}
+    over = alone and same and mixer.node not in captured.outputs
     return Grouping(
         mixer=mixer,
         segment=before,
         sliced=frozenset(made),
         heads=heads,
         shared=queries // heads,
-        over_result=alone and same and queries >= 2 * heads and mixer.node not in captured.outputs,
-        over_gradient=alone and same and mixer.node not in captured.outputs,
+        over_result=("key", "value")[: queries // heads] if over else (),
+        over_gradient=over,
     )
 
 

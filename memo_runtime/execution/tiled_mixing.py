@@ -4,7 +4,7 @@ By groups of heads (``tiled_heads.py``) only one group of what is marked * is th
 
     forward    for group: segment -> q*, k*, v* | attention -> o* -> its place in o
     backward   for group: segment -> q*, k*, v* | attention: o*, do* -> dq*, dk*, dv*
-                          dq* over do, dk* and dv* over o, of which this group's are read for the last time
+                          dq* over do, dk* and dv* over o, of whose heads these were read for the last time
 
 so that the worst moment of a block with grouped heads has x, o, dx, do and one group's tensors, and no more.
 """
@@ -220,15 +220,15 @@ def _places(
 ) -> dict[str, torch.Tensor]:
     """Memory for gradients, by argument, where some is there: over the result, and over its gradient ``grad``.
 
-    Of each group both are read before they are written. The heads of queries that share one of keys have two places at
-    least in the result, of which the first two take the gradients of that head's keys and values.
+    Of each group both are read before they are written. Of the heads of queries that share one of keys the first two
+    have places in the result that take the gradients of that head's keys and values.
     """
     places: dict[str, torch.Tensor] = {}
     if how.over_gradient and grad is not None and grad.dtype == output.dtype:
         places["query"] = grad
-    if how.over_result and not retain:
+    if not retain:
         shares = output.unflatten(HEADS, (how.heads, how.shared))
-        places["key"], places["value"] = shares.select(HEADS + 1, 0), shares.select(HEADS + 1, 1)
+        places |= {name: shares.select(HEADS + 1, place) for place, name in enumerate(how.over_result)}
     return places
 
 

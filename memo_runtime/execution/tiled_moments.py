@@ -218,7 +218,7 @@ class _Walk:
         self.drop("value", how.sliced)
         self._rebuild(index - 1, how.segment, how.sliced)
 
-    def _made(self, nodes: Sequence[fx.Node]) -> None:
+    def _made(self, nodes: Collection[fx.Node]) -> None:
         self.to_come = [one for one in self.to_come if one not in nodes]
 
     def backward(self) -> None:
@@ -278,23 +278,24 @@ class _Walk:
         """
         node = how.mixer.node
         named = arguments_of(node)
-        query, key, value = (named[name] for name in ("query", "key", "value"))
+        given = {name: named[name] for name in ("query", "key", "value")}
+        over = {*how.over_result, *(["query"] if how.over_gradient else [])}
         self._rebuild(index - 1, how.segment, how.sliced)
-        for one, over in ((query, how.over_gradient), (key, how.over_result), (value, how.over_result)):
+        for name, one in given.items():
             self.add("made gradient", one, part=True)
-            if not over:
+            if name not in over:
                 self.add("gradient", one)
         for kind in ("part", "part of gradient"):
             self.add(kind, node, part=True)
         self.look(index, part=Growth(linear=self.needs.workspaces[node][1] + self.needs.saved[node]))
-        self.drop("made gradient", (query, key, value))
+        self.drop("made gradient", given.values())
         for kind in ("part", "part of gradient"):
             self.drop(kind, [node])
         self.drop("value", how.sliced)
         self._rebuild(index - 1, how.segment, how.sliced)
         self.drop("gradient", [node])
         if how.over_gradient:
-            self.add("gradient", query)
+            self.add("gradient", given["query"])
 
     def _segment_backward(self, index: int, segment: Segment) -> None:
         wanted = self.captured.stages.differentiable

@@ -59,7 +59,10 @@ _ROUNDED = {"efficient": 32}
 
 
 def tiled_profile(
-    captured: Captured, call: BlockCall, times: TileTimes | None = None, kernels: Mapping[tuple[str, str], Kernel] = _USUAL
+    captured: Captured,
+    call: BlockCall,
+    times: TileTimes | None = None,
+    kernels: Mapping[tuple[str, str], Kernel] = _USUAL,
 ) -> TiledProfile:
     """What ``captured`` takes for calls like ``call``.
 
@@ -98,6 +101,7 @@ def tiled_profile(
         forward_by_groups=by_groups[0],
         backward_by_groups=by_groups[1],
         group_flops=_by_each_group(captured, costs),
+        elements=_most_elements(captured, tokens),
     )
     return found if times is None else _timed(found, times, costs)
 
@@ -178,6 +182,17 @@ def _by_each_group(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> G
     count = len(captured.stages.stages)
     again = [costs[index - 1][0].forward for index in range(1, count) if grouping(captured, index) is not None]
     return Growth(linear=2 * sum(again) / _TILE)
+
+
+def _most_elements(captured: Captured, tokens: int) -> Growth:
+    """Of what attention that can run by groups of heads is given or yields, by tokens."""
+    found = [grouping(captured, index) for index in range(len(captured.stages.stages))]
+    nodes = [node for how in found if how is not None for node in (how.mixer.node, *how.sliced)]
+
+    def most(length: int) -> float:
+        return float(max((captured.size(node.meta["val"].numel(), length) for node in nodes), default=0))
+
+    return polynomial(most, tokens)
 
 
 def _stays(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> Growth:

@@ -37,6 +37,7 @@ from memo_runtime.execution.tiled_rows import like, packed, same_memory, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
 
+
 class ProgramCache:
     """Programs by segment and tile size; blocks with the same graph share one."""
 

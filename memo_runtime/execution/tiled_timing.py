@@ -3,6 +3,7 @@
     run of some tiles  -  attention at its length         =  the segments, on a line
     the same with the products of half of the tiles kept  =  what a kept token saves
     attention at the full length: few groups of heads, times the groups
+    the same with queries in chunks: the second and the last chunk, and those between on a line
 
 Runs follow each other without a pause, as in a step: a GPU that waits in between runs faster than one that does not.
 Gradients are random numbers: over ones, kernels draw less power and run faster than in a step (cuDNN's backward of
@@ -16,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,17 @@ from memo_runtime.capture.dims import shortened
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
-from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward, kernels_for
+from memo_runtime.execution.mixers.attention import (
+    Inputs,
+    Kernel,
+    Settings,
+    attention_backward,
+    attention_forward,
+    by_queries_allowed,
+    kernels_for,
+    last_queries,
+)
+from memo_runtime.execution.mixers.by_queries import chunks
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.records import Growth
 from memo_runtime.units import format_seconds
@@ -50,6 +61,12 @@ _MOST_ROUNDS = 500
 #: By name: its module takes a second to import where nothing is compiled.
 _COMPILER_ERROR = "TorchDynamoException"
 _SAMPLES = 3
+#: A round that takes longer is warm when it is over, and one more is enough.
+_LONG_SECONDS = 0.5
+#: Kernels are compared at this many tokens first, and those that take this much more than the fastest are left out.
+_COMPARED_TOKENS, _HOPELESS = 2**16, 1.5
+#: Queries of a chunk, and the share of the forward that chunks must save; less is no difference between two of them.
+_CHUNKS, _WORTH = (2**16, 2**15, 2**14), 0.01
 #: Query rows (heads times tokens) that keep a device busy: fewer groups of heads are not timed.
 _BUSY_ROWS = {"cuda": 2**20, "cpu": 2**8}
 
@@ -171,20 +188,64 @@ class _Attention:
         busy = _BUSY_ROWS.get(self.node.meta["val"].device.type, _BUSY_ROWS["cpu"])
         return min(groups, -(-busy * groups // (tokens * shapes["query"][1])))
 
-    def fastest(self, kernels: dict[tuple[str, str], str], tokens: int) -> tuple[float, float]:
+    def fastest(self, kernels: dict[tuple[str, str], Kernel], tokens: int) -> tuple[float, float]:
         """(forward, backward) at ``tokens`` tokens by the fastest kernel, which ``kernels`` gets to know."""
         inputs = self.inputs(tokens)
-        found = {name: self.seconds(inputs, name) for name in kernels_for(inputs, self._settings(inputs))}
-        kernels[self.key] = min(found, key=lambda name: sum(found[name]))
-        if len(found) > 1:
-            listed = ", ".join(f"{name} {format_seconds(sum(one))}" for name, one in found.items())
+        names = self._promising(tokens, list(kernels_for(inputs, self._settings(inputs))))
+        found = {Kernel(name): self.seconds(inputs, Kernel(name)) for name in names}
+        best = min(found, key=lambda kernel: sum(found[kernel]))
+        chunked = found | {kernel: (forward, found[best][1]) for kernel, forward in self._by_chunks(inputs, best)}
+        chosen = best
+        for kernel, times in chunked.items():
+            if times[0] < (1.0 - _WORTH) * chunked[chosen][0] and kernel.name == best.name:
+                chosen = kernel
+        kernels[self.key] = chosen
+        if len(chunked) > 1:
+            listed = ", ".join(f"{kernel.text()} {format_seconds(sum(one))}" for kernel, one in chunked.items())
             logger.info("memo: attention over %d tokens, forward and backward: %s", tokens, listed)
-        return found[kernels[self.key]]
+        return chunked[chosen]
+
+    def _promising(self, tokens: int, names: list[str]) -> list[str]:
+        """Those of ``names`` that may be the fastest at ``tokens`` tokens, by their times at fewer."""
+        if tokens <= _COMPARED_TOKENS or len(names) == 1:
+            return names
+        inputs = self.inputs(_COMPARED_TOKENS)
+        allowed = [name for name in kernels_for(inputs, self._settings(inputs)) if name in names]
+        times = {name: sum(self.seconds(inputs, Kernel(name))) for name in allowed}
+        return [name for name in names if name in times and times[name] <= _HOPELESS * min(times.values())] or names
+
+    def _by_chunks(self, inputs: Inputs, kernel: Kernel) -> Iterator[tuple[Kernel, float]]:
+        """(kernel, seconds of its forward for all heads) with queries in chunks.
+
+        The time of a chunk is a line by the keys before it: the second chunk and the last one are timed.
+        """
+        tokens, settings = inputs.query.shape[2], self._settings(inputs)
+        for size in _CHUNKS if by_queries_allowed(kernel.name, inputs, settings) else ():
+            if tokens < 3 * size:
+                continue
+            starts = [start for start, stop in chunks(tokens, size) if stop - start == size]
+            second, last = (self._chunk_seconds(inputs, kernel.name, start, size) for start in (size, starts[-1]))
+            slope = (last - second) / (starts[-1] - size)
+            # The first chunk has a third of the pairs of the second: half of a square, and no rectangle.
+            whole = second / 3.0 + sum(second + slope * (start - size) for start in starts[1:])
+            rest = tokens - starts[-1] - size
+            whole += (second + slope * (tokens - rest - size)) * rest / size
+            yield Kernel(kernel.name, size), whole * self._times(inputs)
+
+    def _chunk_seconds(self, inputs: Inputs, name: str, start: int, size: int) -> float:
+        """Of the forward of one chunk, by the heads of ``inputs``."""
+        settings, found = self._settings(inputs), list[Any]()
+
+        def run() -> None:
+            found.append(last_queries(name, inputs, settings, start, size))
+
+        with torch.no_grad():
+            return _typical(run, found.clear, _nothing, inputs.query.device)[0]
 
     def _settings(self, inputs: Inputs) -> Settings:
         return Settings.of(arguments_of(self.node), inputs.query.shape[-1])
 
-    def seconds(self, inputs: Inputs, kernel: str | None) -> tuple[float, float]:
+    def seconds(self, inputs: Inputs, kernel: Kernel | None) -> tuple[float, float]:
         """(forward, backward) of all heads of all sequences."""
         settings, device = self._settings(inputs), inputs.query.device
 
@@ -200,9 +261,17 @@ class _Attention:
 
         with torch.no_grad():
             forward, backward = _typical(run, lambda: found.append(torch.randn_like(found[0])), back, device)
-        shapes = self._shapes(inputs.query.shape[2])
-        times = shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
+        times = self._times(inputs)
         return forward * times, backward * times
+
+    def _times(self, inputs: Inputs) -> float:
+        """How often ``inputs`` go into all heads of all sequences."""
+        shapes = self._shapes(inputs.query.shape[2])
+        return shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:
@@ -219,6 +288,10 @@ def _typical(
     once = [forward, between, backward]
     for _ in range(_WARM):
         took = sum(laps(once, device))
-    rounds = _SAMPLES + min(_MOST_ROUNDS, math.ceil(_LOAD_SECONDS.get(device.type, 0.0) / max(took, 1e-9)))
-    found = laps(once * rounds, device)[-len(once) * _SAMPLES :]
+        if took > _LONG_SECONDS:
+            break
+    load = math.ceil(_LOAD_SECONDS.get(device.type, 0.0) / max(took, 1e-9))
+    samples = 1 if took > _LONG_SECONDS else _SAMPLES
+    rounds = samples if took > _LONG_SECONDS else samples + min(_MOST_ROUNDS, load)
+    found = laps(once * rounds, device)[-len(once) * samples :]
     return statistics.median(found[0 :: len(once)]), statistics.median(found[2 :: len(once)])

@@ -1,9 +1,11 @@
-"""``tiled``: blocks that were captured run tile by tile; three things are chosen for all of them together.
+"""``tiled``: blocks that were captured run tile by tile; four things are chosen for all of them together.
 
 * the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory;
 * how many blocks at the end of each stack keep their *stash* on the device, since nothing hides the fetch of the last;
 * *alpha*, the share of tiles whose matrix products are kept and not run again: on the device, or, of the blocks below
-  those that keep their stash, in host memory.
+  those that keep their stash, in host memory;
+* how many *groups of heads* attention runs in. Each but the first takes the segment before attention once more, and
+  leaves room for what is kept, so they are taken where that is worth more, or where nothing fits without.
 
 For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
 those of the lower blocks in host memory, and the fastest is taken.
@@ -41,45 +43,55 @@ class ByTiles(Strategy):
     def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
         """The least that tiles need, with the stash of many blocks on the device and of none."""
         for tile in self._tiles(sheet):
-            for resident in self._residents(sheet)[:: -1 if self.keep_last is None else 1]:
-                yield by_tiles(sheet, self.alpha or 0.0, resident, tile)
+            for groups in _groups(sheet):
+                for resident in self._residents(sheet)[:: -1 if self.keep_last is None else 1]:
+                    yield by_tiles(sheet, self.alpha or 0.0, resident, tile, groups=groups)
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
         """The fastest within ``budgets`` at the largest tile at which any fits."""
         _refuse_unseen(sheet)
         for tile in self._tiles(sheet):
-            found = []
-            for resident in self._residents(sheet):
-                alpha = self._most(sheet, budgets, resident, tile)
-                if alpha is not None:
-                    found.append(by_tiles(sheet, alpha, resident, tile))
-                if alpha is None or alpha < 1.0:
-                    found.extend(self._sending(sheet, budgets, resident, tile))
-            choices = fastest(sheet, budgets, found)
-            if choices is not None:
-                return Decision(choices, () if _timed(sheet) else (_ESTIMATED,))
+            best: Choices | None = None
+            for groups in _groups(sheet):
+                best = fastest(sheet, budgets, [*([best] if best else []), *self._all(sheet, budgets, tile, groups)])
+                if best is not None and all(one.prefix == one.device_rows for one in best):
+                    break  # all is kept where it is: more room is worth nothing
+            if best is not None:
+                return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
         return None
 
-    def _most(self, sheet: Sheet, budgets: Budgets, resident: int, tile: int) -> float | None:
+    def _all(self, sheet: Sheet, budgets: Budgets, tile: int, groups: int) -> list[Choices]:
+        """Of every number of blocks whose stash stays, what may be the fastest."""
+        found = []
+        for resident in self._residents(sheet):
+            how = _How(resident, tile, groups)
+            alpha = self._most(sheet, budgets, how)
+            if alpha is not None:
+                found.append(how.at(sheet, alpha))
+            if alpha is None or alpha < 1.0:
+                found.extend(self._sending(sheet, budgets, how))
+        return found
+
+    def _most(self, sheet: Sheet, budgets: Budgets, how: _How) -> float | None:
         """The largest alpha that fits: what is kept is not run again."""
 
         def at(steps: int) -> bool:
-            return fits(sheet, budgets, by_tiles(sheet, steps / _ALPHA_STEPS, resident, tile))
+            return fits(sheet, budgets, how.at(sheet, steps / _ALPHA_STEPS))
 
         if self.alpha is not None:
-            return self.alpha if fits(sheet, budgets, by_tiles(sheet, self.alpha, resident, tile)) else None
+            return self.alpha if fits(sheet, budgets, how.at(sheet, self.alpha)) else None
         if at(_ALPHA_STEPS):
             return 1.0
         return largest(at, _ALPHA_STEPS) / _ALPHA_STEPS if at(0) else None
 
-    def _sending(self, sheet: Sheet, budgets: Budgets, resident: int, tile: int) -> Iterator[Choices]:
+    def _sending(self, sheet: Sheet, budgets: Budgets, how: _How) -> Iterator[Choices]:
         """The lower blocks send as much as fits; the others keep on the device what fits beside that."""
 
         def at(sent: int, alpha: int) -> Choices:
-            return by_tiles(sheet, alpha / _ALPHA_STEPS, resident, tile, sent=sent / _ALPHA_STEPS)
+            return how.at(sheet, alpha / _ALPHA_STEPS, sent=sent / _ALPHA_STEPS)
 
         if self.alpha is not None:
-            yield by_tiles(sheet, self.alpha, resident, tile, sent=self.alpha)
+            yield how.at(sheet, self.alpha, sent=self.alpha)
             return
         sent = largest(lambda steps: fits(sheet, budgets, at(steps, 0)), _ALPHA_STEPS + 1)
         if sent:
@@ -98,6 +110,24 @@ class ByTiles(Strategy):
         return list(range(max(Counter(block.stack for block in sheet.blocks).values(), default=0), -1, -1))
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What is the same while alpha is sought."""
+
+    resident: int
+    tile: int
+    groups: int
+
+    def at(self, sheet: Sheet, alpha: float, *, sent: float = 0.0) -> Choices:
+        return by_tiles(sheet, alpha, self.resident, self.tile, sent=sent, groups=self.groups)
+
+
+def _groups(sheet: Sheet) -> list[int]:
+    """Numbers of groups of heads that some block can run in, the fewest first."""
+    heads = {block.tiled.heads for block in sheet.blocks if block.tiled is not None}
+    return sorted({1} | {count for each in heads for count in range(2, each + 1) if each % count == 0})
+
+
 def some_by_tiles(sheet: Sheet) -> bool:
     """At least one block can run by tiles."""
     return any(block.tiled is not None for block in sheet.blocks)
@@ -107,10 +137,13 @@ def _timed(sheet: Sheet) -> bool:
     return all(block.tiled.seconds_per_flop for block in sheet.blocks if block.tiled is not None)
 
 
-def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0) -> Choices:
+def by_tiles(
+    sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0, groups: int = 1
+) -> Choices:
     """Every block that can by tiles; the others are run again as a whole, or as much of them as has to be.
 
-    ``sent``: alpha of the blocks whose stash does not stay, where they keep their products in host memory.
+    ``sent``: alpha of the blocks whose stash does not stay, where they keep their products in host memory. ``groups``:
+    of heads, as far as a block can be divided so, and not so few that its tensors are too large for a kernel.
     """
     most = Counter(block.stack for block in sheet.blocks)
     kept = kept_blocks(sheet, min(resident, min(most.values(), default=0)))
@@ -128,7 +161,12 @@ def by_tiles(sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: floa
         sends = sent > 0 and index not in kept
         prefix = min(tokens, int((sent if sends else alpha) * count + 1e-9) * size)
         rows = tokens if index in kept else 0
-        found.append(Choice(Executor.TILED, prefix, rows, tile=size, sent=prefix if sends else 0))
+        found.append(
+            Choice(
+                Executor.TILED, prefix, rows, tile=size, sent=prefix if sends else 0,
+                groups=block.tiled.groups_at(tokens, groups),
+            )
+        )  # fmt: skip
     return tuple(found)
 
 

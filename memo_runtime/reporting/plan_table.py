@@ -6,15 +6,27 @@
     model.layers.0-29  replay    0.375  48.00 MiB  48.00 MiB     -    48.00 MiB  12.00 GFLOP
 
 Bytes and FLOPs are those of one block; the line ``total`` is the sum over all of them. ``sent``: tokens whose products
-go to the host, where a block by tiles sends some.
+go to the host, where a block by tiles sends some. Behind the table is how attention runs, where that is not all heads
+and all queries at once.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from memo_runtime.records import BlockPlan, Executor, Plan
-from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table, tokens_text
+from memo_runtime.reporting.text_table import (
+    WIDTH,
+    amount,
+    notes_text,
+    reasons_text,
+    run_name,
+    run_rows,
+    runs,
+    table,
+    tokens_text,
+)
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
 _HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "host memory", "recomputed", "tile")
@@ -50,6 +62,7 @@ def _key(block: BlockPlan) -> tuple[object, ...]:
         block.reason,
         block.tile,
         block.sent,
+        block.groups,
     )
 
 
@@ -59,7 +72,24 @@ def _blocks(plan: Plan) -> list[str]:
         rows.append(_total(plan.blocks))
     sends = any(block.sent for block in plan.blocks)
     header = (*_HEADER, "sent") if sends else _HEADER
-    return [table(header, [row[: len(header)] for row in rows], text_columns=(0, 1)), *reasons_text(reasons)]
+    shown = table(header, [row[: len(header)] for row in rows], text_columns=(0, 1))
+    return [shown, *_attention(plan), *reasons_text(reasons)]
+
+
+def _attention(plan: Plan) -> list[str]:
+    """How attention runs, by blocks: ``attention of model.layers.0-29: cudnn, 4 groups, queries by 32,768``."""
+    by_tiles = {block.name: block.tiled for block in plan.profile.blocks}
+    told: dict[str, tuple[str, ...]] = {}
+    for block in plan.blocks:
+        takes = by_tiles.get(block.name)
+        if block.executor is not Executor.TILED or takes is None:
+            continue
+        told[block.name] = takes.attention_texts(block.groups)
+    lines = []
+    for some in runs(list(told), lambda name: told[name]):
+        if any("," in text for text in told[some[0]]):
+            lines += textwrap.wrap(f"attention of {run_name(some)}: {'; '.join(told[some[0]])}", WIDTH)
+    return ["", *lines] if lines else []
 
 
 def _cells(block: BlockPlan) -> tuple[str, ...]:

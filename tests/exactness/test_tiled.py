@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
-from memo_runtime.execution import tiled_run
+from memo_runtime.execution import tiled_mixing
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
 from tests.capture.blocks import DocumentMask, StraightThrough
@@ -255,7 +255,7 @@ def test_an_error_in_the_middle_of_a_block(monkeypatch):
     places, kinds = ("attention_forward", "attention_backward"), (KeyboardInterrupt, RuntimeError)
     for where, kind in itertools.product(places, kinds):
         with monkeypatch.context() as patch:
-            patch.setattr(tiled_run, where, failing_second(getattr(tiled_run, where), kind))
+            patch.setattr(tiled_mixing, where, failing_second(getattr(tiled_mixing, where), kind))
             with pytest.raises(kind):
                 run_step(model, batch, output_loss)
         model.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ from tests.capture import blocks
 from tests.exactness import hand_written
 from tests.exactness.hand_written import HEADS, WIDTH, merge_heads
 from tests.execution.test_tiled import double, hidden
-from tests.execution.tiles import assert_exact, call_of, run, worst
+from tests.execution.tiles import assert_exact, call_of, worst
 
 
 class ByGroups(TiledBlock):
     """Tiles with attention by ``groups`` of heads, queries ``queries`` at a time."""
 
-    def __init__(self, block, *, groups, queries=0, **settings):
+    def __init__(self, block, *, groups=1, queries=0, **settings):
         super().__init__(block, tile=6, alpha=0.5, **settings)
         self.groups = groups
         self.queries = queries
@@ -35,9 +36,21 @@ class ByGroups(TiledBlock):
 
     def captured(self, call):
         found = super().captured(call)
-        for node in found.attentions if self.queries else ():
+        for node in found.attentions:
             self.programs.kernels[found.signature, node.name] = Kernel("cpu", self.queries)
         return found
+
+
+@cache
+def tiles_of(**settings):
+    """One capture for many tests."""
+    return ByGroups(made(**settings))
+
+
+def grouped(groups, queries=0, **settings):
+    tiled = tiles_of(**settings)
+    tiled.groups, tiled.queries = groups, queries
+    return tiled
 
 
 class Shared(nn.Module):
@@ -70,19 +83,22 @@ def made(**settings):
     return Shared(**settings).double()
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("keys", [4, 8])
-@pytest.mark.parametrize("causal", [True, False])
-def test_groups_are_exact(groups, keys, causal):
-    block = made(keys=keys, causal=causal, scale=0.3)
-    tiled = ByGroups(block, groups=groups)
-    assert_exact(call_of(block, hidden()), tiled)
-    assert tiled.kernels == [f"cpu, {groups} groups"]
+@pytest.mark.parametrize(
+    ("keys", "causal"),
+    [(4, True), (8, False), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((4, False), (8, True)))],
+)
+def test_groups_are_exact(keys, causal):
+    for groups in (2, 4):
+        tiled = grouped(groups, keys=keys, causal=causal, scale=0.7)
+        assert_exact(call_of(tiled.block, hidden()), tiled)
+        assert tiled.kernels == [f"cpu, {groups} groups"]
 
 
 @pytest.mark.parametrize(
-    ("shape", "boolean"), [((29, 29), True), ((3, 1, 29, 29), False), ((3, 8, 29, 29), True), ((3, 8, 29, 29), False)]
-)
+    ("shape", "boolean"),
+    [((3, 8, 29, 29), False), ((3, 1, 29, 29), True),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in (((29, 29), True), ((3, 8, 29, 29), True)))],
+)  # fmt: skip
 def test_masks_of_all_heads_and_of_each(shape, boolean):
     block = made()
     generator = torch.Generator().manual_seed(2)
@@ -93,8 +109,9 @@ def test_masks_of_all_heads_and_of_each(shape, boolean):
 
 @pytest.mark.parametrize(
     "kind",
-    [hand_written.TwoMixers, hand_written.Normalised, hand_written.Twice, hand_written.TimeFirst, blocks.DocumentMask,
-     blocks.PassThrough],
+    [hand_written.TwoMixers, blocks.DocumentMask,
+     *(pytest.param(one, marks=pytest.mark.slow) for one in
+       (hand_written.Normalised, hand_written.Twice, hand_written.TimeFirst, blocks.PassThrough))],
     ids=lambda kind: kind.__name__,
 )  # fmt: skip
 def test_blocks_of_every_kind(kind):
@@ -108,12 +125,14 @@ def test_keys_that_the_block_yields_are_there_whole():
     assert_exact(call_of(block, hidden()), ByGroups(block, groups=4))
 
 
+@pytest.mark.slow
 def test_values_of_another_block_get_their_gradient():
     block = double(hand_written.SharedValues)
     first = torch.randn(3, HEADS, 29, WIDTH // HEADS, dtype=torch.float64, requires_grad=True)
     assert_exact(call_of(block, hidden(), first), ByGroups(block, groups=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [29, 11])
 def test_attention_to_other_tokens(others):
     block = double(blocks.Cross)
@@ -141,12 +160,13 @@ def test_dropout_draws_the_same_twice():
 @pytest.mark.parametrize("held", [True, False])
 def test_a_second_backward_finds_what_the_first_did(held):
     """With ``retain_graph`` nothing is written over the result of attention, on the device or fetched."""
-    block, x = made(), hidden()
-    swap = None
+    tiled, x = grouped(4, scale=0.7, keys=4, causal=True), hidden()
+    block, swap = tiled.block, None
     if not held:
         tools = Tools(torch.device("cpu"), 1 << 24)
         swap = TiledSwap(tools.device, tools.pool, tools.engine)
-    loss = ByGroups(block, groups=4, swap=swap)(x).square().sum()
+    call = BlockCall.of((x,), {})
+    loss = tiled.run(tiled.captured(call), call, replace(tiled.way(), swap=swap)).square().sum()
     wanted = [x, *block.parameters()]
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
     second = torch.autograd.grad(loss, wanted)
@@ -155,32 +175,30 @@ def test_a_second_backward_finds_what_the_first_did(held):
     assert worst(first, expected) <= 1e-12
 
 
-@pytest.mark.parametrize("queries", [5, 8, 28, 29])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_queries_in_chunks_are_exact(groups, queries):
-    block = made(scale=0.7)
-    tiled = ByGroups(block, groups=groups, queries=queries)
-    assert_exact(call_of(block, hidden()), tiled)
-    told = ["cpu", *(["2 groups"] if groups > 1 else []), *([f"queries by {queries}"] if queries < 29 else [])]
-    assert tiled.kernels == [", ".join(told)]
+def test_queries_in_chunks_are_exact(groups):
+    for queries in (5, 8, 28, 29):
+        tiled = grouped(groups, queries, keys=4, causal=True, scale=0.7)
+        assert_exact(call_of(tiled.block, hidden()), tiled)
+        told = ["cpu", *(["2 groups"] if groups > 1 else []), *([f"queries by {queries}"] if queries < 29 else [])]
+        assert tiled.kernels == [", ".join(told)]
 
 
-@pytest.mark.parametrize("settings", [{"causal": False}, {"drop": 0.3}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"causal": True, "drop": 0.3}, marks=pytest.mark.slow)])
 def test_chunks_are_for_causal_attention_without_dropout(settings):
-    tiled = ByGroups(made(**settings), groups=1, queries=8)
+    tiled = grouped(1, 8, **({"keys": 8, "causal": False, "scale": 0.7} | settings))
     tiled(hidden()).sum().backward()
     assert "queries" not in tiled.kernels[0]
 
 
 def test_attention_that_has_no_groups_stays_whole():
-    for kind, args in ((hand_written.Biased, {"bias": torch.zeros(1, HEADS, 29, 29, requires_grad=True).double()}),
-                       (hand_written.EagerAttention, {}), (hand_written.NoMixer, {})):  # fmt: skip
-        block = double(kind)
-        tiled = ByGroups(block, groups=2)
-        call = BlockCall.of((hidden(),), {name: one.detach().requires_grad_() for name, one in args.items()})
-        assert head_count(tiled.captured(call)) == 1
-        assert_exact(call_of(block, *call.arguments()[0], **call.arguments()[1]), tiled)
-        assert all("groups" not in name for name in tiled.kernels)
+    """Its bias of all pairs wants a gradient."""
+    block = double(hand_written.Biased)
+    bias = torch.randn(1, HEADS, 29, 29, dtype=torch.float64, requires_grad=True)
+    tiled = ByGroups(block, groups=2)
+    assert head_count(tiled.captured(BlockCall.of((hidden(),), {"bias": bias}))) == 1
+    assert_exact(call_of(block, hidden(), bias=bias), tiled)
+    assert tiled.kernels == ["rows"]
 
 
 def test_numbers_of_groups_divide_the_heads_of_keys():
@@ -192,14 +210,4 @@ def test_numbers_of_groups_divide_the_heads_of_keys():
     assert tiled.kernels == ["cpu"]
     how = grouping(captured, 1)
     assert how is not None
-    assert (how.shared, how.over_result, how.over_gradient) == (2, True, True)
-
-
-def test_kept_products_are_made_once():
-    """The tiles of all groups but the first make no products, and gradients are those of whole attention."""
-    block, x = made(), hidden()
-    results = []
-    for groups in (1, 4):
-        tiled = ByGroups(block, groups=groups)
-        results.append(run(call_of(block, x), tiled))
-    assert worst(results[1][1], results[0][1]) <= 1e-13
+    assert (how.shared, how.over_result, how.over_gradient) == (2, ("key", "value"), True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from tests.exactness.hand_written import merge_heads
@@ -59,6 +59,21 @@ def test_the_worst_moments_are_those_of_the_table(shared, counts):
     assert backward[:6] == [1, 1, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize(("shared", "worst"), [(4, (3, 8)), (2, (2, 6))])
+def test_by_groups_of_heads_what_is_whole_is_what_the_segments_need(shared, worst):
+    """Beside x and o: dx over dy, and do, whose place dq takes; with as many heads of keys as of queries dv too."""
+    torch.manual_seed(0)
+    x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    call = BlockCall.of((x,), {})
+    tiled = TiledBlock(Grouped(shared).double(), tile=4)
+    takes = tiled_profile(tiled.captured(call), call)
+    unit = x.numel() * x.element_size()
+    assert max(moment.full.at(TOKENS) / unit for moment in takes.backward_by_groups) == worst[0]
+    lse = HEADS * TOKENS * 8 / unit  # a group's copy of it, where rows of several sequences do not lie together
+    assert max(moment.part.at(TOKENS) / unit for moment in takes.backward_by_groups) == worst[1] + lse
+    assert max(moment.full.at(TOKENS) / unit for moment in takes.forward_by_groups) == 1
+
+
 def peak_of(tiled, x, grad, monkeypatch, *, held):
     """(most bytes of full length by phase, those after the forward), beside what was there before."""
     gc.collect()
@@ -95,6 +110,30 @@ def test_that_many_bytes_are_alive_while_a_block_runs(held, monkeypatch):
     sums = sum(one.numel() * 8 for one in (block.up.weight, block.down.weight))  # as large as x, and made by then
     # Beside x, o, y: do, q, k, v, dq, dk, dv, and dx beside a dy that was there before, or over one that was not.
     assert peaks["backward"] - made == 8 * unit + sums
+
+
+@pytest.mark.parametrize(("shared", "worst"), [(4, 3), (2, 2)])
+def test_of_full_length_that_many_bytes_are_alive_by_groups(shared, worst, monkeypatch):
+    """Beside x, o, y: dx over dy and do, that dq takes the place of; dk and dv take that of o, if there is room."""
+    torch.manual_seed(0)
+    block = Grouped(shared).double()
+    x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    tiled, unit = TiledBlock(block, tile=4), x.numel() * x.element_size()
+
+    def by_groups(source):
+        call = BlockCall.of((source,), {})
+        return tiled.run(tiled.captured(call), call, Way(tile=4, groups=2))
+
+    grad = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64)
+    by_groups(x).backward(grad)
+    x.grad = None
+    for one in block.parameters():
+        one.grad = None
+    peaks, made = peak_of(by_groups, x, grad, monkeypatch, held=False)
+    assert made == 2 * unit
+    # Those are there until the first segment's backward, the worst moment but for the parts of a group.
+    sums = sum(one.numel() * 8 for one in block.parameters() if one.numel() * 8 >= unit)
+    assert peaks["backward"] - made == worst * unit + sums
 
 
 class Watched:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_timing
 from memo_runtime.execution.mixers import attention
+from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_timing import time_tiles
@@ -81,7 +82,7 @@ def test_the_fastest_kernel_of_attention_is_taken_and_named(monkeypatch):
 
     for module in (tiled_timing, attention):
         monkeypatch.setattr(module, "kernels_for", both)
-    seconds = {"cpu": (1.0, 3.0), "rows": (2.0, 1.0)}
+    seconds = {Kernel("cpu"): (1.0, 3.0), Kernel("rows"): (2.0, 1.0)}
     monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel: seconds[kernel])
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     call = BlockCall.of((hidden(),), {})

@@ -226,3 +226,41 @@ def test_what_the_link_does_not_hide_of_products_is_waited_for():
 def test_slow_copies_are_not_chosen():
     profile = tried(llama_profile(link=Link(to_host=5e9, to_device=5e9)))
     assert not any(block.sent for block in plan(profile, policy="tiled", budget="24GiB").blocks)
+
+
+def in_groups(profile):
+    """Of each block a part of its moments is one group's of 8 heads, and a group takes a thousandth of the FLOPs."""
+
+    def one(takes):
+        moments = [replace(moment, full=Growth(linear=whole * ROW), part=Growth(linear=part * ROW))
+                   for (moment,), whole, part in ((takes.forward, 1, 2), (takes.backward, 2, 4))]  # fmt: skip
+        more = Growth(linear=takes.again_flops.linear / 1000)
+        return replace(
+            takes, heads=8, forward_by_groups=(moments[0],), backward_by_groups=(moments[1],), group_flops=more
+        )
+
+    return replace(profile, blocks=tuple(replace(block, tiled=one(block.tiled)) for block in profile.blocks))
+
+
+def test_heads_go_in_groups_where_that_leaves_room_for_what_saves_more():
+    whole, profile = tried(llama_profile()), in_groups(tried(llama_profile()))
+    free = plan(profile, policy="tiled", budget="500GiB")
+    assert {block.groups for block in free.blocks} == {1}
+    budgets = {"budget": "24GiB", "host_budget": "16GiB"}
+    tight = plan(profile, policy="tiled", **budgets)
+    (groups,) = {block.groups for block in tight.blocks}
+    assert groups > 1
+    assert tight.forecast.step_seconds < plan(whole, policy="tiled", **budgets).forecast.step_seconds
+    assert tight.forecast.peak_bytes <= 24 * GiB
+    assert f"cudnn, {groups} groups" in str(tight)
+
+
+def test_heads_go_in_groups_where_nothing_fits_without():
+    least = {"policy": "tiled", "alpha": 0.0, "keep_last": 0, "tile": 8192}
+    whole, profile = tried(llama_profile()), in_groups(tried(llama_profile()))
+    budget = plan(whole, **least, budget="500GiB").forecast.peak_bytes - 1
+    with pytest.raises(PlanInfeasibleError):
+        plan(whole, **least, budget=budget)
+    found = plan(profile, **least, budget=budget)
+    assert {block.groups for block in found.blocks} == {2}
+    assert found.forecast.recomputed_flops > plan(profile, **least, budget="500GiB").forecast.recomputed_flops

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from memo_runtime.execution.mixers.by_queries import forward_by_queries
+from memo_runtime.execution.mixers.by_queries import Attend, chunk_of_queries, forward_by_queries
 from memo_runtime.execution.mixers.by_rows import RowsAttention
+from memo_runtime.records import attention_text
 
 aten = torch.ops.aten
 Tensors = tuple[torch.Tensor | None, ...]
@@ -52,9 +53,8 @@ class Kernel:
     queries: int = 0
 
     def text(self, groups: int = 1) -> str:
-        """What reports say: ``cudnn, 4 groups, queries by 32,768``."""
-        parts = [f"{groups} groups" if groups > 1 else "", f"queries by {self.queries:,}" if self.queries else ""]
-        return ", ".join([self.name, *filter(None, parts)])
+        """What reports say, where heads go in ``groups``."""
+        return attention_text(self.name, groups, self.queries)
 
 
 @dataclass(slots=True)
@@ -277,25 +277,36 @@ def _efficient_backward(
 
 def _forward_by_queries(kernel: Kernel, inputs: Inputs, settings: Settings) -> tuple[torch.Tensor, Saved]:
     """By a fused kernel; what it leaves is what its backward of the whole wants."""
-
     left: list[Saved] = []
-
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given, how = Inputs(query, key, value, None), replace(settings, causal=causal)
-        output, saved = _FORWARD[kernel.name](given, how, 0)
-        lse = saved.tensors[0]
-        assert lse is not None, "a fused kernel yields it first"
-        left[:] = [saved]
-        return output, lse
-
+    attend = _attend(kernel.name, settings, left)
     output, lse = forward_by_queries(attend, inputs.query, inputs.key, inputs.value, kernel.queries)
     (part,), tokens = left, inputs.query.shape[2]
     if kernel.name == "efficient":  # its rows of log-sum-exps are filled up, with what adds nothing
         lse = torch.nn.functional.pad(lse, (0, -tokens % 32), value=float("inf"))
     # The numbers are the longest sequences of queries and keys.
     return output, Saved(kernel, (lse, *part.tensors[1:]), (tokens,) * len(part.numbers))
+
+
+def last_queries(name: str, inputs: Inputs, settings: Settings, start: int, size: int) -> torch.Tensor:
+    """Result of the chunk of ``size`` queries from ``start`` on, to be timed."""
+    attend = _attend(name, settings, [])
+    return chunk_of_queries(attend, inputs.query, inputs.key, inputs.value, (start, start + size))[0]
+
+
+def _attend(name: str, settings: Settings, left: list[Saved]) -> Attend:
+    """Kernel ``name`` on parts of an attention; ``left``: what the last one leaves."""
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given, how = Inputs(query, key, value, None), replace(settings, causal=causal)
+        output, saved = _FORWARD[name](given, how, 0)
+        lse = saved.tensors[0]
+        assert lse is not None, "a fused kernel yields it first"
+        left[:] = [saved]
+        return output, lse
+
+    return attend
 
 
 def _rows_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:

@@ -26,20 +26,28 @@ def forward_by_queries(
     output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
     lse: torch.Tensor | None = None
     for start, stop in chunks(tokens, size):
-        rows = query[:, :, start:stop]
-        own, own_lse = attend(rows, key[:, :, start:stop], value[:, :, start:stop], True)
-        own_lse = own_lse[:, :, : stop - start]  # some kernels fill its last rows up
-        if start:
-            before, before_lse = attend(rows, key[:, :, :start], value[:, :, :start], False)
-            own, own_lse = _merged(own, own_lse, before, before_lse[:, :, : stop - start])
-            del before, before_lse
+        part, part_lse = chunk_of_queries(attend, query, key, value, (start, stop))
         if lse is None:
-            lse = own_lse.new_empty(batch, heads, tokens, *own_lse.shape[3:])
-        output[:, :, start:stop] = own
-        lse[:, :, start:stop] = own_lse
-        del own, own_lse
+            lse = part_lse.new_empty(batch, heads, tokens, *part_lse.shape[3:])
+        output[:, :, start:stop] = part
+        lse[:, :, start:stop] = part_lse
+        del part, part_lse
     assert lse is not None, "there is a chunk"
     return output, lse
+
+
+def chunk_of_queries(
+    attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, log-sum-exp) of the queries from one place to another, the result in a wider dtype if it is merged."""
+    start, stop = where
+    rows = query[:, :, start:stop]
+    own, own_lse = attend(rows, key[:, :, start:stop], value[:, :, start:stop], True)
+    own_lse = own_lse[:, :, : stop - start]  # some kernels fill its last rows up
+    if not start:
+        return own, own_lse
+    before, before_lse = attend(rows, key[:, :, :start], value[:, :, :start], False)
+    return _merged(own, own_lse, before, before_lse[:, :, : stop - start])
 
 
 def chunks(tokens: int, size: int) -> Iterator[tuple[int, int]]:

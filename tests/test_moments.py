@@ -2,7 +2,7 @@
 
 import pytest
 
-from memo_runtime.records import Growth, Moment, TileAt
+from memo_runtime.records import Growth, Moment, TileAt, TiledProfile
 
 BACKWARD = {  # (kept tokens of 32 in tiles of 8) -> kept tokens of the segment at hand whose products are there
     TileAt.ANY: {0: 0, 8: 0, 16: 0, 32: 0},
@@ -32,3 +32,21 @@ def test_what_is_there_is_summed_and_a_single_tile_has_none_behind_it():
     assert moment.bytes_at(32, 8, 16, backward=True) == 3200 - 640 + 85 + 3 + 16 + 32
     for at in (TileAt.LATER_BARE, TileAt.LATER_KEPT):
         assert Moment(full=Growth(linear=1), at=at).bytes_at(32, 32, 0, backward=True) is None
+
+
+def test_groups_divide_the_heads_and_keep_tensors_below_what_32_bits_count():
+    takes = TiledProfile(
+        stash=(), resident=Growth(), products=(), forward=(), backward=(), again_flops=Growth(), saved_flops=Growth(),
+        heads=12, elements=Growth(linear=2048),
+    )  # fmt: skip
+    assert [takes.groups_at(4096, asked) for asked in (1, 2, 3, 4, 6, 8, 12)] == [1, 2, 3, 4, 6, 4, 12]
+    assert takes.groups_at(2**20 - 1, 1) == 1
+    assert takes.groups_at(2**20, 1) == 2
+    assert takes.groups_at(2**22, 2) == 6
+    assert takes.groups_at(2**30, 1) == 12
+
+
+def test_what_is_of_all_heads_is_divided_by_the_groups():
+    moment = Moment(full=Growth(linear=10), part=Growth(linear=6))
+    sizes = [moment.bytes_at(100, 8, 0, backward=True, groups=groups) for groups in (1, 2, 3)]
+    assert sizes == [1600, 1300, 1200]

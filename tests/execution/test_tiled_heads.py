@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from statistics import median
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.capture import blocks
 from tests.exactness import hand_written
 from tests.exactness.hand_written import HEADS, WIDTH, merge_heads
 from tests.execution.test_tiled import double, hidden
-from tests.execution.tiles import assert_exact, call_of, worst
+from tests.execution.tiles import assert_exact, call_of, run, worst
 
 
 class ByGroups(TiledBlock):
@@ -189,6 +190,29 @@ def test_chunks_are_for_causal_attention_without_dropout(settings):
     tiled = grouped(1, 8, **({"keys": 8, "causal": False, "scale": 0.7} | settings))
     tiled(hidden()).sum().backward()
     assert "queries" not in tiled.kernels[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "queries"), [(1, 64), (4, 0), (4, 128)])
+def test_in_bfloat16_gradients_are_as_near_to_float64s_as_the_blocks_own(groups, queries):
+    ratios = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        block, exact = Shared(depth=16).bfloat16(), Shared(depth=16).double()
+        exact.load_state_dict(block.state_dict())
+        x = torch.randn(1, 512, WIDTH).bfloat16()
+        calls = [call_of(one, x.to(kind).requires_grad_()) for one, kind in
+                 ((exact, torch.float64), (block, torch.bfloat16), (block, torch.bfloat16))]  # fmt: skip
+        forwards = (exact.forward, block.forward, ByGroups(block, groups=groups, queries=queries))
+        want, plain, mine = (run(call, forward)[1] for call, forward in zip(calls, forwards, strict=True))
+        ratios.append(distance(mine, want) / distance(plain, want))
+    assert median(ratios) <= 1.1
+
+
+def distance(found, exact):
+    """Of all gradients taken together."""
+    pairs = zip(found, exact, strict=True)
+    return sum(float((a.detach().double() - b.detach()).square().sum()) for a, b in pairs) ** 0.5
 
 
 def test_attention_that_has_no_groups_stays_whole():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,3 +107,64 @@ def test_a_mask_of_all_pairs_is_not_timed_and_gradients_are_left_alone():
     assert found.backward.exact(29) > 0
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(one.grad is None for one in [*block.parameters(), call.leaves[0]])
+
+
+def _causal_pairs(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+    return _pairs(query, key) // (2 if causal else 1)
+
+
+def causal_flops_of_each(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
+    found = []
+    for run in runs:
+        mapping = {aten._scaled_dot_product_flash_attention_for_cpu: _causal_pairs}
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            run()
+        found.append(float(counter.get_total_flops()))
+    return found
+
+
+@pytest.mark.parametrize("tokens", [24, 29])
+def test_two_chunks_of_queries_tell_what_all_take(tokens, monkeypatch):
+    """A FLOP takes a second: chunks have those of the whole, whose causal half they cut differently."""
+    monkeypatch.setattr(tiled_timing, "laps", causal_flops_of_each)
+    monkeypatch.setattr(tiled_timing, "_CHUNKS", (16, 8, 4))
+    tiles = TiledBlock(double(hand_written.Attention), tile=8)
+    captured = tiles.captured(BlockCall.of((hidden(tokens),), {}))
+    one = tiled_timing._Attention(captured, captured.attentions[0])
+    found = dict(one._by_chunks(one.inputs(tokens), Kernel("cpu")))
+    assert [kernel.queries for kernel in found] == [8, 4]  # of 16 there are fewer than three
+    for kernel, seconds in found.items():
+        inputs = one.inputs(tokens)
+        run = partial(attention.attention_forward, inputs, one._settings(inputs), seed=0, kernel=kernel)
+        whole = causal_flops_of_each([run], torch.device("cpu"))
+        rest = tokens % kernel.queries  # of a shorter last chunk all pairs are counted, as of a longer one
+        assert seconds == pytest.approx(whole[0] * one._times(inputs), rel=0.06 if rest else 1e-12)
+
+
+@pytest.mark.parametrize(("chunked", "taken"), [(0.97, 16), (1.0, 0)])
+def test_chunks_are_taken_where_they_save_enough_and_the_longest_of_equals(chunked, taken, monkeypatch):
+    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel: (1.0, 3.0))
+    forwards = [(Kernel("cpu", 16), chunked), (Kernel("cpu", 8), 0.995 * chunked)]
+    monkeypatch.setattr(tiled_timing._Attention, "_by_chunks", lambda self, inputs, kernel: iter(forwards))
+    tiles = TiledBlock(double(hand_written.Attention), tile=8)
+    captured = tiles.captured(BlockCall.of((hidden(),), {}))
+    one = tiled_timing._Attention(captured, captured.attentions[0])
+    assert one.fastest(tiles.programs.kernels, 29) == (chunked if taken else 1.0, 3.0)
+    assert tiles.programs.kernels[one.key] == Kernel("cpu", taken)
+    assert tiled_profile(captured, BlockCall.of((hidden(),), {}), kernels=tiles.programs.kernels).queries == (taken,)
+
+
+def test_a_kernel_that_is_far_behind_is_not_timed_at_full_length(monkeypatch):
+    monkeypatch.setattr(tiled_timing, "kernels_for", lambda inputs, settings: iter(("cpu", "rows")))
+    monkeypatch.setattr(tiled_timing, "_COMPARED_TOKENS", 16)
+    timed: list[tuple[str, int]] = []
+
+    def seconds(self: Any, inputs: Any, kernel: Kernel) -> tuple[float, float]:
+        timed.append((kernel.name, inputs.query.shape[2]))
+        return (1.0, 3.0) if kernel.name == "cpu" else (4.0, 4.0)
+
+    monkeypatch.setattr(tiled_timing._Attention, "seconds", seconds)
+    tiles = TiledBlock(double(hand_written.Attention), tile=8)
+    captured = tiles.captured(BlockCall.of((hidden(),), {}))
+    tiled_timing._Attention(captured, captured.attentions[0]).fastest(tiles.programs.kernels, 29)
+    assert timed == [("cpu", 16), ("rows", 16), ("cpu", 29)]

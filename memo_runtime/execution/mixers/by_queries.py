@@ -1,7 +1,7 @@
 """Causal attention in chunks of queries, by a fused kernel: each chunk meets all keys before it, and its own causally.
 
-    keys     0 ........ start | start ... stop        o  =  o_before * exp(lse_before - lse) + o_own * exp(lse_own - lse)
-    queries  all pairs        | causal                lse = log(exp(lse_before) + exp(lse_own))
+    keys     0 ........ start | start ... stop      o  =  o_before * exp(lse_before - lse) + o_own * exp(lse_own - lse)
+    queries  all pairs        | causal              lse = log(exp(lse_before) + exp(lse_own))
 
 The two parts are merged by their log-sum-exps in float32 (in float64 where they are). The log-sum-exp of all keys is
 what the kernel's backward wants, so backward is that of the whole. Some kernels lose speed over long causal sequences

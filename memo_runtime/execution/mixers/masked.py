@@ -19,6 +19,7 @@ from memo_runtime.blocks.operators import MASKED_ATTENTION
 from memo_runtime.blocks.spans import Kind, Layout, Piece, layout_of
 from memo_runtime.execution.mixers.attention import (
     Inputs,
+    Kernel,
     Saved,
     Settings,
     attention_backward,
@@ -121,11 +122,11 @@ def _layout(query: torch.Tensor, key: torch.Tensor, spans: torch.Tensor) -> Layo
 
 def _rows_of(saved: Saved, piece: Piece) -> torch.Tensor | None:
     """Log-sum-exp [B, H, S] as a kernel has left it; None where it leaves none."""
-    if saved.kernel == "rows":
+    if saved.kernel.name == "rows":
         return None
     lse = saved.tensors[0]
     assert lse is not None, "fused kernels leave it"
-    if saved.kernel == "cudnn":
+    if saved.kernel.name == "cudnn":
         return lse.reshape(lse.shape[:3])
     return lse[..., : piece.stop - piece.start]
 
@@ -139,14 +140,14 @@ def _saved_again(kernel: str, lse: torch.Tensor, piece: Piece) -> Saved:
     if kernel == "flash":
         state = torch.zeros(2, dtype=torch.uint64, device=lse.device)
         unused = torch.zeros((), dtype=torch.uint64, device=lse.device)
-        return Saved(kernel, (lse, None, None, state, unused), (queries, keys))
+        return Saved(Kernel(kernel), (lse, None, None, state, unused), (queries, keys))
     if kernel == "cudnn":
         seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
-        return Saved(kernel, (lse.unsqueeze(-1), None, None, seed, offset), (queries, keys))
+        return Saved(Kernel(kernel), (lse.unsqueeze(-1), None, None, seed, offset), (queries, keys))
     if kernel == "efficient":
         seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
-        return Saved(kernel, (torch.nn.functional.pad(lse, (0, -queries % 32)), seed, offset))
-    return Saved(kernel, (lse,) if kernel == "cpu" else (), (0,) if kernel == "rows" else ())
+        return Saved(Kernel(kernel), (torch.nn.functional.pad(lse, (0, -queries % 32)), seed, offset))
+    return Saved(Kernel(kernel), (lse,) if kernel == "cpu" else (), (0,) if kernel == "rows" else ())
 
 
 def _backward(grad: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

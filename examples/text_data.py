@@ -8,6 +8,8 @@ the same bytes. Any UTF-8 file does as well. Tokens are bytes unless a tokenizer
                    [doc 0 | boundary | doc 1 | boundary | ...]                        of the length asked
 
 Reading stops as soon as there are enough tokens. A text that ends earlier starts again from its beginning.
+A row is one long document of them all, or holds documents that are packed: then each token has its place in its own
+document as position, and a model's attention stays inside it.
 """
 
 from __future__ import annotations
@@ -154,19 +156,29 @@ class TextFile:
 class Corpus:
     """Tokens of a text, and where they are from.
 
-    ``bytes_read`` is the UTF-8 text behind ``tokens``; ``complete``: the source has no more.
+    ``bytes_read`` is the UTF-8 text behind ``tokens``; ``complete``: the source has no more. ``starts``: places of
+    the first tokens of documents.
     """
 
     tokens: torch.Tensor
     source: str
     bytes_read: int
     complete: bool
+    starts: torch.Tensor
 
     def batch(self, index: int, *, rows: int, length: int) -> torch.Tensor:
         """Batch ``index`` as ``[rows, length]`` int64: the text in order, starting again at its end."""
+        return self.tokens[self._places(index, rows, length)].long().view(rows, length)
+
+    def positions(self, index: int, *, rows: int, length: int) -> torch.Tensor:
+        """Of each token of that batch, its place in its document; what a row begins in the middle of starts there."""
+        where = self._places(index, rows, length)
+        since = where - self.starts[torch.searchsorted(self.starts, where, right=True) - 1]
+        return torch.minimum(since.view(rows, length), torch.arange(length))
+
+    def _places(self, index: int, rows: int, length: int) -> torch.Tensor:
         start = index * rows * length
-        where = torch.arange(start, start + rows * length) % self.tokens.numel()
-        return self.tokens[where].long().view(rows, length)
+        return torch.arange(start, start + rows * length) % self.tokens.numel()
 
     def describe(self, needed: int) -> str:
         """One line: what was found, and how often it is gone through where it is shorter than ``needed``."""
@@ -184,6 +196,7 @@ def read_corpus(source: Source, encoder: Encoder, *, needed: int, length: int) -
         TextError: no text at all, or a file with less than one sequence of ``length`` tokens.
     """
     pieces: list[torch.Tensor] = []
+    starts = [0]
     found = bytes_read = 0
     complete = True
     # A file comes in pieces of one document: no boundary inside it.
@@ -197,6 +210,8 @@ def read_corpus(source: Source, encoder: Encoder, *, needed: int, length: int) -
             piece = torch.cat([piece, torch.tensor([boundary], dtype=torch.int32)])
         pieces.append(piece)
         found += piece.numel()
+        if not isinstance(source, TextFile) and found > starts[-1]:
+            starts.append(found)
         bytes_read += len(text.encode("utf-8", errors="replace"))
     if found == 0:
         raise TextError(f"{source.name} has no text: give a UTF-8 file with --text")
@@ -206,4 +221,5 @@ def read_corpus(source: Source, encoder: Encoder, *, needed: int, length: int) -
             f"{length:,}: give a longer file, or --seq-len {found}"
         )
     tokens = torch.cat(pieces)[:needed]
-    return Corpus(tokens=tokens, source=source.name, bytes_read=bytes_read, complete=complete)
+    begun = torch.tensor([start for start in starts if start < tokens.numel()])
+    return Corpus(tokens=tokens, source=source.name, bytes_read=bytes_read, complete=complete, starts=begun)

@@ -54,6 +54,8 @@ class Options:
     sdpa_backend: str
     compare: bool
     text: str | None
+    documents: str
+    extend_positions: bool
     tokenizer: str | None
     seed: int
     plan: str | None
@@ -63,6 +65,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.sdpa_backend != "auto" and self.attention != "sdpa":
             raise OptionError(f"--sdpa-backend {self.sdpa_backend} goes with --attention sdpa")
+        if self.documents == "packed" and self.text is not None:
+            raise OptionError(
+                "--documents packed packs the files of the standard library, and a --text file is one document; "
+                "leave out one of the two"
+            )
         fixed = ("policy", "alpha", "budget", "host_budget", "keep_last")
         asked = [name for name in fixed if getattr(self, name) is not None]
         if self.plan is not None and asked:
@@ -133,6 +140,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="tiny, qwen3-tiny, llama-1b-d128, llama-1b, llama-8b or a config.json (default: tiny)",
     )
+    add(
+        "--extend-positions",
+        action="store_true",
+        help="train a config.json at more positions than it has",
+    )
     add("--layers", type=_count, metavar="N", help="number of blocks (default: the geometry's)")
     add(
         "--seq-len",
@@ -186,6 +198,13 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--text",
         metavar="FILE",
         help="UTF-8 text to train on (default: the standard library's docs and sources)",
+    )
+    add(
+        "--documents",
+        choices=("one", "packed"),
+        default="one",
+        help="a sequence is one long document, or packs shorter ones: positions start anew with each, and attention "
+        "stays inside it (default: one)",
     )
     add("--tokenizer", metavar="FOLDER", help="Hugging Face tokenizer (default: bytes are the tokens)")
     add("--plan", metavar="FILE", help="run this saved plan")

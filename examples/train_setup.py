@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import checkout  # noqa: F401
 import torch
 from geometries import (
+    GEOMETRIES,
     Geometry,
     GeometryError,
     attention_width,
@@ -55,10 +57,27 @@ class Setup:
     learning_rate: float
     plan: memo.Plan | None
 
-    def batch(self, index: int) -> torch.Tensor:
-        """Token ids of forward number ``index``, on the device."""
-        rows = self.options.batch_size
-        return self.corpus.batch(index, rows=rows, length=self.seq_len).to(self.device)
+    def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Arguments of forward number ``index``, on the device.
+
+        Of packed documents no token is asked to say the first one of the next: it has no label.
+        """
+        rows, length = self.options.batch_size, self.seq_len
+        ids = self.corpus.batch(index, rows=rows, length=length).to(self.device)
+        if self.options.documents == "one":
+            return {"input_ids": ids, "labels": ids}
+        positions = self.corpus.positions(index, rows=rows, length=length).to(self.device)
+        return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
+
+    def documents(self) -> list[int]:
+        """Tokens of each document of the first optimizer step; of others where steps have other documents."""
+        rows, length, parts = self.options.batch_size, self.seq_len, self.options.accumulate
+        if self.options.documents == "one":
+            return [length] * rows * parts
+        begins = [self.corpus.positions(part, rows=rows, length=length).flatten() == 0 for part in range(parts)]
+        starts = torch.cat(begins).nonzero().flatten()
+        ends = torch.cat([starts[1:], torch.tensor([rows * length * parts])])
+        return (ends - starts).tolist()
 
     @property
     def tokens(self) -> int:
@@ -82,6 +101,8 @@ def prepare(options: Options) -> Setup:
     device = _device(options)
     geometry = find_geometry(options.geometry)
     seq_len = options.seq_len or geometry.seq_len
+    if not options.extend_positions:
+        _check_positions(geometry, seq_len)
     config = make_config(geometry, tokens=seq_len, layers=options.layers)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cpu" and geometry.threads is not None and "OMP_NUM_THREADS" not in os.environ:
@@ -97,6 +118,17 @@ def prepare(options: Options) -> Setup:
         learning_rate=options.lr or geometry.learning_rate,
         plan=plan,
     )
+
+
+def _check_positions(geometry: Geometry, seq_len: int) -> None:
+    """A shape that was published for shorter sequences is trained at longer ones only if that was asked for."""
+    there = getattr(make_config(geometry, tokens=1), "max_position_embeddings", seq_len)
+    if geometry.name not in GEOMETRIES and there < seq_len:
+        raise GeometryError(
+            f"--geometry {geometry.name} has positions for {there:,} tokens and --seq-len asks for {seq_len:,}: give "
+            "--extend-positions, which raises max_position_embeddings (rotary tables go on; for trained weights also "
+            f"set rope_parameters in the config), or --seq-len {there}"
+        )
 
 
 def _device(options: Options) -> torch.device:
@@ -124,16 +156,19 @@ def _corpus(options: Options, seq_len: int, *, vocabulary: int) -> Corpus:
 def make_workload(setup: Setup, model: PreTrainedModel) -> Workload:
     """What one optimizer step is."""
     config, options = setup.config.get_text_config(), setup.options
-    sequences = options.batch_size * options.accumulate
+    lengths = Counter(setup.documents())
     cuda = setup.device.type == "cuda"
     return Workload(
-        tokens=sequences * setup.seq_len,
-        flops=model_flops(
-            parameters=matmul_parameters(model),
-            layers=config.num_hidden_layers,
-            attention_width=attention_width(config),
-            tokens=setup.seq_len,
-            sequences=sequences,
+        tokens=options.batch_size * options.accumulate * setup.seq_len,
+        flops=sum(
+            model_flops(
+                parameters=matmul_parameters(model),
+                layers=config.num_hidden_layers,
+                attention_width=attention_width(config),
+                tokens=tokens,
+                sequences=count,
+            )
+            for tokens, count in lengths.items()
         ),
         passes=options.accumulate,
         device_name=torch.cuda.get_device_name(setup.device) if cuda else "cpu",

@@ -58,9 +58,9 @@ def train(setup: Setup, model: PreTrainedModel, *, wrapped: bool) -> Iterator[St
         start = time.perf_counter()
         total = 0.0
         for part in range(options.accumulate):
-            ids = setup.batch(index * options.accumulate + part)
+            batch = setup.batch(index * options.accumulate + part)
             with setup.attention():
-                loss = model(input_ids=ids, labels=ids).loss / options.accumulate
+                loss = model(**batch).loss / options.accumulate
                 loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -80,9 +80,8 @@ def wrap(model: PreTrainedModel, optimizer: torch.optim.Optimizer, setup: Setup)
     if setup.plan is not None:
         memo.wrap(model, plan=setup.plan, optimizer=optimizer)
     elif options.save_plan is not None:
-        ids = setup.batch(0)
         with setup.attention():
-            profile = memo.profile(model, {"input_ids": ids, "labels": ids}, optimizer=optimizer)
+            profile = memo.profile(model, setup.batch(0), optimizer=optimizer)
         plan = memo.plan(profile, **settings)
         save(plan, options.save_plan)
         memo.wrap(model, plan=plan, optimizer=optimizer)

@@ -51,9 +51,16 @@ def test_documents_are_kept_apart_and_a_short_text_starts_again():
 
 def test_batches_follow_one_another():
     numbers = torch.arange(24, dtype=torch.int32)
-    corpus = Corpus(tokens=numbers, source="numbers", bytes_read=24, complete=True)
+    corpus = Corpus(tokens=numbers, source="numbers", bytes_read=24, complete=True, starts=torch.tensor([0]))
     rows = torch.cat([corpus.batch(index, rows=2, length=4) for index in range(3)])
     assert rows.flatten().tolist() == list(range(24))
+
+
+def test_positions_start_anew_with_each_document_and_each_row():
+    corpus = read_corpus(Words(), ByteEncoder(), needed=100, length=20)
+    assert corpus.starts.tolist() == [0, 4, 5]  # the document between is empty
+    assert corpus.positions(0, rows=1, length=9).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3]]
+    assert corpus.positions(1, rows=2, length=5).tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 0, 1]]
 
 
 def test_a_file_is_one_document_whatever_its_size(tmp_path):

@@ -12,6 +12,9 @@ import torch
 pytest.importorskip("transformers")
 
 import train_text
+from geometries import find_geometry, make_config
+from train_options import parse_options
+from train_setup import prepare
 from train_text import main
 
 from tests.examples.conftest import EXAMPLES
@@ -89,8 +92,9 @@ def test_the_demo(tmp_path):
         ("--geometry", "qwen3-tiny", "--policy", "recompute", "--keep-last", "0", "--attention", "eager"),
         ("--batch-size", "2", "--accumulate", "2", "--policy", "swap", "--keep-last", "0"),
         ("--sdpa-backend", "math", "--dtype", "float64"),
+        ("--documents", "packed", "--batch-size", "2"),
     ],
-    ids=["qwen3 eager", "accumulation", "float64 math"],
+    ids=["qwen3 eager", "accumulation", "float64 math", "packed"],
 )
 def test_other_ways_to_train(capsys, arguments):
     result, _ = result_of(capsys, "--compare", *arguments)
@@ -170,6 +174,7 @@ def test_ctrl_c_in_the_middle_of_a_step(capsys, monkeypatch, backward, at):
         (["--policy", "swap", "--alpha", "0.5"], 2, "alpha=0.5 goes with policy"),
         (["--text", "no/such/text"], 2, "no/such/text cannot be read: No such file"),
         (["--text", __file__, "--seq-len", "1M"], 2, "and one sequence needs 1,048,576"),
+        (["--text", __file__, "--documents", "packed"], 2, "a --text file is one document"),
         (["--tokenizer", "no/such/folder"], 2, "no such folder"),
         (["--geometry", "llama-9b"], 2, "give a config.json or one of tiny, "),
         (
@@ -196,6 +201,24 @@ def test_what_cannot_be_done_says_why(capsys, arguments, code, message):
     assert message in err
     assert err.count("error: ") == 1
     assert "Traceback" not in err
+
+
+def test_positions_of_a_config_are_extended_only_if_asked(capsys, tmp_path):
+    make_config(find_geometry("tiny"), tokens=64).save_pretrained(tmp_path)
+    arguments = ("--geometry", str(tmp_path), "--seq-len", "1100", "--steps", "1", "--policy", "none")
+    _, err = result_of(capsys, *arguments, code=2)
+    assert "has positions for 1,024 tokens and --seq-len asks for 1,100: give --extend-positions" in err
+    result, _ = result_of(capsys, *arguments, "--extend-positions")
+    assert result["seq_len"] == 1100
+
+
+def test_documents_that_are_packed_count_their_own_pairs_alone():
+    setup = prepare(parse_options(["--documents", "packed", "--seq-len", "4K", "--batch-size", "2"]))
+    lengths = setup.documents()
+    assert sum(lengths) == 2 * 4096
+    assert len(lengths) > 2
+    batch = setup.batch(0)
+    assert (batch["labels"] == -100).sum() == (batch["position_ids"] == 0).sum() == len(lengths)
 
 
 def test_policy_none_runs_without_a_plan(capsys):

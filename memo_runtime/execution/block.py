@@ -89,6 +89,7 @@ class BlockForward:
     ) -> Any:
         session = self.session
         call = BlockCall.of(args, kwargs, self.block)
+        session.note_squares(call)
         found, filled = call.caches()
         if found and not filled:
             session.note_cache_off()

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.real_kernels import RealKernels
+from memo_runtime.blocks.squares import about_squares
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import ReplayMismatchError
@@ -96,6 +98,7 @@ class Session:
         self.plan: Plan | None = None
         self.steps = 0
         self._notes: dict[str, None] = {}
+        self._told_of_squares = False
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
         self._tools: Tools | None = None
         self._step: StepCounters | None = None
@@ -399,6 +402,13 @@ class Session:
         """The key/value cache was switched off."""
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
                   level=logging.INFO)  # fmt: skip
+
+    def note_squares(self, call: BlockCall) -> None:
+        """Say once that blocks are given a mask of all pairs of tokens."""
+        text = None if self._told_of_squares else about_squares(call)
+        if text is not None:
+            self._told_of_squares = True
+            self.note(text)
 
     def note_in_place(self, name: str, what: str) -> None:
         """A block changed ``what`` it was run from in place, so it cannot be run again."""

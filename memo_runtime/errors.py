@@ -116,6 +116,14 @@ class NativeUnavailableError(MemoError, RuntimeError):
     """The native core was asked for (``MEMO_NATIVE=on``) and cannot be used; says why."""
 
 
+class AllocatorUnavailableError(MemoError, RuntimeError):
+    """The planned allocator was asked for (``layout='planned'``) and cannot be used; says why, and how to build it."""
+
+
+class AllocatorPlanError(MemoError, ValueError):
+    """Addresses for a step that cannot be, are another's, or need more memory than there is; nothing was enabled."""
+
+
 class LossBackendError(MemoError, RuntimeError):
     """A loss was asked of a backend that cannot compute it; says why, and which one can."""
 

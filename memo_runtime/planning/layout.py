@@ -123,6 +123,24 @@ def plan_layout(trace: Trace, *, step: Span | None = None, seconds: float = 10.0
     )
 
 
+def layout_fault(rows: Sequence[PlacedRequest], capacity: int) -> str | None:
+    """What is wrong with ``rows`` in an arena of ``capacity`` bytes, by the solver's independent validator; else None."""
+    from memo_solver.errors import InputError
+    from memo_solver.records import Problem, Request
+    from memo_solver.validator import find_violation
+
+    try:
+        requests = tuple(
+            Request(row.id, row.lower, row.upper, -(-row.size // ALIGNMENT) * ALIGNMENT, ALIGNMENT) for row in rows
+        )
+        found = find_violation(Problem(requests=requests), [row.offset for row in rows], capacity=capacity)
+    except InputError as error:
+        return str(error)
+    if found is None:
+        return None
+    return f"{found.rule.value}: {found.detail or ' and '.join(found.request_ids)}"
+
+
 def layout_problem(trace: Trace, window: Span, chosen: Sequence[int]) -> tuple[list[Block], Iteration]:
     """The two levels for the requests ``chosen`` of ``trace``; ids are their indices, sizes in units of 512 bytes."""
     from memo_solver.bilevel import Block, Iteration

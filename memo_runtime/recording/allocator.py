@@ -24,10 +24,15 @@ class AllocatorRecorder:
     """Records one CUDA device from ``__enter__`` to ``__exit__``; ``trace`` gives the result afterwards.
 
     Entered before the model is made, it sees everything; what is in use already counts as there from the start, in
-    order of address. Peaks of ``torch.cuda.memory_stats`` are reset when it is entered.
+    order of address. Where it is to measure peaks, those of ``torch.cuda.memory_stats`` are reset when it is entered.
+
+    Attributes:
+        stream_handles: CUDA handles of the streams of the trace, in the order of their numbers; known with the trace.
     """
 
-    def __init__(self, device: torch.device | None = None, *, max_entries: int = _MAX_ENTRIES) -> None:
+    def __init__(
+        self, device: torch.device | None = None, *, max_entries: int = _MAX_ENTRIES, measure: bool = True
+    ) -> None:
         if not torch.cuda.is_available():
             raise DeviceUnavailableError(
                 "the allocator's history is CUDA's, and there is no CUDA device; on CPU and meta tensors "
@@ -36,6 +41,8 @@ class AllocatorRecorder:
         device = torch.device("cuda") if device is None else device
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self._max_entries = max_entries
+        self._measure = measure
+        self.stream_handles: tuple[int, ...] = ()
         self._marks: list[MarkWords] = []
         self._alive: list[dict[str, Any]] = []
         self._entries: list[dict[str, Any]] = []
@@ -44,7 +51,8 @@ class AllocatorRecorder:
     def __enter__(self) -> AllocatorRecorder:
         torch.cuda.synchronize(self._index)
         self._alive = _in_use(_snapshot(), self._index)
-        torch.cuda.reset_peak_memory_stats(self._index)
+        if self._measure:
+            torch.cuda.reset_peak_memory_stats(self._index)
         self._retries = torch.cuda.memory_stats(self._index).get("num_alloc_retries", 0)
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=self._max_entries)
         return self
@@ -55,6 +63,8 @@ class AllocatorRecorder:
         torch.cuda.synchronize(self._index)
         self._entries = _snapshot()["device_traces"][self._index]
         torch.cuda.memory._record_memory_history(enabled=None)
+        if not self._measure:
+            return
         stats = torch.cuda.memory_stats(self._index)
         self._measured = Measured(
             allocated_peak=stats["allocated_bytes.all.peak"],
@@ -91,6 +101,7 @@ class AllocatorRecorder:
             **(provenance or {}),
         }
         builder = read_history(self._entries, alive=self._alive, marks=self._marks)
+        self.stream_handles = builder.stream_handles
         return builder.build(
             measured=self._measured,
             expandable=joins_free_memory(torch.device("cuda", self._index)),

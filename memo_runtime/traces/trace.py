@@ -154,6 +154,11 @@ class TraceBuilder:
             self._events.append((number, True))
         return number
 
+    @property
+    def stream_handles(self) -> tuple[int, ...]:
+        """What the streams were called by who told of them; stream 0 of the trace first."""
+        return tuple(self._numbers)
+
     def free(self, number: int) -> None:
         """Request ``number`` is free from now on."""
         self._events.append((number, False))

@@ -1,0 +1,184 @@
+"""Training steps on PyTorch's allocator, with expandable segments, and by plan: one row each.
+
+    python -m benchmarks.allocator --out benchmarks/results/allocator_h100.jsonl --commit HASH \\
+        --geometry llama-8b --blocks 4 --lengths 64K --contenders checkpoint,selective --ways native,expandable,planned
+
+Each has a process of its own. ``planned`` records three steps, plans the last, empties the cache and enables the plan;
+the arena needs the allocator built (``python -m memo_runtime.allocator``). Peaks are those of the timed steps, so are
+``device_allocs`` and ``device_frees`` (calls of the driver) and ``retries`` (reorganisations). ``gradients_digest`` is
+over the sum of every gradient of one more step, in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.geometry import Scope
+from benchmarks.harness.job import Job, Settings
+from benchmarks.harness.provenance import gpu_facts, now, versions
+from benchmarks.harness.timing import percentiles
+from memo_runtime.units import parse_tokens
+
+WAYS = ("native", "expandable", "planned")
+_WARM, _SETTLE, _SOLVER_SECONDS = 2, 2, 10.0
+
+
+def _timed(contender: Any) -> float:
+    import torch
+
+    begun = time.perf_counter()
+    contender.step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _enable(contender: Any) -> dict[str, Any]:
+    """Record, plan and enable; what the row says of the plan."""
+    from memo_runtime.allocator.library import planned_allocator
+    from memo_runtime.arena.plan import enable, plan_arena
+    from memo_runtime.recording.allocator import AllocatorRecorder
+    from memo_runtime.traces.trace import Phase
+
+    with AllocatorRecorder(measure=False) as recorder:
+        for _ in range(3):
+            recorder.begin(Phase.STEP)
+            contender.step()
+            recorder.end(Phase.STEP)
+    plan = plan_arena(recorder.trace(), recorder.stream_handles, 0, seconds=_SOLVER_SECONDS, threads=None)
+    enable(planned_allocator(), plan)
+    return {
+        "arena": plan.size, "bound": plan.lower_bound, "residents": plan.resident_bytes, "planned_requests":
+        len(plan.rows), "plan_seconds": plan.seconds,
+    }  # fmt: skip
+
+
+def work(job: Job, way: str, steps: int) -> dict[str, Any]:
+    """The measurement of one process."""
+    import torch
+
+    from benchmarks.harness.contenders import CONTENDERS
+    from memo_runtime.allocator.library import planned_allocator
+
+    if way == "planned":
+        planned_allocator().install()  # before anything is allocated: what is resized later is ours too
+    contender = CONTENDERS[job.contender](job)
+    contender.start(job.lengths[0])
+    for _ in range(_WARM):
+        contender.step()
+    facts = _enable(contender) if way == "planned" else {}
+
+    def one() -> float:
+        if way != "planned":
+            return _timed(contender)
+        planned_allocator().begin_step(0)
+        seconds = _timed(contender)
+        planned_allocator().end_step(0)
+        return seconds
+
+    for _ in range(_SETTLE):
+        one()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()
+    seconds = [one() for _ in range(steps)]
+    after = torch.cuda.memory_stats()
+    digest = hashlib.sha256()
+
+    def look(gradients: Mapping[str, torch.Tensor]) -> None:
+        for gradient in gradients.values():
+            digest.update(gradient.double().sum().cpu().numpy().tobytes())
+
+    facts |= {
+        **percentiles(seconds),
+        "peak_allocated": after["allocated_bytes.all.peak"],
+        "peak_reserved": after["reserved_bytes.all.peak"],
+        "device_allocs": after["num_device_alloc"] - before["num_device_alloc"],
+        "device_frees": after["num_device_free"] - before["num_device_free"],
+        "retries": after["num_alloc_retries"] - before["num_alloc_retries"],
+    }
+    if way == "planned":
+        facts["last_step"] = asdict(planned_allocator().statistics(0).last_step)
+    contender.step(look)
+    return facts | {"status": "ok", "gradients_digest": digest.hexdigest()[:16]}
+
+
+def measure(job: Job, way: str, steps: int) -> dict[str, Any]:
+    """The measurement, from a process of its own."""
+    environment = dict(os.environ)
+    if way == "expandable":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    command = [sys.executable, "-m", "benchmarks.allocator", "--worker", way, "--steps", str(steps)]
+    done = subprocess.run(
+        command, input=job.to_json(), stdout=subprocess.PIPE, text=True, env=environment, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"status": "error", "error": f"exit code {done.returncode}"}
+
+
+def _worker(way: str, steps: int) -> int:
+    import torch
+
+    from benchmarks.harness.worker import ran_out
+
+    try:
+        facts = work(Job.from_json(sys.stdin.read()), way, steps)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        facts = {"status": "oom", "error": str(error)[:600], "peak_reserved": torch.cuda.max_memory_reserved()}
+    print(json.dumps(facts))
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON-lines file, appended to")
+    parser.add_argument("--commit", help="commit of the tree that runs")
+    parser.add_argument("--geometry", default="llama-8b")
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--scope", default="blocks", choices=[scope.value for scope in Scope])
+    parser.add_argument("--attention", default="cudnn", help="kernel of all contenders")
+    parser.add_argument("--lengths", default="64K", help="tokens, separated by commas")
+    parser.add_argument("--contenders", default="checkpoint", help="those of benchmarks.harness")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is asked for, a row each."""
+    options = _options(arguments)
+    if options.worker:
+        return _worker(options.worker, options.steps)
+    for tokens in (parse_tokens(text) for text in options.lengths.split(",")):
+        for contender in options.contenders.split(","):
+            settings = Settings(geometry=options.geometry, scope=Scope(options.scope), blocks=options.blocks,
+                                device="cuda", dtype="bfloat16", attention=options.attention)  # fmt: skip
+            for way in options.ways.split(","):
+                facts = measure(Job(contender=contender, settings=settings, lengths=(tokens,)), way, options.steps)
+                row = {
+                    "contender": contender, "way": way, "geometry": options.geometry, "scope": options.scope,
+                    "blocks": options.blocks, "seq_len": tokens, **facts, **gpu_facts(), "commit": options.commit,
+                    "date": now(), "versions": versions(),
+                }  # fmt: skip
+                print(json.dumps({name: row.get(name) for name in (
+                    "contender", "way", "seq_len", "status", "step_seconds", "peak_allocated", "peak_reserved",
+                    "device_allocs", "last_step", "arena", "bound", "error")}), flush=True)  # fmt: skip
+                if options.out is not None:
+                    with options.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

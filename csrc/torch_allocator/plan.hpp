@@ -1,0 +1,59 @@
+// A plan: which request of a step lives where. Checked once, when it is made.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "device.hpp"
+
+namespace memo_arena {
+
+// Addresses and sizes are multiples of this, as those of PyTorch's allocator are.
+constexpr std::uint64_t kAlignment = 512;
+// How many sizes in a row say where in the step a stream is.
+constexpr std::size_t kGram = 4;
+
+constexpr std::uint64_t rounded(std::uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// One request of the step: `size` bytes at `offset` from event `lower` until just before event `upper`. C layout: it
+// crosses the C interface.
+struct Slot {
+  std::uint64_t lower;
+  std::uint64_t upper;
+  std::uint64_t size;
+  std::uint64_t offset;
+  Stream stream;
+};
+
+// What one stream asks for, in order.
+struct Lane {
+  Stream stream = 0;
+  std::vector<std::uint64_t> sizes;
+  std::vector<std::uint64_t> offsets;
+  // Hash of kGram sizes in a row -> where the last of them stands, ascending.
+  std::unordered_map<std::uint64_t, std::vector<std::size_t>> grams;
+
+  std::size_t count() const { return sizes.size(); }
+};
+
+class Plan {
+ public:
+  // Throws std::invalid_argument, naming the slot: nothing in it, not in order, misplaced, two that share a byte at a
+  // time, or outside of `capacity` bytes.
+  Plan(const std::vector<Slot>& slots, std::uint64_t capacity);
+
+  const std::vector<Lane>& lanes() const { return lanes_; }
+  std::uint64_t extent() const { return extent_; }
+
+ private:
+  std::vector<Lane> lanes_;
+  std::uint64_t extent_ = 0;
+};
+
+// Of kGram sizes from `sizes` on; 0 where they are all equal, which says nothing about a place.
+std::uint64_t gram_hash(const std::uint64_t* sizes);
+
+}  // namespace memo_arena

@@ -1,0 +1,1 @@
+"""From a step to addresses to the planned allocator: recording, planning, checking, enabling."""

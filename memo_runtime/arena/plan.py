@@ -1,0 +1,131 @@
+"""Addresses for one step of this process on one device, checked before anything is enabled."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from memo_runtime.allocator.library import PlannedAllocator, Slot
+from memo_runtime.errors import AllocatorPlanError
+from memo_runtime.placement import PlacedRequest
+from memo_runtime.planning.layout import layout_fault, plan_layout
+from memo_runtime.traces.trace import Trace
+from memo_runtime.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaPlan:
+    """Where every request lives that a step makes and frees again.
+
+    Attributes:
+        rows: the requests, in the step's own ticks. streams: of each, the CUDA handle of its stream.
+        size: bytes of the arena. lower_bound: no arena in which streams keep apart is smaller. resident_bytes: most
+            bytes of the step that outlive it, which stay with PyTorch's allocator.
+        device: its index, and ``device_name`` what it is. torch: the version. process: handles of streams mean nothing
+            in another one.
+        seconds: that planning took.
+    """
+
+    rows: tuple[PlacedRequest, ...]
+    streams: tuple[int, ...]
+    size: int
+    lower_bound: int
+    resident_bytes: int
+    device: int
+    device_name: str
+    torch: str
+    process: int
+    seconds: float
+
+    def slots(self) -> list[Slot]:
+        """As the allocator takes them."""
+        pairs = zip(self.rows, self.streams, strict=True)
+        return [(row.lower, row.upper, row.size, row.offset, stream) for row, stream in pairs]
+
+
+def plan_arena(trace: Trace, handles: tuple[int, ...], device: int, *, seconds: float, threads: int | None) -> ArenaPlan:
+    """Place the last step of ``trace``, whose stream i has the CUDA handle ``handles[i]``.
+
+    Raises:
+        AllocatorPlanError: the step makes nothing that it frees again. TraceError: no step is marked.
+    """
+    layout = plan_layout(trace, seconds=seconds, threads=threads)
+    if not layout.rows:
+        raise AllocatorPlanError("the recorded step makes nothing that it frees again: there is nothing to place")
+    return ArenaPlan(
+        rows=layout.rows,
+        streams=tuple(handles[trace.requests[index].stream] for index in layout.placed),
+        size=layout.peak,
+        lower_bound=layout.lower_bound,
+        resident_bytes=layout.resident_bytes,
+        device=device,
+        device_name=torch.cuda.get_device_properties(device).name,
+        torch=torch.__version__,
+        process=os.getpid(),
+        seconds=layout.seconds,
+    )
+
+
+def check_arena_plan(plan: ArenaPlan) -> None:
+    """Raise where ``plan`` cannot be enabled here and now.
+
+    Raises:
+        AllocatorPlanError: it is another process's, device's or torch's, its rows overlap or leave the arena, or the
+            device has no memory for it (says how much is missing).
+    """
+    if plan.process != os.getpid():
+        raise AllocatorPlanError(
+            "the plan was made in another process: its streams are not those of this one; record a step here"
+        )
+    if plan.torch != torch.__version__:
+        raise AllocatorPlanError(f"the plan was made with torch {plan.torch}, and {torch.__version__} is running")
+    if plan.device >= torch.cuda.device_count():
+        raise AllocatorPlanError(f"the plan is for device {plan.device}; there are {torch.cuda.device_count()}")
+    name = torch.cuda.get_device_properties(plan.device).name
+    if plan.device_name != name:
+        raise AllocatorPlanError(f"the plan was made on '{plan.device_name}', and device {plan.device} is '{name}'")
+    if len(plan.streams) != len(plan.rows):
+        raise AllocatorPlanError(f"the plan has {len(plan.rows)} requests and the streams of {len(plan.streams)}")
+    fault = layout_fault(plan.rows, plan.size)
+    if fault is not None:
+        raise AllocatorPlanError(f"the plan cannot be: {fault}")
+
+
+def check_memory(plan: ArenaPlan, arena_bytes: int) -> None:
+    """Raise where the device lacks the memory for ``plan``; ``arena_bytes``: of an arena that is there already.
+
+    Raises:
+        AllocatorPlanError: says by how much.
+    """
+    if plan.size <= arena_bytes:
+        return
+    free, total = torch.cuda.mem_get_info(plan.device)
+    # What the allocator was told to keep to is a share of the whole.
+    reserved = torch.cuda.memory_reserved(plan.device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(plan.device) * total) - reserved
+    there = min(free, allowed)
+    if plan.size > there:
+        raise AllocatorPlanError(
+            f"the plan needs an arena of {format_bytes(plan.size)} and the device has {format_bytes(max(there, 0))} "
+            f"left for it, {format_bytes(plan.size - max(there, 0))} too little, with {format_bytes(reserved)} in use "
+            "by this process: give memo.wrap a smaller budget, or free what is not needed"
+        )
+
+
+def enable(allocator: PlannedAllocator, plan: ArenaPlan) -> None:
+    """Check ``plan``, give cached memory back, and serve it from the next step on.
+
+    Raises:
+        AllocatorPlanError: it cannot be enabled; nothing is planned then.
+    """
+    check_arena_plan(plan)
+    has = allocator.statistics(plan.device).arena_bytes
+    if plan.size > has:
+        # What is cached is in the way of the arena, and of no use beside it.
+        allocator.disarm(plan.device)
+        torch.cuda.empty_cache()
+        has = 0
+    check_memory(plan, has)
+    allocator.arm(plan.device, plan.slots(), plan.size)

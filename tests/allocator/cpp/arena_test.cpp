@@ -1,0 +1,444 @@
+// The arena on a fake device: what it serves, what it leaves, and that no byte is ever in two hands.
+//
+//     arena_test [OPERATIONS]      exits with 0, or says what does not hold
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arena.hpp"
+#include "fake_device.hpp"
+
+namespace {
+
+using memo_arena::Arena;
+using memo_arena::kAlignment;
+using memo_arena::Plan;
+using memo_arena::rounded;
+using memo_arena::Slot;
+using memo_arena::Stream;
+using memo_test::FakeDevice;
+
+#define CHECK(condition)                                                \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      std::fprintf(stderr, "%s:%d: %s\n", __func__, __LINE__, #condition); \
+      std::exit(1);                                                     \
+    }                                                                   \
+  } while (false)
+
+constexpr std::uint64_t kBase = 1ULL << 40;
+
+struct Quiet : memo_arena::Device {
+  memo_arena::Event record(Stream) override { return 1; }
+  bool wait(Stream, memo_arena::Event) override { return true; }
+  void release(memo_arena::Event) override {}
+};
+
+// A step of `count` requests on `streams` streams, placed at the lowest free offset (streams share bytes), and how large
+// that is.
+std::vector<Slot> random_step(std::mt19937_64& random, std::size_t count, std::size_t streams, std::uint64_t& extent) {
+  std::vector<Slot> slots;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t size = 1 + random() % (kAlignment * (random() % 8 == 0 ? 40 : 6));
+    slots.push_back({2 * i, 2 * i + 1 + 2 * (random() % (random() % 6 == 0 ? 60 : 8)), size, 0, random() % streams});
+  }
+  extent = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (std::size_t j = 0; j < i; ++j) {
+        const bool together = slots[j].upper > slots[i].lower;
+        const bool touching = slots[j].offset < slots[i].offset + rounded(slots[i].size) &&
+                              slots[i].offset < slots[j].offset + rounded(slots[j].size);
+        if (together && touching) {
+          slots[i].offset = slots[j].offset + rounded(slots[j].size);
+          moved = true;
+        }
+      }
+    }
+    extent = std::max(extent, slots[i].offset + rounded(slots[i].size));
+  }
+  return slots;
+}
+
+// A program that follows a plan more or less, with contents that the device checks.
+class Program {
+ public:
+  Program(Arena& arena, FakeDevice& device, std::size_t streams, std::uint64_t seed)
+      : arena_(arena), device_(device), streams_(streams), random_(seed), held_(arena.size() / kAlignment, false) {}
+
+  std::uint64_t operations = 0;
+  std::uint64_t native = 0;
+
+  // One step; in `wild` of 1,000 events it does something else than the plan.
+  void step(const std::vector<Slot>& slots, unsigned wild) {
+    arena_.begin_step();
+    std::vector<std::pair<std::uint64_t, std::size_t>> ends;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      while (!ends.empty() && ends.front().first <= slots[i].lower) free_planned(ends, wild);
+      if (random_() % 1000 < wild) misbehave();
+      if (random_() % 1000 < wild) continue;  // a request that does not come
+      allocate(slots[i].size, random_() % 1000 < wild ? random_() % streams_ : slots[i].stream, i);
+      ends.emplace_back(slots[i].upper, i);
+      for (std::size_t at = ends.size() - 1; at > 0 && ends[at].first < ends[at - 1].first; --at) {
+        std::swap(ends[at], ends[at - 1]);
+      }
+      device_.run_some();
+    }
+    while (!ends.empty()) free_planned(ends, wild);
+    if (random_() % 4 != 0) arena_.end_step();
+  }
+
+  void free_all() {
+    while (!live_.empty()) free_at(live_.size() - 1);
+  }
+
+ private:
+  struct Tensor {
+    std::uint64_t address, end;
+    std::uint32_t tag;
+    Stream stream;
+    std::size_t slot;
+  };
+
+  void allocate(std::uint64_t bytes, Stream stream, std::size_t slot) {
+    ++operations;
+    const std::uint64_t address = arena_.take(bytes, stream);
+    if (address == 0) {
+      ++native;
+      return;
+    }
+    const Tensor tensor{address, address + rounded(bytes), ++tag_, stream, slot};
+    for (auto at = tensor.address; at < tensor.end; at += kAlignment) {
+      CHECK(!held_.at((at - kBase) / kAlignment));
+      held_[(at - kBase) / kAlignment] = true;
+    }
+    device_.fill(stream, tensor.address - kBase, tensor.end - kBase, tensor.tag);
+    live_.push_back(tensor);
+    if (random_() % 16 == 0) use_elsewhere(live_.back());
+  }
+
+  // Another stream waits for the owner, reads, and is noted: what record_stream is for.
+  void use_elsewhere(const Tensor& tensor) {
+    const Stream other = random_() % streams_;
+    const memo_arena::Event event = device_.record(tensor.stream);
+    if (event == 0) return;
+    if (device_.wait(other, event)) {
+      device_.check(other, tensor.address - kBase, tensor.end - kBase, tensor.tag);
+      CHECK(arena_.note(tensor.address, other));
+      ++operations;
+    }
+    device_.release(event);
+  }
+
+  void free_at(std::size_t at) {
+    ++operations;
+    const Tensor tensor = live_[at];
+    device_.check(tensor.stream, tensor.address - kBase, tensor.end - kBase, tensor.tag);
+    CHECK(arena_.begin_of(tensor.end - 1) == tensor.address);
+    CHECK(arena_.give(tensor.address).ours);
+    CHECK(!arena_.give(tensor.address).ours);
+    for (auto cell = tensor.address; cell < tensor.end; cell += kAlignment) held_[(cell - kBase) / kAlignment] = false;
+    live_[at] = live_.back();
+    live_.pop_back();
+  }
+
+  void free_planned(std::vector<std::pair<std::uint64_t, std::size_t>>& ends, unsigned wild) {
+    const std::size_t slot = ends.front().second;
+    ends.erase(ends.begin());
+    if (random_() % 1000 < wild) return;  // held for longer
+    for (std::size_t at = 0; at < live_.size(); ++at) {
+      if (live_[at].slot == slot) return free_at(at);
+    }
+  }
+
+  void misbehave() {
+    switch (random_() % 5) {
+      case 0:
+        return allocate(1 + random_() % (kAlignment * 8), random_() % streams_, SIZE_MAX);
+      case 1:
+        if (!live_.empty()) free_at(random_() % live_.size());
+        return;
+      case 2:
+        return device_.capture(random_() % streams_, random_() % 3 == 0);
+      case 3:
+        for (Stream stream = 0; stream < streams_; ++stream) device_.capture(stream, false);
+        return;
+      default:
+        if (random_() % 20 == 0) free_all();
+    }
+  }
+
+  Arena& arena_;
+  FakeDevice& device_;
+  const std::size_t streams_;
+  std::mt19937_64 random_;
+  std::vector<bool> held_;
+  std::vector<Tensor> live_;
+  std::uint32_t tag_ = 0;
+};
+
+// Random plans, followed badly: contents hold, plans are switched and taken away while tensors live.
+std::uint64_t torture(std::uint64_t operations, bool ignores_waits, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  const std::size_t streams = 3;
+  std::uint64_t done = 0, served = 0, requests = 0, waits = 0, jumps = 0, corrupt = 0;
+  while (done < operations && corrupt == 0) {
+    std::vector<std::vector<Slot>> steps;
+    std::vector<std::shared_ptr<const Plan>> plans;
+    std::uint64_t size = 0;
+    for (int i = 0; i < 3; ++i) {
+      std::uint64_t extent = 0;
+      steps.push_back(random_step(random, 40 + random() % 160, streams, extent));
+      size = std::max(size, extent);
+    }
+    for (const auto& step : steps) plans.push_back(std::make_shared<const Plan>(step, size));
+    FakeDevice device(streams, size, random());
+    device.ignores_waits = ignores_waits;
+    {
+      Arena arena(device, kBase, size);
+      Program program(arena, device, streams, random());
+      for (int i = 0; i < 60; ++i) {
+        const std::size_t which = random() % 3;
+        if (random() % 16 == 0) {
+          arena.disable();
+        } else {
+          arena.enable(plans[which]);
+        }
+        program.step(steps[which], i % 3 == 0 ? 0 : random() % 60);
+      }
+      program.free_all();
+      CHECK(device.run_all());
+      CHECK(arena.statistics().live == 0 && arena.statistics().live_bytes == 0);
+      const auto total = arena.statistics().total;
+      CHECK(total.requests == total.served + total.outside + total.other_stream + total.unplanned + total.occupied +
+                                  total.unordered);
+      CHECK(total.requests - total.served == program.native);
+      done += program.operations;
+      served += total.served;
+      requests += total.requests;
+      waits += total.waits;
+      jumps += total.jumps;
+      arena.settle();
+    }
+    CHECK(device.num_events() == 0);  // all were released
+    corrupt += device.corrupt;
+  }
+  if (!ignores_waits) {
+    CHECK(served * 2 > requests && waits > 0 && jumps > 0);
+    std::fprintf(stderr, "%llu operations, %.1f %% of requests served, %llu waits, %llu jumps\n",
+                 static_cast<unsigned long long>(done), 100.0 * served / requests,
+                 static_cast<unsigned long long>(waits), static_cast<unsigned long long>(jumps));
+  }
+  return corrupt;
+}
+
+void a_step_as_planned_is_served_whole() {
+  std::mt19937_64 random(5);
+  std::uint64_t extent = 0;
+  const auto slots = random_step(random, 400, 1, extent);
+  FakeDevice device(1, extent, 1);
+  Arena arena(device, kBase, extent);
+  arena.enable(std::make_shared<const Plan>(slots, extent));
+  for (int step = 0; step < 4; ++step) {
+    arena.begin_step();
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> live;
+    for (const Slot& slot : slots) {
+      for (auto at = live.begin(); at != live.end();) {
+        if (at->first <= slot.lower) {
+          CHECK(arena.give(at->second).ours);
+          at = live.erase(at);
+        } else {
+          ++at;
+        }
+      }
+      CHECK(arena.take(slot.size, 0) == kBase + slot.offset);
+      live.emplace_back(slot.upper, kBase + slot.offset);
+    }
+    for (const auto& one : live) arena.give(one.second);
+    arena.end_step();
+    const auto counts = arena.statistics().last_step;
+    CHECK(counts.requests == slots.size() && counts.served == slots.size());
+    CHECK(counts.displaced == 0 && counts.waits == 0);
+  }
+  CHECK(arena.statistics().steps == 4 && arena.statistics().peak_bytes <= extent);
+}
+
+// Slots that never collide: only matching is looked at.
+std::vector<Slot> in_a_row(const std::vector<std::uint64_t>& cells) {
+  std::vector<Slot> slots;
+  std::uint64_t offset = 0;
+  for (std::size_t i = 0; i < cells.size(); ++i) {
+    slots.push_back({2 * i, 2 * i + 1, cells[i] * kAlignment, offset, 0});
+    offset += cells[i] * kAlignment;
+  }
+  return slots;
+}
+
+// What of `asked` (in cells) is not served.
+std::vector<std::size_t> missed(const std::vector<std::uint64_t>& planned, const std::vector<std::uint64_t>& asked) {
+  Quiet device;
+  const auto slots = in_a_row(planned);
+  const std::uint64_t size = slots.back().offset + slots.back().size;
+  Arena arena(device, kBase, size);
+  arena.enable(std::make_shared<const Plan>(slots, size));
+  arena.begin_step();
+  std::vector<std::size_t> found;
+  for (std::size_t i = 0; i < asked.size(); ++i) {
+    if (arena.take(asked[i] * kAlignment, 0) == 0) found.push_back(i);
+  }
+  return found;
+}
+
+void deviations_cost_little() {
+  using Sizes = std::vector<std::uint64_t>;
+  using Places = std::vector<std::size_t>;
+  Sizes plan;
+  for (std::uint64_t i = 0; i < 100; ++i) plan.push_back(1 + i * 37 % 101);
+  CHECK(missed(plan, plan).empty());
+  Sizes extra = plan;
+  extra.insert(extra.begin() + 50, 200);
+  CHECK(missed(plan, extra) == Places{50});
+  Sizes fewer = plan;
+  fewer.erase(fewer.begin() + 50, fewer.begin() + 60);
+  CHECK(missed(plan, fewer).empty());
+  Sizes far = plan;
+  far.erase(far.begin() + 30, far.begin() + 80);  // the fourth in a row shows the place
+  CHECK((missed(plan, far) == Places{30, 31, 32}));
+  Sizes swapped = plan;
+  std::swap(swapped[10], swapped[12]);
+  CHECK(missed(plan, swapped).empty());
+  Sizes same(40, 3);  // equal sizes tell nothing: no jump, and all are served
+  CHECK(missed(same, same).empty());
+  CHECK(missed(plan, Sizes(10, 300)).size() == 10);
+}
+
+void what_is_not_planned_is_left() {
+  Quiet device;
+  const std::vector<Slot> slots{{0, 3, 1000, 0, 7}, {1, 2, 512, 1024, 7}};
+  Arena arena(device, kBase, 2048);
+  CHECK(arena.take(1000, 7) == 0);  // no plan
+  arena.enable(std::make_shared<const Plan>(slots, 2048));
+  CHECK(arena.take(1000, 7) == 0);  // no step
+  arena.begin_step();
+  CHECK(arena.take(1000, 8) == 0);
+  CHECK(arena.take(1024, 7) == kBase);
+  CHECK(arena.begin_of(kBase + 1023) == kBase && arena.begin_of(kBase + 1024) == 0);
+  arena.begin_step();
+  CHECK(arena.take(1000, 7) == 0);  // still in use
+  CHECK(arena.take(512, 7) == kBase + 1024);
+  CHECK(!arena.give(kBase + 512).ours && !arena.give(kBase - 512).ours && !arena.note(kBase + 512, 1));
+  const auto ranges = arena.ranges();
+  CHECK(ranges.size() == 3 && ranges[0].live && ranges[1].live && !ranges[2].live && ranges[2].end == kBase + 2048);
+  CHECK(arena.give(kBase).requested == 1024 && arena.give(kBase + 1024).ours);
+  const auto counts = arena.statistics().total;
+  CHECK(counts.outside == 2 && counts.other_stream == 1 && counts.occupied == 1 && counts.served == 2);
+  arena.disable();
+  arena.begin_step();
+  CHECK(arena.take(1000, 7) == 0);
+}
+
+void refused(const std::vector<Slot>& slots, std::uint64_t capacity, const std::string& part) {
+  try {
+    Plan(slots, capacity);
+  } catch (const std::invalid_argument& error) {
+    CHECK(std::string(error.what()).find(part) != std::string::npos);
+    return;
+  }
+  CHECK(!"a plan that cannot be was taken");
+}
+
+void plans_that_cannot_be_are_refused() {
+  refused({}, 1024, "places nothing");
+  refused({{0, 1, 0, 0, 0}}, 1024, "no bytes");
+  refused({{1, 1, 8, 0, 0}}, 1024, "ends before");
+  refused({{0, 1, 8, 100, 0}}, 1024, "multiple of 512");
+  refused({{0, 1, 513, 512, 0}}, 1024, "behind the arena");
+  refused({{0, 1, ~0ULL, 512, 0}}, 1024, "behind the arena");
+  refused({{0, 1, 8, ~0ULL - 511, 0}}, 1024, "behind the arena");
+  refused({{3, 4, 8, 0, 0}, {1, 2, 8, 0, 0}}, 1024, "begins before");
+  refused({{0, 4, 600, 0, 0}, {1, 2, 8, 512, 0}}, 2048, "slot 1 shares bytes with slot 0");
+  refused({{0, 4, 8, 512, 0}, {1, 2, 600, 0, 1}}, 2048, "slot 1 shares bytes with slot 0");
+  Plan({{0, 1, 600, 0, 0}, {1, 2, 8, 512, 0}}, 2048);  // one after the other is fine
+}
+
+void bytes_are_handed_on_between_streams_only_in_order() {
+  FakeDevice device(2, 1024, 3);
+  {
+    Arena arena(device, kBase, 1024);
+    arena.enable(std::make_shared<const Plan>(std::vector<Slot>{{0, 1, 1024, 0, 0}, {2, 3, 1024, 0, 1}}, 1024));
+    for (int step = 0; step < 2; ++step) {
+      arena.begin_step();
+      CHECK(arena.take(1024, 0) == kBase);
+      CHECK(arena.give(kBase).ours);
+      device.capture(0, step == 0);  // nothing can be recorded there
+      CHECK(arena.take(1024, 1) == (step == 0 ? 0 : kBase));
+      device.capture(0, false);
+      if (step == 1) CHECK(arena.give(kBase).ours);
+    }
+    CHECK(arena.statistics().total.unordered == 1 && arena.statistics().total.waits == 1);
+    CHECK(device.run_all());
+  }
+  CHECK(device.num_events() == 0);
+}
+
+// Many threads: every byte has one owner at a time, and nothing is lost.
+void threads(std::uint64_t rounds) {
+  std::mt19937_64 random(11);
+  std::uint64_t extent = 0;
+  const auto slots = random_step(random, 120, 4, extent);
+  Quiet device;
+  Arena arena(device, kBase, extent);
+  const auto plan = std::make_shared<const Plan>(slots, extent);
+  std::vector<std::atomic<int>> owners(extent / kAlignment);
+  std::vector<std::thread> workers;
+  std::atomic<std::uint64_t> served{0};
+  for (int worker = 0; worker < 4; ++worker) {
+    workers.emplace_back([&, worker] {
+      std::mt19937_64 own(worker);
+      for (std::uint64_t round = 0; round < rounds; ++round) {
+        if (own() % 64 == 0) arena.enable(plan);
+        if (own() % 64 == 0) arena.begin_step();
+        if (own() % 4096 == 0) arena.disable();
+        const Slot& slot = slots[own() % slots.size()];
+        const std::uint64_t address = arena.take(slot.size, slot.stream);
+        if (own() % 128 == 0) arena.ranges();
+        if (address == 0) continue;
+        ++served;
+        for (auto at = address; at < address + slot.size; at += kAlignment) {
+          CHECK(owners[(at - kBase) / kAlignment].exchange(1 + worker) == 0);
+        }
+        CHECK(arena.note(address, own() % 4));
+        for (auto at = address; at < address + slot.size; at += kAlignment) owners[(at - kBase) / kAlignment] = 0;
+        CHECK(arena.give(address).ours);
+      }
+    });
+  }
+  for (auto& worker : workers) worker.join();
+  CHECK(served > 0 && arena.statistics().live == 0 && arena.statistics().total.served == served);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::uint64_t operations = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 200000;
+  a_step_as_planned_is_served_whole();
+  deviations_cost_little();
+  what_is_not_planned_is_left();
+  plans_that_cannot_be_are_refused();
+  bytes_are_handed_on_between_streams_only_in_order();
+  threads(operations / 100);
+  CHECK(torture(operations, false, 17) == 0);
+  CHECK(torture(200000, true, 23) > 0);  // this test can fail: without waits, contents are lost
+  std::puts("ok");
+  return 0;
+}

@@ -23,6 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
 from benchmarks.harness.provenance import gpu_facts, now, versions
@@ -33,16 +36,14 @@ WAYS = ("native", "expandable", "planned")
 _WARM, _SETTLE, _SOLVER_SECONDS = 2, 2, 10.0
 
 
-def _timed(contender: Any) -> float:
-    import torch
-
+def _timed(contender: Contender) -> float:
     begun = time.perf_counter()
     contender.step()
     torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
-def _enable(contender: Any) -> dict[str, Any]:
+def _enable(contender: Contender) -> dict[str, Any]:
     """Record, plan and enable; what the row says of the plan."""
     from memo_runtime.allocator.library import planned_allocator
     from memo_runtime.arena.plan import enable, plan_arena
@@ -64,8 +65,6 @@ def _enable(contender: Any) -> dict[str, Any]:
 
 def work(job: Job, way: str, steps: int) -> dict[str, Any]:
     """The measurement of one process."""
-    import torch
-
     from benchmarks.harness.contenders import CONTENDERS
     from memo_runtime.allocator.library import planned_allocator
 
@@ -125,8 +124,6 @@ def measure(job: Job, way: str, steps: int) -> dict[str, Any]:
 
 
 def _worker(way: str, steps: int) -> int:
-    import torch
-
     from benchmarks.harness.worker import ran_out
 
     try:

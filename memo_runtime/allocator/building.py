@@ -34,7 +34,7 @@ def build(target: Path | None = None) -> Path:
             f"torch {minor} is running, and the allocator can be built for torch {', '.join(KNOWN)}"
         )
     if torch.version.cuda is None:
-        raise AllocatorUnavailableError(f"torch {torch.__version__} is built without CUDA: there is nothing to plan for")
+        raise AllocatorUnavailableError(f"torch {torch.__version__} is built without CUDA")
     if not _SOURCES.is_dir():
         raise AllocatorUnavailableError(
             f"its sources are not at {_SOURCES}: install memo_runtime from a checkout (pip install -e .)"
@@ -66,7 +66,8 @@ def _command(target: Path) -> list[str]:
     libraries = torch_home / "lib"
     includes = [f"-I{_SOURCES}", f"-I{_SOURCES / 'shell'}", "-isystem", str(torch_home / "include")]
     return [
-        *_compiler(), *_FLAGS, *includes, "-isystem", str(_cuda_headers()), "-x", "c++", "-", "-x", "none", "-o", str(target),
+        *_compiler(), *_FLAGS, *includes, "-isystem", str(_cuda_headers()),
+        "-x", "c++", "-", "-x", "none", "-o", str(target),
         f"-L{libraries}", "-lc10", "-lc10_cuda", str(_cuda_runtime()),
     ]  # fmt: skip
 

@@ -45,7 +45,9 @@ class ArenaPlan:
         return [(row.lower, row.upper, row.size, row.offset, stream) for row, stream in pairs]
 
 
-def plan_arena(trace: Trace, handles: tuple[int, ...], device: int, *, seconds: float, threads: int | None) -> ArenaPlan:
+def plan_arena(
+    trace: Trace, handles: tuple[int, ...], device: int, *, seconds: float, threads: int | None
+) -> ArenaPlan:
     """Place the last step of ``trace``, whose stream i has the CUDA handle ``handles[i]``.
 
     Raises:

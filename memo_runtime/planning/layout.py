@@ -124,7 +124,7 @@ def plan_layout(trace: Trace, *, step: Span | None = None, seconds: float = 10.0
 
 
 def layout_fault(rows: Sequence[PlacedRequest], capacity: int) -> str | None:
-    """What is wrong with ``rows`` in an arena of ``capacity`` bytes, by the solver's independent validator; else None."""
+    """What is wrong with ``rows`` in an arena of ``capacity`` bytes, by the independent validator; else None."""
     from memo_solver.errors import InputError
     from memo_solver.records import Problem, Request
     from memo_solver.validator import find_violation

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from memo_runtime.allocator.library import planned_allocator
 from memo_runtime.arguments import (
     check_model,
     check_optimizer,
@@ -121,7 +123,9 @@ def wrap(
         optimizer: whose state the plan reserves for; without it AdamW in the parameters' dtype.
         blocks: the blocks, if they should not be searched: modules, a ``ModuleList``, or names.
         keep_last: blocks at the end of each stack that stay on the device.
-        tile: tokens of a tile, for ``tiled``. layout: ``auto`` or ``native``.
+        tile: tokens of a tile, for ``tiled``.
+        layout: ``planned``: memory of steps is placed by a plan of their own, in one arena of the device
+            (docs/allocator.md). ``native`` and, for now, ``auto``: by PyTorch's allocator.
         loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
         strict: a block that cannot take the policy is an error before the first step, and one whose rerun is found
             wrong in a step stays one (otherwise the next step runs it in a safer way).
@@ -133,6 +137,7 @@ def wrap(
         NotBuiltError: what is announced and not built, and models on the meta device.
         NoBlocksError, BlockListError: no blocks, or none that can be used.
         AlreadyWrappedError: wrapped already, with something else.
+        AllocatorUnavailableError: ``layout='planned'`` without the planned allocator; says how to build it.
         OffloaderActiveError: gradient checkpointing or another offloader is on.
         PlanFileError: the plan file cannot be read or holds what cannot be true.
         PlanMismatchError: it plans blocks that the model does not have.
@@ -141,9 +146,9 @@ def wrap(
     check_optimizer(optimizer)
     if disk is not None:
         raise _not_built("disk", disk, "activations go to the device, the host, or are recomputed")
-    choose(Layout, "layout", layout, "use layout='auto', PyTorch's own allocator")
-    loss_kind = choose(Loss, "loss", loss, "use loss='auto'")
-    refusal = choose(OnRefusal, "on_refusal", on_refusal, "use on_refusal='stop'")
+    where = choose(Layout, "layout", layout)
+    loss_kind = choose(Loss, "loss", loss)
+    refusal = choose(OnRefusal, "on_refusal", on_refusal)
     settings = make_settings(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict,
         tile=tile,
@@ -151,11 +156,15 @@ def wrap(
     given = _given_plan(plan, settings, refusal)
     refs = _refs(model, blocks) if given is None else _planned_refs(model, given, blocks)
     check_keep_last(refs, settings.keep_last)
-    wrapped = make_wrapped(model, refs, settings, loss=loss_kind, optimizer=optimizer, plan=given, on_refusal=refusal)
+    wrapped = make_wrapped(
+        model, refs, settings, loss=loss_kind, optimizer=optimizer, plan=given, on_refusal=refusal, layout=where
+    )
     if _is_wrapped_so(model, wrapped):
         return model
     refuse_other_optimisers(model, {id(ref.module) for ref in refs})
     check_weights(model)
+    if where is Layout.PLANNED:
+        planned_allocator().install()
     wrapped.install()
     return model
 
@@ -350,7 +359,9 @@ def report(model: nn.Module) -> Report:
     wrapped = find_wrapped(model)
     if wrapped is None:
         raise NotWrappedError(f"{type(model).__name__} is not wrapped: call memo.wrap(model) before the first step")
-    return wrapped.session.report()
+    if wrapped.memory is None:
+        return wrapped.session.report()
+    return replace(wrapped.session.report(), arena=wrapped.memory.report())
 
 
 def register_mixer(operator: str) -> None:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from numbers import Integral, Real
 from typing import TypeVar
 
-from memo_runtime.errors import ArgumentError, ArgumentTypeError, NotBuiltError
+from memo_runtime.errors import ArgumentError, ArgumentTypeError
 from memo_runtime.units import parse_bytes, show_value
 
 
@@ -72,8 +72,6 @@ def native_mode(mode: str | None = None) -> NativeMode:
 #: Policies that fix the swap fraction; ``memo``, ``replay`` and ``tiled`` also take one from the user.
 FIXED_ALPHA = {Policy.SWAP: 1.0, Policy.RECOMPUTE: 0.0}
 _TAKES_ALPHA = (Policy.MEMO, Policy.REPLAY, Policy.TILED)
-#: By kind: members of different kinds with the same text are equal.
-_NOT_BUILT: dict[type[StrEnum], StrEnum] = {Layout: Layout.PLANNED}
 #: A bare number below this is a size whose unit was forgotten: no budget is so small.
 _BARE_BYTES = 1024
 
@@ -153,25 +151,18 @@ class Settings:
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def choose(kind: type[_Choice], name: str, value: object, instead: str) -> _Choice:
+def choose(kind: type[_Choice], name: str, value: object) -> _Choice:
     """Member of ``kind`` that a user calls ``value`` in argument ``name``.
-
-    Args:
-        kind: the choices. name: the argument's. value: what was given. instead: what works where it is not built.
 
     Raises:
         ArgumentError: no such choice; names those that there are.
-        NotBuiltError: announced, and not built yet.
     """
-    built = [member.value for member in kind if member is not _NOT_BUILT.get(kind)]
-    there_are = f"there are: {', '.join(built)}"
+    names = [member.value for member in kind]
     chosen = next((member for member in kind if member == value), None)
     if chosen is None:
-        close = difflib.get_close_matches(value.lower(), built, n=1) if isinstance(value, str) else []
+        close = difflib.get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
         meant = f" (did you mean '{close[0]}'?)" if close else ""
-        raise ArgumentError(f"{name}={show_value(value)} is unknown{meant}; {there_are}")
-    if chosen is _NOT_BUILT.get(kind):
-        raise NotBuiltError(f"{name}={chosen.value!r} is not built yet: {instead}; {there_are}")
+        raise ArgumentError(f"{name}={show_value(value)} is unknown{meant}; there are: {', '.join(names)}")
     return chosen
 
 
@@ -219,7 +210,7 @@ def make_settings(
             "it out for what the device has"
         )
     return Settings(
-        policy=choose(Policy, "policy", policy, "'replay' splits along tokens"),
+        policy=choose(Policy, "policy", policy),
         alpha=float(alpha) if isinstance(alpha, Real) and not isinstance(alpha, (int, float)) else alpha,
         budget=device_bytes,
         host_budget=_size("host_budget", host_budget),

@@ -16,3 +16,28 @@ class PlacedRequest:
     upper: int
     size: int
     offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaReport:
+    """How much of the latest planned step was where its plan put it.
+
+    Attributes:
+        state: ``planned``, or why not. plans: kinds of steps that have one. arena_bytes: of the arena that they share.
+        planned_peak, lower_bound: of that step's plan, and what no plan is below.
+        requests, served, bytes, served_bytes: of the step, bytes as requested. misses: (cause, requests) of the rest:
+            ``outside`` of a step, ``other_stream``, ``unplanned`` size, ``occupied`` or ``unordered`` bytes.
+        reserved_bytes: ``torch.cuda.memory_reserved`` now.
+    """
+
+    state: str
+    plans: int = 0
+    arena_bytes: int = 0
+    planned_peak: int = 0
+    lower_bound: int = 0
+    requests: int = 0
+    served: int = 0
+    bytes: int = 0
+    served_bytes: int = 0
+    misses: tuple[tuple[str, int], ...] = ()
+    reserved_bytes: int = 0

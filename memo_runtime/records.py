@@ -18,7 +18,7 @@ from memo_runtime.moments import Stretch as Stretch
 from memo_runtime.moments import TileAt as TileAt
 from memo_runtime.moments import TiledProfile as TiledProfile
 from memo_runtime.moments import attention_text as attention_text
-from memo_runtime.placement import PlacedRequest
+from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
@@ -450,7 +450,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a wrapped model did in its last step; ``copies``: who made them. ``print(report)`` is a table."""
+    """What a wrapped model did in its last step; ``copies``: who made them; ``arena``: planned memory."""
 
     policy: str
     blocks: tuple[BlockReport, ...]
@@ -458,6 +458,7 @@ class Report:
     states: ModelStates | None
     notes: tuple[str, ...] = ()
     copies: str = ""
+    arena: ArenaReport | None = None
 
     def __str__(self) -> str:
         from memo_runtime.reporting.report_table import report_table

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.arena.model import StepMemory
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
-from memo_runtime.config import Loss, OnRefusal, Policy, Settings
+from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
 from memo_runtime.errors import ArgumentError, MemoError, PinningError, PlanInfeasibleError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
@@ -91,6 +92,7 @@ class Wrapped:
     given_plan: Plan | None
     session: Session
     on_refusal: OnRefusal = OnRefusal.STOP
+    layout: Layout = Layout.AUTO
     #: How often the model was profiled: once for every kind of batch, whatever its shapes.
     profiled: int = 0
     _plans: Recent[Plan] = field(default_factory=lambda: Recent(_MOST_PLANS))
@@ -104,6 +106,8 @@ class Wrapped:
     _handle: Any = None
     _integration: Any = None
     _masks: MaskInstallation | None = None
+    #: Places the memory of steps, for ``layout='planned'``.
+    memory: StepMemory | None = None
 
     def __str__(self) -> str:
         asked, given = self.settings, self.given_plan
@@ -111,6 +115,7 @@ class Wrapped:
         knobs = {name: getattr(asked, name) for name in ("alpha", "budget", "host_budget", "keep_last", "tile")}
         named += [f"{name}={value}" for name, value in knobs.items() if value is not None]
         named += ["strict=True"] if asked.strict else []
+        named += [f"layout='{self.layout}'"] if self.layout != Layout.AUTO else []
         named += [f"loss='{self.loss}'"] if self.loss != Loss.AUTO else []
         named += [f"on_refusal='{self.on_refusal}'"] if self.on_refusal != OnRefusal.STOP else []
         return ", ".join([*named, f"{len(self.refs)} blocks"])
@@ -136,6 +141,8 @@ class Wrapped:
         if self._handle is not None:
             remove_pre_hook(self.model, self._handle)
         self.session.remove()
+        if self.memory is not None:
+            self.memory.close()
         if self._integration is not None:
             self._integration.remove()
         if self._masks is not None:
@@ -151,6 +158,7 @@ class Wrapped:
             self.settings == other.settings
             and self.loss == other.loss
             and self.on_refusal == other.on_refusal
+            and self.layout == other.layout
             and self.given_plan == other.given_plan
             and [ref.name for ref in self.refs] == [ref.name for ref in other.refs]
         )
@@ -160,6 +168,8 @@ class Wrapped:
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to run its forward."""
         if not torch.is_grad_enabled() or self.session.idle or self.session.observer is not None:
+            if self.memory is not None and self.session.observer is None and not self.session.under_way():
+                self.memory.end()
             return
         with self.session.turn():
             self._ready_for(args, kwargs)
@@ -188,7 +198,10 @@ class Wrapped:
             self._accumulates.put((key, shapes), True)
         if plan is not self.session.plan:
             self._adopt(plan, planned, device)
+        steps_before = self.session.steps
         self.session.begin_if_new()
+        if self.memory is not None and self.session.steps != steps_before:
+            self.memory.begin((key, shapes, found, accumulating), device)
 
     def _adopt(self, plan: Plan, again: Callable[[], Plan], device: torch.device) -> None:
         """Adopt ``plan``; where the system refuses its host memory and that was asked for, one for what it gave."""
@@ -462,10 +475,14 @@ def make_wrapped(
     optimizer: torch.optim.Optimizer | None = None,
     plan: Plan | None = None,
     on_refusal: OnRefusal = OnRefusal.STOP,
+    layout: Layout = Layout.AUTO,
 ) -> Wrapped:
     """A wrapped model, not installed yet."""
     policy = plan.policy if plan is not None else settings.policy.value
     named = [(ref.name, ref.module) for ref in refs]
     session = Session(named, policy, strict=settings.strict, on_refusal=on_refusal)
     session.idle = settings.policy == Policy.NONE and plan is None
-    return Wrapped(model, refs, settings, loss, optimizer, plan, session, on_refusal)
+    made = Wrapped(model, refs, settings, loss, optimizer, plan, session, on_refusal, layout)
+    if layout is Layout.PLANNED:
+        made.memory = StepMemory(type(model).__name__, session.note)
+    return made

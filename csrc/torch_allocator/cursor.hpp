@@ -34,8 +34,8 @@ class Cursor {
   void settle(const Match& match, bool served);
 
  private:
-  static constexpr std::size_t kAhead = 16;
-  static constexpr std::size_t kMostSkipped = 64;
+  static constexpr std::size_t kAhead = 6;
+  static constexpr std::size_t kMostSkipped = 6;
 
   Match elsewhere(const Lane& lane) const;
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,7 +13,36 @@ from memo_runtime.errors import AllocatorPlanError
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.layout import layout_fault, plan_layout
 from memo_runtime.traces.trace import Trace
+from memo_runtime.traces.windows import last_step
 from memo_runtime.units import format_bytes
+
+
+class Placed(Protocol):
+    """What of ``planning.layout.Layout`` is needed."""
+
+    @property
+    def rows(self) -> tuple[PlacedRequest, ...]:
+        """Every planned request."""
+
+    @property
+    def placed(self) -> tuple[int, ...]:
+        """Its index in the trace."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the arena."""
+
+    @property
+    def lower_bound(self) -> int:
+        """No arena in which streams keep apart is smaller."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Most bytes of the step that outlive it."""
+
+    @property
+    def seconds(self) -> float:
+        """That planning took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +53,7 @@ class ArenaPlan:
         rows: the requests, in the step's own ticks. streams: of each, the CUDA handle of its stream.
         size: bytes of the arena. lower_bound: no arena in which streams keep apart is smaller. resident_bytes: most
             bytes of the step that outlive it, which stay with PyTorch's allocator.
+        planned_bytes: of all rows together; step_bytes: of everything that the recorded step asked for.
         device: its index, and ``device_name`` what it is. torch: the version. process: handles of streams mean nothing
             in another one.
         seconds: that planning took.
@@ -33,6 +64,8 @@ class ArenaPlan:
     size: int
     lower_bound: int
     resident_bytes: int
+    planned_bytes: int
+    step_bytes: int
     device: int
     device_name: str
     torch: str
@@ -53,15 +86,26 @@ def plan_arena(
     Raises:
         AllocatorPlanError: the step makes nothing that it frees again. TraceError: no step is marked.
     """
-    layout = plan_layout(trace, seconds=seconds, threads=threads)
+    return as_arena_plan(plan_layout(trace, seconds=seconds, threads=threads), trace, handles, device)
+
+
+def as_arena_plan(layout: Placed, trace: Trace, handles: tuple[int, ...], device: int) -> ArenaPlan:
+    """``layout`` of a step of ``trace`` for this process.
+
+    Raises:
+        AllocatorPlanError: it places nothing.
+    """
     if not layout.rows:
         raise AllocatorPlanError("the recorded step makes nothing that it frees again: there is nothing to place")
+    window = last_step(trace)
     return ArenaPlan(
         rows=layout.rows,
         streams=tuple(handles[trace.requests[index].stream] for index in layout.placed),
         size=layout.peak,
         lower_bound=layout.lower_bound,
         resident_bytes=layout.resident_bytes,
+        planned_bytes=sum(row.size for row in layout.rows),
+        step_bytes=sum(r.size for r in trace.requests if window.lower <= r.lower < window.upper),
         device=device,
         device_name=torch.cuda.get_device_properties(device).name,
         torch=torch.__version__,
@@ -117,7 +161,7 @@ def check_memory(plan: ArenaPlan, arena_bytes: int) -> None:
 
 
 def enable(allocator: PlannedAllocator, plan: ArenaPlan) -> None:
-    """Check ``plan``, give cached memory back, and serve it from the next step on.
+    """Check ``plan``, give cached memory back where its arena has to be made, and serve it from the next step on.
 
     Raises:
         AllocatorPlanError: it cannot be enabled; nothing is planned then.

@@ -203,7 +203,7 @@ class Session:
         Raises:
             MemoError: another thread is in the middle of its step.
         """
-        self._turn.take(self._under_way)
+        self._turn.take(self.under_way)
         outermost = not self._preparing
         self._preparing = True
         surroundings = Surroundings()
@@ -232,7 +232,7 @@ class Session:
             if self._step is not None and not (self._step.failed or self._step.in_backward):
                 self._step = step
 
-    def _under_way(self) -> bool:
+    def under_way(self) -> bool:
         """A step was started and is not over."""
         step = self._step
         if self._preparing or (step is not None and step.in_backward):
@@ -266,7 +266,7 @@ class Session:
 
     def enter(self, block: BlockForward) -> BlockCounters:
         """Block ``block`` starts its forward."""
-        self._turn.take(self._under_way)
+        self._turn.take(self.under_way)
         refuse_backward(block.name)
         if block.position == 0:
             self.begin_if_new()
@@ -338,7 +338,7 @@ class Session:
     def backward_started(self, step: StepCounters) -> None:
         """Something of ``step`` is going backward."""
         if step is not self._step:
-            self._turn.keep(step.owner, self._under_way)
+            self._turn.keep(step.owner, self.under_way)
         step.backward_seen = True
         step.clock.touch()
         if torch._C._current_graph_task_id() != -1:

@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a tile for another policy": ({"tile": 8192}, "tile=8192 goes with policy tiled; policy is 'auto'"),
     "a tile below one": ({"policy": "tiled", "tile": 0}, "tile=0 is not a number of tokens: give 1 or more"),
     "unknown loss": ({"loss": "fused"}, "loss='fused' is unknown; there are: auto, tiled, native"),
-    "unknown layout": ({"layout": "packed"}, "layout='packed' is unknown; there are: auto, native"),
+    "unknown layout": ({"layout": "stacked"}, "layout='stacked' is unknown; there are: auto, planned, native"),
     "tiled loss without a head": ({"loss": "tiled"}, "loss='tiled' is not possible for this model"),
 }
 
@@ -75,7 +75,6 @@ OF_A_WRONG_TYPE: dict[str, tuple[dict[str, Any], str]] = {
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "disk": ({"disk": "/scratch"}, "disk='/scratch' is not built yet"),
-    "layout": ({"layout": "planned"}, "use layout='auto', PyTorch's own allocator; there are: auto, native"),
 }  # fmt: skip
 
 

@@ -9,13 +9,16 @@ import time
 import pytest
 import torch
 
+import memo_runtime as memo
 from memo_runtime.allocator.building import build
 from memo_runtime.allocator.library import allocator_status, planned_allocator
 from memo_runtime.allocator.versions import library_path, running
 from memo_runtime.arena.plan import check_memory, enable, plan_arena
+from memo_runtime.arena.steps import SETTLING
 from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
 from memo_runtime.recording.allocator import AllocatorRecorder
 from memo_runtime.traces.trace import Phase
+from memo_runtime.wrapping import find_wrapped
 from tests.gpu.models import batch, llama
 from tests.house.sources import ROOT
 
@@ -109,7 +112,14 @@ def test_a_training_step_is_served_by_plan(allocator):
     assert after["reserved_bytes.all.peak"] <= native["reserved_bytes.all.peak"]
 
 
-def test_losses_keep_their_bits(allocator):
+@pytest.fixture
+def kernels_that_repeat_their_bits():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_losses_keep_their_bits(allocator, kernels_that_repeat_their_bits):
     losses = {}
     for planned in (False, True):
         training = Training()
@@ -125,6 +135,40 @@ def test_losses_keep_their_bits(allocator):
         del training
     assert torch.equal(losses[False], losses[True])
     assert losses[True].isfinite().all()
+
+
+def wrapped_losses(layout, steps=14):
+    """Losses of a wrapped model's steps, and its report."""
+    model = llama(torch.bfloat16, blocks=4, hidden=512)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    memo.wrap(model, policy="replay", alpha=0.5, optimizer=optimizer, layout=layout)
+    losses = []
+    for at in range(steps):
+        loss = model(**batch(1, 2048, at)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach().clone())
+        if at == SETTLING + 1 and layout == "planned":
+            find_wrapped(model).memory._steps._solving[3]._process.wait()  # so that the rest is served by plan
+    report = memo.report(model)
+    memo.unwrap(model)
+    return torch.stack(losses).cpu(), report
+
+
+def test_a_wrapped_model_plans_itself_and_keeps_its_bits(allocator, kernels_that_repeat_their_bits):
+    expected, native = wrapped_losses("native")
+    gc.collect()
+    torch.cuda.empty_cache()
+    found, report = wrapped_losses("planned")
+    arena = report.arena
+    print(f"\n{arena}\n{report}")
+    assert native.arena is None
+    assert torch.equal(found, expected)
+    assert arena.state == "planned", report.notes
+    assert arena.served_bytes >= 0.999 * arena.bytes
+    assert arena.served >= 0.995 * arena.requests
+    assert arena.planned_peak <= 1.02 * arena.lower_bound
 
 
 def test_statistics_are_what_lives(allocator):

@@ -37,16 +37,18 @@ ALLOWED = {
     "machines": NOUNS | {"reporting"},
     "offline": NOUNS | {"blocks", "profiling", "recording", "traces", "machines", "planning", "reporting"},
     "simulation": NOUNS | {"traces"},
+    "allocator": NOUNS,
+    "arena": NOUNS | {"allocator", "planning", "recording", "traces"},
     "recording": NOUNS | {"traces", "profiling"},
     "capture": NOUNS | {"blocks"},
     "execution": NOUNS | {"blocks", "capture", "native"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
-    "wrapping": NOUNS | STAGES | {"blocks", "integrations", "recent"},
+    "wrapping": NOUNS | STAGES | {"arena", "blocks", "integrations", "recent"},
     "recent": set(),
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
     "rehearsal": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
-    "api": NOUNS | STAGES | {"arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
+    "api": NOUNS | STAGES | {"allocator", "arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
     "cli": NOUNS
     | {
         "api",

@@ -1,11 +1,14 @@
 // The arena on a fake device: what it serves, what it leaves, and that no byte is ever in two hands.
 //
 //     arena_test [OPERATIONS]      exits with 0, or says what does not hold
+//     arena_test --drive           a plan and requests from the standard input; prints what was served in each step
 
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -309,7 +312,7 @@ void deviations_cost_little() {
   extra.insert(extra.begin() + 50, 200);
   CHECK(missed(plan, extra) == Places{50});
   Sizes fewer = plan;
-  fewer.erase(fewer.begin() + 50, fewer.begin() + 60);
+  fewer.erase(fewer.begin() + 50, fewer.begin() + 54);
   CHECK(missed(plan, fewer).empty());
   Sizes far = plan;
   far.erase(far.begin() + 30, far.begin() + 80);  // the fourth in a row shows the place
@@ -427,9 +430,48 @@ void threads(std::uint64_t rounds) {
   CHECK(served > 0 && arena.statistics().live == 0 && arena.statistics().total.served == served);
 }
 
+// Lines: "arena SIZE", "slot LOWER UPPER SIZE OFFSET STREAM", "begin", "alloc ID SIZE STREAM", "free ID", "end".
+int drive() {
+  Quiet device;
+  std::unique_ptr<Arena> arena;
+  std::vector<Slot> slots;
+  std::map<std::uint64_t, std::uint64_t> live;
+  std::string what;
+  std::uint64_t id, size, stream;
+  while (std::cin >> what) {
+    if (what == "arena") {
+      std::cin >> size;
+      arena = std::make_unique<Arena>(device, kBase, size);
+    } else if (what == "slot") {
+      Slot slot{};
+      std::cin >> slot.lower >> slot.upper >> slot.size >> slot.offset >> slot.stream;
+      slots.push_back(slot);
+    } else if (what == "begin") {
+      arena->enable(std::make_shared<const Plan>(slots, arena->size()));
+      arena->begin_step();
+    } else if (what == "alloc") {
+      std::cin >> id >> size >> stream;
+      if (const std::uint64_t address = arena->take(size, stream)) live[id] = address;
+    } else if (what == "free") {
+      std::cin >> id;
+      const auto found = live.find(id);
+      if (found == live.end()) continue;
+      CHECK(arena->give(found->second).ours);
+      live.erase(found);
+    } else if (what == "end") {
+      arena->end_step();
+      const auto counts = arena->statistics().last_step;
+      std::cout << counts.requests << ' ' << counts.served << ' ' << counts.displaced << ' ' << counts.unplanned << ' '
+                << counts.occupied << ' ' << arena->statistics().peak_bytes << '\n';
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "--drive") return drive();
   const std::uint64_t operations = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 200000;
   a_step_as_planned_is_served_whole();
   deviations_cost_little();

@@ -1,0 +1,245 @@
+"""Which steps are recorded, when a plan is there, when it is given up: on an allocator that writes down its calls."""
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from memo_runtime.allocator.library import Counts, Statistics
+from memo_runtime.arena.model import StepMemory
+from memo_runtime.arena.solving import Solved, Solving
+from memo_runtime.arena.steps import MOST_TRIES, MOST_WEAK, SETTLING, PlannedSteps, is_planned_for_others
+from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
+from memo_runtime.placement import PlacedRequest
+from memo_runtime.traces.trace import Phase, Span, Trace, TraceRequest
+
+STEP = Trace(
+    ticks=6,
+    requests=(TraceRequest(0, 3, 1000, 0), TraceRequest(1, 2, 600, 0), TraceRequest(4, 5, 50, 0)),
+    spans=(Span(Phase.STEP, "", 0, 6),),
+)
+NOTHING = dict.fromkeys((field.name for field in fields(Counts)), 0)
+
+
+class Allocator:
+    """Writes down what it is asked; ``served`` of 1,650 bytes are served in a step."""
+
+    def __init__(self):
+        self.calls = []
+        self.served = 1650
+        self.given_back = 0
+        self.refuses = ""
+        self.arena = 0
+
+    def arm(self, device, slots, size):
+        if self.refuses:
+            raise AllocatorPlanError(self.refuses)
+        self.arena = max(self.arena, size)
+        self.calls.append("arm")
+
+    def disarm(self, device):
+        self.arena = 0
+        self.calls.append("disarm")
+        return 0
+
+    def begin_step(self, device):
+        self.calls.append("begin")
+
+    def end_step(self, device):
+        self.calls.append("end")
+
+    def statistics(self, device):
+        served = {"requests": 3, "served": 3, "bytes": 1650, "served_bytes": self.served, "occupied": 1}
+        last = Counts(**{**NOTHING, **served})
+        return Statistics(
+            total=Counts(**NOTHING), last_step=last, steps=1, live=0, live_bytes=0, live_requested=0, peak_bytes=0,
+            arena_bytes=self.arena, bypassed=0, given_back=self.given_back, armed=True,
+        )  # fmt: skip
+
+
+class Recorder:
+    stream_handles = (0,)
+
+    def __init__(self, told):
+        self.told = told
+
+    def __enter__(self):
+        self.told.append("record")
+
+    def __exit__(self, *error):
+        self.told.append("recorded")
+
+    def begin(self, phase, block=""):
+        assert phase is Phase.STEP
+
+    end = begin
+
+    def trace(self):
+        return STEP
+
+
+class Solver:
+    """Done when it is told so."""
+
+    def __init__(self, trace, seconds):
+        assert trace is STEP
+        self.done = self.closed = False
+
+    def result(self):
+        rows = [PlacedRequest(id=str(i), lower=r.lower, upper=r.upper, size=r.size, offset=1024 * i)
+                for i, r in enumerate(STEP.requests)]  # fmt: skip
+        return Solved(rows=tuple(rows), placed=(0, 1, 2), peak=4096, lower_bound=2048, resident_bytes=0, seconds=0.1)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def rig(monkeypatch):
+    """Planned steps on device 0, with everything around them."""
+    monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="card"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    one = SimpleNamespace(allocator=Allocator(), notes=[], solvers=[])
+
+    def solver(trace, seconds):
+        one.solvers.append(Solver(trace, seconds))
+        return one.solvers[-1]
+
+    one.steps = PlannedSteps(
+        one.allocator, 0, one.notes.append, recorder=lambda device: Recorder(one.allocator.calls), solver=solver
+    )
+    yield one
+    one.steps.close()
+
+
+def run(rig, key, count):
+    rig.allocator.calls.clear()
+    for _ in range(count):
+        rig.steps.begin(key)
+    return list(rig.allocator.calls)
+
+
+def planned(rig, key):
+    """Steps of ``key`` until its plan is there."""
+    run(rig, key, SETTLING + 2)
+    rig.solvers[-1].done = True
+
+
+def test_the_third_step_is_recorded_and_later_ones_served(rig):
+    assert run(rig, "a", SETTLING) == []
+    assert run(rig, "a", 1) == ["record"]
+    assert run(rig, "a", 1) == ["recorded"]  # training goes on while it is solved
+    assert run(rig, "a", 2) == []
+    rig.solvers[0].done = True
+    assert run(rig, "a", 1) == ["disarm", "arm", "begin"]
+    assert run(rig, "a", 2) == ["end", "begin", "end", "begin"]
+    rig.steps.end()
+    report = rig.steps.report()
+    assert (report.state, report.plans, report.served_bytes, report.bytes) == ("planned", 1, 1650, 1650)
+    assert (report.planned_peak, report.lower_bound, report.misses) == (4096, 2048, (("occupied", 1),))
+    assert rig.notes == []
+
+
+def test_what_follows_a_step_is_none_of_it(rig):
+    planned(rig, "a")
+    run(rig, "a", 1)
+    rig.steps.end()
+    rig.steps.end()
+    assert rig.allocator.calls[-1] == "end"
+    assert rig.allocator.calls.count("end") == 1
+
+
+def test_kinds_have_plans_of_their_own_and_share_the_arena(rig):
+    planned(rig, "a")
+    assert run(rig, "a", 1) == ["disarm", "arm", "begin"]
+    assert run(rig, "b", SETTLING + 1) == ["end", "record"]
+    run(rig, "b", 1)
+    rig.solvers[-1].done = True
+    assert run(rig, "b", 1) == ["arm", "begin"]
+    assert run(rig, "a", 1) == ["end", "arm", "begin"]
+    assert rig.steps.report().plans == 2
+
+
+def test_a_plan_that_serves_too_little_is_made_again_and_then_given_up(rig):
+    rig.allocator.served = 800
+    for _ in range(MOST_TRIES):
+        rig.steps.begin("a")
+        planned(rig, "a")
+        run(rig, "a", MOST_WEAK + 1)
+    assert len(rig.solvers) == MOST_TRIES
+    assert len(rig.notes) == 1
+    assert "48 % of the bytes" in rig.notes[0]
+    assert run(rig, "a", 3) == []
+
+
+def test_one_odd_step_changes_nothing(rig):
+    planned(rig, "a")
+    run(rig, "a", 2)
+    for served in (0, 1650, 0, 0, 1650, 0):
+        rig.allocator.served = served
+        assert run(rig, "a", 1) == ["end", "begin"]
+    assert len(rig.solvers) == 1
+
+
+def test_a_plan_without_memory_is_left_with_the_reason(rig):
+    planned(rig, "a")
+    rig.allocator.refuses = "the plan needs 5 GiB too much"
+    run(rig, "a", 2)
+    assert rig.notes == ["memory is left to PyTorch's allocator: the plan needs 5 GiB too much"]
+    assert rig.steps.report().state == "the plan needs 5 GiB too much"
+    assert "begin" not in rig.allocator.calls
+
+
+def test_an_arena_that_was_given_back_is_not_made_again(rig):
+    planned(rig, "a")
+    run(rig, "a", 2)
+    rig.allocator.given_back = 1
+    assert run(rig, "a", 3) == ["end", "disarm"]
+    assert "memory ran out beside the arena" in rig.notes[0]
+
+
+def test_somebody_elses_history_is_left_alone(rig, monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: True, raising=False)
+    assert run(rig, "a", 6) == []
+    assert "somebody else records" in rig.notes[0]
+
+
+def test_closing_ends_what_is_under_way(rig):
+    run(rig, "a", SETTLING + 1)
+    rig.steps.close()
+    assert rig.allocator.calls == ["record", "recorded", "disarm"]
+    other = PlannedSteps(rig.allocator, 1, rig.notes.append, recorder=lambda device: Recorder([]), solver=Solver)
+    assert is_planned_for_others(1)
+    for _ in range(SETTLING + 2):
+        other.begin("a")
+    solving = other._solving[3]
+    other.close()
+    assert solving.closed
+    assert not is_planned_for_others(1)
+
+
+def test_a_child_process_solves():
+    solving = Solving(STEP, seconds=0.5)
+    found = solving.result()
+    assert found.placed == (0, 1, 2)
+    assert found.peak == found.lower_bound == 2048
+    assert not solving._folder.exists()
+
+
+def test_a_child_process_that_fails_says_how():
+    solving = Solving(Trace(ticks=0, requests=()), seconds=0.5)
+    with pytest.raises(AllocatorPlanError, match=r"(?s)failed \(exit code 1\).*no span of phase 'step'"):
+        solving.result()
+    assert not solving._folder.exists()
+
+
+def test_a_model_elsewhere_is_refused():
+    with pytest.raises(AllocatorUnavailableError, match="places the memory of CUDA devices, and Net is on cpu"):
+        StepMemory("Net", print).begin("a", torch.device("cpu"))
+    assert StepMemory("Net", print).report().state == "no step yet"

@@ -22,6 +22,31 @@ def a_device_without_garbage():
         torch.cuda.reset_peak_memory_stats()
 
 
+@pytest.fixture(scope="session")
+def built_allocator():
+    """The planned allocator, built where it is not there yet."""
+    from memo_runtime.allocator.building import build
+    from memo_runtime.allocator.library import planned_allocator
+    from memo_runtime.allocator.versions import library_path, running
+    from memo_runtime.errors import AllocatorUnavailableError
+
+    try:
+        if not library_path(running()).exists():
+            build()
+    except AllocatorUnavailableError as error:
+        pytest.skip(f"the planned allocator cannot be built here: {error}")
+    return planned_allocator()
+
+
+@pytest.fixture
+def allocator(built_allocator):
+    """The planned allocator in front of PyTorch's own; nothing lives in it before or after."""
+    built_allocator.install()
+    yield built_allocator
+    gc.collect()
+    assert built_allocator.disarm(0) == 0, "planned tensors are alive"
+
+
 @pytest.fixture
 def quiet_machine():
     """Skips where other tests run beside this one: seconds would be theirs too."""

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 import memo_runtime as memo
-from memo_runtime.allocator.building import build
-from memo_runtime.allocator.library import allocator_status, planned_allocator
-from memo_runtime.allocator.versions import library_path, running
 from memo_runtime.arena.plan import check_memory, enable, plan_arena
 from memo_runtime.arena.steps import SETTLING
-from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
+from memo_runtime.errors import AllocatorPlanError
 from memo_runtime.recording.allocator import AllocatorRecorder
 from memo_runtime.traces.trace import Phase
 from memo_runtime.wrapping import find_wrapped
@@ -24,25 +21,6 @@ from tests.house.sources import ROOT
 
 pytestmark = pytest.mark.gpu
 MiB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def built():
-    if not library_path(running()).exists():
-        try:
-            build()
-        except AllocatorUnavailableError as error:
-            pytest.skip(f"the allocator cannot be built here: {error}")
-    assert allocator_status().available, allocator_status().reason
-
-
-@pytest.fixture
-def allocator(built):
-    one = planned_allocator()
-    one.install()
-    yield one
-    gc.collect()
-    assert one.disarm(0) == 0, "planned tensors are alive"
 
 
 class Training:
@@ -367,7 +345,7 @@ def test_planned_allocations_cost_no_more(allocator, quiet_machine):
 
 
 @pytest.mark.parametrize("seconds", [10, pytest.param(330, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-def test_torture(built, seconds):
+def test_torture(built_allocator, seconds):
     command = [sys.executable, "-m", "tests.gpu.torture", str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

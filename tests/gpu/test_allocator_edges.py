@@ -1,0 +1,169 @@
+"""The planned allocator where things go on beside the plan: threads, devices, plans that change, memory that stays.
+
+Nothing here looks at contents, so it also runs on a CUDA runtime that is imitated (tests/allocator/test_imitated.py).
+"""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from memo_runtime.errors import AllocatorPlanError
+
+pytestmark = pytest.mark.gpu
+MiB = 1 << 20
+
+
+def taken(size=MiB, device="cuda:0"):
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def in_a_row(count, size=MiB, stream=0):
+    """Slots that live at once, one behind the other."""
+    return [(i, 2 * count, size, i * size, stream) for i in range(count)]
+
+
+def test_another_thread_may_allocate_and_free(allocator):
+    allocator.arm(0, in_a_row(64), 64 * MiB)
+    allocator.begin_step(0)
+    start, made = torch.cuda.memory_allocated(), [taken() for _ in range(32)]
+    threads = [threading.Thread(target=lambda part: part.clear(), args=(made[i::4],)) for i in range(4)]
+    more: list[torch.Tensor] = []
+    threads += [threading.Thread(target=lambda: more.append(taken())) for _ in range(4)]
+    del made
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    del threads, thread
+    assert all(allocator.holds(0, tensor.data_ptr()) for tensor in more)
+    assert len({tensor.data_ptr() for tensor in more}) == 4
+    assert torch.cuda.memory_allocated() == start + 4 * MiB
+    allocator.end_step(0)
+
+
+def test_plans_change_while_tensors_live(allocator):
+    size = 16 * MiB  # a segment of its own for each arena
+    allocator.arm(0, in_a_row(4, size), 4 * size)
+    allocator.begin_step(0)
+    kept = [taken(size) for _ in range(4)]
+    allocator.arm(0, in_a_row(2, 2 * size), 4 * size)  # fits into the arena that is there
+    assert allocator.statistics(0).live == 4
+    allocator.begin_step(0)
+    assert not allocator.holds(0, taken(2 * size).data_ptr())  # its bytes are in use
+    del kept[1:]
+    second = taken(2 * size)
+    assert allocator.holds(0, second.data_ptr())
+    allocator.arm(0, in_a_row(2, 8 * size), 16 * size)  # a larger arena beside the old one
+    allocator.begin_step(0)
+    large = taken(8 * size)
+    assert [allocator.holds(0, t.data_ptr()) for t in (kept[0], second, large)] == [True] * 3
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    del kept, second
+    gc.collect()
+    assert allocator.disarm(0) == 8 * size  # what lives on keeps its arena, the other one goes
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == reserved - 4 * size
+    assert allocator.holds(0, large.data_ptr())
+    del large
+
+
+def test_plans_that_cannot_be_are_refused(allocator):
+    before = torch.cuda.memory_reserved()
+    for slots, says in (
+        ([], "places nothing"),
+        ([(0, 2, MiB, 0, 0), (1, 3, MiB, 512, 0)], "slot 1 shares bytes with slot 0"),
+        ([(0, 1, MiB, 100, 0)], "not a multiple of 512"),
+        ([(0, 1, 5 * MiB, 0, 0)], "ends behind the arena"),
+    ):
+        with pytest.raises(AllocatorPlanError, match=says):
+            allocator.arm(0, slots, 4 * MiB)
+    with pytest.raises(AllocatorPlanError, match="no device 99"):
+        allocator.arm(99, in_a_row(1), MiB)
+    assert not allocator.statistics(0).armed
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_storages_are_resized_in_the_arena(allocator):
+    allocator.arm(0, [(0, 1, 3 * MiB, 0, 0), (2, 3, 3 * MiB, 0, 0)], 4 * MiB)
+    allocator.begin_step(0)
+    tensor = taken(3 * MiB)
+    first = tensor.data_ptr()
+    tensor.untyped_storage().resize_(0)
+    assert allocator.statistics(0).live == 0
+    tensor.untyped_storage().resize_(3 * MiB)
+    assert tensor.data_ptr() == first
+    assert allocator.holds(0, first)
+    del tensor
+    allocator.end_step(0)
+
+
+def test_noted_streams_are_waited_for(allocator):
+    allocator.arm(0, [*in_a_row(1), (3, 4, MiB, 0, 0)], MiB)
+    side = torch.cuda.Stream()
+    allocator.begin_step(0)
+    tensor = taken()
+    tensor.record_stream(side)
+    tensor.record_stream(side)
+    tensor.record_stream(torch.cuda.current_stream())
+    del tensor
+    before = allocator.statistics(0).total.waits
+    again = taken()
+    assert allocator.holds(0, again.data_ptr())
+    assert allocator.statistics(0).total.waits == before + 1
+    del again
+    allocator.end_step(0)
+
+
+def test_outside_of_a_step_everything_is_native(allocator):
+    allocator.arm(0, in_a_row(1), MiB)
+    assert not allocator.holds(0, taken().data_ptr())
+    allocator.begin_step(0)
+    planned = taken()
+    assert allocator.holds(0, planned.data_ptr())
+    allocator.end_step(0)
+    assert allocator.holds(0, planned.data_ptr())  # it lives on
+    assert not allocator.holds(0, taken().data_ptr())
+    torch.cuda.empty_cache()
+    assert allocator.holds(0, planned.data_ptr())
+    del planned
+
+
+def test_peaks_begin_anew_and_survive_the_arena(allocator):
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    allocator.arm(0, in_a_row(8), 64 * MiB)
+    assert torch.cuda.memory_allocated() == start  # an arena alone is nothing that is in use
+    assert torch.cuda.max_memory_allocated() == start
+    allocator.begin_step(0)
+    kept = [taken() for _ in range(8)]
+    del kept[3:]
+    assert torch.cuda.max_memory_allocated() == start + 8 * MiB
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == start + 3 * MiB
+    torch.cuda.reset_accumulated_memory_stats()
+    assert torch.cuda.memory_stats()["allocated_bytes.all.allocated"] == 0
+    kept.clear()
+    allocator.disarm(0)
+    assert torch.cuda.memory_stats()["allocated_bytes.all.freed"] == 3 * MiB
+    assert torch.cuda.memory_allocated() == start
+    assert torch.cuda.max_memory_allocated() == start + 3 * MiB
+
+
+def test_devices_have_arenas_of_their_own(allocator):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    for device in (0, 1):
+        allocator.arm(device, in_a_row(2), 2 * MiB)
+        allocator.begin_step(device)
+    one, two = taken(), taken(device="cuda:1")
+    assert (allocator.holds(0, one.data_ptr()), allocator.holds(1, two.data_ptr())) == (True, True)
+    assert not allocator.holds(1, one.data_ptr())
+    with torch.cuda.device(1):
+        del one  # freed while another device is the current one
+    assert (allocator.statistics(0).live, allocator.statistics(1).live) == (0, 1)
+    assert torch.cuda.memory_allocated(1) == MiB
+    del two
+    assert allocator.disarm(1) == 0

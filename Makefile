@@ -54,4 +54,4 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info solver/memo_solver/_search.so memo_runtime/native/_core.so
+	rm -rf $(VENV) build dist *.egg-info solver/memo_solver/_search.so memo_runtime/native/_core.so memo_runtime/allocator/_alloc_*.so

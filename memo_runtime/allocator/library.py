@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memo_runtime.allocator.versions import BUILD_COMMAND, KNOWN, library_path, number, running
 from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
 
@@ -203,6 +205,8 @@ class PlannedAllocator:
 
 @functools.cache
 def _load() -> PlannedAllocator | AllocatorUnavailableError:
+    if torch.version.cuda is None:
+        return AllocatorUnavailableError(f"torch {torch.__version__} is built without CUDA")
     if running() not in KNOWN:
         return AllocatorUnavailableError(f"torch {running()} is running, and it is known for torch {', '.join(KNOWN)}")
     try:

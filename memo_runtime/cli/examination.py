@@ -28,7 +28,7 @@ def examine() -> Findings:
         cuda_driver=_cuda_driver(),
         host=host,
         devices=devices,
-        native=(_native_search(), _native_core()),
+        native=(_native_search(), _native_core(), _allocator()),
         selftest=tests,
     )
 
@@ -84,6 +84,18 @@ def _native_core() -> Native:
     without = "" if status.available else "; copies go through PyTorch"
     if mode is NativeMode.ON and not status.available:
         without = "; MEMO_NATIVE=on asks for it, so wrapping fails"
+    return Native(name=name, state="ok" if status.available else "unavailable", detail=f"{status.reason}{without}")
+
+
+def _allocator() -> Native:
+    name = "planned allocator"
+    try:
+        from memo_runtime.allocator.library import allocator_status
+
+        status = allocator_status()
+    except Exception as error:  # a torch that does not load is a finding
+        return Native(name=name, state="unavailable", detail=f"{type(error).__name__}: {error}")
+    without = "" if status.available else "; memory is left to PyTorch's allocator"
     return Native(name=name, state="ok" if status.available else "unavailable", detail=f"{status.reason}{without}")
 
 

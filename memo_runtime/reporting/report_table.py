@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memo_runtime.placement import ArenaReport
 from memo_runtime.records import BlockReport, Executor, Report
 from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table
 from memo_runtime.units import format_bytes, format_flops, format_seconds
@@ -20,7 +21,22 @@ def report_table(report: Report) -> str:
     done = {0: "no step yet", 1: "after 1 step"}.get(steps, f"after {steps} steps")
     title = f"report: policy {report.policy}, {done}"
     copies = [f"copies by {report.copies}"] if report.copies else []
-    return "\n".join([title, "", *_blocks(report), "", _totals(report), *copies, *notes_text(report.notes)])
+    arena = [_arena(report.arena)] if report.arena is not None else []
+    return "\n".join([title, "", *_blocks(report), "", _totals(report), *copies, *arena, *notes_text(report.notes)])
+
+
+def _arena(arena: ArenaReport) -> str:
+    if not arena.requests:
+        return f"memory by plan: {arena.state}"
+    over = 100 * (arena.planned_peak / max(1, arena.lower_bound) - 1)
+    missed = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in arena.misses)
+    return (
+        f"memory by plan: {arena.state}; {arena.served} of {arena.requests} requests and "
+        f"{100 * arena.served_bytes / max(1, arena.bytes):.2f} % of the bytes of the last step"
+        f"{f' (not: {missed})' if missed else ''}\n"
+        f"  plan {format_bytes(arena.planned_peak)}, {over:.2f} % above the lower bound; arena "
+        f"{format_bytes(arena.arena_bytes)} for {arena.plans} plans; reserved {format_bytes(arena.reserved_bytes)}"
+    )
 
 
 def _key(block: BlockReport) -> tuple[object, ...]:

@@ -47,6 +47,7 @@ def test_a_torch_without_cuda_says_so(capsys, monkeypatch):
 
 def test_another_minor_is_refused_with_what_is_known(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.1+cu999")
+    monkeypatch.setattr(torch.version, "cuda", "99.9")
     with pytest.raises(AllocatorUnavailableError, match=r"torch 2\.99 is running.* 2\.11, 2\.12, 2\.13"):
         building.build()
     library._load.cache_clear()

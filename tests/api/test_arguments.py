@@ -13,6 +13,7 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.errors import (
+    AllocatorUnavailableError,
     AlreadyWrappedError,
     ArgumentError,
     ArgumentTypeError,
@@ -94,6 +95,12 @@ def test_a_value_that_is_not_taken(case: str) -> None:
 @pytest.mark.parametrize("case", OF_A_WRONG_TYPE)
 def test_a_type_that_is_not_taken(case: str) -> None:
     assert_refused(ArgumentError if "policy by" in case else ArgumentTypeError, *OF_A_WRONG_TYPE[case])
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_planned_memory_without_cuda() -> None:
+    says = f"the planned allocator cannot be used: torch {torch.__version__} is built without CUDA"
+    assert_refused(AllocatorUnavailableError, {"layout": "planned"}, says)
 
 
 @pytest.mark.parametrize("case", NOT_BUILT)

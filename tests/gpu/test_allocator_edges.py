@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from memo_runtime.arena.steps import SETTLING, PlannedSteps
 from memo_runtime.errors import AllocatorPlanError
 
 pytestmark = pytest.mark.gpu
@@ -167,3 +168,41 @@ def test_devices_have_arenas_of_their_own(allocator):
     assert torch.cuda.memory_allocated(1) == MiB
     del two
     assert allocator.disarm(1) == 0
+
+
+def test_steps_are_recorded_placed_and_served_by_themselves(allocator):
+    notes: list[str] = []
+    steps = PlannedSteps(allocator, 0, notes.append)
+    weight = torch.zeros(1000, 1000, device="cuda", requires_grad=True)
+
+    def step(rows):
+        weight.grad = None
+        steps.begin(rows)
+        x = torch.zeros(rows, 1000, device="cuda")
+        for _ in range(5):
+            x = (x + weight[:1]).relu() * 2
+        x.sum().backward()
+
+    for rows in (500, 900):
+        for _ in range(SETTLING + 2):
+            step(rows)
+        steps._solving[3]._process.wait()
+        for _ in range(3):
+            step(rows)
+        steps.end()
+        found = steps.report()
+        assert found.state == "planned", notes
+        assert found.served_bytes >= 0.99 * found.bytes
+        assert found.planned_peak <= 1.02 * found.lower_bound
+        assert found.reserved_bytes == torch.cuda.memory_reserved()
+    before = torch.cuda.memory_stats()
+    for rows in (500, 900, 500, 500, 900):
+        step(rows)
+    steps.end()
+    after = torch.cuda.memory_stats()
+    # Plans change from step to step, the arena does not.
+    assert all(after[name] == before[name] for name in ("num_device_alloc", "num_device_free"))
+    assert steps.report().plans == 2
+    assert steps.report().served_bytes >= 0.99 * steps.report().bytes
+    steps.close()
+    assert notes == []

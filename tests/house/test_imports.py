@@ -51,6 +51,7 @@ ALLOWED = {
     "api": NOUNS | STAGES | {"allocator", "arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
     "cli": NOUNS
     | {
+        "allocator",
         "api",
         "arguments",
         "blocks",

@@ -1,0 +1,46 @@
+"""The shell in front of torch's real caching allocator, on a CUDA runtime that is imitated in host memory.
+
+Runs where torch is built with CUDA and there is no GPU: tests of tests/gpu that look at no contents, in a process of
+their own with the imitation preloaded.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.allocator.building import HERE, compile_unit, cuda_headers
+from tests.house.sources import ROOT
+from tests.native.building import compiler
+
+#: Those of tests/gpu/test_allocator.py that run no kernel whose result matters.
+WITHOUT_CONTENTS = "edges or statistics or history or refused or nobody or bytes_go"
+
+
+@pytest.fixture(scope="module")
+def imitation(tmp_path_factory):
+    """Environment of a process with two devices that are host memory."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        pytest.skip("needs torch built with CUDA, and no GPU")
+    headers = cuda_headers()
+    if compiler() is None or headers is None:
+        pytest.skip("needs a C++ compiler and the headers of a CUDA runtime")
+    folder = tmp_path_factory.mktemp("imitation")
+    runtime, driver = folder / "libfake_cudart.so", folder / "libcuda.so.1"
+    made = compile_unit([HERE / "fake_cudart.cpp"], runtime, "-shared", "-fPIC", "-isystem", str(headers))
+    assert made.returncode == 0, made.stderr
+    made = compile_unit([HERE / "fake_driver.cpp"], driver, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
+    assert made.returncode == 0, made.stderr
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+    return {**os.environ, "LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": path, "FAKE_CUDA_BYTES": str(8 << 30)}
+
+
+def test_the_allocator_on_an_imitated_device(imitation):
+    files = [str(Path("tests") / "gpu" / name) for name in ("test_allocator.py", "test_allocator_edges.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", WITHOUT_CONTENTS, *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=imitation, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout

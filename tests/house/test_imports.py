@@ -48,7 +48,9 @@ ALLOWED = {
     "recent": set(),
     "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
     "rehearsal": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
-    "api": NOUNS | STAGES | {"allocator", "arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
+    "api": NOUNS
+    | STAGES
+    | {"allocator", "arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
     "cli": NOUNS
     | {
         "allocator",

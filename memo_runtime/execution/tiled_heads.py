@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from memo_runtime.blocks.operators import MASKED_ATTENTION
 from memo_runtime.capture.captured import Captured
-from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.split import Mixer, Segment
 
 #: Dimension of the heads in queries, keys, values and results.
@@ -47,7 +48,8 @@ class Grouping:
     """An attention that can run by groups.
 
     Args:
-        mixer: it. segment: its number among the stages is one less, and it makes queries, keys or values.
+        mixer: it, and what it yields: result. segment: its number among the stages is one less, and it makes queries,
+            keys or values. mask: the mask or the spans.
         sliced: results of the segment of which only one group exists at a time. The others are yielded by the block.
         heads: of keys and values; every number of groups divides them. shared: heads of queries to each.
         over_result: whose gradients, by argument, have room in the result, which nothing reads afterwards: each head of
@@ -55,6 +57,8 @@ class Grouping:
     """
 
     mixer: Mixer
+    result: fx.Node
+    mask: fx.Node | None
     segment: Segment
     sliced: frozenset[fx.Node]
     heads: int
@@ -75,25 +79,32 @@ def grouping(captured: Captured, index: int) -> Grouping | None:
     """
     stages = captured.stages
     mixer, before = stages.stages[index], stages.stages[index - 1] if index else None
-    if not isinstance(mixer, Mixer) or mixer.by_graph or not isinstance(before, Segment) or before.by_rows:
+    if not isinstance(mixer, Mixer) or not isinstance(before, Segment) or before.by_rows:
+        return None
+    if mixer.by_graph and operator_name(mixer.node) != MASKED_ATTENTION:
         return None
     named = arguments_of(mixer.node)
+    mask = named["spans" if mixer.by_graph else "attn_mask"]
     given: list[fx.Node] = [named[name] for name in _ARGUMENTS]
     shapes = [one.meta["val"].shape for one in given]
-    if any(len(shape) != 4 for shape in shapes) or named["attn_mask"] in stages.differentiable:
+    if any(len(shape) != 4 for shape in shapes) or mask in stages.differentiable:
         return None
     queries, heads = int(shapes[0][HEADS]), int(shapes[1][HEADS])
     if heads < 2 or int(shapes[2][HEADS]) != heads or queries % heads:
         return None
     made = {one for one in given if one in before.outputs and one not in captured.outputs}
-    if not made:
+    results = mixer.results
+    if not made or len(results) != 1 or results[0][1]:
         return None
+    result = results[0][0]
     alone = len(set(given)) == len(given) and made == set(given)
     depths = {int(shape[-1]) for shape in shapes}
-    same = len(depths) == 1 and {one.meta["val"].dtype for one in given} == {mixer.node.meta["val"].dtype}
-    over = alone and same and mixer.node not in captured.outputs
+    same = len(depths) == 1 and {one.meta["val"].dtype for one in given} == {result.meta["val"].dtype}
+    over = alone and same and result not in captured.outputs
     return Grouping(
         mixer=mixer,
+        result=result,
+        mask=mask,
         segment=before,
         sliced=frozenset(made),
         heads=heads,

@@ -23,6 +23,7 @@ from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer
 from memo_runtime.execution.mixers.attention import (
+    SPANS,
     Inputs,
     Kernel,
     Saved,
@@ -95,28 +96,30 @@ class Mixing:
                 found.add(named[name], one.to(values[named[name]].dtype))
 
     def _attend(self, mixer: Mixer, inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+        if mixer.by_graph:
+            return attention_forward(inputs, settings, seed=seed, kernel=Kernel(SPANS))
         biased = arguments_of(mixer.node)["attn_mask"] in self.captured.stages.differentiable
         by_rows = biased or (self.reproducible and settings.dropout > 0.0)
         kernel = self.kernels.get((self.captured.signature, mixer.node.name))
         return attention_forward(inputs, settings, seed=seed, by_rows=by_rows, kernel=kernel)
 
-    def _attention(
-        self, mixer: Mixer, values: Values, group: Heads | None = None, sliced: frozenset[fx.Node] = frozenset()
-    ) -> tuple[Inputs, Settings]:
-        """What attention is given, or a ``group`` of heads of it; of values that are ``sliced`` there is no more."""
+    def _attention(self, mixer: Mixer, values: Values) -> tuple[Inputs, Settings]:
+        """What attention is given."""
         named = arguments_of(mixer.node)
+        query, key, value = (self._cast(values[named[name]]) for name in _NAMES[:3])
+        mask = values[named["attn_mask"]] if named["attn_mask"] is not None else None
+        return Inputs(query, key, value, _alike(mask, query)), Settings.of(named, query.shape[-1])
+
+    def _part(self, how: Grouping, values: Values, group: Heads) -> tuple[Inputs, Settings]:
+        """What a group of heads is given; of values that are sliced there is no more."""
+        named = arguments_of(how.mixer.node)
         tensors = []
         for name in _NAMES[:3]:
             one = values[named[name]]
-            if group is not None and named[name] not in sliced:
-                one = without_gaps(group.of(one))
-            tensors.append(self._cast(one))
-        mask = values[named["attn_mask"]] if named["attn_mask"] is not None else None
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(tensors[0].dtype)
+            tensors.append(self._cast(one if named[name] in how.sliced else without_gaps(group.of(one))))
         query, key, value = tensors
-        inputs = Inputs(query, key, value, group.of_mask(mask) if group is not None else mask)
-        return inputs, Settings.of(named, query.shape[-1])
+        mask = _alike(values[how.mask] if how.mask is not None else None, query)
+        return Inputs(query, key, value, group.of_mask(mask)), Settings.of(named, query.shape[-1])
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """What autocast makes of an argument of attention."""
@@ -131,12 +134,12 @@ class Mixing:
         self, how: Grouping, groups: int, values: Values, make: Callable[[Heads], None]
     ) -> None:
         """As ``forward``; ``make`` puts a group's queries, keys and values into ``values``."""
-        node, seed = how.mixer.node, self.attention_seed(len(self.saved))
+        node, seed = how.result, self.attention_seed(len(self.saved))
         parts: list[Saved] = []
         lse: torch.Tensor | None = None
         for group in how.groups(groups):
             make(group)
-            inputs, settings = self._attention(how.mixer, values, group, how.sliced)
+            inputs, settings = self._part(how, values, group)
             output, saved = self._attend(how.mixer, inputs, settings, mixed_seed(seed, group.number))
             if group.number == 0:
                 values[node] = all_heads(output, groups, output.dtype)
@@ -153,7 +156,7 @@ class Mixing:
             self._drop(how, values)
         rest = [one for part in parts for one in part.tensors]
         numbers = tuple(part.numbers for part in parts)
-        self.saved[node] = Saved(parts[0].kernel, tuple(rest if lse is None else [lse, *rest]), numbers)
+        self.saved[how.mixer.node] = Saved(parts[0].kernel, tuple(rest if lse is None else [lse, *rest]), numbers)
         self.names.append(parts[0].kernel.text(groups))
 
     def backward_by_groups(
@@ -161,15 +164,15 @@ class Mixing:
         *, retain: bool,
     ) -> None:  # fmt: skip
         """As ``backward``; with ``retain`` the result stays as it is for another one."""
-        grad, owned = found.take_owned(how.mixer.node)
+        grad, owned = found.take_owned(how.result)
         if grad is None:
             return
-        output = values[how.mixer.node]
+        output = values[how.result]
         named = arguments_of(how.mixer.node)
         places = _places(how, output, grad if owned else None, retain=retain)
         for group in how.groups(groups):
             make(group)
-            inputs, settings = self._attention(how.mixer, values, group, how.sliced)
+            inputs, settings = self._part(how, values, group)
             parts = [without_gaps(group.of(one)) for one in (grad.to(output.dtype), output)]
             saved = _group_of(self.saved[how.mixer.node], group)
             grads = attention_backward(parts[0], inputs, parts[1], saved, settings)
@@ -213,6 +216,11 @@ class Mixing:
         for node, grad in zip(mixer.inputs, given, strict=True):
             if grad is not None:
                 found.add(node, grad.to(values[node].dtype))
+
+
+def _alike(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """A mask that is added, in the dtype of the queries; any other as it is."""
+    return mask.to(query.dtype) if mask is not None and mask.is_floating_point() else mask
 
 
 def _places(

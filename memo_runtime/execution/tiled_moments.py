@@ -208,13 +208,13 @@ class _Walk:
 
     def _forward_by_groups(self, index: int, how: Grouping) -> None:
         """The first group, whose tiles keep products, and any other, which finds these and the result there."""
-        node = how.mixer.node
+        node, result = how.mixer.node, how.result
         self._segment_forward(index - 1, how.segment, how.sliced)
         self._made(mixed_values(how.mixer))
-        self.add("part", node, part=True)
+        self.add("part", result, part=True)
         more = self.needs.merging.get(node, 0)
-        self.look(index, part=Growth(constant=more, linear=self.needs.workspaces[node][0] + self.needs.saved[node]))
-        self.drop("part", [node])
+        self.look(index, part=Growth(constant=more, linear=self.needs.workspaces[node][0] + self.needs.saved[result]))
+        self.drop("part", [result])
         self.drop("value", how.sliced)
         self._rebuild(index - 1, how.segment, how.sliced)
 
@@ -276,7 +276,7 @@ class _Walk:
 
         Of the result and of its gradient the kernel gets a group's part without gaps, and writes to memory of its own.
         """
-        node = how.mixer.node
+        node, result = how.mixer.node, how.result
         named = arguments_of(node)
         given = {name: named[name] for name in ("query", "key", "value")}
         over = {*how.over_result, *(["query"] if how.over_gradient else [])}
@@ -286,14 +286,14 @@ class _Walk:
             if name not in over:
                 self.add("gradient", one)
         for kind in ("part", "part of gradient"):
-            self.add(kind, node, part=True)
-        self.look(index, part=Growth(linear=self.needs.workspaces[node][1] + self.needs.saved[node]))
+            self.add(kind, result, part=True)
+        self.look(index, part=Growth(linear=self.needs.workspaces[node][1] + self.needs.saved[result]))
         self.drop("made gradient", given.values())
         for kind in ("part", "part of gradient"):
-            self.drop(kind, [node])
+            self.drop(kind, [result])
         self.drop("value", how.sliced)
         self._rebuild(index - 1, how.segment, how.sliced)
-        self.drop("gradient", [node])
+        self.drop("gradient", [result])
         if how.over_gradient:
             self.add("gradient", given["query"])
 

@@ -187,7 +187,7 @@ def _by_each_group(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> G
 def _most_elements(captured: Captured, tokens: int) -> Growth:
     """Of what attention that can run by groups of heads is given or yields, by tokens."""
     found = [grouping(captured, index) for index in range(len(captured.stages.stages))]
-    nodes = [node for how in found if how is not None for node in (how.mixer.node, *how.sliced)]
+    nodes = [node for how in found if how is not None for node in (how.result, *how.sliced)]
 
     def most(length: int) -> float:
         return float(max((captured.size(node.meta["val"].numel(), length) for node in nodes), default=0))

@@ -233,14 +233,14 @@ class _Attention:
             yield Kernel(kernel.name, size), whole * self._times(inputs)
 
     def _chunk_seconds(self, inputs: Inputs, name: str, start: int, size: int) -> float:
-        """Of the forward of one chunk, by the heads of ``inputs``."""
-        settings, found = self._settings(inputs), list[Any]()
+        """Of the forward of one chunk, by the heads of ``inputs``, on a device that was at work until now."""
+        settings = self._settings(inputs)
 
         def run() -> None:
-            found.append(last_queries(name, inputs, settings, start, size))
+            last_queries(name, inputs, settings, start, size)
 
         with torch.no_grad():
-            return _typical(run, found.clear, _nothing, inputs.query.device)[0]
+            return statistics.median(laps([run] * (_WARM + _SAMPLES), inputs.query.device)[_WARM:])
 
     def _settings(self, inputs: Inputs) -> Settings:
         return Settings.of(arguments_of(self.node), inputs.query.shape[-1])
@@ -268,10 +268,6 @@ class _Attention:
         """How often ``inputs`` go into all heads of all sequences."""
         shapes = self._shapes(inputs.query.shape[2])
         return shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
-
-
-def _nothing() -> None:
-    pass
 
 
 def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:

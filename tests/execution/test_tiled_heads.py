@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.spans import spans_tensor
 from memo_runtime.execution.mixers.attention import Kernel
+from memo_runtime.execution.mixers.masked import masked_attention
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_heads import group_sizes, grouping, head_count
@@ -119,6 +121,27 @@ def test_blocks_of_every_kind(kind):
     block = double(kind)
     more = [torch.tensor([0] * 7 + [1] * 12 + [2] * 10).expand(3, -1)] if kind is blocks.DocumentMask else []
     assert_exact(call_of(block, hidden(), *more), ByGroups(block, groups=2))
+
+
+class Spanned(Shared):
+    """The same under spans: each query sees one run of keys."""
+
+    def forward(self, x, spans):
+        h = self.norm(x)
+        query = self.own(self.queries(h).unflatten(-1, (self.heads, -1))).transpose(1, 2)
+        key, value = (part.unflatten(-1, (self.keys, -1)).transpose(1, 2) for part in self.both(h).chunk(2, -1))
+        return x + self.merge(merge_heads(masked_attention(query, key, value, spans, 0.4)))
+
+
+def test_packed_documents_and_windows_as_spans():
+    torch.manual_seed(0)
+    block = Spanned().double()
+    places = torch.arange(29)
+    starts = torch.tensor([0] * 7 + [7] * 12 + [19] * 10)
+    spans = spans_tensor(torch.maximum(starts, places - 5)[None], places[None] + 1)
+    tiled = ByGroups(block, groups=4)
+    assert_exact(call_of(block, hidden(), spans), tiled)
+    assert tiled.kernels == ["memo_runtime::masked_attention, 4 groups"]
 
 
 def test_keys_that_the_block_yields_are_there_whole():

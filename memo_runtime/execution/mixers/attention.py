@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
+from memo_runtime.blocks.operators import MASKED_ATTENTION
 from memo_runtime.execution.mixers.by_queries import Attend, chunk_of_queries, forward_by_queries
 from memo_runtime.execution.mixers.by_rows import RowsAttention
 from memo_runtime.records import attention_text
 
 aten = torch.ops.aten
+#: Attention under spans (``masked.py``): an operator that stands for the kernels in it.
+SPANS = MASKED_ATTENTION.replace(".", "::")
 Tensors = tuple[torch.Tensor | None, ...]
 
 
@@ -35,11 +38,14 @@ class Settings:
 
     @classmethod
     def of(cls, named: dict[str, Any], depth: int) -> Settings:
-        """From the arguments of ``aten.scaled_dot_product_attention``; ``depth``: size of a head."""
+        """From the arguments of ``aten.scaled_dot_product_attention``, or of attention under spans.
+
+        ``depth``: size of a head.
+        """
         scale = named.get("scale")
         return cls(
-            dropout=float(named["dropout_p"]),
-            causal=bool(named["is_causal"]),
+            dropout=float(named.get("dropout_p", 0.0)),
+            causal=bool(named.get("is_causal")),
             scale=float(scale) if scale is not None else depth**-0.5,
             grouped=bool(named.get("enable_gqa")),
         )
@@ -114,10 +120,12 @@ def attention_forward(
     """(output, what backward needs beside the inputs); ``seed`` draws dropout where no fused kernel does.
 
     ``by_rows``: no fused kernel, since the mask needs a gradient or the dropout must be known. ``kernel``: the one to
-    take, if it may serve this call.
+    take, if it may serve this call; ``SPANS`` where the mask is spans.
     """
     if by_rows:
         name, queries = "rows", 0
+    elif kernel is not None and kernel.name == SPANS:
+        name, queries = SPANS, 0
     elif kernel is not None and kernel.name in kernels_for(inputs, settings):
         name, queries = kernel.name, kernel.queries
     else:
@@ -321,12 +329,32 @@ def _rows_backward(
     return rows.backward(grad, inputs.query, inputs.key, inputs.value, inputs.mask)
 
 
+# ---- spans
+
+
+def _spans_forward(inputs: Inputs, settings: Settings, seed: int) -> tuple[torch.Tensor, Saved]:
+    forward = torch.ops.memo_runtime.masked_attention
+    output, lse = forward(inputs.query, inputs.key, inputs.value, inputs.mask, settings.scale)
+    return output, Saved(Kernel(SPANS), (lse,))
+
+
+def _spans_backward(
+    grad: torch.Tensor, inputs: Inputs, output: torch.Tensor, saved: Saved, settings: Settings
+) -> Tensors:
+    backward = torch.ops.memo_runtime.masked_attention_backward
+    grads = backward(
+        grad, inputs.query, inputs.key, inputs.value, inputs.mask, output, saved.tensors[0], settings.scale
+    )
+    return (*grads, None)
+
+
 _FORWARD: dict[str, Callable[[Inputs, Settings, int], tuple[torch.Tensor, Saved]]] = {
     "cpu": _cpu_forward,
     "flash": _flash_forward,
     "cudnn": _cudnn_forward,
     "efficient": _efficient_forward,
     "rows": _rows_forward,
+    SPANS: _spans_forward,
 }
 _BACKWARD: dict[str, Callable[[torch.Tensor, Inputs, torch.Tensor, Saved, Settings], Tensors]] = {
     "cpu": _cpu_backward,
@@ -334,4 +362,5 @@ _BACKWARD: dict[str, Callable[[torch.Tensor, Inputs, torch.Tensor, Saved, Settin
     "cudnn": _cudnn_backward,
     "efficient": _efficient_backward,
     "rows": _rows_backward,
+    SPANS: _spans_backward,
 }

@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 from memo_runtime.errors import CaptureRefusedError
-from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_heads import grouping
 from tests.exactness.models import _DECODER, _ENCODER, FAMILIES, Family
 from tests.execution.tiles import assert_exact, call_of, calls_of
 
@@ -105,3 +106,16 @@ def test_dropout_is_that_of_given_masks(name):
             results.append(result[0] if isinstance(result, tuple) else result)
         assert torch.equal(results[0], results[1])
         assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", [one for one in _ALL if one != "llama-eager"])
+def test_a_family_is_exact_by_groups_of_heads(name):
+    for call in calls_of(_ALL[name], **_NO_DROPOUT.get(name, {})):
+        tiled = TiledBlock(call.block, tile=5, alpha=0.5)
+        tiled.way = lambda: Way(tile=5, alpha=0.5, groups=2)
+        assert_exact(call, tiled)
+        found = [grouping(captured, at) for captured in tiled._captures.values()
+                 for at in range(len(captured.stages.stages))]  # fmt: skip
+        heads = [how.heads for how in found if how is not None]
+        assert ["groups" in kernel for kernel in tiled.kernels].count(True) == sum(one % 2 == 0 for one in heads)
+        assert heads or name == "t5"  # its bias of all pairs wants a gradient

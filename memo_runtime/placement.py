@@ -26,7 +26,8 @@ class ArenaReport:
         state: ``planned``, or why not. plans: kinds of steps that have one. arena_bytes: of the arena that they share.
         planned_peak, lower_bound: of that step's plan, and what no plan is below.
         requests, served, bytes, served_bytes: of the step, bytes as requested. misses: (cause, requests) of the rest:
-            ``outside`` of a step, ``other_stream``, ``unplanned`` size, ``occupied`` or ``unordered`` bytes.
+            ``resident`` ones that outlive the step, ``outside`` of a step, ``other_stream``, ``unplanned`` size,
+            ``occupied`` or ``unordered`` bytes.
         reserved_bytes: ``torch.cuda.memory_reserved`` now.
     """
 

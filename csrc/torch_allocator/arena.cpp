@@ -83,6 +83,10 @@ std::uint64_t Arena::take(std::uint64_t bytes, Stream stream) {
   const Match match = place->cursor.find(*place->lane, size);
   if (match.how == How::none) return refuse(&Counts::unplanned);
   const std::uint64_t begin = place->lane->offsets[match.slot];
+  if (begin == kNative) {
+    place->cursor.settle(match, true);
+    return refuse(&Counts::resident);
+  }
   std::uint64_t waits = 0;
   const Taken taken = ranges_.take(begin, begin + size, stream, bytes, waits);
   count(&Counts::waits, waits);

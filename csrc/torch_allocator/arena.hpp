@@ -23,8 +23,10 @@ struct Counts {
   std::uint64_t bytes;  // as requested
   std::uint64_t served;
   std::uint64_t served_bytes;
-  // Requests that were not served, by cause: outside of a step or without a plan; on a stream that the plan does not
-  // know; of a size that it does not have there; its bytes in use; its bytes not to be ordered.
+  // Requests that were not served, by cause: planned to be the native allocator's, as they outlive the step; outside of a
+  // step or without a plan; on a stream that the plan does not know; of a size that it does not have there; its bytes in
+  // use; its bytes not to be ordered.
+  std::uint64_t resident;
   std::uint64_t outside;
   std::uint64_t other_stream;
   std::uint64_t unplanned;

@@ -15,6 +15,7 @@ namespace {
 void check(const Slot& slot, std::size_t index, std::uint64_t capacity) {
   if (slot.size == 0) refuse(index, "has no bytes");
   if (slot.lower >= slot.upper) refuse(index, "ends before it begins");
+  if (slot.offset == kNative) return;
   if (slot.offset % kAlignment != 0) {
     refuse(index, "is at offset " + std::to_string(slot.offset) + ", not a multiple of 512");
   }
@@ -32,6 +33,7 @@ void check_apart(const std::vector<Slot>& slots) {
   };
   std::vector<Change> changes;
   for (std::size_t i = 0; i < slots.size(); ++i) {
+    if (slots[i].offset == kNative) continue;
     changes.push_back({slots[i].lower, true, i});
     changes.push_back({slots[i].upper, false, i});
   }
@@ -76,12 +78,12 @@ std::uint64_t gram_hash(const std::uint64_t* sizes) {
 }
 
 Plan::Plan(const std::vector<Slot>& slots, std::uint64_t capacity) {
-  if (slots.empty()) throw std::invalid_argument("the plan places nothing");
   for (std::size_t i = 0; i < slots.size(); ++i) {
     check(slots[i], i, capacity);
     if (i > 0 && slots[i].lower < slots[i - 1].lower) refuse(i, "begins before the one ahead of it");
-    extent_ = std::max(extent_, slots[i].offset + rounded(slots[i].size));
+    if (slots[i].offset != kNative) extent_ = std::max(extent_, slots[i].offset + rounded(slots[i].size));
   }
+  if (extent_ == 0) throw std::invalid_argument("the plan places nothing");
   check_apart(slots);
   for (const Slot& slot : slots) {
     auto lane = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& l) { return l.stream == slot.stream; });

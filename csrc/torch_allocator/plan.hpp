@@ -18,6 +18,9 @@ constexpr std::size_t kGram = 4;
 
 constexpr std::uint64_t rounded(std::uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+// The offset of a request that outlives the step: it has a place in the order, and the native allocator serves it.
+constexpr std::uint64_t kNative = ~std::uint64_t{0};
+
 // One request of the step: `size` bytes at `offset` from event `lower` until just before event `upper`. C layout: it
 // crosses the C interface.
 struct Slot {

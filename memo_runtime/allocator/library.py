@@ -19,7 +19,7 @@ import torch
 from memo_runtime.allocator.versions import BUILD_COMMAND, KNOWN, library_path, number, running
 from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 _BUG, _INVALID, _NO_MEMORY = 1, 2, 3
 #: csrc/torch_allocator/shell/interface.cpp
 _ERRORS: dict[int, type[Exception]] = {
@@ -44,6 +44,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "holds": (_I32, (_I32, _U64, _POINTER)),
 }
 
+#: The offset of a request that outlives the step: its place in the order counts, its bytes are PyTorch's.
+NATIVE = 2**64 - 1
 #: (lower, upper, size, offset, stream handle) of one request of a step.
 Slot = tuple[int, int, int, int, int]
 
@@ -54,9 +56,9 @@ class Counts:
 
     Attributes:
         requests, bytes: that came, bytes as requested. served, served_bytes: at the plan's offsets.
-        outside: not served, since no step was open. other_stream: on a stream that the plan does not know.
-        unplanned: of a size that it does not have there. occupied: their bytes were in use. unordered: their bytes
-            could not be waited for.
+        resident: not served, since they outlive the step in the plan. outside: since no step was open.
+        other_stream: on a stream that the plan does not know. unplanned: of a size that it does not have there.
+        occupied: their bytes were in use. unordered: their bytes could not be waited for.
         displaced: served from another place of the plan than the next. jumps: how often the place was lost and found.
         waits: events of other streams that had to be waited for.
     """
@@ -65,6 +67,7 @@ class Counts:
     bytes: int
     served: int
     served_bytes: int
+    resident: int
     outside: int
     other_stream: int
     unplanned: int

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from memo_runtime.allocator.library import PlannedAllocator, Slot
+from memo_runtime.allocator.library import NATIVE, PlannedAllocator, Slot
 from memo_runtime.errors import AllocatorPlanError
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.layout import layout_fault, plan_layout
 from memo_runtime.traces.trace import Trace
-from memo_runtime.traces.windows import last_step
+from memo_runtime.traces.windows import is_within, last_step
 from memo_runtime.units import format_bytes
+
+#: Bytes of the largest small request; PyTorch's allocator keeps those in segments of their own too.
+_SMALL = 1 << 20
 
 
 class Placed(Protocol):
@@ -51,6 +54,7 @@ class ArenaPlan:
 
     Attributes:
         rows: the requests, in the step's own ticks. streams: of each, the CUDA handle of its stream.
+        residents: (tick, size, handle) of what the step makes and leaves behind, which stays with PyTorch's allocator.
         size: bytes of the arena. lower_bound: no arena in which streams keep apart is smaller. resident_bytes: most
             bytes of the step that outlive it, which stay with PyTorch's allocator.
         planned_bytes: of all rows together; step_bytes: of everything that the recorded step asked for.
@@ -61,6 +65,7 @@ class ArenaPlan:
 
     rows: tuple[PlacedRequest, ...]
     streams: tuple[int, ...]
+    residents: tuple[tuple[int, int, int], ...]
     size: int
     lower_bound: int
     resident_bytes: int
@@ -75,7 +80,8 @@ class ArenaPlan:
     def slots(self) -> list[Slot]:
         """As the allocator takes them."""
         pairs = zip(self.rows, self.streams, strict=True)
-        return [(row.lower, row.upper, row.size, row.offset, stream) for row, stream in pairs]
+        placed = [(row.lower, row.upper, row.size, row.offset, stream) for row, stream in pairs]
+        return sorted([*placed, *((tick, tick + 1, size, NATIVE, stream) for tick, size, stream in self.residents)])
 
 
 def plan_arena(
@@ -86,11 +92,20 @@ def plan_arena(
     Raises:
         AllocatorPlanError: the step makes nothing that it frees again. TraceError: no step is marked.
     """
-    return as_arena_plan(plan_layout(trace, seconds=seconds, threads=threads), trace, handles, device)
+    return as_arena_plan(plan_layout(by_size(trace), seconds=seconds, threads=threads), trace, handles, device)
+
+
+def by_size(trace: Trace) -> Trace:
+    """``trace`` with a stream of its own for the small requests of each stream, so that layouts keep them apart.
+
+    A small tensor that somebody holds for longer than planned, such as a loss, then never sits where large ones belong.
+    """
+    requests = tuple(replace(r, stream=2 * r.stream + (r.size <= _SMALL)) for r in trace.requests)
+    return replace(trace, requests=requests)
 
 
 def as_arena_plan(layout: Placed, trace: Trace, handles: tuple[int, ...], device: int) -> ArenaPlan:
-    """``layout`` of a step of ``trace`` for this process.
+    """``layout`` of the last step of ``trace`` for this process.
 
     Raises:
         AllocatorPlanError: it places nothing.
@@ -98,14 +113,18 @@ def as_arena_plan(layout: Placed, trace: Trace, handles: tuple[int, ...], device
     if not layout.rows:
         raise AllocatorPlanError("the recorded step makes nothing that it frees again: there is nothing to place")
     window = last_step(trace)
+    made = [r for r in trace.requests if window.lower <= r.lower < window.upper]
     return ArenaPlan(
         rows=layout.rows,
         streams=tuple(handles[trace.requests[index].stream] for index in layout.placed),
+        residents=tuple(
+            (r.lower - window.lower, r.size, handles[r.stream]) for r in made if r.size and not is_within(r, window)
+        ),
         size=layout.peak,
         lower_bound=layout.lower_bound,
         resident_bytes=layout.resident_bytes,
         planned_bytes=sum(row.size for row in layout.rows),
-        step_bytes=sum(r.size for r in trace.requests if window.lower <= r.lower < window.upper),
+        step_bytes=sum(r.size for r in made),
         device=device,
         device_name=torch.cuda.get_device_properties(device).name,
         torch=torch.__version__,

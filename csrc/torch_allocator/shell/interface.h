@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-#define MEMO_ALLOC_INTERFACE_VERSION 1
+#define MEMO_ALLOC_INTERFACE_VERSION 2
 
 /* 1000 * major + minor of the torch that this was built for. */
 int32_t memo_alloc_torch(void);

@@ -17,178 +17,11 @@
 #include <vector>
 
 #include "arena.hpp"
-#include "fake_device.hpp"
+#include "program.hpp"
 
 namespace {
 
-using memo_arena::Arena;
-using memo_arena::kAlignment;
-using memo_arena::Plan;
-using memo_arena::rounded;
-using memo_arena::Slot;
-using memo_arena::Stream;
-using memo_test::FakeDevice;
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      std::fprintf(stderr, "%s:%d: %s\n", __func__, __LINE__, #condition); \
-      std::exit(1);                                                     \
-    }                                                                   \
-  } while (false)
-
-constexpr std::uint64_t kBase = 1ULL << 40;
-
-struct Quiet : memo_arena::Device {
-  memo_arena::Event record(Stream) override { return 1; }
-  bool wait(Stream, memo_arena::Event) override { return true; }
-  void release(memo_arena::Event) override {}
-};
-
-// A step of `count` requests on `streams` streams, placed at the lowest free offset (streams share bytes), and how large
-// that is.
-std::vector<Slot> random_step(std::mt19937_64& random, std::size_t count, std::size_t streams, std::uint64_t& extent) {
-  std::vector<Slot> slots;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::uint64_t size = 1 + random() % (kAlignment * (random() % 8 == 0 ? 40 : 6));
-    slots.push_back({2 * i, 2 * i + 1 + 2 * (random() % (random() % 6 == 0 ? 60 : 8)), size, 0, random() % streams});
-  }
-  extent = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    bool moved = true;
-    while (moved) {
-      moved = false;
-      for (std::size_t j = 0; j < i; ++j) {
-        const bool together = slots[j].upper > slots[i].lower;
-        const bool touching = slots[j].offset < slots[i].offset + rounded(slots[i].size) &&
-                              slots[i].offset < slots[j].offset + rounded(slots[j].size);
-        if (together && touching) {
-          slots[i].offset = slots[j].offset + rounded(slots[j].size);
-          moved = true;
-        }
-      }
-    }
-    extent = std::max(extent, slots[i].offset + rounded(slots[i].size));
-  }
-  return slots;
-}
-
-// A program that follows a plan more or less, with contents that the device checks.
-class Program {
- public:
-  Program(Arena& arena, FakeDevice& device, std::size_t streams, std::uint64_t seed)
-      : arena_(arena), device_(device), streams_(streams), random_(seed), held_(arena.size() / kAlignment, false) {}
-
-  std::uint64_t operations = 0;
-  std::uint64_t native = 0;
-
-  // One step; in `wild` of 1,000 events it does something else than the plan.
-  void step(const std::vector<Slot>& slots, unsigned wild) {
-    arena_.begin_step();
-    std::vector<std::pair<std::uint64_t, std::size_t>> ends;
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-      while (!ends.empty() && ends.front().first <= slots[i].lower) free_planned(ends, wild);
-      if (random_() % 1000 < wild) misbehave();
-      if (random_() % 1000 < wild) continue;  // a request that does not come
-      allocate(slots[i].size, random_() % 1000 < wild ? random_() % streams_ : slots[i].stream, i);
-      ends.emplace_back(slots[i].upper, i);
-      for (std::size_t at = ends.size() - 1; at > 0 && ends[at].first < ends[at - 1].first; --at) {
-        std::swap(ends[at], ends[at - 1]);
-      }
-      device_.run_some();
-    }
-    while (!ends.empty()) free_planned(ends, wild);
-    if (random_() % 4 != 0) arena_.end_step();
-  }
-
-  void free_all() {
-    while (!live_.empty()) free_at(live_.size() - 1);
-  }
-
- private:
-  struct Tensor {
-    std::uint64_t address, end;
-    std::uint32_t tag;
-    Stream stream;
-    std::size_t slot;
-  };
-
-  void allocate(std::uint64_t bytes, Stream stream, std::size_t slot) {
-    ++operations;
-    const std::uint64_t address = arena_.take(bytes, stream);
-    if (address == 0) {
-      ++native;
-      return;
-    }
-    const Tensor tensor{address, address + rounded(bytes), ++tag_, stream, slot};
-    for (auto at = tensor.address; at < tensor.end; at += kAlignment) {
-      CHECK(!held_.at((at - kBase) / kAlignment));
-      held_[(at - kBase) / kAlignment] = true;
-    }
-    device_.fill(stream, tensor.address - kBase, tensor.end - kBase, tensor.tag);
-    live_.push_back(tensor);
-    if (random_() % 16 == 0) use_elsewhere(live_.back());
-  }
-
-  // Another stream waits for the owner, reads, and is noted: what record_stream is for.
-  void use_elsewhere(const Tensor& tensor) {
-    const Stream other = random_() % streams_;
-    const memo_arena::Event event = device_.record(tensor.stream);
-    if (event == 0) return;
-    if (device_.wait(other, event)) {
-      device_.check(other, tensor.address - kBase, tensor.end - kBase, tensor.tag);
-      CHECK(arena_.note(tensor.address, other));
-      ++operations;
-    }
-    device_.release(event);
-  }
-
-  void free_at(std::size_t at) {
-    ++operations;
-    const Tensor tensor = live_[at];
-    device_.check(tensor.stream, tensor.address - kBase, tensor.end - kBase, tensor.tag);
-    CHECK(arena_.begin_of(tensor.end - 1) == tensor.address);
-    CHECK(arena_.give(tensor.address).ours);
-    CHECK(!arena_.give(tensor.address).ours);
-    for (auto cell = tensor.address; cell < tensor.end; cell += kAlignment) held_[(cell - kBase) / kAlignment] = false;
-    live_[at] = live_.back();
-    live_.pop_back();
-  }
-
-  void free_planned(std::vector<std::pair<std::uint64_t, std::size_t>>& ends, unsigned wild) {
-    const std::size_t slot = ends.front().second;
-    ends.erase(ends.begin());
-    if (random_() % 1000 < wild) return;  // held for longer
-    for (std::size_t at = 0; at < live_.size(); ++at) {
-      if (live_[at].slot == slot) return free_at(at);
-    }
-  }
-
-  void misbehave() {
-    switch (random_() % 5) {
-      case 0:
-        return allocate(1 + random_() % (kAlignment * 8), random_() % streams_, SIZE_MAX);
-      case 1:
-        if (!live_.empty()) free_at(random_() % live_.size());
-        return;
-      case 2:
-        return device_.capture(random_() % streams_, random_() % 3 == 0);
-      case 3:
-        for (Stream stream = 0; stream < streams_; ++stream) device_.capture(stream, false);
-        return;
-      default:
-        if (random_() % 20 == 0) free_all();
-    }
-  }
-
-  Arena& arena_;
-  FakeDevice& device_;
-  const std::size_t streams_;
-  std::mt19937_64 random_;
-  std::vector<bool> held_;
-  std::vector<Tensor> live_;
-  std::uint32_t tag_ = 0;
-};
+using namespace memo_test;  // NOLINT: this is the program
 
 // Random plans, followed badly: contents hold, plans are switched and taken away while tensors live.
 std::uint64_t torture(std::uint64_t operations, bool ignores_waits, std::uint64_t seed) {
@@ -223,8 +56,8 @@ std::uint64_t torture(std::uint64_t operations, bool ignores_waits, std::uint64_
       CHECK(device.run_all());
       CHECK(arena.statistics().live == 0 && arena.statistics().live_bytes == 0);
       const auto total = arena.statistics().total;
-      CHECK(total.requests == total.served + total.outside + total.other_stream + total.unplanned + total.occupied +
-                                  total.unordered);
+      CHECK(total.requests == total.served + total.resident + total.outside + total.other_stream + total.unplanned +
+                                  total.occupied + total.unordered);
       CHECK(total.requests - total.served == program.native);
       done += program.operations;
       served += total.served;
@@ -323,6 +156,29 @@ void deviations_cost_little() {
   Sizes same(40, 3);  // equal sizes tell nothing: no jump, and all are served
   CHECK(missed(same, same).empty());
   CHECK(missed(plan, Sizes(10, 300)).size() == 10);
+}
+
+// What outlives the step has its place in the order, and no bytes.
+void residents_are_left_in_their_place() {
+  Quiet device;
+  const std::uint64_t size = 4 * kAlignment;
+  const std::vector<Slot> slots{{0, 1, 512, 0, 0}, {1, 2, 512, memo_arena::kNative, 0}, {2, 3, 512, 512, 0}};
+  Arena arena(device, kBase, size);
+  arena.enable(std::make_shared<const Plan>(slots, size));
+  for (int step = 0; step < 2; ++step) {
+    arena.begin_step();
+    CHECK(arena.take(512, 0) == kBase);
+    CHECK(arena.take(512, 0) == 0);
+    CHECK(arena.take(512, 0) == kBase + 512);
+    CHECK(arena.give(kBase).ours && arena.give(kBase + 512).ours);
+  }
+  CHECK(arena.statistics().total.resident == 2 && arena.statistics().total.unplanned == 0);
+  const std::vector<Slot> none{{0, 1, 512, memo_arena::kNative, 0}};
+  try {
+    Plan plan(none, size);
+    CHECK(!"a plan of nothing was taken");
+  } catch (const std::invalid_argument&) {
+  }
 }
 
 void what_is_not_planned_is_left() {
@@ -475,6 +331,7 @@ int main(int argc, char** argv) {
   const std::uint64_t operations = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 200000;
   a_step_as_planned_is_served_whole();
   deviations_cost_little();
+  residents_are_left_in_their_place();
   what_is_not_planned_is_left();
   plans_that_cannot_be_are_refused();
   bytes_are_handed_on_between_streams_only_in_order();

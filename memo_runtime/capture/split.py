@@ -17,7 +17,7 @@ one query and all keys, so it goes through in tiles of queries with keys and val
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -318,6 +318,8 @@ class _Splitter:
         inside, sources = self._walk([node], {one for one in self.row_axes if self.axes[one] is SQUARE} | {node})
         rows: dict[fx.Node, TokenAxis | None] = {}
         for one in sources:
+            if one in self.row_source and _used_whole(one, self.row_source[one], inside):
+                raise CaptureRefusedError(operator_name(node), "its queries are its keys or values too, as one tensor")
             found = self.axes[one] if one in self.row_source else self._row_axis_of(one, moving=False)
             rows[one] = found if isinstance(found, TokenAxis) else None
         if not any(one in self.row_source for one in sources):
@@ -365,6 +367,11 @@ class _Splitter:
 def _is_by_graph(node: fx.Node) -> bool:
     """A mixer that runs at full length through autograd's own graph: the user has named it, or it is flash-attn's."""
     return is_registered_mixer(str(node.target)) or operator_name(node) == FLASH
+
+
+def _used_whole(queries: fx.Node, scores: fx.Node, inside: Collection[fx.Node]) -> bool:
+    """Attention also uses ``queries``, of which tiles are rows, where all tokens are needed."""
+    return any(user in inside for user in queries.users if user is not scores) or list(scores.args).count(queries) > 1
 
 
 def _needs_gradient(node: fx.Node, sources: list[fx.Node], differentiable: set[fx.Node]) -> bool:

@@ -116,6 +116,17 @@ class NormOverTokens(Attention):
         return super().forward(functional.instance_norm(x))
 
 
+class MixesItself(nn.Module):
+    """Attention by products whose queries, keys and values are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        return x + torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
 class Shifted(Attention):
     """Every token sees the one before."""
 

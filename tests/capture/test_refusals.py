@@ -21,6 +21,7 @@ REFUSED = {
     blocks.Repeated: ("aten.repeat_interleave", "not understood"),
     blocks.Noise: ("aten.randn_like", "random"),
     blocks.NormOverTokens: ("aten.instance_norm", "not known"),
+    blocks.MixesItself: ("aten.matmul", "keys or values too"),
     blocks.Shifted: ("aten.slice", "part of the tokens"),
     hand_written.CumulativeSum: ("aten.cumsum", "along the token dimension"),
     hand_written.Squeeze: ("aten.mean", "over the token dimension"),

@@ -18,6 +18,7 @@ from memo_runtime import __version__
 from memo_runtime.cli.check import check
 from memo_runtime.cli.doctor import doctor
 from memo_runtime.cli.exits import exit_code
+from memo_runtime.cli.fit import fit
 from memo_runtime.cli.plan import plan
 from memo_runtime.cli.profile import profile
 from memo_runtime.cli.show import show
@@ -32,6 +33,7 @@ Examples:
   memo doctor                  what works on this machine, with a self-test
   memo check --model llama     losses and gradients against the unwrapped model
   memo plan --model llama-8b --seq-len 1M --gpus 8 --gpu h100-80gb
+  memo fit --model llama-8b --lora 16   the longest sequence that trains
   memo show plan.json          a plan or profile as a table
   memo solve trace.csv         an address for every tensor of a trace
 
@@ -89,6 +91,7 @@ def options(
 
 app.command()(check)
 app.command()(doctor)
+app.command()(fit)
 app.command()(plan)
 app.command()(profile)
 app.command()(show)

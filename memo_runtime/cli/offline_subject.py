@@ -9,7 +9,7 @@ from memo_runtime.cli.models import model_from_factory
 from memo_runtime.offline.subject import Subject, subject_named, subject_of
 
 
-def make_subject(name: str, tokens: int) -> Subject:
+def make_subject(name: str, max_positions: int | None = None) -> Subject:
     """A known name, a config.json, or what a factory makes with the meta device as default.
 
     Raises:
@@ -19,4 +19,4 @@ def make_subject(name: str, tokens: int) -> Subject:
         with torch.device("meta"):
             model, batch = model_from_factory(name)
         return subject_of(name, model, as_batch(batch))
-    return subject_named(name, tokens=tokens)
+    return subject_named(name, max_positions=max_positions)

@@ -6,7 +6,7 @@ attention saves and takes beside its tensors is seen in one short run of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -43,7 +43,7 @@ from memo_runtime.execution.tiled_moments import (
     results_of_mixers,
     stashed_results,
 )
-from memo_runtime.execution.tiled_programs import Cost, make_programs, run_eagerly
+from memo_runtime.execution.tiled_programs import Cost, Program, Programs, make_programs, run_eagerly
 from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import rows_tile, tile_copies
 from memo_runtime.execution.tiled_timing import TileTimes
@@ -63,12 +63,14 @@ def tiled_profile(
     call: BlockCall,
     times: TileTimes | None = None,
     kernels: Mapping[tuple[str, str], Kernel] = _USUAL,
+    tokens: int | None = None,
 ) -> TiledProfile:
     """What ``captured`` takes for calls like ``call``.
 
-    ``times``: how long, if that was measured. ``kernels``: of attention, as in ``ProgramCache``.
+    ``times``: how long, if that is known. ``kernels``: of attention, as in ``ProgramCache``. ``tokens``: of longer
+    calls.
     """
-    tokens = captured.tokens(call)
+    tokens = tokens or captured.tokens(call)
     device = call.leaves[captured.input_leaf].device
     costs = {index: _costs(captured, index, tokens, device) for index in range(len(captured.stages.stages))
              if isinstance(captured.stages.stages[index], Segment)}  # fmt: skip
@@ -133,6 +135,26 @@ def _costs(captured: Captured, index: int, tokens: int, device: torch.device) ->
 
 
 def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: AutocastState) -> Cost:
+    programs, tile = tile_programs(captured, index, tokens, tile, autocast)
+    given, tangents = tile_copies(captured, captured.segment(index), programs.layouts, tile)
+    cost = programs.cost
+    return replace(
+        cost,
+        forward_bytes=cost.forward_bytes.beside(given),
+        backward_bytes=cost.backward_bytes.beside(given + tangents),
+    )
+
+
+def tile_programs(
+    captured: Captured,
+    index: int,
+    tokens: int,
+    tile: int,
+    autocast: AutocastState,
+    *,
+    compiler: Callable[[fx.GraphModule], Program] = run_eagerly,
+) -> tuple[Programs, int]:
+    """(programs of stage number ``index``, traced on fake tensors, their tile: ``tile`` tokens, or rows of a mask)."""
     segment = captured.segment(index)
     tile = rows_tile(captured, segment, tokens, tile)
     mode = FakeTensorMode()
@@ -146,14 +168,7 @@ def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: Auto
             shape[axis.dim] = axis.outer * tile * axis.inner
         with mode:
             sources.append(torch.empty(shape, dtype=value.dtype, device=value.device))
-    programs = make_programs(captured, index, sources, tile, autocast, compiler=run_eagerly)
-    given, tangents = tile_copies(captured, segment, programs.layouts, tile)
-    cost = programs.cost
-    return replace(
-        cost,
-        forward_bytes=cost.forward_bytes.beside(given),
-        backward_bytes=cost.backward_bytes.beside(given + tangents),
-    )
+    return make_programs(captured, index, sources, tile, autocast, compiler=compiler), tile
 
 
 def _repeated(

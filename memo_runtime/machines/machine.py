@@ -7,18 +7,34 @@ bytes or FLOPs per second.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+#: Tokens between which attention's forward gets slower, evenly with their logarithm.
+NEAR, FAR = 1 << 17, 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Of the peak: what matrix products, attention and element-wise operators reach."""
+    """Of the peak: what matrix products, attention and element-wise operators reach.
+
+    ``attention_far``: what attention's forward falls to over ``FAR`` tokens or more, from its share at
+    ``NEAR`` or fewer; None: that is not known, and it does not.
+    """
 
     matmul: float
     attention_forward: float
     attention_backward: float
     elementwise: float
     source: str
+    attention_far: float | None = None
+
+    def attention(self, tokens: int, *, backward: bool) -> float:
+        """The share of attention over ``tokens`` tokens."""
+        if backward or self.attention_far is None:
+            return self.attention_backward if backward else self.attention_forward
+        way = (math.log(max(tokens, NEAR)) - math.log(NEAR)) / (math.log(FAR) - math.log(NEAR))
+        return self.attention_forward + min(1.0, way) * (self.attention_far - self.attention_forward)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@
 
 What runs inside a block is what it did on meta at the planned length. Between its forward and its backward there is
 what the plan keeps, sources of copies until the next block's forward is over, buffers of a fetch from the block above
-on, and in backward all that it needs. Head and loss are one request. Weights and optimizer states are no part of it.
+on, and in backward all that it needs. A block by tiles is one request in forward, and in backward one for each stretch,
+of what it takes at most. Head and loss are one request. Weights and optimizer states are no part of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from memo_runtime.offline.measure import BlockRun
 from memo_runtime.planning.footprint import Footprint, footprint
 from memo_runtime.planning.forecast import Surroundings
-from memo_runtime.records import Plan
+from memo_runtime.records import Executor, Plan
 from memo_runtime.traces.trace import Phase, Trace, TraceBuilder
 
 
@@ -76,7 +77,11 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
     """
     step = _Step()
     blocks = [
-        (block.name, runs[block.name], footprint(profiled, block, plan.profile.link))
+        (
+            block.name,
+            None if block.executor is Executor.TILED else runs[block.name],
+            footprint(profiled, block, plan.profile.link),
+        )
         for profiled, block in zip(plan.profile.blocks, plan.blocks, strict=True)
     ]
     tokens = plan.blocks[-1].tokens
@@ -96,7 +101,7 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
     return step.builder.build(provenance={"recorder": "plan"}), step.names
 
 
-_Blocks = list[tuple[str, BlockRun, Footprint]]
+_Blocks = list[tuple[str, BlockRun | None, Footprint]]
 
 
 def _forward(step: _Step, blocks: _Blocks) -> list[int | None]:
@@ -105,8 +110,12 @@ def _forward(step: _Step, blocks: _Blocks) -> list[int | None]:
     leaving: list[int | None] = []
     for name, run, held in blocks:
         with step.span(Phase.FORWARD, name):
-            for saved in step.run(run, Phase.FORWARD, f"forward {name}"):
-                step.free(saved)
+            if run is None:
+                made = held.skeletal - held.kept
+                step.passing(f"tiles forward {name}", held.forward_peak + made + held.sent.under_way)
+            else:
+                for saved in step.run(run, Phase.FORWARD, f"forward {name}"):
+                    step.free(saved)
         for source in leaving:
             step.free(source)
         leaving = [step.allocate(f"copies out {name}", held.outgoing)]
@@ -130,8 +139,12 @@ def _backward(step: _Step, blocks: _Blocks, kept: list[int | None]) -> list[int 
         rebuilt = step.allocate(f"rebuilt {name}", held.full - held.landing)
         with step.span(Phase.BACKWARD, name):
             step.passing(f"rerun {name}", held.rerun_peak)
-            for number in step.run(run, Phase.BACKWARD, f"backward {name}"):
-                step.free(number)
+            if run is None:
+                for stretch, peak, _ in held.stretches:
+                    step.passing(f"tiles {stretch} {name}", peak)
+            else:
+                for number in step.run(run, Phase.BACKWARD, f"backward {name}"):
+                    step.free(number)
         step.free(rebuilt)
         step.free(landing.get(index))
         step.free(kept[index])

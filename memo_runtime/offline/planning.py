@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from memo_runtime.config import Settings
+from memo_runtime.config import Policy, Settings
+from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.iteration import iteration_trace
+from memo_runtime.offline.optimizers import Optimizer
 from memo_runtime.offline.profile import Offline, profile_offline
 from memo_runtime.offline.subject import Subject
+from memo_runtime.planning.executors import tiles_are_worth_trying
 from memo_runtime.planning.layout import Layout, plan_layout
 from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.suggest import is_feasible
 from memo_runtime.planning.words import CommandWords
 from memo_runtime.records import Plan
 from memo_runtime.reporting.mfu import utilization
@@ -29,28 +34,66 @@ def plan_offline(
     tokens: int,
     gpus: int = 1,
     host_bytes: int | None = None,
+    optimizer: Optimizer | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """A plan for one rank of ``gpus`` on ``tokens`` tokens of one sequence.
 
     Args:
         settings: policy and budgets of one GPU. host_bytes: of the whole node, divided by GPUs.
-        progress: told what is done next.
+        optimizer: None: AdamW is assumed. progress: told what is done next.
 
     Raises:
         PlanInfeasibleError: nothing fits; says by how much, and what would.
         See also ``profile_offline`` and ``make_plan``.
     """
-    offline = profile_offline(subject, machine, tokens=tokens, gpus=gpus, host_bytes=host_bytes, progress=progress)
+    offline = profile_offline(
+        subject, machine, tokens=tokens, gpus=gpus, host_bytes=host_bytes, optimizer=optimizer, progress=progress
+    )
     progress("the plan")
-    plan = make_plan(offline.profile, settings, words=CommandWords(gpus))
+    plan = plan_at(offline, settings)
     progress("the layout")
-    return with_placement(finished(plan, offline), offline)
+    return with_placement(plan, offline)
+
+
+def plan_at(offline: Offline, settings: Settings) -> Plan:
+    """The plan of ``settings`` for one rank, without addresses.
+
+    As in a run, ``auto`` goes by tiles only where that is worth their preparation.
+
+    Raises:
+        PlanInfeasibleError: nothing fits; says by how much, and what would.
+    """
+    words = CommandWords(offline.study.ranks.gpus)
+    if settings.policy is not Policy.TILED:
+        sheet = _sheet(offline)
+        try:
+            plan = make_plan(offline.profile, settings, words=words)
+            if not tiles_are_worth_trying(sheet, settings, plan.forecast.step_seconds):
+                return finished(plan, offline)
+        except PlanInfeasibleError:
+            if not tiles_are_worth_trying(sheet, settings, None):
+                raise
+    return finished(make_plan(offline.with_tiles().profile, settings, words=words), offline)
+
+
+def is_feasible_at(offline: Offline, settings: Settings) -> bool:
+    """Whether ``plan_at`` finds one."""
+    if settings.policy is not Policy.TILED:
+        sheet = _sheet(offline)
+        found = is_feasible(sheet, settings)
+        if found or not tiles_are_worth_trying(sheet, settings, None):
+            return found
+    return is_feasible(_sheet(offline.with_tiles()), settings)
+
+
+def _sheet(offline: Offline) -> Sheet:
+    return Sheet(offline.profile, lengths_of(offline.profile, None))
 
 
 def with_placement(plan: Plan, offline: Offline) -> Plan:
     """``plan`` with an address for everything that a step of it allocates and frees."""
-    trace, names = iteration_trace(plan, {name: offline.runs[kind] for name, kind in offline.kinds.items()})
+    trace, names = iteration_trace(plan, offline.runs())
     layout = plan_layout(trace, seconds=_LAYOUT_SECONDS)
     rows = tuple(replace(row, id=names[index]) for index, row in zip(layout.placed, layout.rows, strict=True))
     distinct = sum(arena.num_distinct for arena in layout.arenas)
@@ -67,7 +110,7 @@ def _over(layout: Layout) -> str:
 
 def finished(plan: Plan, offline: Offline) -> Plan:
     """``plan`` with what concerns all GPUs together."""
-    seconds, gpus = plan.forecast.step_seconds, offline.ranks.gpus
+    seconds, gpus = plan.forecast.step_seconds, offline.study.ranks.gpus
     used = utilization(offline.model_flops, seconds, plan.profile.device_name, devices=gpus)
     forecast = replace(
         plan.forecast,

@@ -19,6 +19,8 @@ from memo_runtime.offline.geometries import CONFIGS, MEMO_GPT, unknown_model
 
 #: Tokens of the batch that shows how blocks are called; sizes at the planned length follow from it.
 _TOKENS = 64
+#: Rows that tables of positions have in front of the first (OPT, BART).
+_OFFSET = 2
 #: Of a checkpoint or of how it was run, not of a shape.
 _SKIPPED = (
     "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map",
@@ -33,16 +35,24 @@ class Subject:
     Attributes:
         batch: (args, kwargs) of the model call, short.
         tiled_loss: head and loss run by tiles in training, as ``memo.wrap`` arranges it.
+        positions: tokens of a sequence that the model is made for, as far as it says; ``learned_positions``: it has a
+            table with a row for each, and cannot be given more.
     """
 
     name: str
     model: nn.Module
     batch: tuple[tuple[Any, ...], dict[str, Any]]
     tiled_loss: bool
+    positions: int | None = None
+    learned_positions: bool = False
 
 
-def subject_named(name: str, *, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Subject:
-    """The model called ``name``, or of the config.json at that path, with positions for ``tokens`` tokens.
+def subject_named(
+    name: str, *, max_positions: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Subject:
+    """The model called ``name``, or of the config.json at that path.
+
+    ``max_positions``: made for sequences of so many tokens, whatever its config says.
 
     Raises:
         ArgumentError: neither, or a config of which no causal language model can be made.
@@ -52,10 +62,26 @@ def subject_named(name: str, *, tokens: int, dtype: torch.dtype = torch.bfloat16
             model: nn.Module = _memo_gpt(name).to(dtype).train()
         return Subject(name=name, model=model, batch=((_ids(),), {}), tiled_loss=True)
     fields = dict(CONFIGS[name]) if name in CONFIGS else _config_file(name)
-    model = _causal_model(name, fields, tokens, dtype)
+    model = _causal_model(name, fields, max_positions, dtype)
     ids = _ids()
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
     return Subject(
-        name=name, model=model, batch=((), {"input_ids": ids, "labels": ids, "use_cache": False}), tiled_loss=True
+        name=name,
+        model=model,
+        batch=((), {"input_ids": ids, "labels": ids, "use_cache": False}),
+        tiled_loss=True,
+        positions=positions,
+        learned_positions=positions is not None and _has_table(model, positions),
+    )
+
+
+def _has_table(model: nn.Module, positions: int) -> bool:
+    """An embedding, other than that of the vocabulary, has about a row for each position."""
+    words = getattr(model, "get_input_embeddings", lambda: None)()
+    return any(
+        isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - positions <= _OFFSET
+        for module in model.modules()
     )
 
 
@@ -92,7 +118,9 @@ def _config_file(name: str) -> dict[str, Any]:
     return fields
 
 
-def _causal_model(name: str, fields: Mapping[str, Any], tokens: int, dtype: torch.dtype) -> nn.Module:
+def _causal_model(
+    name: str, fields: Mapping[str, Any], max_positions: int | None, dtype: torch.dtype
+) -> nn.Module:
     try:
         transformers: Any = importlib.import_module("transformers")  # of which much has no types
     except ImportError as error:
@@ -103,8 +131,8 @@ def _causal_model(name: str, fields: Mapping[str, Any], tokens: int, dtype: torc
     _check_kind(name, kind)
     try:
         config = transformers.AutoConfig.for_model(kind, **shape)
-        if getattr(config, "max_position_embeddings", tokens) < tokens:
-            config.max_position_embeddings = tokens
+        if max_positions is not None and hasattr(config, "max_position_embeddings"):
+            config.max_position_embeddings = max_positions
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:

@@ -15,20 +15,39 @@ def growth_of(samples: Sequence[tuple[int, int]]) -> Growth:
     return fit_counts(list(samples))
 
 
-def seconds_of(works: Sequence[tuple[int, Work]], machine: Machine, *, gpus: int, backward: bool) -> Growth:
-    """Seconds of ``works`` (tokens, work) by local tokens; attention over all tokens is shared by ``gpus``."""
+def seconds_of(
+    works: Sequence[tuple[int, Work]], machine: Machine, *, tokens: int, gpus: int, backward: bool
+) -> Growth:
+    """Seconds of ``works`` (tokens, work) by local tokens, for about ``tokens`` of them.
+
+    Attention over all tokens is shared by ``gpus``.
+    """
     shares = machine.shares
-    attention_share = shares.attention_backward if backward else shares.attention_forward
     products = growth_of([(tokens, work.matmul) for tokens, work in works])
-    attention = growth_of([(tokens, work.attention) for tokens, work in works])
     traffic = growth_of([(tokens, work.traffic) for tokens, work in works])
-    # (gpus * t)^2 / gpus = gpus * t^2.
-    attention = Growth(constant=attention.constant, linear=attention.linear, quadratic=attention.quadratic * gpus)
     return total(
         (products, 1 / (machine.peak_flops * shares.matmul)),
-        (attention, 1 / (machine.peak_flops * attention_share)),
+        (attention_seconds(works, machine, tokens=tokens, gpus=gpus, backward=backward), 1),
         (traffic, 1 / (machine.memory_rate * shares.elementwise)),
     )
+
+
+def attention_seconds(
+    works: Sequence[tuple[int, Work]], machine: Machine, *, tokens: int, gpus: int, backward: bool
+) -> Growth:
+    """Of these, seconds of attention."""
+    share = machine.shares.attention(tokens * gpus, backward=backward)
+    attention = growth_of([(tokens, work.attention) for tokens, work in works])
+    # (gpus * t)^2 / gpus = gpus * t^2.
+    attention = Growth(constant=attention.constant, linear=attention.linear, quadratic=attention.quadratic * gpus)
+    return total((attention, 1 / (machine.peak_flops * share)))
+
+
+def seconds(work: Work, machine: Machine) -> float:
+    """Seconds of ``work`` without attention."""
+    shares = machine.shares
+    products = work.matmul / (machine.peak_flops * shares.matmul)
+    return products + work.traffic / (machine.memory_rate * shares.elementwise)
 
 
 def total(*parts: tuple[Growth, float]) -> Growth:

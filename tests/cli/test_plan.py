@@ -149,7 +149,6 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "config.json", "--seq-len", "many"], "is not a token count"),
         (["--model", "config.json", "--seq-len", "1K", "--gpus", "0"], "--gpus 0"),
         (["--model", "config.json", "--seq-len", "1K", "--policy", "swop"], "did you mean 'swap'"),
-        (["--model", "config.json", "--seq-len", "1K", "--policy", "tiled"], "cannot be planned offline"),
         (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "2XB"),
         (["--model", "config.json", "--seq-len", "1K", "--budget", "1TiB"], "1.00 TiB is more than the 79.18 GiB of"),
         (["--model", "offlinemodel:scores", "--seq-len", "4K", "--gpus", "2"], "plan it with --gpus 1"),

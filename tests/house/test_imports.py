@@ -3,7 +3,7 @@
 errors, units <- output, config <- placement, sizes <- moments <- records <- persist
 blocks, losses, planning, reporting, native -> the nouns  profiling, execution -> blocks, native, the nouns
 profiling -> losses
-execution -> capture -> blocks, the nouns
+execution -> capture -> blocks, the nouns                  offline -> execution, for what blocks take by tiles
 planning -> memo_solver                                   wrapping, checking, api -> the three stages
 """
 
@@ -35,7 +35,8 @@ ALLOWED = {
     "planning": NOUNS | {"traces"},
     "traces": NOUNS,
     "machines": NOUNS | {"reporting"},
-    "offline": NOUNS | {"blocks", "profiling", "recording", "traces", "machines", "planning", "reporting"},
+    "offline": NOUNS
+    | {"blocks", "capture", "execution", "profiling", "recording", "traces", "machines", "planning", "reporting"},
     "simulation": NOUNS | {"traces"},
     "allocator": NOUNS,
     "arena": NOUNS | {"allocator", "planning", "recording", "traces"},

@@ -20,7 +20,7 @@ GPUS = 8
 def offline():
     """At 1M tokens; blocks are polynomials, so other lengths follow."""
     return profile_offline(
-        subject_named("memo-7b", tokens=1 << 20), A800, tokens=1 << 20, gpus=GPUS, host_bytes=2000 * GiB
+        subject_named("memo-7b"), A800, tokens=1 << 20, gpus=GPUS, host_bytes=2000 * GiB
     )
 
 
@@ -64,7 +64,7 @@ def test_full_swap_hides_from_about_192k_tokens_on(offline):
 
 
 def test_attention_takes_nine_tenths_beyond_576k_tokens(offline):
-    run = offline.runs["layers.0"]
+    run = offline.runs()["layers.0"]
     tokens = 576 * 1024
 
     def share(length):

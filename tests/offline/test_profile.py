@@ -33,7 +33,7 @@ def config(tmp_path):
 
 def test_what_is_saved_is_what_a_measured_profile_says(config):
     transformers = pytest.importorskip("transformers")
-    subject = subject_named(config(), tokens=2048, dtype=torch.float32)
+    subject = subject_named(config(), dtype=torch.float32)
     offline = profile_offline(subject, H100, tokens=2048).profile
     fields = {key: value for key, value in TINY.items() if key != "model_type"}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **fields))
@@ -53,7 +53,7 @@ def test_what_is_saved_is_what_a_measured_profile_says(config):
 
 def test_an_offline_plan_is_to_read_and_not_to_run(config):
     transformers = pytest.importorskip("transformers")
-    subject = subject_named(config(num_hidden_layers=2), tokens=64, dtype=torch.float32)
+    subject = subject_named(config(num_hidden_layers=2), dtype=torch.float32)
     plan = memo.plan(profile_offline(subject, H100, tokens=64).profile, policy="swap", host_budget="1TB")
     fields = {**TINY, "num_hidden_layers": 2}
     kind = fields.pop("model_type")
@@ -68,7 +68,7 @@ def test_dropout_in_attention_makes_no_matrix_of_weights(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 512}))
-    subject = subject_named(str(path), tokens=2048)
+    subject = subject_named(str(path))
     assert subject.model.config.attn_pdrop > 0
     block = profile_offline(subject, H100, tokens=2048).profile.blocks[0]
     assert not any(group.size.quadratic for group in block.groups)
@@ -76,14 +76,14 @@ def test_dropout_in_attention_makes_no_matrix_of_weights(tmp_path):
 
 
 def test_ranks_share_tokens_states_and_attention(config):
-    subject = subject_named(config(), tokens=65536)
+    subject = subject_named(config())
     one = profile_offline(subject, H100, tokens=65536, host_bytes=1 << 40)
     two = profile_offline(subject, H100, tokens=65536, gpus=2, host_bytes=1 << 40)
     assert two.profile.blocks[0].tokens == 32768 == one.profile.blocks[0].tokens // 2
     assert two.profile.host_bytes == one.profile.host_bytes // 2 == 1 << 39
     assert two.profile.states.parameters == one.profile.states.parameters // 2
     assert two.model_flops == one.model_flops
-    assert two.ranks.ulysses
+    assert two.study.ranks.ulysses
     work = [o.profile.blocks[0].forward_flops.at(o.profile.blocks[0].tokens) for o in (one, two)]
     assert work[1] == work[0] // 2
     first, second = (o.profile.blocks[0].forward_seconds.exact(o.profile.blocks[0].tokens) for o in (one, two))
@@ -93,9 +93,9 @@ def test_ranks_share_tokens_states_and_attention(config):
 
 
 def test_heads_that_do_not_divide_go_round_in_a_ring(config):
-    subject = subject_named(config(num_key_value_heads=1), tokens=4096)
+    subject = subject_named(config(num_key_value_heads=1))
     ring = profile_offline(subject, H100, tokens=4096, gpus=4)
-    assert not ring.ranks.ulysses
+    assert not ring.study.ranks.ulysses
     # Keys and values of 16 elements in bf16 go to three neighbours, and in backward their gradients too.
     exchanged = 3 * (1 + 2) * 2 * 16 * 2 * 1024
     assert ring.sent_bytes == 4 * exchanged + states_sent(subject.model, 4)
@@ -108,7 +108,7 @@ def states_sent(model, gpus):
 
 
 def test_what_a_rank_sends_is_counted(config):
-    subject = subject_named(config(), tokens=4096)
+    subject = subject_named(config())
     one, two = (profile_offline(subject, H100, tokens=4096, gpus=gpus) for gpus in (1, 2))
     assert (one.sent_bytes, one.sent_seconds) == (0, 0)
     # Ulysses: queries and results of 64 elements, keys and values of 32; half of each stays, backward sends as much.
@@ -124,7 +124,7 @@ def test_what_a_rank_sends_is_counted(config):
 def test_model_flops_are_those_of_the_formula(config):
     from memo_runtime.reporting.mfu import model_flops
 
-    subject = subject_named(config(), tokens=8192)
+    subject = subject_named(config())
     offline = profile_offline(subject, H100, tokens=8192)
     products = sum(p.numel() for n, p in subject.model.named_parameters() if p.dim() == 2 and "embed_tokens" not in n)
     expected = model_flops(parameters=products, layers=4, attention_width=64, tokens=8192)
@@ -133,8 +133,8 @@ def test_model_flops_are_those_of_the_formula(config):
 
 def test_layers_of_two_kinds_are_two_kinds(config):
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 128}
-    offline = profile_offline(subject_named(config(model_type="gemma3_text", **kinds), tokens=4096), H100, tokens=4096)
-    assert len(set(offline.kinds.values())) == 2
+    offline = profile_offline(subject_named(config(model_type="gemma3_text", **kinds)), H100, tokens=4096)
+    assert len(set(offline.study.kinds.values())) == 2
 
 
 class Reads(torch.nn.Module):
@@ -177,7 +177,7 @@ def test_a_batch_that_the_model_does_not_take_says_so():
 )
 def test_unknown_models_say_what_there_is(name, said):
     with pytest.raises(ArgumentError, match=said):
-        subject_named(name, tokens=1024)
+        subject_named(name)
 
 
 def test_configs_that_are_none_are_refused(tmp_path, config):
@@ -185,9 +185,9 @@ def test_configs_that_are_none_are_refused(tmp_path, config):
     for text, said in (("{", "is not a config.json"), ("[]", "no field 'model_type'"), ("{}", "no field 'model_type'")):
         path.write_text(text)
         with pytest.raises(ArgumentError, match=said):
-            subject_named(str(path), tokens=1024)
+            subject_named(str(path))
     with pytest.raises(ArgumentError, match="no causal language model"):
-        subject_named(config(model_type="vit"), tokens=1024)
+        subject_named(config(model_type="vit"))
 
 
 def test_names_are_those_of_the_example():

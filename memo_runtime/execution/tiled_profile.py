@@ -63,12 +63,14 @@ def tiled_profile(
     call: BlockCall,
     times: TileTimes | None = None,
     kernels: Mapping[tuple[str, str], Kernel] = _USUAL,
+    *,
     tokens: int | None = None,
+    workspace: Callable[[fx.Node], float] | None = None,
 ) -> TiledProfile:
     """What ``captured`` takes for calls like ``call``.
 
     ``times``: how long, if that is known. ``kernels``: of attention, as in ``ProgramCache``. ``tokens``: of longer
-    calls.
+    calls. ``workspace``: bytes by token that the backward of a mixer takes beside its tensors, where no run shows it.
     """
     tokens = tokens or captured.tokens(call)
     device = call.leaves[captured.input_leaf].device
@@ -80,7 +82,9 @@ def tiled_profile(
             if isinstance(stage, Mixer):
                 tried[stage.node] = _try(captured, stage, tokens, kernels.get((captured.signature, stage.node.name)))
     needs = Needs(
-        costs, _TILE, {node: one.workspace for node, one in tried.items()},
+        costs, _TILE,
+        {node: (one.workspace[0], one.workspace[1] if workspace is None else workspace(node))
+         for node, one in tried.items()},
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
         {node: one.merging for node, one in tried.items()},

@@ -18,6 +18,7 @@ NEAR, FAR = 1 << 17, 1 << 19
 class Shares:
     """Of the peak: what matrix products, attention and element-wise operators reach.
 
+
     ``attention_far``: what attention's forward falls to over ``FAR`` tokens or more, from its share at
     ``NEAR`` or fewer; None: that is not known, and it does not.
     """

@@ -58,9 +58,30 @@ def tiles_of(ref: BlockRef, call: BlockCall, machine: Machine) -> tuple[TiledPro
             captured = capture(real_block(ref.module), call)
         if not captured.traced.allows(_TOKENS):
             raise CaptureRefusedError("forward", f"it takes another way for {_TOKENS:,} tokens")
-        return tiled_profile(captured, call, _times(captured, call, machine), tokens=_TOKENS), ""
+        times = _times(captured, call, machine)
+
+        def workspace(node: fx.Node) -> float:
+            return _workspace(captured, node)
+
+        return tiled_profile(captured, call, times, tokens=_TOKENS, workspace=workspace), ""
     except CaptureRefusedError as error:
         return None, str(error)
+
+
+def _workspace(captured: Captured, mixer: fx.Node) -> float:
+    """Bytes by token that the backward of an attention takes beside its tensors, in cuDNN and in flash-attn 2.
+
+    The gradient of queries is summed in float32, with a number for each row; where heads of keys are fewer, their
+    gradients and those of values are made for each head of queries, and then added. Peaks of attention alone on an H100
+    say so (``kernels`` of ``benchmarks/results/harness_8b_budget_h100.jsonl``). 0: it is no attention.
+    """
+    if mixer not in captured.attentions:
+        return 0.0
+    query, key = (arguments_of(mixer)[name].meta["val"] for name in ("query", "key"))
+    size: float = int(captured.size(query.numel(), _TOKENS)) / _TOKENS
+    keys: float = int(captured.size(key.numel(), _TOKENS)) / _TOKENS
+    for_each_head = 2 * size * int(query.dtype.itemsize) if keys < size else 0.0
+    return 4 * size + 4 * size / int(query.shape[-1]) + for_each_head
 
 
 def with_attention(profile: TiledProfile, forward: Growth, backward: Growth) -> TiledProfile:

@@ -22,17 +22,25 @@ pytestmark = pytest.mark.slow
 ROWS = [json.loads(line) for line in (ROOT / "benchmarks/results/harness_8b_h100.jsonl").read_text().splitlines()]
 MEASURED = {(row["contender"], row["seq_len"]): row for row in ROWS if row["status"] == "ok"}
 LENGTHS = (16384, 32768, 65536)
+BY_TILES = [
+    json.loads(line)
+    for name in ("harness_8b_budget_h100", "harness_tiled_h100")
+    for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
+]
 
 
-#: Rows by tiles: tokens, and blocks whose stash stays on the device. Their peaks are of a runtime that is gone.
+#: Rows by tiles: run, contender and length; blocks whose stash stays, and whether the others send their products.
 TILED = {
-    row["seq_len"]: row
-    for row in map(
-        json.loads, (ROOT / "benchmarks/results/harness_8b_budget_h100.jsonl").read_text().splitlines()
-    )
-    if row["run"] == "issue4-8b-final" and row["contender"] == "memo-auto@selective"
+    ("issue4-8b-all", "memo-auto@selective", 16384): (4, False),
+    ("issue4-8b-all", "memo-auto@selective", 32768): (2, True),
+    ("issue4-8b-all", "memo-auto@selective", 65536): (3, True),
+    ("issue4-8b-all", "memo-auto@selective", 131072): (3, True),
+    ("issue6-8b-all", "memo-auto@24GiB", 65536): (1, False),
+    ("issue6-8b-all", "memo-auto@24GiB", 131072): (1, True),
+    ("issue6-8b-all", "memo-tiled", 65536): (4, False),
 }
-RESIDENT = {16384: 2, 32768: 4, 65536: 2, 131072: 1}
+#: Parts by which a forecast may be off: seconds where copies slow products down, which nothing counts.
+TIMES = {32768: 0.06}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +77,20 @@ def test_time_of_full_recomputation(profile, tokens):
     assert seconds == pytest.approx(MEASURED["checkpoint", tokens]["step_seconds"], rel=0.05)
 
 
-@pytest.mark.parametrize("tokens", RESIDENT)
-def test_blocks_by_tiles(study, tokens):
-    row, profile = TILED[tokens], study.at(tokens, host_bytes=1 << 40, tiles=True).profile
-    assert row["details"]["executors"] == {"tiled": 4}
+@pytest.mark.parametrize(("run", "contender", "tokens"), TILED)
+def test_blocks_by_tiles(run, contender, tokens, study):
+    (row,) = (row for row in BY_TILES if (row["run"], row["contender"], row["seq_len"]) == (run, contender, tokens))
+    (alpha,) = set(row["details"]["alpha"])
+    resident, sends = TILED[run, contender, tokens]
+    profile = study.at(tokens, host_bytes=1 << 40, tiles=True).profile
     sheet = Sheet(profile, (tokens,) * 4)
-    alpha = row["details"]["alpha"][0]
-    forecast = sheet.forecast(by_tiles(sheet, alpha, RESIDENT[tokens], longest_tile(profile.rows)))
+    tile = longest_tile(profile.rows)
+    forecast = sheet.forecast(by_tiles(sheet, alpha, resident, tile, sent=alpha if sends else 0.0))
     assert forecast.host_bytes == row["details"]["host_bytes"]
+    assert forecast.bytes_kept == row["details"]["bytes_kept"]
     assert forecast.recomputed_flops == row["recomputed_flops"]
-    assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.05)
+    assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=TIMES.get(tokens, 0.05))
+    # The harness holds the result while it goes backward. Its input is counted for itself, and twice where it is also
+    # what the first block keeps on the device.
+    held = tokens * 2 * 4096 if resident < 4 else 0
+    assert forecast.peak_bytes - profile.states.optimizer + held == pytest.approx(row["peak_allocated"], rel=0.03)

@@ -79,8 +79,9 @@ def moved_to_host(row):
     return row["bytes_to_host"] if "bytes_to_host" in row else row["details"]["bytes_to_host"]
 
 
-@pytest.mark.parametrize(("file", "run", "moved", "alpha", "resident"), BY_TILES, ids=[one[1] for one in BY_TILES])
-def test_a_step_by_tiles(file, run, moved, alpha, resident, study):
+@pytest.mark.parametrize("case", BY_TILES, ids=[one[1] for one in BY_TILES])
+def test_a_step_by_tiles(case, study):
+    file, run, moved, alpha, resident = case
     rows = [json.loads(line) for line in (ROOT / f"benchmarks/results/{file}.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["run"] == run and row["contender"] == "memo-auto" and row["status"] == "ok"]
     (row,) = (row for row in rows if row["seq_len"] == 131072 and moved_to_host(row) == moved)

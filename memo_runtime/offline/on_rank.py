@@ -88,6 +88,8 @@ def _tiles_on_rank(kind: Kind, tiled: TiledProfile, ranks: Ranks, added: Sequenc
         again_flops=_rank_flops(timed.again_flops, ranks.gpus),
         forward=tuple(_beside(one, buffers, 0) for one in timed.forward),
         backward=tuple(_beside(one, buffers, reduced) for one in timed.backward),
+        forward_by_groups=tuple(_beside(one, buffers, 0) for one in timed.forward_by_groups),
+        backward_by_groups=tuple(_beside(one, buffers, reduced) for one in timed.backward_by_groups),
     )
 
 

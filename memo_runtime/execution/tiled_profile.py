@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import first_line
+from memo_runtime.blocks.operators import MASKED_ATTENTION
+from memo_runtime.blocks.spans import spans_tensor
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, kept_values
-from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.split import Mixer, Segment, mixed_values
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.mixers.attention import (
@@ -291,7 +293,10 @@ def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: Kernel | None) -
 
 
 def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:
-    """A mixer that the user has named, on fake tensors: what its formula saves. Its workspace is not known."""
+    """A mixer that the user has named, on fake tensors: what its formula saves. Its workspace is not known.
+
+    That of attention under spans is.
+    """
     device = captured.arguments[0][0].meta["val"].device
     autocast = AutocastState.current(device.type)
     wanted = [node in captured.stages.differentiable for node in mixer.inputs]
@@ -313,7 +318,26 @@ def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:
         return polynomial(lambda length: float(tensor_bytes(by_length[length][at])), tokens)
 
     chosen = [at for at, one in enumerate(by_length[tokens]) if one.is_floating_point() and is_dense(one)]
-    return _Tried(Kernel(kernel_name(mixer)), tuple(size(at) for at in chosen), (0.0, 0.0))
+    inside = _masked_workspace(captured, mixer, tokens) if operator_name(mixer.node) == MASKED_ATTENTION else (0.0, 0.0)
+    return _Tried(Kernel(kernel_name(mixer)), tuple(size(at) for at in chosen), inside)
+
+
+def _masked_workspace(captured: Captured, mixer: Mixer, tokens: int) -> Workspace:
+    """Seen under a window, whose kernel takes more inside than those that take long documents one by one."""
+    node = mixer.node
+    device = node.args[0].meta["val"].device  # type: ignore[union-attr]
+    length = min(tokens, _ATTENTION_TOKENS.get(device.type, 64))
+    query, key, value = (_random(captured, one, length) for one in node.args[:3])  # type: ignore[arg-type]
+    places = torch.arange(length, device=device).expand(len(query), -1)
+    spans = spans_tensor((places - length // 8).clamp(min=0), places + 1)
+    meter = _Meter(device)
+    output, lse = torch.ops.memo_runtime.masked_attention(query, key, value, spans, node.args[4])
+    forward = meter.beyond([output, lse])
+    grad = torch.ones_like(output)
+    meter = _Meter(device)
+    backward = torch.ops.memo_runtime.masked_attention_backward
+    grads = backward(grad, query, key, value, spans, output, lse, node.args[4])
+    return forward / length, meter.beyond([*grads]) / length
 
 
 def _random(captured: Captured, node: fx.Node, tokens: int) -> torch.Tensor:

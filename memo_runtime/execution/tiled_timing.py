@@ -28,10 +28,12 @@ from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import first_line
+from memo_runtime.blocks.operators import MASKED_ATTENTION
 from memo_runtime.blocks.stopwatch import laps
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.dims import shortened
-from memo_runtime.capture.rules import arguments_of
+from memo_runtime.capture.rules import arguments_of, operator_name
+from memo_runtime.capture.split import Mixer
 from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.mixers.attention import (
@@ -88,13 +90,15 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
     """Time ``captured`` for calls like ``call``; ``tile``: tokens of a tile, where the user has fixed it.
 
     None: it mixes tokens in a way that cannot be timed at full length beside the model (a mask of all pairs of
-    tokens, attention in chunks of queries, an operator that the user has named), or there is no room for it.
+    tokens, attention in chunks of queries, an operator that the user has named), or there is no room for it. Attention
+    under spans is timed under those of ``call``, and taken to grow with tokens: with windows and documents it does.
 
     Raises:
         CaptureRefusedError: its programs do not compile.
     """
-    mixers = captured.attentions
-    if captured.mixers > len(mixers) or any(arguments_of(node)["attn_mask"] is not None for node in mixers):
+    mixers, masked = captured.attentions, _masked_in(captured)
+    others = captured.mixers - len(mixers) - len(masked)
+    if others or any(arguments_of(node)["attn_mask"] is not None for node in mixers):
         return None
     tokens = captured.tokens(call)
     hidden: torch.Tensor = call.leaves[captured.input_leaf]
@@ -109,10 +113,12 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
         with RandomState.current(hidden.device).restored(), torch.enable_grad():
             attentions = [_Attention(captured, node) for node in mixers]
             full = [one.fastest(tiles.programs.kernels, tokens) for one in attentions]
+            under_spans = [one.seconds(call) for one in masked]
             block = _time_block(tiles, captured, shortened(call, length), Way(tile=tile))
             kept = _time_block(tiles, captured, shortened(call, length), Way(tile=tile, alpha=half / count))
-            short = full if length == tokens else [
-                one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions
+            short = [*full, *under_spans] if length == tokens else [
+                *(one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions),
+                *(one.seconds(shortened(call, length)) for one in masked),
             ]  # fmt: skip
     except torch.OutOfMemoryError as error:
         logger.info("memo: tiles are not timed, there is no room for it: %s", error)
@@ -123,7 +129,8 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
         raise CaptureRefusedError("torch.compile", first_line(error)) from error
     rest = [max(0.0, block[way] - sum(one[way] for one in short)) / length for way in (0, 1)]
     squared = [sum(one[way] for one in full) / tokens**2 for way in (0, 1)]
-    forward, backward = (Growth(linear=rest[way], quadratic=squared[way]) for way in (0, 1))
+    linear = [rest[way] + sum(one[way] for one in under_spans) / tokens for way in (0, 1)]
+    forward, backward = (Growth(linear=linear[way], quadratic=squared[way]) for way in (0, 1))
     return TileTimes(forward, backward, rest[0], max(0.0, sum(block) - sum(kept)) / min(length, half * tile))
 
 
@@ -268,6 +275,50 @@ class _Attention:
         """How often ``inputs`` go into all heads of all sequences."""
         shapes = self._shapes(inputs.query.shape[2])
         return shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Masked:
+    """One attention under spans, timed under those of a call by as many groups of heads as keep the device busy."""
+
+    captured: Captured
+    node: fx.Node
+    spans_leaf: int
+
+    def seconds(self, call: BlockCall) -> tuple[float, float]:
+        """(forward, backward) of all heads, in a call like ``call``."""
+        operator = torch.ops.memo_runtime.masked_attention
+        spans, scale, tokens = call.leaves[self.spans_leaf], self.node.args[4], self.captured.tokens(call)
+        like = [one.meta["val"] for one in self.node.args[:3]]  # type: ignore[union-attr]
+        shapes = [[int(self.captured.size(size, tokens)) for size in one.shape] for one in like]
+        rows, groups = shapes[1][:2]
+        busy = _BUSY_ROWS.get(like[0].device.type, _BUSY_ROWS["cpu"])
+        timed = min(groups, -(-busy * groups // (rows * tokens * shapes[0][1])))
+        some = [[rows, shape[1] * timed // groups, *shape[2:]] for shape in shapes]
+        given = [_random(shape, one) for shape, one in zip(some, like, strict=True)]
+        found: list[Any] = []
+
+        def run() -> None:
+            found.extend(operator(*given, spans, scale))
+
+        def back() -> None:
+            output, lse, grad = found
+            torch.ops.memo_runtime.masked_attention_backward(grad, *given, spans, output, lse, scale)
+            found.clear()
+
+        with torch.no_grad():
+            forward, backward = _typical(run, lambda: found.append(torch.randn_like(found[0])), back, given[0].device)
+        return forward * groups / timed, backward * groups / timed
+
+
+def _masked_in(captured: Captured) -> list[_Masked]:
+    """Attention under spans that are arguments of the block as they are."""
+    leaves = dict(captured.arguments)
+    nodes = [stage.node for stage in captured.stages.stages if isinstance(stage, Mixer)]
+    return [
+        _Masked(captured, node, leaves[node.args[3]]) for node in nodes  # type: ignore[index]
+        if operator_name(node) == MASKED_ATTENTION and node.args[3] in leaves
+    ]  # fmt: skip
 
 
 def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,9 @@ From the spans follow the pieces that attention is computed in. A query that see
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -69,16 +70,6 @@ class Documents:
     bounds: tuple[tuple[int, int, int], ...]
     window: int | None
 
-    @property
-    def shortest(self) -> int:
-        """Tokens of the shortest one."""
-        return min((stop - start for _, start, stop in self.bounds), default=0)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest one."""
-        return max((stop - start for _, start, stop in self.bounds), default=0)
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -88,14 +79,22 @@ class Layout:
         pieces: all that has to be computed; keys may be in several.
         documents: the same as documents, where that is all there is to say.
         visible: pairs of a query and a key that it sees, of one head.
+        remembered: what kernels have made of it.
     """
 
     pieces: tuple[Piece, ...]
     documents: Documents | None
     visible: int
+    remembered: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def shared_by(self, rows: int) -> Layout:
         """Of one row: the same for ``rows`` of them."""
+        if rows not in self.remembered:
+            self.remembered[rows] = self._shared_by(rows)
+        found: Layout = self.remembered[rows]
+        return found
+
+    def _shared_by(self, rows: int) -> Layout:
         pieces = tuple(replace(piece, below=rows) for piece in self.pieces)
         documents = self.documents
         if documents is not None:

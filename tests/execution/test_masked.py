@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memo_runtime.blocks import spans as spans_module
 from memo_runtime.blocks.operators import operator_flops, pin_kind
 from memo_runtime.blocks.spans import dense_mask, spans_tensor
-from memo_runtime.execution.mixers import masked
+from memo_runtime.execution.mixers import masked, varlen
 from memo_runtime.execution.mixers.masked import masked_attention
 from memo_runtime.records import PinKind
 from tests.blocks.test_spans import CASES, TOKENS
@@ -54,13 +54,6 @@ def test_every_row_may_have_spans_of_its_own():
 def test_values_may_have_another_width(name):
     first, end = CASES[name]
     assert compare(spans_tensor(first[None], end[None]), tensors(wide=6)) < 1e-13
-
-
-def test_numerical_gradients_agree():
-    first, end = (one[None, :12] for one in CASES["window"])
-    spans = spans_tensor(first, end)
-    given = [one[:1, :, :12, :4].detach().clone().requires_grad_() for one in tensors()]
-    assert torch.autograd.gradcheck(lambda *one: masked_attention(*one, spans), given)
 
 
 def test_no_tensor_of_all_pairs_is_made(monkeypatch):
@@ -118,3 +111,73 @@ def test_what_a_kernel_left_is_made_again_in_its_own_shape(kernel):
     piece = next(iter(masked.layout_of(spans_tensor(*(one[None, :10] for one in CASES["causal"])), 10).pieces))
     saved = masked._saved_again(kernel, lse, piece)
     assert torch.equal(masked._rows_of(saved, piece), lse)
+
+
+# ---- the varlen kernel's part, with the kernel itself by plain attention
+
+
+def by_document(*given, **settings):
+    """What flash attention's varlen kernel yields, from its arguments; and its gradients."""
+    query, key, value, begins, _, longest, _, dropout, causal, _ = given
+    assert causal
+    assert not dropout
+    groups = query.shape[1] // key.shape[1]
+    output, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
+    lengths = begins.diff()
+    assert lengths.min() > 0
+    assert longest == lengths.max()
+    assert begins[-1] == len(query)
+    window = settings.get("window_size_left", len(query))
+    for start, stop in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        places = torch.arange(stop - start)
+        seen = (places <= places[:, None]) & (places >= places[:, None] - window)
+        keys, values = (one[start:stop].repeat_interleave(groups, dim=1) for one in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[start:stop], keys) * settings["scale"]
+        scores = scores.masked_fill(~seen, float("-inf"))
+        output[start:stop] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        lse[:, start:stop] = scores.logsumexp(-1)
+    return output, lse, None, None, None
+
+
+def backward_by_document(grad, *saved, scale, **window):
+    query, key, value, _, lse, begins, begins_k, longest, longest_k, dropout, causal, *_ = saved
+    given = [one.detach().requires_grad_() for one in (query, key, value)]
+    with torch.enable_grad():
+        again = by_document(*given, begins, begins_k, longest, longest_k, dropout, causal, False, scale=scale, **window)
+        found = torch.autograd.grad(again[0], given, grad)
+    assert lse.shape == (query.shape[1], len(query))
+    return found
+
+
+@pytest.mark.parametrize("long", [1000, 25, 1])
+@pytest.mark.parametrize(
+    "names", [("documents", "padding in front", "documents"), ("window",), ("window in documents",), ("causal",)]
+)
+def test_sections_of_documents_are_the_whole(names, long, monkeypatch):
+    first, end = (torch.stack([CASES[one][at] for one in names]) for at in (0, 1))
+    spans = spans_tensor(first, end)
+    monkeypatch.setattr(varlen, "_LONG", long)
+
+    def sections_of(layout, query, key, value):
+        return tuple(varlen.make_sections(layout.documents, TOKENS, query.device))
+
+    class Kernels:
+        _flash_attention_forward = staticmethod(by_document)
+        _flash_attention_backward = staticmethod(backward_by_document)
+
+    monkeypatch.setattr(masked, "sections_of", sections_of)
+    monkeypatch.setattr(varlen, "aten", Kernels)
+    rows = 3 if len(names) == 1 else len(names)
+    assert compare(spans, tensors(rows)) < 1e-13
+
+
+def test_sections_hold_short_documents_together_and_long_ones_alone(monkeypatch):
+    monkeypatch.setattr(varlen, "_LONG", 20)
+    first, end = CASES["documents"]
+    layout = masked.layout_of(spans_tensor(first.expand(2, -1), end.expand(2, -1)), TOKENS)
+    found = list(varlen.make_sections(layout.documents, TOKENS, torch.device("cpu")))
+    assert [(one.start, one.stop, one.piece is None, one.longest) for one in found] == [
+        (0, 20, False, 0), (20, 22, True, 1), (22, 60, False, 0), (60, 80, False, 0), (80, 82, True, 1),
+        (82, 120, False, 0),
+    ]  # fmt: skip
+    assert found[1].begins.tolist() == [0, 1, 2]

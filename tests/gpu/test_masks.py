@@ -28,7 +28,7 @@ def starts(*lengths: int) -> torch.Tensor:
     return torch.repeat_interleave(each.cumsum(0) - each, each)
 
 
-DOCUMENTS = starts(700, 1, 299, 1000)
+DOCUMENTS = starts(700, 1, 299, 900, 100)
 SPANS = {
     "documents": (DOCUMENTS, PLACES + 1),
     "window": ((PLACES - 255).clamp(min=0), PLACES + 1),
@@ -60,7 +60,7 @@ def gap(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("name", SPANS)
 @pytest.mark.parametrize(("depth", "rows"), [(64, 3), (128, 1), (256, 1)])
-@pytest.mark.parametrize("long", [4096, 1], ids=["varlen", "by document"])
+@pytest.mark.parametrize("long", [4096, 500, 1], ids=["varlen", "both", "by document"])
 def test_it_is_as_near_to_float64_as_attention_under_the_mask(name, depth, rows, long, monkeypatch):
     monkeypatch.setattr(varlen, "_LONG", long)
     spans, given = attention_case(name, torch.bfloat16, depth, rows)
@@ -87,9 +87,10 @@ def test_in_float32_it_is_attention_under_the_mask(name):
 @pytest.mark.parametrize("name", ["window", "documents", "padding in front"])
 def test_the_varlen_kernel_takes_what_it_is_for(name):
     spans, given = attention_case(name, torch.bfloat16, 64, 3)
-    made = varlen.varlen_of(layout_of(spans, TOKENS).shared_by(3), *given)
+    made = varlen.sections_of(layout_of(spans, TOKENS).shared_by(3), *given)
     assert made is not None
-    assert int(made.begins[-1]) == 3 * TOKENS
+    assert [one.piece for one in made] == [None]
+    assert made[0].stop == 3 * TOKENS
 
 
 def gemma(dtype: torch.dtype, *, window: int, blocks: int = 3) -> torch.nn.Module:

@@ -182,6 +182,7 @@ def test_a_step_by_replay_is_the_unwrapped_one(name, kind):
     assert report.totals.recomputed_flops > 0
 
 
+@pytest.mark.slow
 def test_a_step_by_tiles_is_the_unwrapped_one():
     report = compare(model_of("mistral"), batch_of("packed", 61), policy="tiled", tile=32)
     assert {block.executor for block in report.blocks} == {Executor.TILED}

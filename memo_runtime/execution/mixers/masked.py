@@ -10,6 +10,7 @@ whatever else to the kernels of plain attention, piece by piece.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from memo_runtime.execution.mixers.attention import (
     attention_forward,
     kernels_for,
 )
-from memo_runtime.execution.mixers.varlen import varlen_backward, varlen_forward, varlen_of
+from memo_runtime.execution.mixers.varlen import Section, sections_of, varlen_backward, varlen_forward
 
 _NAME = MASKED_ATTENTION.replace(".", "::")
 _ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor spans"
@@ -54,15 +55,19 @@ def masked_attention(
     return output
 
 
+#: Dimensions of the log-sum-exp that kernels leave, as the last forward has seen it: releases of PyTorch differ.
+_DIMENSIONS = {"cudnn": 4}
+
+
 # ---- forward
 
 
 def _empty(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, token-major in memory like that of fused kernels, and log-sum-exp."""
+    """Output and log-sum-exp, token-major in memory, so that all rows are one run of tokens."""
     batch, heads, tokens, _ = query.shape
     output = query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty((batch, heads, tokens), dtype=wide)
+    return output, query.new_empty((batch, tokens, heads), dtype=wide).transpose(1, 2)
 
 
 def _shapes(
@@ -96,19 +101,28 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = _layout(query, key, spans)
-    varlen = varlen_of(layout, query, key, value)
-    if varlen is not None:
-        return varlen_forward(varlen, query, key, value, scale)
+    sections = sections_of(layout, query, key, value)
+    if sections is not None:
+        query, key, value = (_token_major(one) for one in (query, key, value))
+        if _is_all(sections, query):
+            made, by_head = varlen_forward(sections[0], layout, (query, key, value), scale)
+            return _in_rows(made, query), _in_rows(by_head.t().contiguous(), query)
     output, lse = _empty(query, value)
     output.zero_()
     lse.zero_()
-    for piece in layout.pieces:
+    pieces = layout.pieces if sections is None else [one.piece for one in sections if one.piece is not None]
+    for piece in pieces:
         inputs = _inputs(query, key, value, spans, piece)
         made, saved = attention_forward(inputs, _settings(piece, scale), seed=0)
         _part(output, piece).copy_(made)
         rows = _rows_of(saved, piece)
         if rows is not None:
             _part(lse, piece).copy_(rows)
+    for section in sections or ():
+        if section.piece is None:
+            made, by_head = varlen_forward(section, layout, (query, key, value), scale)
+            section.of(output).copy_(made)
+            section.of(lse).copy_(by_head.t())
     return output, lse
 
 
@@ -127,6 +141,7 @@ def _rows_of(saved: Saved, piece: Piece) -> torch.Tensor | None:
     lse = saved.tensors[0]
     assert lse is not None, "fused kernels leave it"
     if saved.kernel.name == "cudnn":
+        _DIMENSIONS["cudnn"] = lse.dim()
         return lse.reshape(lse.shape[:3])
     return lse[..., : piece.stop - piece.start]
 
@@ -143,7 +158,8 @@ def _saved_again(kernel: str, lse: torch.Tensor, piece: Piece) -> Saved:
         return Saved(Kernel(kernel), (lse, None, None, state, unused), (queries, keys))
     if kernel == "cudnn":
         seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
-        return Saved(Kernel(kernel), (lse.unsqueeze(-1), None, None, seed, offset), (queries, keys))
+        lse = lse.unsqueeze(-1) if _DIMENSIONS["cudnn"] == 4 else lse
+        return Saved(Kernel(kernel), (lse, None, None, seed, offset), (queries, keys))
     if kernel == "efficient":
         seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
         return Saved(Kernel(kernel), (torch.nn.functional.pad(lse, (0, -queries % 32)), seed, offset))
@@ -154,22 +170,56 @@ def _backward(grad: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tens
     """``given``: as the schema says."""
     query, key, value, spans, output, lse, scale = given
     layout = _layout(query, key, spans)
-    varlen = varlen_of(layout, query, key, value)
-    if varlen is not None:
-        return varlen_backward(varlen, grad, (query, key, value, output), lse, scale)
-    wide = torch.promote_types(key.dtype, torch.float32) if layout.overlaps else key.dtype
-    query_grad = torch.zeros_like(query)
-    key_grad, value_grad = (torch.zeros_like(one, dtype=wide) for one in (key, value))
-    for piece in layout.pieces:
+    sections = sections_of(layout, query, key, value)
+    if sections is not None:
+        grad, query, key, value, output = (_token_major(one) for one in (grad, query, key, value, output))
+        if _is_all(sections, query):
+            tensors = (grad, query, key, value, output)
+            made = varlen_backward(sections[0], layout, tensors, sections[0].of(lse).t(), scale)
+            return _in_rows(made[0], query), _in_rows(made[1], query), _in_rows(made[2], query)
+    wide = torch.promote_types(key.dtype, torch.float32) if layout.overlaps and sections is None else key.dtype
+    query_grad = _zeros(query)
+    key_grad, value_grad = _zeros(key, wide), _zeros(value, wide)
+    pieces = layout.pieces if sections is None else [one.piece for one in sections if one.piece is not None]
+    for piece in pieces:
         inputs, settings = _inputs(query, key, value, spans, piece), _settings(piece, scale)
         saved = _saved_again(next(kernels_for(inputs, settings)), _part(lse, piece), piece)
         found = attention_backward(_part(grad, piece), inputs, _part(output, piece), saved, settings)
         rows, keys = slice(piece.above, piece.below), slice(piece.first, piece.end)
         parts = (_part(query_grad, piece), key_grad[rows, :, keys], value_grad[rows, :, keys])
-        for whole, part in zip(parts, found[:3], strict=True):
-            assert part is not None, "queries, keys and values have gradients"
-            whole.add_(part)
+        for target, found_part in zip(parts, found[:3], strict=True):
+            assert found_part is not None, "queries, keys and values have gradients"
+            target.add_(found_part)
+    for section in sections or ():
+        if section.piece is None:
+            tensors = (grad, query, key, value, output)
+            made = varlen_backward(section, layout, tensors, section.of(lse).t(), scale)
+            for whole, part in zip((query_grad, key_grad, value_grad), made, strict=True):
+                section.of(whole).copy_(part)
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
+
+
+def _is_all(sections: Sequence[Section], query: torch.Tensor) -> bool:
+    """One call of the varlen kernel makes everything, so that what it yields need not be copied."""
+    whole = (0, len(query) * query.shape[2])
+    return len(sections) == 1 and sections[0].piece is None and (sections[0].start, sections[0].stop) == whole
+
+
+def _token_major(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D] over memory laid out [B, S, H, D]; mostly it is."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _in_rows(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """[B * S, H, ...] as [B, H, S, ...]."""
+    found: torch.Tensor = tensor.unflatten(0, (len(query), query.shape[2])).transpose(1, 2)
+    return found
+
+
+def _zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Token-major, so that all rows are one run of tokens."""
+    batch, heads, tokens, depth = like.shape
+    return like.new_zeros((batch, tokens, heads, depth), dtype=dtype or like.dtype).transpose(1, 2)
 
 
 def _backward_shapes(grad: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,9 +22,17 @@ def packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: 
 
 
 def without_gaps(part: torch.Tensor) -> torch.Tensor:
-    """``part`` itself where its elements lie together in memory, else a copy in the same order of dimensions."""
-    order = sorted(range(part.dim()), key=lambda dim: (part.shape[dim] != 1, -int(part.stride()[dim]), dim))
-    strides = _strides(part.shape, order)
+    """``part`` itself where its elements lie together in memory, else a copy in the same order of dimensions.
+
+    Dimensions of size one lie outside of all others, but those at the end inside: kernels want a last stride of one.
+    """
+    last = max((dim for dim, size in enumerate(part.shape) if size != 1), default=-1)
+
+    def place(dim: int) -> tuple[int, int, int]:
+        one = part.shape[dim] == 1
+        return (2 * (dim > last) if one else 1, 0 if one else -int(part.stride()[dim]), dim)
+
+    strides = _strides(part.shape, sorted(range(part.dim()), key=place))
     layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
     if same_memory(part, layout):
         return part.as_strided(layout.shape, layout.stride())

@@ -6,17 +6,20 @@ though: queries, keys and values of one group of heads take little memory and a 
 
     block at 8K, 16K, 32K  -  attention at 8K, 16K, 32K  =  the rest, on a line
     attention at 128K: one group of heads, times the groups
+
+Attention under spans (windows, documents) is timed in the same way, under the spans of the call itself. What it takes
+is about a line in the tokens: so is the sum of its pairs.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from memo_runtime.blocks.operators import base_name
+from memo_runtime.blocks.operators import MASKED_ATTENTION, base_name
 from memo_runtime.blocks.stopwatch import laps
 from memo_runtime.profiling.observe import OperatorRecord
 
@@ -35,10 +38,11 @@ _ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Seconds of attention."""
+    """Seconds of attention; ``by_token``: at other lengths in proportion to the tokens, not to their square."""
 
     forward: float
     backward: float
+    by_token: bool = False
 
 
 def is_attention(record: OperatorRecord) -> bool:
@@ -50,6 +54,24 @@ def is_attention(record: OperatorRecord) -> bool:
     return tensors and q.shape[2] == k.shape[2] == v.shape[2] and q.shape[1] % k.shape[1] == 0
 
 
+def is_under_spans(record: OperatorRecord) -> bool:
+    """Whether ``record`` is attention whose mask is said in spans."""
+    return record.key[0].rsplit(".", 1)[0] == MASKED_ATTENTION and len(record.args) == 5
+
+
+def time_under_spans(
+    records: Sequence[OperatorRecord], lengths: Sequence[int], spans_at: Callable[[int], torch.Tensor]
+) -> Mapping[int, Attention]:
+    """As ``time_attention``; ``spans_at``: the spans of so many tokens."""
+    found = {}
+    for tokens in lengths:
+        spans = spans_at(tokens)
+        asked = [replace(record, args=(*record.args[:3], spans, *record.args[4:])) for record in records]
+        each = [_time(record, tokens, rows=record.args[0].shape[0]) for record in asked]
+        found[tokens] = Attention(sum(one.forward for one in each), sum(one.backward for one in each), by_token=True)
+    return found
+
+
 def time_attention(records: Sequence[OperatorRecord], lengths: Sequence[int]) -> Mapping[int, Attention]:
     """Seconds of all ``records`` together, forward and backward, at each of ``lengths``."""
     found = {}
@@ -59,12 +81,13 @@ def time_attention(records: Sequence[OperatorRecord], lengths: Sequence[int]) ->
     return found
 
 
-def _time(record: OperatorRecord, tokens: int) -> Attention:
+def _time(record: OperatorRecord, tokens: int, rows: int = 1) -> Attention:
+    """By so many ``rows``, which stand for all."""
     q, k, _ = record.args[:3]
     device, groups, per_group = q.device, k.shape[1], q.shape[1] // k.shape[1]
     busy = _BUSY_ROWS.get(device.type, _BUSY_ROWS["cpu"])
-    timed = min(groups, -(-busy // (tokens * per_group)))
-    tensors = [_stretched(tensor, tokens, timed * tensor.shape[1] // groups) for tensor in record.args[:3]]
+    timed = min(groups, -(-busy // (rows * tokens * per_group)))
+    tensors = [_stretched(tensor, tokens, timed * tensor.shape[1] // groups, rows) for tensor in record.args[:3]]
     outputs: list[torch.Tensor] = []
 
     def forward() -> None:
@@ -77,7 +100,7 @@ def _time(record: OperatorRecord, tokens: int) -> Attention:
     with torch.enable_grad():
         # The first round chooses kernels.
         seconds = laps([forward, backward] * (1 + _ROUNDS), device)[2:]
-    times = q.shape[0] * groups / timed
+    times = q.shape[0] / rows * groups / timed
     return Attention(statistics.median(seconds[0::2]) * times, statistics.median(seconds[1::2]) * times)
 
 
@@ -88,9 +111,9 @@ def _result(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Te
     return result
 
 
-def _stretched(tensor: torch.Tensor, tokens: int, heads: int) -> torch.Tensor:
-    """One row and ``heads`` heads of ``tensor``, its tokens repeated, in the usual order of memory."""
+def _stretched(tensor: torch.Tensor, tokens: int, heads: int, rows: int = 1) -> torch.Tensor:
+    """One row and ``heads`` heads of ``tensor``, ``rows`` times, its tokens repeated, in the usual order of memory."""
     by_token = tensor.detach()[0, :heads].transpose(0, 1)
     repeats = -(-tokens // by_token.shape[0])
-    made = by_token.repeat(repeats, 1, 1)[:tokens].contiguous()
-    return made.transpose(0, 1)[None].requires_grad_()
+    made = by_token.repeat(repeats, 1, 1)[:tokens].repeat(rows, 1, 1, 1)
+    return made.transpose(1, 2).requires_grad_()

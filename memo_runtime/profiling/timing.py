@@ -22,10 +22,17 @@ from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
+from memo_runtime.blocks.spans import is_spans
 from memo_runtime.blocks.stopwatch import laps, seconds_of
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
-from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
+from memo_runtime.profiling.mixers import (
+    Attention,
+    is_attention,
+    is_under_spans,
+    time_attention,
+    time_under_spans,
+)
 from memo_runtime.profiling.observe import observe
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.trial import crop_tokens
@@ -205,9 +212,13 @@ class _Timer:
         crop = self.crop(min(lengths[0], crop_tokens(self.device.type)))
         records = observe(self.forward, crop).by_key()
         mixers = [records[key] for key in wanted if key in records]
-        if len(mixers) < len(wanted) or not all(map(is_attention, mixers)):
+        spans = [index for index, leaf in self.call.tensors() if is_spans(leaf)]
+        masked = len(spans) == 1 and all(map(is_under_spans, mixers))
+        if len(mixers) < len(wanted) or not (masked or all(map(is_attention, mixers))):
             return {}
         try:
+            if masked:
+                return time_under_spans(mixers, lengths, lambda tokens: self.crop(tokens).leaves[spans[0]])
             return time_attention(mixers, lengths)
         except RuntimeError as error:
             # No room for it beside the model, or an operator that does not run outside its block.
@@ -291,13 +302,21 @@ def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
     return tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
 
 
-def _seconds(medians: Sequence[_Sample], of: Callable[[_Sample], float], attention: Mapping[int, float]) -> Growth:
-    """Seconds by tokens; ``attention``: what of them is attention, at the medians' lengths and at a longer one."""
+def _seconds(
+    medians: Sequence[_Sample], of: Callable[[_Sample], float], attention: Mapping[int, float], by_token: bool = False
+) -> Growth:
+    """Seconds by tokens; ``attention``: what of them is attention, at the medians' lengths and at a longer one.
+
+    ``by_token``: it grows like the tokens, and not like their square.
+    """
     points = [(sample.tokens, of(sample)) for sample in medians]
     rest = [(tokens, seconds - attention.get(tokens, 0.0)) for tokens, seconds in points]
     if not attention or min(seconds for _, seconds in rest) <= 0:
         return fit_seconds(points, curved=True)
     longest = max(attention)
+    if by_token:
+        line = fit_seconds(rest, curved=False)
+        return replace(line, linear=line.linear + attention[longest] / longest)
     return replace(fit_seconds(rest, curved=False), quadratic=attention[longest] / longest**2)
 
 
@@ -330,6 +349,9 @@ def time_block(
             # Weights of the size of the sequence, for one: it runs at its own length and at no other.
             medians = [timer.median(profile.tokens)]
         attention = timer.attention([*(sample.tokens for sample in medians), profile.tokens])
+    alone = {tokens: one.forward for tokens, one in attention.items()}
+    alone_backward = {tokens: one.backward for tokens, one in attention.items()}
+    by_token = any(one.by_token for one in attention.values())
     top = medians[-1]
     curved = any(group.size.quadratic for group in profile.groups)
 
@@ -340,8 +362,8 @@ def time_block(
 
     return replace(
         profile,
-        forward_seconds=_seconds(medians, lambda s: s.forward, {n: a.forward for n, a in attention.items()}),
-        backward_seconds=_seconds(medians, lambda s: s.backward, {n: a.backward for n, a in attention.items()}),
+        forward_seconds=_seconds(medians, lambda s: s.forward, alone, by_token),
+        backward_seconds=_seconds(medians, lambda s: s.backward, alone_backward, by_token),
         rerun_seconds=fit_seconds([(s.tokens, s.rerun) for s in medians], curved=False),
         write_seconds=fit_seconds([(s.tokens, s.write) for s in medians], curved=False),
         forward_peak=peak(lambda s: s.forward_peak),

@@ -4,8 +4,8 @@
 * how many blocks at the end of each stack keep their *stash* on the device, since nothing hides the fetch of the last;
 * *alpha*, the share of tiles whose matrix products are kept and not run again: on the device, or, of the blocks below
   those that keep their stash, in host memory;
-* how many *groups of heads* attention runs in. Each but the first takes the segment before attention once more, and
-  leaves room for what is kept, so they are taken where that is worth more, or where nothing fits without.
+* how many *groups of heads* attention runs in: as few as fit, since each but the first takes the segment before
+  attention once more. (They also leave room for what is kept, which may be worth more; on a GPU that is not measured.)
 
 For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
 those of the lower blocks in host memory, and the fastest is taken.
@@ -51,13 +51,10 @@ class ByTiles(Strategy):
         """The fastest within ``budgets`` at the largest tile at which any fits."""
         _refuse_unseen(sheet)
         for tile in self._tiles(sheet):
-            best: Choices | None = None
             for groups in _groups(sheet):
-                best = fastest(sheet, budgets, [*([best] if best else []), *self._all(sheet, budgets, tile, groups)])
-                if best is not None and all(one.prefix == one.device_rows for one in best):
-                    break  # all is kept where it is: more room is worth nothing
-            if best is not None:
-                return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
+                best = fastest(sheet, budgets, self._all(sheet, budgets, tile, groups))
+                if best is not None:
+                    return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
         return None
 
     def _all(self, sheet: Sheet, budgets: Budgets, tile: int, groups: int) -> list[Choices]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from memo_runtime.arguments import check_model, check_optimizer, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.containers import leaves_of
+from memo_runtime.config import Layout
 from memo_runtime.errors import ArgumentTypeError, MemoError, PinningError, PlanInfeasibleError, RehearsalError
 from memo_runtime.profiling.model import model_device
 from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
@@ -31,6 +32,7 @@ from memo_runtime.wrapping import Batch, Wrapped, find_wrapped
 
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
 _NONE_REPLACED = "no fused kernel of attention ran, so nothing was replaced: the step took what it takes"
+_NOT_PLACED = "layout='planned' is not rehearsed: memory came from PyTorch's own allocator"
 _NO_OPTIMIZER = "no optimizer= was given: what its step and its state take is not in the peak"
 
 
@@ -166,14 +168,20 @@ def rehearse(
 
 @contextlib.contextmanager
 def _none_of_training(wrapped: Wrapped | None) -> Iterator[None]:
-    """The steps of ``wrapped`` inside are not counted; a step under way is no place for them."""
+    """The steps of ``wrapped`` inside are not counted or recorded; a step under way is no place for them."""
     if wrapped is None:
         yield
         return
     with wrapped.session.turn():
         pass
-    with wrapped.session.rehearsing():
-        yield
+    memory, wrapped.memory = wrapped.memory, None
+    if memory is not None:
+        memory.end()
+    try:
+        with wrapped.session.rehearsing():
+            yield
+    finally:
+        wrapped.memory = memory
 
 
 def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | None) -> Rehearsal:
@@ -238,6 +246,8 @@ def _record(
         for name, one in sorted(stand_ins.calls.items())
     )
     notes = [] if step.optimizer is not None else [_NO_OPTIMIZER]
+    if wrapped is not None and wrapped.layout is Layout.PLANNED:
+        notes.append(_NOT_PLACED)
     if failed is None and not replaced:
         notes.append(_NONE_REPLACED)
     message = "" if failed is None else f"{type(failed).__name__}: {str(failed).strip()}".split("\n")[0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memo_runtime.cli.fit_rehearsal import Told, rehearse_near, start, told_of
 from memo_runtime.cli.offline_request import (
     Alpha,
     Budget,
@@ -45,13 +46,17 @@ def fit(
     trainable: Trainable = None,
     max_positions: MaxPositions = None,
     output: Output = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Confirm the longest by rehearsals on the GPU, or CPU, of this machine.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """The longest sequence that trains, with the step time, MFU and memory of it and of shorter ones.
 
     Found without a GPU, by plans such as memo plan makes; the plan of the longest is saved with -o. The last column
     says what would make the step faster (HBM, host memory, or neither: time), and for the longest what keeps it from
-    being longer.
+    being longer. With --rehearse the longest is searched again near the forecast, by whole steps on this machine in
+    which only attention is replaced.
     Exits with 3 where not even 1,024 tokens fit, saying what would, and which optimizers.
 
     \b
@@ -65,6 +70,7 @@ def fit(
         keep_last=keep_last, optimizer=optimizer, lora=lora, trainable=trainable, max_positions=max_positions,
         output=output,
     )  # fmt: skip
+    here = start(request) if rehearse else None
 
     from memo_runtime.offline.fit import fit as find
     from memo_runtime.offline.planning import with_placement
@@ -80,8 +86,13 @@ def fit(
     if output is not None:
         tell("the layout")
         save(with_placement(longest.plan, study.at(longest.tokens, host_bytes=request.host_bytes)), output)
-    name = study.subject.name
-    typer.echo(json.dumps(_as_json(found, request, name), indent=2) if as_json else _as_text(found, request, name))
+    name, told = study.subject.name, Told()
+    if here is not None:
+        told = told_of(rehearse_near(request, longest, here, progress=tell), longest.tokens, here)
+    if as_json:
+        typer.echo(json.dumps(_as_json(found, request, name) | told.fields, indent=2))
+    else:
+        typer.echo(_as_text(found, request, name) + told.text)
 
 
 def _as_text(found: Fit, request: Request, name: str) -> str:

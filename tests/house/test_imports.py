@@ -65,6 +65,7 @@ ALLOWED = {
         "persist",
         "planning",
         "profiling",
+        "rehearsal",
         "reporting",
         "__version__",
     },

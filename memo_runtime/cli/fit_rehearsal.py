@@ -1,0 +1,159 @@
+"""``memo fit --rehearse``: the longest length of a forecast, confirmed by rehearsals on the machine that is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from memo_runtime.cli.offline_request import Request
+from memo_runtime.cli.rehearsal_trial import REHEARSED, Trial
+from memo_runtime.errors import ArgumentError, RehearsalError
+from memo_runtime.planning.rounding import GRANULE_TOKENS
+from memo_runtime.rehearsal.nearby import Nearby, longest_near
+from memo_runtime.rehearsal.record import Rehearsal
+from memo_runtime.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from memo_runtime.offline.fit import Reach
+
+#: Nothing longer than this many times the forecast is tried.
+_MOST = 1.5
+_NEARLY = 1.02
+_KILLED = "killed by signal 9, as processes are when host memory runs out"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """The device of this machine that is rehearsed on."""
+
+    device: str
+    name: str
+    memory_bytes: int | None = None
+
+    @classmethod
+    def found(cls) -> Here:
+        """The first GPU, or the CPU; no context is made on the GPU, which is left to the rehearsals."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return cls(device="cpu", name="the CPU")
+        facts = torch.cuda.get_device_properties(0)
+        return cls(device="cuda", name=facts.name, memory_bytes=int(facts.total_memory))
+
+
+def start(request: Request) -> Here:
+    """Where ``request`` is rehearsed; what cannot be is refused before anything is forecast.
+
+    Raises:
+        ArgumentError: several GPUs, an optimizer that PyTorch does not have, a model with a batch of its own, or a
+            machine with more memory than the GPU that is here.
+    """
+    if request.gpus != 1:
+        raise ArgumentError(f"--rehearse runs on one GPU, and --gpus is {request.gpus}: leave one of them out")
+    if request.optimizer_name not in (None, *REHEARSED):
+        raise ArgumentError(
+            f"--rehearse takes the optimizers of PyTorch, and {request.optimizer_name} is none: give --optimizer "
+            f"{', '.join(REHEARSED)}, or call memo.rehearse(model, batch, optimizer=...) with yours"
+        )
+    if ":" in request.model:
+        raise ArgumentError(
+            f"--rehearse cannot make the batch of {request.model} longer without knowing where its tokens are: call "
+            "memo.rehearse(model, batch) with a batch of the length that is asked"
+        )
+    here = Here.found()
+    asked = request.settings.budget or request.machine.memory_bytes
+    # Drivers keep a little of what a machine is said to have.
+    if here.memory_bytes is not None and asked > _NEARLY * here.memory_bytes:
+        raise ArgumentError(
+            f"--rehearse: {format_bytes(asked)} are asked for, and {here.name} here has "
+            f"{format_bytes(here.memory_bytes)}: give that machine with --gpu, or a smaller --budget"
+        )
+    return here
+
+
+def rehearse_near(request: Request, longest: Reach, here: Here, *, progress: Callable[[str], None]) -> Nearby:
+    """The longest length that fits on this machine, near the longest that was forecast.
+
+    Raises:
+        RehearsalError: a rehearsal could not be made.
+    """
+    from memo_runtime.offline.fit import Bound
+
+    limits, settings = longest.plan.limits, request.settings
+    trial = Trial(
+        model=request.model, tokens=longest.tokens, device=here.device, policy=settings.policy.value,
+        alpha=settings.alpha, keep_last=settings.keep_last, budget=limits.device_bytes, host_budget=limits.host_bytes,
+        optimizer=request.optimizer_name or "adamw", lora=request.lora, trainable=request.trainable,
+        max_positions=request.max_positions,
+    )  # fmt: skip
+
+    def one(tokens: int) -> Rehearsal:
+        progress(f"a rehearsal of {tokens:,} tokens")
+        return rehearse_apart(replace(trial, tokens=tokens))
+
+    most = round(_MOST * longest.tokens) if longest.bound is not Bound.POSITIONS else longest.tokens
+    return longest_near(longest.tokens, GRANULE_TOKENS, one, most=most)
+
+
+def rehearse_apart(trial: Trial) -> Rehearsal:
+    """``trial`` in a process of its own.
+
+    Raises:
+        RehearsalError: it could not be made; says why.
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-m", "memo_runtime.cli.rehearsal_trial"], input=trial.to_json(), capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"}, check=False,
+    )  # fmt: skip
+    if done.returncode == -signal.SIGKILL:
+        return Rehearsal(
+            fits=False, seconds=0.0, peak_bytes=0, reserved_bytes=0, host_bytes=0, bytes_to_host=0, bytes_to_device=0,
+            replaced=(), forecast=None, phase="host", where="somewhere in the step", error=_KILLED,
+        )  # fmt: skip
+    if done.returncode or not done.stdout.strip():
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RehearsalError(f"the rehearsal of {trial.tokens:,} tokens ended with {done.returncode}: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if "refused" in found:
+        raise RehearsalError(f"{trial.tokens:,} tokens could not be rehearsed: {found['refused']}")
+    return Rehearsal.from_dict(found["rehearsal"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What is added to a frontier: lines behind its table, fields of its object."""
+
+    text: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def told_of(found: Nearby, forecast: int, here: Here) -> Told:
+    """What the rehearsals have shown, beside the forecast."""
+    lines = ["", "", f"rehearsed on {here.name}, {found.rehearsed} lengths:"]
+    if found.longest is None:
+        lines.append(f"  no length fits, down to {found.short_at:,} tokens")
+    else:
+        one, off = found.longest, found.tokens / forecast - 1
+        sizes = (("peak", one.peak_bytes), ("reserved", one.reserved_bytes), ("host", one.host_bytes))
+        said = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes)
+        took = format_seconds(one.seconds)
+        lines.append(f"  {found.tokens:,} tokens fit ({off:+.1%} of the forecast): {said}, rehearsed in {took}")
+    if found.short is not None:
+        short = found.short
+        lines.append(f"  {found.short_at:,} tokens do not: {short.phase}, {short.where}: {short.error}")
+    fields = {
+        "device": here.name,
+        "longest": found.tokens,
+        "rehearsal": None if found.longest is None else found.longest.to_dict(),
+        "too_long": found.short_at or None,
+        "short": None if found.short is None else found.short.to_dict(),
+        "lengths": found.rehearsed,
+    }
+    return Told(text="\n".join(lines), fields={"rehearsed": fields})

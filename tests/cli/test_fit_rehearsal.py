@@ -1,0 +1,81 @@
+"""``memo fit --rehearse``: the longest length, confirmed by whole steps of a real model on the machine that is here."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from memo_runtime.cli import fit_rehearsal
+from memo_runtime.cli.app import app
+from memo_runtime.cli.fit_rehearsal import Here, rehearse_apart, told_of
+from memo_runtime.cli.rehearsal_trial import Trial, run
+from memo_runtime.errors import RehearsalError
+from memo_runtime.rehearsal.nearby import longest_near
+
+pytest.importorskip("transformers")
+TINY = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def trial(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return Trial(
+        model=str(path), tokens=384, device="cpu", policy="recompute", alpha=None, keep_last=0, budget=1 << 30,
+        host_budget=1 << 20, optimizer="adamw", lora=4,
+    )  # fmt: skip
+
+
+def test_a_trial_is_a_whole_step_of_a_real_model(trial):
+    found = run(trial)
+    assert found.fits
+    assert (found.replaced[0].forward, found.replaced[0].backward) == (2, 2)
+    assert found.host_bytes == found.forecast.host_bytes > 0
+    assert not found.notes
+
+
+@pytest.mark.slow
+def test_a_trial_that_does_not_fit_is_told(trial):
+    found = run(replace(trial, host_budget=40_000, lora=None, optimizer="sgd"))
+    assert (found.fits, found.phase) == (False, "plan")
+    assert "HostLimitError" in found.error
+    text = told_of(longest_near(384, 128, lambda tokens: found), 512, Here(device="cpu", name="the CPU")).text
+    assert "rehearsed on the CPU, 3 lengths:\n  no length fits, down to 128 tokens" in text
+
+
+@pytest.mark.slow
+def test_the_longest_of_a_forecast_is_confirmed(trial):
+    command = ["fit", "--model", trial.model, "--policy", "recompute", "--host-memory", "1MiB", "--rehearse", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    shown = told["rehearsed"]
+    assert shown["device"] == "the CPU"
+    assert shown["longest"] == pytest.approx(told["longest"], rel=0.05)
+    assert shown["rehearsal"]["fits"]
+    assert shown["too_long"] > shown["longest"]
+    assert shown["short"]["phase"] == "plan"
+    with pytest.raises(RehearsalError, match="384 tokens could not be rehearsed: model 'nonsense' is unknown"):
+        rehearse_apart(replace(trial, model="nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--gpus", "2"), "--rehearse runs on one GPU, and --gpus is 2"),
+        (("--optimizer", "adamw-8bit"), "--rehearse takes the optimizers of PyTorch, and adamw-8bit is none"),
+        (("--model", "package.module:make"), "cannot make the batch of package.module:make longer"),
+        ((), "79.18 GiB are asked for, and a smaller GPU here has 40.00 GiB"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused_at_once(monkeypatch, given, said):
+    smaller = Here(device="cuda", name="a smaller GPU", memory_bytes=40 << 30)
+    monkeypatch.setattr(fit_rehearsal.Here, "found", lambda: smaller)
+    result = CliRunner().invoke(app, ["fit", "--model", "llama-1b", "--rehearse", *given])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())

@@ -123,7 +123,8 @@ def _in_use(snapshot: dict[str, Any], index: int) -> list[dict[str, Any]]:
         address = segment["address"]
         for block in segment["blocks"]:
             start = block.get("address", address)
-            if block["state"] == "active_allocated":
+            # Also what was freed and waits for another stream (record_stream): its free is completed later.
+            if block["state"].startswith("active"):
                 size = block.get("requested_size", block["size"])
                 found.append({"address": start, "requested_size": size, "stream": segment["stream"]})
             address = start + block["size"]

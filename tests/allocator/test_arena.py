@@ -4,7 +4,10 @@ import subprocess
 
 import pytest
 
+from memo_runtime.allocator.library import NATIVE
+from memo_runtime.arena.plan import by_size
 from memo_runtime.planning.layout import plan_layout
+from memo_runtime.traces.trace import Phase, Span
 from memo_runtime.traces.trace_file import load_trace
 from memo_runtime.traces.windows import last_step
 from tests.allocator.building import SANITIZERS, arena_test
@@ -56,6 +59,28 @@ def served(program, lines):
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("path", TRACES[:1] + TRACES[-1:], ids=lambda path: path.name.partition(".")[0])
+def test_what_outlives_a_step_is_left_in_its_place(program, path):
+    """Steps that begin in the middle of a forward: activations and gradients outlive them."""
+    trace = load_trace(path)
+    ends = [(step.lower + step.upper) // 2 for step in trace.steps()[-2:]]
+    window = Span(Phase.STEP, "", *ends)
+    layout = plan_layout(by_size(trace), step=window, seconds=1.0, threads=1)
+    slots = [
+        (row.lower, row.upper, row.size, row.offset, trace.requests[index].stream)
+        for row, index in zip(layout.rows, layout.placed, strict=True)
+    ]
+    outliving = [r for r in trace.requests if r.size and window.lower <= r.lower < window.upper <= r.upper]
+    slots += [(r.lower - window.lower, window.upper, r.size, NATIVE, r.stream) for r in outliving]
+    lines = [f"arena {layout.peak}", *(f"slot {' '.join(map(str, slot))}" for slot in sorted(slots))]
+    rest = Span(Phase.STEP, "", ends[1], trace.steps()[-1].upper)
+    first, second = served(program, [*lines, *requests_of(trace, window), *requests_of(trace, rest)])
+    assert len(outliving) > 20
+    # Requests, served, displaced, unplanned, occupied.
+    assert first[:5] == [len(slots), len(layout.rows), 0, 0, 0]
+    assert second[1:5] == [second[0], 0, 0, 0]
 
 
 @pytest.mark.parametrize("path", TRACES[:1] + TRACES[-1:], ids=lambda path: path.name.partition(".")[0])

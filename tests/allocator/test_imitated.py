@@ -4,6 +4,7 @@ Runs where torch is built with CUDA and there is no GPU: tests of tests/gpu that
 their own with the imitation preloaded.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def imitation(tmp_path_factory):
     made = compile_unit([HERE / "fake_driver.cpp"], driver, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
     assert made.returncode == 0, made.stderr
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-    return {**os.environ, "LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": path, "FAKE_CUDA_BYTES": str(8 << 30)}
+    imitated = {"LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": path, "FAKE_CUDA_BYTES": str(8 << 30)}
+    return {**os.environ, **imitated, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "solver")])}
 
 
 def test_the_allocator_on_an_imitated_device(imitation):
@@ -44,3 +46,19 @@ def test_the_allocator_on_an_imitated_device(imitation):
     done = subprocess.run(command, capture_output=True, text=True, env=imitation, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
+
+
+def test_a_wrapped_model_plans_its_steps(imitation):
+    command = [sys.executable, "-m", "tests.allocator.wrapped_steps"]
+    environment = {**imitation, "MEMO_NATIVE": "off"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    native, planned = json.loads(done.stdout.splitlines()[-1])
+    assert "state" not in native
+    assert planned["state"] == "planned", planned["notes"]
+    # What the model asked for is what was in use, wherever it was served.
+    assert (planned["peak"], planned["allocated"]) == (native["peak"], native["allocated"])
+    # The next batch is made before its step begins.
+    assert planned["misses"] == [["resident", 1]]
+    assert planned["served"] == planned["requests"] - 1 > 50
+    assert planned["planned_peak"] == planned["bound"]

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -24,6 +25,9 @@ std::atomic<long> mallocs{0}, frees{0}, records{0}, waits{0};
 std::atomic<int> captures{0};
 
 cudaError_t failed(cudaError_t error) { return last = error; }
+
+using Moment = std::chrono::steady_clock::time_point;
+Moment* moment(cudaEvent_t event) { return reinterpret_cast<Moment*>(event); }
 
 std::size_t capacity() {
   const char* given = std::getenv("FAKE_CUDA_BYTES");
@@ -119,6 +123,9 @@ cudaError_t cudaFreeHost(void* pointer) {
   return cudaSuccess;
 }
 
+cudaError_t cudaHostRegister(void*, std::size_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t count, cudaMemcpyKind) {
   std::memcpy(to, from, count);
   return cudaSuccess;
@@ -173,12 +180,22 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, c
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(new char);
+  *event = reinterpret_cast<cudaEvent_t>(new Moment);
   return cudaSuccess;
 }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { delete reinterpret_cast<char*>(event); return cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { ++records; return cudaSuccess; }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t, cudaStream_t, unsigned) { ++records; return cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { delete moment(event); return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *moment(event) = std::chrono::steady_clock::now();
+  ++records;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+  return cudaEventRecord(event, stream);
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
+  *milliseconds = std::chrono::duration<float, std::milli>(*moment(to) - *moment(from)).count();
+  return cudaSuccess;
+}
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 

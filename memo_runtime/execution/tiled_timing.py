@@ -1,7 +1,7 @@
 """Seconds of a block by tiles, for a plan: a few tiles of it, and its attention at the length of the call.
 
     run of some tiles  -  attention at its length         =  the segments, on a line
-    the same with the products of half of the tiles kept  =  what a kept token saves
+    the same with their products kept                     =  what a kept token saves
     attention at the full length: few groups of heads, times the groups
     the same with queries in chunks: the second and the last chunk, and those between on a line
 
@@ -106,7 +106,6 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
     tile = min(tokens, longest_tile(rows) if tile is None else tile)
     count = min(_TIMED_TILES.get(hidden.device.type, _TIMED_TILES["cpu"]), -(-tokens // tile))
     length = min(tokens, count * tile)
-    half = max(1, count // 2)
     if not captured.traced.allows(length):
         return None
     try:
@@ -115,7 +114,7 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
             full = [one.fastest(tiles.programs.kernels, tokens) for one in attentions]
             under_spans = [one.seconds(call) for one in masked]
             block = _time_block(tiles, captured, shortened(call, length), Way(tile=tile))
-            kept = _time_block(tiles, captured, shortened(call, length), Way(tile=tile, alpha=half / count))
+            saved = _saved(tiles, captured, shortened(call, length), tile, sum(block))
             short = [*full, *under_spans] if length == tokens else [
                 *(one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions),
                 *(one.seconds(shortened(call, length)) for one in masked),
@@ -131,7 +130,22 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
     squared = [sum(one[way] for one in full) / tokens**2 for way in (0, 1)]
     linear = [rest[way] + sum(one[way] for one in under_spans) / tokens for way in (0, 1)]
     forward, backward = (Growth(linear=linear[way], quadratic=squared[way]) for way in (0, 1))
-    return TileTimes(forward, backward, rest[0], max(0.0, sum(block) - sum(kept)) / min(length, half * tile))
+    return TileTimes(forward, backward, rest[0], saved)
+
+
+def _saved(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int, bare: float) -> float:
+    """Seconds by token that kept products save of ``bare``: with all kept, or half where there is no room for all."""
+    tokens = captured.tokens(call)
+    count = -(-tokens // tile)
+    kept, way = tokens, Way(tile=tile, alpha=1.0)
+    try:
+        took = _time_block(tiles, captured, call, way)
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+        kept, way = count // 2 * tile, Way(tile=tile, alpha=count // 2 / count)
+        took = _time_block(tiles, captured, call, way)
+    return max(0.0, bare - sum(took)) / kept
 
 
 def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way) -> tuple[float, float]:

@@ -57,8 +57,10 @@ def peaks(layout: str) -> dict[str, int]:
     found = {"peak": report.totals.peak_bytes, "allocated": torch.cuda.memory_allocated()}
     if report.arena is not None:
         arena = report.arena
-        found |= {"notes": report.notes, "state": arena.state, "requests": arena.requests, "served": arena.served, "misses": arena.misses,
-                  "planned_peak": arena.planned_peak, "bound": arena.lower_bound}  # fmt: skip
+        found |= {
+            "notes": report.notes, "state": arena.state, "requests": arena.requests, "served": arena.served,
+            "misses": arena.misses, "planned_peak": arena.planned_peak, "bound": arena.lower_bound,
+        }  # fmt: skip
     return found
 
 

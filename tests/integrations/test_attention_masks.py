@@ -192,7 +192,10 @@ def test_a_step_by_tiles_is_the_unwrapped_one():
 @pytest.mark.parametrize("policy", [{"policy": "swap"}, {"policy": "recompute"}, {"policy": "tiled", "tile": 64}])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_steps_of_all_families_are_the_unwrapped_ones(name, kind, policy):
+def test_steps_of_all_families_are_the_unwrapped_ones(name, kind, policy, monkeypatch):
+    norm = transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm
+    # Its own goes down to float32, in which no sum over tiles is that of the whole to 1e-12.
+    monkeypatch.setattr(norm, "forward", lambda self, x: self._norm(x) * (1.0 + self.weight))
     compare(model_of(name), batch_of(kind), **policy)
 
 

@@ -97,7 +97,9 @@ def test_peaks_and_copies_of_a_rehearsal_are_those_of_a_step(kernel, way):
     print(f"{kernel} {way}: {found}\nreal {allocated} {reserved} {seconds:.3f} s")
     assert found.fits
     assert found.peak_bytes == pytest.approx(allocated, rel=0.01)
-    assert found.reserved_bytes == pytest.approx(reserved, rel=0.03)
+    # What a kernel takes inside is one request of a stand-in: it may find no room where several smaller ones do.
+    inside = sum(one.inside_bytes for one in found.replaced)
+    assert 0.97 * reserved <= found.reserved_bytes <= 1.03 * reserved + inside
     if settings is not None:
         totals = memo.report(model).totals
         assert (found.bytes_to_host, found.bytes_to_device) == (totals.bytes_to_host, totals.bytes_to_device)

@@ -14,6 +14,9 @@ MIN_SWAP_BYTES = 1024
 #: Tiles whose products are under way to the host at a time, and which are fetched before the one at hand is over.
 TILES_OUTSTANDING, TILES_AHEAD = 8, 2
 
+#: Tokens of a tile of the norm behind the blocks.
+NORM_TILE = 2048
+
 #: Rows of a dropped tensor that are compared when it is rebuilt.
 WITNESS_ROWS = 8
 

@@ -19,6 +19,7 @@ from torch import nn
 from memo_runtime.arena.model import StepMemory
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.containers import leaves_of
+from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
@@ -26,6 +27,7 @@ from memo_runtime.errors import ArgumentError, MemoError, PinningError, PlanInfe
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
+from memo_runtime.execution.norm import install_norm, remove_norm
 from memo_runtime.execution.session import Session
 from memo_runtime.execution.tiled_block import Tiling
 from memo_runtime.integrations import huggingface
@@ -106,6 +108,7 @@ class Wrapped:
     _handle: Any = None
     _integration: Any = None
     _masks: MaskInstallation | None = None
+    _norm: nn.Module | None = None
     #: Places the memory of steps, for ``layout='planned'``.
     memory: StepMemory | None = None
 
@@ -128,6 +131,8 @@ class Wrapped:
         try:
             if not self.session.idle:
                 self._masks = install_masks(self.model)
+                norm = final_norm(self.model, [ref.name for ref in self.refs])
+                self._norm = norm if norm is not None and install_norm(norm) else None
             self.session.install()
             self._handle = install_pre_hook(self.model, _Gate(self))
             place(self.model, ATTRIBUTE, self)
@@ -147,6 +152,8 @@ class Wrapped:
             self._integration.remove()
         if self._masks is not None:
             self._masks.remove()
+        if self._norm is not None:
+            remove_norm(self._norm)
 
     @property
     def _tiles_loss(self) -> bool:

@@ -214,11 +214,12 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     # Gathered: everything outside of the blocks for the whole step, one block in use and one ahead.
     gathered = root_bytes + 2 * block_bytes if gpus > 1 else 0
     hidden = call.leaves[blocks[-1].input_leaf]
-    example = replace(blocks[-1], tokens=hidden.shape[blocks[-1].token_dim])
-    rows = max(1, hidden.numel() // hidden.shape[-1] // example.tokens)
-    hidden_bytes = hidden.numel() * hidden.element_size()
-    outside = outside_peak(model, (*blocks[:-1], example), rows, hidden_bytes, tiled_loss=subject.tiled_loss)
-    loss = loss_peak(model, (*blocks[:-1], example), hidden_bytes) if subject.tiled_loss else Growth()
+    seen = hidden.shape[blocks[-1].token_dim]
+    rows = max(1, hidden.numel() // hidden.shape[-1] // seen)
+    hidden_bytes = hidden.numel() * hidden.element_size() // seen * local
+    behind = (*blocks[:-1], replace(blocks[-1], tokens=local))
+    outside = outside_peak(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss)
+    loss = loss_peak(model, behind, hidden_bytes) if subject.tiled_loss else Growth()
     gathered_gradients = root_bytes if gpus > 1 else 0
     batch = 2 * 8 * rows
     names = [block.name for block in blocks]
@@ -235,9 +236,9 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         blocks=blocks,
         allocated_bytes=states.parameters + states.buffers + gathered + _WORKSPACE_BYTES + batch * local,
         expandable=True,
-        shared=_shared(blocks, call, example.tokens),
+        shared=_shared(blocks, call, seen),
         # The embedding's result, which is the first block's input, is held by the caller of the stack.
-        outside_forward=Growth(linear=hidden_bytes / example.tokens),
+        outside_forward=Growth(linear=hidden_bytes / local),
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
         outside_seconds=_outside_seconds(model, blocks, machine, rows),

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.final_norm import LONG_BYTES, final_norm
 from memo_runtime.blocks.stopwatch import seconds_of
 from memo_runtime.losses import linear_cross_entropy
 from memo_runtime.losses.tiles import largest_bytes
 from memo_runtime.profiling.growth import fit_seconds, times
 from memo_runtime.records import BlockProfile, Growth
+from memo_runtime.sizes import NORM_TILE
 
 logger = logging.getLogger("memo_runtime")
 
@@ -28,6 +30,8 @@ logger = logging.getLogger("memo_runtime")
 _HIDDEN_COPIES = {2: 13, 4: 7, 8: 7}
 #: While the loss runs forward: what that norm saves, its result, and the gradient that the loss makes at once.
 _LOSS_COPIES = {2: 5, 4: 4, 8: 4}
+#: The same by tiles (``execution/norm.py``): the state, the result and their gradients; and for each token of a tile.
+_TILED_COPIES, _TILED_LOSS_COPIES, _TILE_COPIES = 4, 3, 16
 #: Where nothing with weights follows the blocks: the state and its gradient.
 _BARE_COPIES = 2
 #: Most tokens on which head and loss are timed.
@@ -62,14 +66,20 @@ def outside_peak(
     parameter = next(model.parameters(), torch.empty(0))
     item = parameter.element_size()
     copies = _BARE_COPIES if _is_bare(model, profiles) else _HIDDEN_COPIES.get(item, 5)
+    constant = 0.0
+    if _norm_by_tiles(model, profiles, hidden_bytes):
+        copies, constant = _TILED_COPIES, hidden_bytes * _TILE_COPIES / tokens * NORM_TILE
     per_token = hidden_bytes * copies / tokens
-    if copies == _BARE_COPIES:
-        return Growth(linear=per_token)
-    if tiled_loss:
-        return Growth(linear=per_token)
+    if copies == _BARE_COPIES or tiled_loss:
+        return Growth(constant=constant, linear=per_token)
     features = sum(head.out_features for head in _heads(model, profiles))
     # Logits in the model's dtype, in float32 as losses take them, and the gradients of both.
-    return Growth(linear=per_token + rows * features * 2 * (item + 4))
+    return Growth(constant=constant, linear=per_token + rows * features * 2 * (item + 4))
+
+
+def _norm_by_tiles(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: int) -> bool:
+    """The norm behind the blocks sees a state that is long enough."""
+    return hidden_bytes >= LONG_BYTES and final_norm(model, [profile.name for profile in profiles]) is not None
 
 
 def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: int) -> Growth:
@@ -88,7 +98,9 @@ def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: 
         done = head.weight.numel() * dtype.itemsize if dtype.itemsize < 4 else 0
         constant = growing + max(constant, done)
     tokens = max(1, profiles[-1].tokens)
-    return Growth(constant=constant, linear=hidden_bytes * _LOSS_COPIES.get(dtype.itemsize, 4) / tokens)
+    by_tiles = _norm_by_tiles(model, profiles, hidden_bytes)
+    copies = _TILED_LOSS_COPIES if by_tiles else _LOSS_COPIES.get(dtype.itemsize, 4)
+    return Growth(constant=constant, linear=hidden_bytes * copies / tokens)
 
 
 def outside_seconds(

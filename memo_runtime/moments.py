@@ -102,6 +102,8 @@ class TiledProfile:
         heads: the number of groups of heads divides it. forward_by_groups, backward_by_groups: moments where attention
             runs so. group_flops: run again for each group but the first. elements: of the largest tensor that such an
             attention is given or yields.
+        result: moments of making the block's result again from its stash, by its last segment; none: it cannot be.
+            result_flops: what that takes. chained: its input was the result of the block before, as it is.
         forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
             seconds_per_flop less saved_seconds by kept tokens; 0: not timed, and estimated from those of the block
             as it is. product_seconds: of the forward of the segments that have products.
@@ -121,6 +123,9 @@ class TiledProfile:
     backward_by_groups: tuple[Moment, ...] = ()
     group_flops: Growth = field(default_factory=Growth)
     elements: Growth = field(default_factory=Growth)
+    result: tuple[Moment, ...] = ()
+    result_flops: Growth = field(default_factory=Growth)
+    chained: bool = False
     forward_seconds: Growth = field(default_factory=Growth)
     backward_seconds: Growth = field(default_factory=Growth)
     seconds_per_flop: float = 0.0

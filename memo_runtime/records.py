@@ -221,11 +221,13 @@ class Demotion:
     """What training found out about a block that its profile does not say: a rerun made something else.
 
     ``rerunnable``: a rerun of the whole block, as it was, is still trusted. ``tiles_only``: only tiles are not.
+    ``unchained``: all is, but its input is not the result of the block below.
     """
 
     reason: str
     rerunnable: bool
     tiles_only: bool = False
+    unchained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +321,8 @@ class BlockPlan:
             [0, prefix) are kept, and with device_rows = tokens the stash stays on the device.
         sent: by tiles, products of rows [prefix - sent, prefix) go to the host, and the others stay on the device.
         groups: by tiles, of heads, which go through attention one after another.
+        from_below: by tiles, its input is not stashed, but made again from the stash of the block below, which is
+            for_above then.
         actions: one per group of the block's profile. resident: what its rerun starts from stays on the device.
         bytes_to_host, bytes_to_device: copied in one step. bytes_kept: stashed on the device.
         host_bytes: host memory occupied, with the alignment of every slot.
@@ -341,6 +345,8 @@ class BlockPlan:
     resident: bool = False
     sent: int = 0
     groups: int = 1
+    from_below: bool = False
+    for_above: bool = False
 
     @property
     def alpha(self) -> float:

@@ -6,7 +6,7 @@ A file may have been cut, merged or edited by hand. Everything that can be told 
     indices         within the lists that they point into
     a block's plan  device_rows <= prefix <= tokens (by tiles device_rows are none or all), an action for each group,
                     named as in the profile; what is sent is of its prefix, less whole tiles that stay; groups
-                    divide the heads
+                    divide the heads; an input that is made again has a block below for that
     a placement     rows have bytes and time, and no two that are alive together share a byte
 
 and before a plan is executed, that its actions and bytes are those that follow from its profile.
@@ -23,6 +23,7 @@ from typing import Any
 from memo_runtime.config import Policy
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.actions import plan_block
+from memo_runtime.planning.chain import wrong_link
 from memo_runtime.records import (
     BlockPlan,
     BlockProfile,
@@ -72,7 +73,7 @@ def find_deviation(plan: Plan) -> Fault | None:
         follows = plan_block(
             block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
             reason=planned.reason, tile=planned.tile, resident=planned.resident, sent=planned.sent,
-            groups=planned.groups,
+            groups=planned.groups, from_below=planned.from_below, for_above=planned.for_above,
         )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)
@@ -225,6 +226,11 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
             yield Fault(f"{where}.groups", planned.groups, _groups_of(heads))
         if wrong := _wrong_sent(planned):
             yield Fault(f"{where}.sent", planned.sent, wrong)
+        for wrong in [wrong_link(blocks, plan.blocks, index)] if len(plan.blocks) == len(blocks) else []:
+            if wrong:
+                yield Fault(f"{where}.from_below", planned.from_below, wrong)
+        if planned.for_above and not any(one.from_below for one in plan.blocks[index + 1 : index + 2]):
+            yield Fault(f"{where}.for_above", True, "false: the block above does not say from_below")
         if tiled and block.tiled is None:
             yield Fault(f"{where}.executor", planned.executor.value, "another one: the profile says nothing of tiles")
         if tiled != bool(planned.tile):

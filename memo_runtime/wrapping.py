@@ -405,9 +405,10 @@ class Wrapped:
             def see(block: BlockForward, forward: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
                 # The step would be refused here too; and under checkpoint a backward of the profile would come back.
                 refuse_active_hooks()
-                if by_tiles is not None:
-                    by_tiles.see(block, a, k)
-                return observer(block.name, forward, a, k)
+                if by_tiles is None:
+                    return observer(block.name, forward, a, k)
+                by_tiles.see(block, a, k)
+                return by_tiles.made(block, observer(block.name, forward, a, k))
 
             self.session.observer = see
             try:

@@ -165,6 +165,11 @@ class Session:
         """Profile and plan of block ``name``; None before there is a plan."""
         return self._decisions.get(name, (None, None))
 
+    def below(self, name: str) -> str:
+        """The block that is planned before ``name``; empty if there is none."""
+        names = list(self._decisions)
+        return names[names.index(name) - 1] if name in names[1:] else ""
+
     @property
     def no_plan_reason(self) -> str:
         """Why a block has no decision."""

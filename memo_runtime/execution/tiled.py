@@ -24,6 +24,7 @@ from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import Captured, capture
 from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_overwrite import holders, sole_holders
@@ -33,6 +34,7 @@ from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
+from memo_runtime.execution.witness import Witness
 from memo_runtime.records import TokenAxis
 
 
@@ -41,7 +43,10 @@ class Way:
     """How one call runs: see ``TiledBlock``.
 
     ``sent``: of the last tiles whose products are kept, how many have them in host memory. ``groups``: of heads, that
-    go through attention one by one. ``ended`` is called with each backward that is over.
+    go through attention one by one. ``ended`` is called with each backward that is over. ``origin``: the call whose
+    result the input is, from which it is made again instead of stashed (``tiled_chain.origin_of``). ``input_stays``: it
+    is stashed on the device though the rest goes to the host. ``witness``: compares an input that is made again.
+    ``owner``: the block's name.
     """
 
     tile: int
@@ -51,6 +56,10 @@ class Way:
     sent: int = 0
     groups: int = 1
     ended: Callable[[Run], None] | None = None
+    origin: Any = None
+    input_stays: bool = False
+    witness: Witness | None = None
+    owner: str = ""
 
 
 class TiledBlock:
@@ -150,8 +159,9 @@ class TiledBlock:
             sent=way.sent,
             groups=way.groups,
             ended=way.ended,
+            owner=way.owner,
         )
-        output = _apply(run, self.block, call)
+        output = _apply(run, self.block, call, way)
         self.kernels, self.bytes_kept = run.mixing.names, run.bytes_kept
         return output
 
@@ -169,14 +179,16 @@ def _checked_run(captured: Captured, block: nn.Module, call: BlockCall, tile: in
         autocast=AutocastState.current(call.leaves[captured.input_leaf].device.type),
         reproducible=True,
     )
-    return _apply(run, block, call), run
+    return _apply(run, block, call, Way(tile=tile)), run
 
 
-def _apply(run: Run, block: nn.Module, call: BlockCall) -> Any:
+def _apply(run: Run, block: nn.Module, call: BlockCall, way: Way) -> Any:
     captured = run.captured
     sole_holders(run.device.type)  # found out here, not in the middle of a backward
     tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
-    results = _TiledFunction.apply(run, *tensors)  # type: ignore[no-untyped-call]
+    results = _TiledFunction.apply(run, way, *tensors)  # type: ignore[no-untyped-call]
+    if result_stage(captured) is not None:
+        run.yielded = next(Yielded.of(one) for one in results if isinstance(one, torch.Tensor))
     return unflatten(list(results), captured.traced.output)
 
 
@@ -184,17 +196,18 @@ class _TiledFunction(torch.autograd.Function):
     """One block call in autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> tuple[Any, ...]:
+    def forward(ctx: Any, run: Run, way: Way, *tensors: torch.Tensor) -> tuple[Any, ...]:
         captured = run.captured
-        values = dict(zip(_placeholders(captured), tensors, strict=True))
+        values = dict(zip(run.placeholders(), tensors, strict=True))
         with _given_back(run), torch.autocast(tensors[-1].device.type, enabled=False):
             results = run.forward(values)
         extra = [values[node] for node in run.stash()]
         saved = [one for state in run.mixing.saved.values() for one in state.tensors]
         ctx.run, ctx.counts = run, (len(tensors), len(extra))
         stash = [*tensors, *extra, *saved]
+        ctx.input = _left_out(run, way, stash)
         with _given_back(run):
-            ctx.entry = _swapped(run, stash, len(tensors), len(extra))
+            ctx.entry = _swapped(run, way, stash, ctx)
         ctx.save_for_backward(*stash)
         for state in run.mixing.saved.values():
             state.tensors = (None,) * len(state.tensors)
@@ -215,13 +228,12 @@ class _TiledFunction(torch.autograd.Function):
         alone = sole_holders(ctx.run.device.type)
         sole = [at for at in range(len(grads)) if alone is not None and holders(grads, at) == alone]
         run: Run = ctx.run
-        nodes = _placeholders(run.captured)
         stored: list[Any] = list(ctx.saved_tensors)
         if ctx.entry is not None:
             for place, tensor in ctx.entry.take().items():
                 stored[place] = tensor
         count, extra = ctx.counts
-        values: dict[fx.Node, Any] = dict(zip(nodes, stored[:count], strict=True))
+        values: dict[fx.Node, Any] = dict(zip(run.placeholders(), stored[:count], strict=True))
         values.update(zip(run.stash(), stored[count : count + extra], strict=True))
         rest = iter(stored[count + extra :])
         for state in run.mixing.saved.values():
@@ -230,6 +242,10 @@ class _TiledFunction(torch.autograd.Function):
         surroundings = Surroundings()
         try:
             with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
+                if ctx.input is not None:
+                    values[run.placeholders()[ctx.input.place]] = ctx.input.made()
+                if not run.retain:
+                    hand_over(ctx)
                 found = run.backward(values, grads, sole, ctx.entry)
         except BaseException:
             surroundings.restore()
@@ -240,10 +256,12 @@ class _TiledFunction(torch.autograd.Function):
                 state.tensors = (None,) * len(state.tensors)
             if ctx.entry is not None:
                 ctx.entry.done(retain=run.retain)
+            elif ctx.input is not None:
+                ctx.input.done(retain=run.retain)
         if run.ended is not None:
             run.ended(run)
-        results: list[Any] = [None]
-        for node in nodes:
+        results: list[Any] = [None, None]
+        for node in run.placeholders():
             grad = found.take(node)
             results.append(grad.to(node.meta["val"].dtype) if grad is not None else None)
         return tuple(results)
@@ -267,7 +285,21 @@ def _given_back(run: Run) -> Iterator[None]:
         raise
 
 
-def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | None:
+def _left_out(run: Run, way: Way, stash: list[Any]) -> Input | None:
+    """Take the input out of ``stash`` where it is made again."""
+    if way.origin is None or result_stage(run.captured) is None:
+        return None
+    place = _input_place(run.captured)
+    tensor, stash[place] = stash[place], None
+    return linked(way.origin, Input(way.origin, place, tensor_bytes(tensor), witness=way.witness))
+
+
+def _input_place(captured: Captured) -> int:
+    """Of the input among what a call saves."""
+    return len(captured.states) + [leaf for _, leaf in captured.arguments].index(captured.input_leaf)
+
+
+def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
     """Start the copies to the host, and take what is copied out of ``stash``.
 
     Copied are inputs with tokens and a gradient, results of mixers, and what belongs to these. Other arguments are
@@ -275,8 +307,8 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
     """
     if run.swap is None:
         return None
-    captured = run.captured
-    nodes = [*_placeholders(captured), *run.stash()]
+    captured, (inputs, extra) = run.captured, ctx.counts
+    nodes = [*run.placeholders(), *run.stash()]
     fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
     chosen = {}
     kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products if one.dim())
@@ -291,18 +323,14 @@ def _swapped(run: Run, stash: list[Any], inputs: int, extra: int) -> Entry | Non
             continue
         if node is None or isinstance(captured.stages.axes[node], TokenAxis):
             chosen[place] = tensor
-    if not run.to_host:
-        kept += sum(tensor_bytes(tensor) for tensor in chosen.values())
-        chosen = {}
+    stay = chosen if not run.to_host else {_input_place(captured)} & chosen.keys() if way.input_stays else ()
+    for place in list(stay):
+        kept += tensor_bytes(chosen.pop(place))
     run.bytes_kept = kept
-    entry = run.swap.store(chosen, kept=kept, products=run.products)
+    entry = run.swap.store(chosen, kept=kept, products=run.products, made=ctx.input)
     for place in chosen:
         stash[place] = None
     return entry
-
-
-def _placeholders(captured: Captured) -> list[fx.Node]:
-    return [node for node, _ in (*captured.states, *captured.arguments)]
 
 
 def _distinct(results: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:

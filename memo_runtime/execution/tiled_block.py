@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.call import BlockCall, first_tensor
+from memo_runtime.blocks.containers import mapped
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
@@ -16,12 +17,14 @@ from memo_runtime.execution.counters import BlockCounters, StepCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_chain import input_axis, origin_of, result_stage
 from memo_runtime.execution.tiled_overwrite import sole_holders
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.execution.tiled_timing import time_tiles
+from memo_runtime.execution.witness import Witness
 from memo_runtime.records import BlockPlan, BlockProfile, Demotion, Executor, Profile, TiledProfile
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 _NOT_CALLED = "it was not called when the model was profiled, so nothing is known of its tiles"
 
 
+_NOT_FROM_BELOW = (
+    "its input is not the result of the block below as when the model was profiled, so it is not made again from it"
+)
 _HELD = (
     "the gradient of its result is held elsewhere too (a hook that keeps it, a sum behind the block), so its backward "
     "takes one tensor of full length more than planned"
@@ -130,8 +136,10 @@ class TiledForward:
         stays = (plan.prefix - plan.sent) * tokens // plan.tokens // tile if plan.sent else kept
         way = Way(
             tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, sent=kept - stays,
-            groups=plan.groups, ended=ended,
+            groups=plan.groups, ended=ended, owner=self._owner.name,
         )  # fmt: skip
+        if plan.from_below:
+            way = self._made_again(way, call.leaves[captured.input_leaf], captured, plan)
         if profile.tiled is not None:
             _remember_kernels(session.programs, captured, profile.tiled)
         with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
@@ -139,6 +147,22 @@ class TiledForward:
         counters.alpha, counters.attention = plan.alpha, tuple(tiles.kernels)
         counters.bytes_kept += tiles.bytes_kept
         return output
+
+
+    def _made_again(self, way: Way, source: torch.Tensor, captured: Captured, plan: BlockPlan) -> Way:
+        """``way`` for a call whose input is planned to be made again; where it cannot be, the input stays."""
+        session, name = self._owner.session, self._owner.name
+        origin = origin_of(source)
+        ours = origin is not None and origin.run.programs is session.programs
+        if not ours or origin.run.owner != session.below(name) or result_stage(captured) is None:
+            session.demotions.setdefault(name, Demotion(reason=_NOT_FROM_BELOW, rerunnable=True, unchained=True))
+            session.note(f"'{name}': {_NOT_FROM_BELOW}. In this step it stays on the device; the next is planned anew")
+            return replace(way, input_stays=True)
+        witness = None
+        if session.asks_for_witness(name, plan):
+            witness = Witness(name, prefix=0, tokens=source.shape[source.dim() - 2])
+            witness.see(0, source.detach(), input_axis(captured))
+        return replace(way, origin=origin, witness=witness)
 
 
 def _remember_kernels(programs: ProgramCache, captured: Captured, takes: TiledProfile) -> None:
@@ -155,21 +179,40 @@ class Tiling:
     def __init__(self, tile: int | None = None) -> None:
         self._tile = tile
         self._found: dict[str, tuple[TiledProfile | None, str]] = {}
+        #: By block, the one whose result is its input.
+        self._below: dict[str, str] = {}
+        self._last: tuple[str, torch.Tensor, int] | None = None
 
     def see(self, block: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first call of ``block``."""
         if block.name not in self._found:
             call = BlockCall.of(args, kwargs)
+            source = call.leaves[call.input_leaf] if call.input_leaf is not None else None
+            if self._last is not None and self._last[1] is source and self._last[2] == source._version:
+                self._below[block.name] = self._last[0]
             empty = (None, "its input is empty")
             self._found[block.name] = empty if call.is_empty else block.tiles.profile(call, self._tile)
 
+    def made(self, block: BlockForward, output: Any) -> Any:
+        """Take note of what the call of ``block`` yields, as an object of its own: it stands for the result."""
+        first = first_tensor(output)
+        if first is None:
+            return output
+        # No leaf: what comes behind it may write into it.
+        alias = first.detach().requires_grad_().clone()
+        self._last = block.name, alias, alias._version
+        return mapped(lambda one: alias if one is first else one, output)
+
     def added_to(self, profile: Profile) -> Profile:
         """``profile`` with what was found."""
-        blocks = []
+        blocks: list[BlockProfile] = []
         for block in profile.blocks:
             # One that this pass did not call may be known from another.
             known = block.tiled, block.tiled_reason or ("" if block.tiled else _NOT_CALLED)
             takes, reason = self._found.get(block.name, known)
+            if takes is not None and block.name in self._found:
+                lower = blocks[-1].name if blocks else ""
+                takes = replace(takes, chained=self._below.get(block.name) == lower)
             blocks.append(replace(block, tiled=takes, tiled_reason=reason))
         return replace(profile, blocks=tuple(blocks))
 

@@ -28,6 +28,7 @@ from torch import fx
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
+from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
 from memo_runtime.execution.tiled_heads import Grouping, grouping
@@ -253,6 +254,13 @@ class _Walk:
         self.look_at(index, _WHICHEVER, backward=False)
         self.rebuilding = False
 
+    def result(self, index: int) -> None:
+        """As ``Run.result_again``, for the block above: the gradient of its result is there, and as large as this."""
+        (node,) = (one for one in self.captured.outputs if isinstance(one, fx.Node))
+        self.add("given gradient", node)
+        # What is made is counted as what the block above has not stashed.
+        self.look_at(index, _WHICHEVER, backward=False)
+
     def _rounding(self) -> int:
         """Most bytes that gradients of weights take more while each is rounded from the precision of its sum."""
         more = most = 0
@@ -348,6 +356,16 @@ def moments(
     forward.forward()
     backward.backward()
     return tuple(forward.moments), tuple(backward.moments)
+
+
+def result_moments(captured: Captured, needs: Needs, tokens: int) -> tuple[Moment, ...]:
+    """Those of making the block's result again from its stash; none if it cannot be."""
+    index = result_stage(captured)
+    if index is None:
+        return ()
+    walk = _Walk(captured, needs, tokens, {}, {}, fixed=weight_bytes(captured), rebuilding=True)
+    walk.result(index)
+    return tuple(walk.moments)
 
 
 def weight_bytes(captured: Captured) -> int:

@@ -35,6 +35,7 @@ from memo_runtime.execution.mixers.attention import (
 from memo_runtime.execution.mixers.by_graph import run_with_graph
 from memo_runtime.execution.mixers.by_queries import merge_bytes
 from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
+from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_heads import grouping, head_count
 from memo_runtime.execution.tiled_moments import (
@@ -42,6 +43,7 @@ from memo_runtime.execution.tiled_moments import (
     Workspace,
     moments,
     polynomial,
+    result_moments,
     results_of_mixers,
     stashed_results,
 )
@@ -110,6 +112,8 @@ def tiled_profile(
         backward_by_groups=by_groups[1],
         group_flops=_by_each_group(captured, costs),
         elements=_most_elements(captured, tokens),
+        result=result_moments(captured, needs, tokens),
+        result_flops=_of_result(captured, costs),
     )
     return found if times is None else _timed(found, times, costs)
 
@@ -203,6 +207,12 @@ def _by_each_group(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> G
     count = len(captured.stages.stages)
     again = [costs[index - 1][0].forward for index in range(1, count) if grouping(captured, index) is not None]
     return Growth(linear=2 * sum(again) / _TILE)
+
+
+def _of_result(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> Growth:
+    """FLOPs of making the block's result again."""
+    index = result_stage(captured)
+    return Growth(linear=costs[index][0].forward / _TILE) if index is not None else Growth()
 
 
 def _most_elements(captured: Captured, tokens: int) -> Growth:

@@ -11,6 +11,7 @@ x, o, dx and do alone, and of one group the rest.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
+from memo_runtime.execution.tiled_chain import Input, Yielded, result_stage
 from memo_runtime.execution.tiled_gradients import Gradients, Part
 from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
 from memo_runtime.execution.tiled_mixing import Mixing, Values
@@ -121,6 +123,7 @@ class Run:
         reproducible: attention drops what ``attention_seed`` says, also where a fused kernel would draw itself.
         groups: of heads, one of which goes through attention at a time, where attention can be divided so.
         mixing: its mixers.
+        owner: the block's name. yielded: its result as it was. above: inputs that are made again from it.
     """
 
     captured: Captured
@@ -144,6 +147,9 @@ class Run:
     again_flops: int = 0
     held_elsewhere: bool = False
     bytes_kept: int = 0
+    owner: str = ""
+    yielded: Yielded | None = None
+    above: list[weakref.ref[Input]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.mixing = Mixing(
@@ -177,6 +183,10 @@ class Run:
                 if stage.by_rows:
                     self._drop_inputs(index, values)
         return [values[one] if isinstance(one, fx.Node) else one for one in self.captured.outputs]
+
+    def placeholders(self) -> list[fx.Node]:
+        """Parameters and arguments."""
+        return [node for node, _ in (*self.captured.states, *self.captured.arguments)]
 
     def stash(self) -> list[fx.Node]:
         """The values that backward needs of forward, beside placeholders."""
@@ -298,6 +308,17 @@ class Run:
             del sources, results
 
     # ---- backward
+
+    def result_again(self, values: Values) -> torch.Tensor:
+        """The block's result once more, by its last segment alone; ``values``: placeholders and the stash."""
+        index = result_stage(self.captured)
+        assert index is not None, "nothing is made again from a block that cannot"
+        segment = self.captured.segment(index)
+        with torch.autocast(self.device.type, enabled=False):
+            self._run_whole(self.captured.stages.weights, values)
+            self._segment_forward(index, segment, values, keep=False)
+        result: torch.Tensor = values[segment.outputs[0]]
+        return result
 
     def backward(
         self,

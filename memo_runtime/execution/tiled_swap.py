@@ -22,6 +22,7 @@ import torch
 
 from memo_runtime.errors import StateChangedError, StepGivenUpError
 from memo_runtime.execution.ledger import Ledger, Share
+from memo_runtime.execution.tiled_chain import Input
 from memo_runtime.execution.tiled_products import Departures, Products
 from memo_runtime.native.engine import CopyEngine, Ticket
 from memo_runtime.native.pool import HostPool, Slot
@@ -51,13 +52,16 @@ class Entry:
     ``share``: what is on the device: sources and what was fetched, and bytes of the stash and of products that stay
     there until the block's backward is over. Where the step is given up, it goes with the entry, and so do tickets.
     ``products``: those of tiles that were sent; the fetch of the block below then waits until they are back.
+    ``made``: the call's input, if that is made again from what the block below has, which is then fetched with this.
     """
 
     def __init__(
-        self, swap: TiledSwap, copies: Mapping[int, _Copy], share: Share, products: Products | None = None
-    ) -> None:
+        self, swap: TiledSwap, copies: Mapping[int, _Copy], share: Share, products: Products | None = None,
+        made: Input | None = None,
+    ) -> None:  # fmt: skip
         self._swap = swap
         self._products = products
+        self._input = made
         self._copies = dict(copies)
         self._share = share
         self._given_up = False
@@ -85,6 +89,8 @@ class Entry:
         """Start the copies back, once; where there are none, those of the next block below that has some."""
         self.sent()
         lower = self._below()
+        if self._input is not None:
+            self._input.fetch()
         if not self._copies and lower is not None:
             lower.fetch()
         for copy in self._copies.values():
@@ -102,7 +108,8 @@ class Entry:
         lower = self._below()
         if not self._copies and lower is not None:
             return int(lower.landing_bytes)
-        return sum(copy.size_bytes for copy in self._copies.values() if copy.target is None)
+        below = self._input.landing_bytes if self._input is not None else 0
+        return below + sum(copy.size_bytes for copy in self._copies.values() if copy.target is None)
 
     def _below(self) -> Any:
         return self.lower() if self.lower is not None else None
@@ -113,21 +120,35 @@ class Entry:
         Raises:
             StepGivenUpError: their memory was needed for another step.
         """
+        self._refuse_given_up()
+        self._swap.order.started(self)
+        self.fetch()
+        if self._products is None:
+            self._fetch_lower()
+        return self.landed()
+
+    def _refuse_given_up(self) -> None:
         if self._given_up:
             raise StepGivenUpError(
                 "a block is to go backward in a step that an exception ended, and its memory was needed for another "
                 "one since. Would work: forward again, or a host_budget with room for both"
             )
-        self._swap.order.started(self)
+
+    def landed(self) -> dict[int, torch.Tensor]:
+        """The tensors, on the device, and nothing else is begun.
+
+        Raises:
+            StepGivenUpError: their memory was needed for another step.
+        """
+        self._refuse_given_up()
         self.fetch()
-        if self._products is None:
-            self._fetch_lower()
         found = {}
         for place, copy in self._copies.items():
             assert copy.target is not None, "the copy was fetched"
             if copy.back is not None:
-                ticket, copy.back = copy.back, None
-                ticket.wait()
+                # In this order: where an interrupt cuts it off, it is waited for again.
+                copy.back.release()
+                copy.back = None
             found[place] = copy.target
         return found
 
@@ -159,6 +180,8 @@ class Entry:
             if copy.target is not None:
                 copy.target = None
                 self._share.hold(-copy.size_bytes)
+        if self._input is not None:
+            self._input.done(retain=retain)
         if self._products is not None:
             self._products.done(retain=retain)
         if not retain:
@@ -249,12 +272,18 @@ class TiledSwap:
         self.ledger = ledger if ledger is not None else Ledger()
 
     def store(
-        self, tensors: Mapping[int, torch.Tensor], *, kept: int = 0, products: Products | None = None
+        self,
+        tensors: Mapping[int, torch.Tensor],
+        *,
+        kept: int = 0,
+        products: Products | None = None,
+        made: Input | None = None,
     ) -> Entry:
         """Start the copies of one call to the host; an empty one still takes part in the order of blocks.
 
         Args:
             tensors: what is copied. kept: bytes that stay on the device beside it. products: that were sent before.
+            made: the input, where it is made again.
 
         Raises:
             HostLimitError: the host budget has no room; nothing was copied.
@@ -262,11 +291,16 @@ class TiledSwap:
         copies = {place: _Copy(one, self.pool.take(one.numel() * one.element_size())) for place, one in tensors.items()}
         share = Share(self.ledger)
         share.hold(kept + sum(copy.size_bytes for copy in copies.values()))
+        if made is not None:
+            # Here it is still the caller's.
+            made.share = Share(self.ledger)
+            made.share.hold(made.size_bytes)
+            made.share.clear()
         for place, one in tensors.items():
             flat = one.as_strided((one.numel(),), (1,)).view(1, -1, 1)
             copies[place].out = self.transfer.to_host(flat, copies[place].memory())
             self.counters.bytes_to_host += copies[place].size_bytes
-        entry = Entry(self, copies, share, products)
+        entry = Entry(self, copies, share, products, made)
         if self.device.type == "cpu":
             entry.sent()  # nothing to gain from waiting later: the caller's cores make the copies
         self.order.stored(entry)

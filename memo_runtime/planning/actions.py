@@ -129,6 +129,8 @@ def plan_block(
     resident: bool = False,
     sent: int = 0,
     groups: int = 1,
+    from_below: bool = False,
+    for_above: bool = False,
 ) -> BlockPlan:
     """The exact plan of one block.
 
@@ -139,9 +141,14 @@ def plan_block(
         reason: why the executor is not the policy's. tile: tokens of a tile.
         resident: what a rerun starts from and autograd saved stays on the device.
         sent: the last of the kept rows whose products go to the host. groups: of heads, for ``TILED``.
+        from_below: its input is made again from the stash of the block below. for_above: that of the block above from
+            its own.
     """
     if executor is Executor.TILED:
-        plan = _plan_tiled(block, tokens, (prefix, sent), device_rows, tile)
+        plan = _plan_tiled(block, tokens, (prefix, sent), device_rows, tile, from_below=from_below)
+        if for_above and block.tiled is not None:
+            more = block.tiled.result_flops.at(tokens)
+            plan = replace(plan, for_above=True, recomputed_flops=plan.recomputed_flops + more)
         return plan if groups == 1 or block.tiled is None else _by_groups(plan, block.tiled, groups)
     if executor in (Executor.KEEP, Executor.NATIVE):
         prefix, device_rows = tokens, 0
@@ -169,11 +176,14 @@ def plan_block(
     )
 
 
-def _plan_tiled(block: BlockProfile, tokens: int, kept: tuple[int, int], device_rows: int, tile: int) -> BlockPlan:
+def _plan_tiled(
+    block: BlockProfile, tokens: int, kept: tuple[int, int], device_rows: int, tile: int, *, from_below: bool
+) -> BlockPlan:
     takes = block.tiled
     prefix, sent = kept
     assert takes is not None, "a block that is planned by tiles was profiled so"
-    stash = [size.at(tokens) for size in takes.stash]
+    # The input comes first.
+    stash = [size.at(tokens) for size in takes.stash[1 if from_below else 0 :]]
     copied = [*([] if device_rows else stash), *_sent_tiles(takes, prefix, sent, tile)]
     return BlockPlan(
         name=block.name,
@@ -189,6 +199,7 @@ def _plan_tiled(block: BlockProfile, tokens: int, kept: tuple[int, int], device_
         recomputed_flops=takes.again_flops.at(tokens) - takes.saved_flops.at(prefix),
         tile=tile,
         sent=sent,
+        from_below=from_below,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from memo_runtime.config import Settings
 from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.planning.chain import still_linked
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import Choice, Sheet
@@ -35,6 +36,8 @@ def corrected(profile: Profile, demotions: Mapping[str, Demotion]) -> Profile:
 
 
 def _demoted(block: BlockProfile, found: Demotion) -> BlockProfile:
+    if found.unchained:
+        return block if block.tiled is None else replace(block, tiled=replace(block.tiled, chained=False))
     if found.tiles_only:
         return replace(block, tiled=None, tiled_reason=found.reason)
     return replace(block, sliceable=False, replayable=False, rerunnable=found.rerunnable, reason=found.reason)
@@ -80,6 +83,7 @@ def amended(plan: Plan, demotions: Mapping[str, Demotion], *, accumulating: bool
         _instead(block, planned) if _concerned(planned, demotions) else _choice(planned)
         for block, planned in zip(profile.blocks, plan.blocks, strict=True)
     )
+    choices = still_linked(profile.blocks, choices)
     budgets = Budgets.recorded(plan.limits)
     if not fits(sheet, budgets, choices):
         since = _since(demotions, accumulating=accumulating and not plan.accumulating)
@@ -101,7 +105,7 @@ def amended(plan: Plan, demotions: Mapping[str, Demotion], *, accumulating: bool
 
 def _concerned(planned: BlockPlan, demotions: Mapping[str, Demotion]) -> bool:
     found = demotions.get(planned.name)
-    if found is None:
+    if found is None or found.unchained:
         return False
     return planned.executor is Executor.TILED if found.tiles_only else planned.executor in _RERUN
 
@@ -123,6 +127,8 @@ def _choice(planned: BlockPlan) -> Choice:
             resident=planned.resident,
             sent=planned.sent,
             groups=planned.groups,
+            from_below=planned.from_below,
+            for_above=planned.for_above,
         )
     return Choice(planned.executor, reason=planned.reason)
 

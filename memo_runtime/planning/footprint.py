@@ -52,6 +52,8 @@ class Footprint:
         stretches: by tiles, what its backward takes before its attention, with it and behind it, as far as there is
             such a stretch: transient bytes, and of these what has landed of products.
         sent: products that go to the host.
+        from_below: its input is made again, which is of ``full``, and what that takes is fetched with it. passing:
+            seconds to make that of the block above, and ``passing_peak`` transient bytes meanwhile.
     """
 
     skeletal: int
@@ -77,6 +79,9 @@ class Footprint:
     held: int = 0
     stretches: tuple[tuple[Stretch, int, int], ...] = ()
     sent: SentProducts = NO_PRODUCTS
+    from_below: bool = False
+    passing: float = 0.0
+    passing_peak: int = 0
 
 
 def copy_seconds(size_bytes: float, rate: float) -> float:
@@ -146,15 +151,18 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     takes, tokens = block.tiled, plan.tokens
     assert takes is not None, "a block that is planned by tiles was profiled so"
     stash = sum(size.at(tokens) for size in takes.stash)
-    swapped = 0 if plan.device_rows else stash
+    made_again = takes.stash[0].at(tokens) if plan.from_below else 0
+    swapped = 0 if plan.device_rows else stash - made_again
     products = takes.product_bytes(plan.prefix - plan.sent)
     timed = takes if takes.seconds_per_flop else block
     stretches = _stretches(takes, plan, products)
+    rate = takes.seconds_per_flop or _seconds_per_flop(block, tokens)
+    passing = takes.result_flops.at(tokens) * rate if plan.for_above else 0.0
     return Footprint(
         skeletal=stash + takes.resident.at(tokens) + products,
         outgoing=swapped,
         kept=plan.bytes_kept,
-        full=swapped,
+        full=swapped + made_again,
         spent=0,
         landing=swapped,
         copies=swapped > 0,
@@ -172,6 +180,9 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         held=block.output.at(tokens),
         stretches=stretches,
         sent=_sent_products(takes, plan, link) if plan.sent else NO_PRODUCTS,
+        from_below=plan.from_below,
+        passing=passing,
+        passing_peak=_highest(takes.result, plan, backward=False) - products if plan.for_above else 0,
     )
 
 
@@ -218,7 +229,8 @@ def _sent_products(takes: TiledProfile, plan: BlockPlan, link: Link) -> SentProd
 def _again_seconds(block: BlockProfile, takes: TiledProfile, plan: BlockPlan) -> float:
     """Seconds of what is run again; products that are kept save what was measured, which is less than their FLOPs."""
     if not takes.seconds_per_flop:
-        return plan.recomputed_flops * _seconds_per_flop(block, plan.tokens)
+        passing = takes.result_flops.at(plan.tokens) if plan.for_above else 0
+        return (plan.recomputed_flops - passing) * _seconds_per_flop(block, plan.tokens)
     all_again = takes.again_flops.at(plan.tokens) + (plan.groups - 1) * takes.group_flops.at(plan.tokens)
     return all_again * takes.seconds_per_flop - takes.saved_seconds.exact(plan.prefix)
 

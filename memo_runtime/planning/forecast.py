@@ -182,16 +182,12 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
 def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
     """The points of backward, from the top."""
     transient = 1 if around.asynchronous else 0
-    stashes, fetched = [], []
-    kept = landing = 0
-    for block in blocks:
-        kept += block.kept
-        fetched.append(0 if put_off(block, landing) else landing)
-        stashes.append(kept + block.full + fetched[-1])
-        landing = block.landing if block.copies else landing
+    fetched, stashes = _fetched_and_stashed(blocks)
     there = gradients_above(around, blocks)
     for index in reversed(range(len(blocks))):
         block, stash = blocks[index], stashes[index]
+        if passing := _passing_peak(blocks, index):
+            yield _Point(stash + block.sent.first, transient * passing, there[index], index, "input made again")
         if block.rerun_peak or block.spent:
             yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
         # What comes behind the last block is not ours, and may keep the gradient that it hands over.
@@ -205,6 +201,40 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
         if not block.stretches:
             yield _Point(stash - block.spent, transient * (block.backward_peak + held), there[index], index, "backward")
     yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
+
+
+def _fetched_and_stashed(blocks: Sequence[Footprint]) -> tuple[list[int], list[int]]:
+    """(what has landed for blocks below, all that is stashed, fetched and made again) when each goes backward.
+
+    Blocks that make their input again have with them all that those below them, down to the first that does not, have
+    in host memory and make again; the fetch for the next ones starts with that first one, or, where it has nothing in
+    host memory, with theirs.
+    """
+    fetched, stashes = [], []
+    kept = landing = run = passed_on = 0
+    for block in blocks:
+        kept += block.kept
+        if block.from_below:
+            fetched.append(passed_on)
+            stashes.append(kept + block.full + run + passed_on)
+            run, landing = run + block.full, landing + block.landing
+            continue
+        fetched.append(0 if put_off(block, landing) else landing)
+        stashes.append(kept + block.full + fetched[-1])
+        run, passed_on = block.full, 0 if block.copies else landing
+        landing = block.landing if block.copies else landing
+    return fetched, stashes
+
+
+def _passing_peak(blocks: Sequence[Footprint], index: int) -> int:
+    """Transient bytes while the inputs of block ``index`` and those below it are made again; 0: it is not the top."""
+    if any(block.from_below for block in blocks[index + 1 : index + 2]):
+        return 0
+    peak = 0
+    while blocks[index].from_below:
+        index -= 1
+        peak = max(peak, blocks[index].passing_peak)
+    return peak
 
 
 def put_off(block: Footprint, landing: int) -> bool:
@@ -230,16 +260,20 @@ def all_gradients(around: Surroundings, blocks: Sequence[Footprint]) -> int:
 
 def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
     """Compute, reruns, and the part of every copy that compute cannot hide."""
-    compute = sum(block.forward + block.backward + block.again for block in blocks)
+    compute = sum(block.forward + block.backward + block.again + block.passing for block in blocks)
     if not around.asynchronous:
         copies = sum(block.to_host + block.to_device + block.sent.copies for block in blocks)
         return compute + copies + around.outside_seconds
     exposed = 0.0
     for block, cover in zip(blocks, to_host_cover(blocks), strict=True):
         exposed += max(0.0, block.to_host + block.sent.left - cover) + block.sent.waits
+    together = 0.0
     for index, block in enumerate(blocks):
-        cover = sum(blocks[above].backward + blocks[above].again for above in to_device_cover(blocks, index))
-        exposed += max(0.0, block.to_device - cover)
+        # What inputs are made again of comes with those.
+        together = block.to_device + (together if block.from_below else 0.0)
+        if not any(above.from_below for above in blocks[index + 1 : index + 2]):
+            cover = sum(blocks[above].backward + blocks[above].again for above in to_device_cover(blocks, index))
+            exposed += max(0.0, together - cover)
     return compute + exposed + around.outside_seconds
 
 

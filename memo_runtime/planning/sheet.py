@@ -32,6 +32,8 @@ class Choice:
     resident: bool = False
     sent: int = 0
     groups: int = 1
+    from_below: bool = False
+    for_above: bool = False
 
 
 #: The choice that leaves a block alone.
@@ -119,6 +121,8 @@ class Sheet:
                 resident=choice.resident,
                 sent=choice.sent,
                 groups=choice.groups,
+                from_below=choice.from_below,
+                for_above=choice.for_above,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

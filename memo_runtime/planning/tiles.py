@@ -1,4 +1,4 @@
-"""``tiled``: blocks that were captured run tile by tile; four things are chosen for all of them together.
+"""``tiled``: blocks that were captured run tile by tile; five things are chosen for all of them together.
 
 * the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory;
 * how many blocks at the end of each stack keep their *stash* on the device, since nothing hides the fetch of the last;
@@ -6,6 +6,8 @@
   those that keep their stash, in host memory;
 * how many *groups of heads* attention runs in: as few as fit, since each but the first takes the segment before
   attention once more. (They also leave room for what is kept, which may be worth more; on a GPU that is not measured.)
+* of how many blocks that follow each other (``every``) only the first stashes its *input*. The others make theirs
+  again, which takes one segment for each and leaves room as well.
 
 For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
 those of the lower blocks in host memory, and the fastest is taken.
@@ -14,10 +16,11 @@ those of the lower blocks in host memory, and the fastest is taken.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from memo_runtime.config import LEAST_TILE, Policy, Settings, longest_tile
+from memo_runtime.planning.chain import in_runs, longest_chain
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.search import largest
 from memo_runtime.planning.sheet import Choice, PlanRequestError, Sheet
@@ -28,6 +31,10 @@ from memo_runtime.records import Executor
 #: Parts of the longest tile that shorter ones are.
 _SHORTER = (1, 2, 4, 8)
 _ESTIMATED = "step time by tiles is estimated from that of the blocks as they are"
+#: Lengths of runs of blocks of which one stashes its input. A run is on the device as a whole when its top block goes
+#: backward, so long ones leave no room there.
+_RUNS = (2, 4, 8)
+_MOST_RESIDENTS = 12
 #: Alpha moves by this part at most, and by whole tiles.
 _ALPHA_STEPS = 64
 
@@ -42,26 +49,39 @@ class ByTiles(Strategy):
 
     def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
         """The least that tiles need, with the stash of many blocks on the device and of none."""
-        for tile in self._tiles(sheet):
-            for groups in _groups(sheet):
-                for resident in self._residents(sheet)[:: -1 if self.keep_last is None else 1]:
-                    yield by_tiles(sheet, self.alpha or 0.0, resident, tile, groups=groups)
+        for every in _runs(sheet):
+            for tile in self._tiles(sheet):
+                for groups in _groups(sheet):
+                    for resident in self._residents(sheet)[:: -1 if self.keep_last is None else 1]:
+                        yield by_tiles(sheet, self.alpha or 0.0, resident, tile, groups=groups, every=every)
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
-        """The fastest within ``budgets`` at the largest tile at which any fits."""
+        """The fastest within ``budgets``, of each length of runs at the largest tile at which any fits."""
         _refuse_unseen(sheet)
+        best: Choices | None = None
+        for every in _runs(sheet):
+            found = self._best(sheet, budgets, every)
+            better = fastest(sheet, budgets, [one for one in (best, found) if one is not None])
+            if better is not None and (better is best or _all_is_kept(better)):
+                best = better
+                break  # longer runs make more again, for the same memory
+            best = better
+        return None if best is None else Decision(best, () if _timed(sheet) else (_ESTIMATED,))
+
+    def _best(self, sheet: Sheet, budgets: Budgets, every: int) -> Choices | None:
         for tile in self._tiles(sheet):
             for groups in _groups(sheet):
-                best = fastest(sheet, budgets, self._all(sheet, budgets, tile, groups))
+                found = self._all(sheet, budgets, _How(0, tile, groups, every), self._some_residents(sheet, every))
+                best = fastest(sheet, budgets, found)
                 if best is not None:
-                    return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
+                    return best
         return None
 
-    def _all(self, sheet: Sheet, budgets: Budgets, tile: int, groups: int) -> list[Choices]:
-        """Of every number of blocks whose stash stays, what may be the fastest."""
+    def _all(self, sheet: Sheet, budgets: Budgets, which: _How, residents: Sequence[int]) -> list[Choices]:
+        """Of ``residents``, numbers of blocks whose stash stays, what may be the fastest with each."""
         found = []
-        for resident in self._residents(sheet):
-            how = _How(resident, tile, groups)
+        for resident in residents:
+            how = replace(which, resident=resident)
             alpha = self._most(sheet, budgets, how)
             if alpha is not None:
                 found.append(how.at(sheet, alpha))
@@ -106,6 +126,14 @@ class ByTiles(Strategy):
             return [self.keep_last]
         return list(range(max(Counter(block.stack for block in sheet.blocks).values(), default=0), -1, -1))
 
+    def _some_residents(self, sheet: Sheet, every: int) -> list[int]:
+        """Those that are tried: with runs of several blocks no more than a dozen, so that planning is quick."""
+        all_of_them = self._residents(sheet)
+        if every == 1 or len(all_of_them) <= _MOST_RESIDENTS:
+            return all_of_them
+        last = len(all_of_them) - 1
+        return [all_of_them[number * last // (_MOST_RESIDENTS - 1)] for number in range(_MOST_RESIDENTS)]
+
 
 @dataclass(frozen=True, slots=True)
 class _How:
@@ -114,9 +142,21 @@ class _How:
     resident: int
     tile: int
     groups: int
+    every: int
 
     def at(self, sheet: Sheet, alpha: float, *, sent: float = 0.0) -> Choices:
-        return by_tiles(sheet, alpha, self.resident, self.tile, sent=sent, groups=self.groups)
+        return by_tiles(sheet, alpha, self.resident, self.tile, sent=sent, groups=self.groups, every=self.every)
+
+
+def _all_is_kept(choices: Choices) -> bool:
+    """All is kept where it is: more room is worth nothing."""
+    return all(one.prefix == one.device_rows and not one.from_below for one in choices)
+
+
+def _runs(sheet: Sheet) -> list[int]:
+    """Of how many blocks one may stash its input: powers of two up to the longest chain."""
+    longest = longest_chain(sheet.blocks)
+    return [1, *(every for every in _RUNS if every <= longest)]
 
 
 def _groups(sheet: Sheet) -> list[int]:
@@ -135,12 +175,13 @@ def _timed(sheet: Sheet) -> bool:
 
 
 def by_tiles(
-    sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0, groups: int = 1
+    sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0, groups: int = 1, every: int = 1
 ) -> Choices:
     """Every block that can by tiles; the others are run again as a whole, or as much of them as has to be.
 
     ``sent``: alpha of the blocks whose stash does not stay, where they keep their products in host memory. ``groups``:
     of heads, as far as a block can be divided so, and not so few that its tensors are too large for a kernel.
+    ``every``: of so many blocks of a chain the first alone stashes its input.
     """
     most = Counter(block.stack for block in sheet.blocks)
     kept = kept_blocks(sheet, min(resident, min(most.values(), default=0)))
@@ -164,7 +205,7 @@ def by_tiles(
                 groups=block.tiled.groups_at(tokens, groups),
             )
         )  # fmt: skip
-    return tuple(found)
+    return in_runs(sheet.blocks, found, every) if every > 1 else tuple(found)
 
 
 def floor(sheet: Sheet, settings: Settings) -> Choices:

@@ -358,6 +358,8 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         products=tuple(times(size, ratio) for size in tiled.products),
         forward=tuple(map(moment, tiled.forward)),
         backward=tuple(map(moment, tiled.backward)),
+        result=tuple(map(moment, tiled.result)),
+        result_flops=times(tiled.result_flops, ratio),
         again_flops=times(tiled.again_flops, ratio),
         saved_flops=times(tiled.saved_flops, ratio),
         forward_seconds=times(tiled.forward_seconds, ratio),

@@ -1,12 +1,14 @@
 """When a plan's blocks compute and copy: three lanes of bars, from the times of its profile.
 
 Forwards follow one another; copies to the host begin when a block's forward is over; the fetch of a block begins with
-the backward of the nearest block above that fetches or is kept, and its backward waits for it. Products of tiles go
-while their block's forward runs, and come back while its backward does.
+the backward of the nearest block above that fetches or is kept, and its backward waits for it. Blocks that make their
+input again have it fetched with what that takes. Products of tiles go while their block's forward runs, and come back
+while its backward does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memo_runtime.records import BlockPlan, BlockProfile, Executor, Plan
@@ -44,9 +46,11 @@ def lanes_of(plan: Plan) -> list[Bar]:
     bars.append(Bar("compute", "", "embedding, head and loss", now, now + head))
     now += head
     began, fetched = now, 0.0
-    for profiled, block in reversed(pairs):
+    for index, (profiled, block) in reversed(list(enumerate(pairs))):
         products = _products(profiled, block)
-        if seconds := _seconds(block.bytes_to_device - products, plan.profile.link.to_device):
+        # What inputs are made again of is fetched for the top block.
+        above = pairs[index + 1][1].from_below if index + 1 < len(pairs) else False
+        if seconds := _seconds(0 if above else _of_run(pairs, index), plan.profile.link.to_device):
             fetched = max(fetched, began) + seconds
             bars.append(Bar("to device", block.name, "fetch", fetched - seconds, fetched))
             now = max(now, fetched)
@@ -59,6 +63,13 @@ def lanes_of(plan: Plan) -> list[Bar]:
                 bars.append(Bar("compute", block.name, what, now, now + length))
                 now += length
     return bars
+
+
+def _of_run(pairs: Sequence[tuple[BlockProfile, BlockPlan]], index: int) -> int:
+    """Bytes of the stash that come back for block ``index``, and for those below it that its input is made again of."""
+    profiled, block = pairs[index]
+    below = _of_run(pairs, index - 1) if block.from_below else 0
+    return below + block.bytes_to_device - _products(profiled, block)
 
 
 def _products(profiled: BlockProfile, block: BlockPlan) -> int:

@@ -15,6 +15,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_profile as profiling
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_chain import origin_of
 from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
@@ -25,7 +26,7 @@ from memo_runtime.records import BlockProfile, Executor, Growth, Link
 from tests.exactness.hand_written import merge_heads
 from tests.execution.alive import Alive
 
-TOKENS, WIDTH, HEADS, BLOCKS = 96, 32, 4, 2
+TOKENS, WIDTH, HEADS = 96, 32, 4
 CPU = torch.device("cpu")
 
 
@@ -86,6 +87,7 @@ class Kind:
     wide: int = 3
     rows: int = 1
     lora: bool = False
+    blocks: int = 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Case:
     """How a step runs: products of ``keep`` tiles are kept, the stash of ``swapped`` blocks goes to the host.
 
     ``held``: somebody keeps the gradient of the last block's result. ``sent``: of the kept tiles of swapped blocks, the
-    last ones whose products go to the host. ``groups``: of heads.
+    last ones whose products go to the host. ``groups``: of heads. ``every``: of so many blocks one stashes its input.
     """
 
     kind: Kind
@@ -103,6 +105,7 @@ class Case:
     held: bool = False
     sent: int = 0
     groups: int = 1
+    every: int = 1
 
 
 def bytes_of(*tensors):
@@ -116,7 +119,7 @@ class Stack:
         torch.manual_seed(0)
         programs = ProgramCache(run_eagerly)
         self.kind = kind
-        self.layers = [Layer(kind.shared, kind.wide, lora=kind.lora).double() for _ in range(BLOCKS)]
+        self.layers = [Layer(kind.shared, kind.wide, lora=kind.lora).double() for _ in range(kind.blocks)]
         self.tiles = [TiledBlock(one, tile=1, programs=programs) for one in self.layers]
         self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
         call = BlockCall.of((self.source,), {})
@@ -137,7 +140,8 @@ class Stack:
             rows = 0 if index < case.swapped else TOKENS
             sent = 0 if rows else prefix - max(0, case.keep - case.sent) * case.tile
             plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile, sent=sent,
-                              groups=case.groups)  # fmt: skip
+                              groups=case.groups, from_below=index % case.every > 0,
+                              for_above=index + 1 < self.kind.blocks and (index + 1) % case.every > 0)  # fmt: skip
             one = footprint(block, plan, Link(to_host=1.0, to_device=1.0))
             prints.append(replace(one, outgoing=0, sent=replace(one.sent, under_way=0)))
         around = Surroundings(
@@ -162,8 +166,10 @@ class Stack:
                 call = BlockCall.of((x,), {})
                 below = index < case.swapped
                 x = one.run(
-                    one.captured(call), call, replace(way, to_host=below, sent=case.sent if below else 0)
-                )
+                    one.captured(call), call,
+                    replace(way, to_host=below, sent=case.sent if below else 0,
+                            origin=origin_of(x) if index % case.every else None),
+                )  # fmt: skip
                 del call
             forward, x = alive.peaks[""], x if case.held else x * 3.0
             behind, alive.phase = bytes_of(x), "backward"
@@ -199,6 +205,14 @@ BY_GROUPS = [
     *(Case(Kind(), tile=tile, swapped=1, groups=4) for tile in (16, 48)),
     Case(WIDE, tile=7, keep=14, swapped=2, sent=14, groups=2),
 ]  # fmt: skip
+FOUR = Kind(shared=1, blocks=4)
+IN_RUNS = [
+    *(Case(GROUPED, keep=keep, swapped=swapped, every=2) for keep, swapped in ((0, 2), (6, 2), (6, 0), (2, 1))),
+    Case(GROUPED, keep=6, swapped=2, sent=6, every=2),
+    Case(WIDE, swapped=2, groups=2, every=2),
+    *(Case(FOUR, keep=keep, swapped=swapped, every=every)
+      for keep, swapped, every in ((0, 4, 2), (6, 4, 4), (0, 3, 4))),
+]  # fmt: skip
 MORE = [
     Case(GROUPED, tile=7, keep=1, swapped=1),
     Case(ADAPTED, tile=20),
@@ -211,7 +225,9 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, *SENDING, *BY_GROUPS, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)], ids=str
+    "case",
+    [*CASES, *SENDING, *BY_GROUPS, *IN_RUNS, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)],
+    ids=str,
 )
 def test_the_peak_of_a_step(case):
     stack = stack_of(case.kind)

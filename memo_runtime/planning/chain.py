@@ -1,0 +1,74 @@
+"""Blocks whose input is made again from the stash of the block below, instead of being stashed.
+
+Blocks of one stack that follow each other, run by tiles and are handed each other's results form a chain. Of ``every``
+blocks of a chain the first stashes its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from memo_runtime.planning.sheet import Choice
+from memo_runtime.records import BlockPlan, BlockProfile, Executor
+
+
+def can_follow(lower: BlockProfile, block: BlockProfile) -> bool:
+    """The input of ``block`` can be made again from what ``lower``, which is called before it, has stashed."""
+    if lower.tiled is None or block.tiled is None or lower.stack != block.stack:
+        return False
+    return block.tiled.chained and bool(lower.tiled.result) and bool(block.tiled.result)
+
+
+def longest_chain(blocks: Sequence[BlockProfile]) -> int:
+    """Blocks of the longest chain."""
+    longest = length = 0
+    for index, block in enumerate(blocks):
+        length = length + 1 if index and can_follow(blocks[index - 1], block) else 1
+        longest = max(longest, length)
+    return longest
+
+
+def in_runs(blocks: Sequence[BlockProfile], choices: Sequence[Choice], every: int) -> tuple[Choice, ...]:
+    """``choices`` where of ``every`` blocks of a chain only the first stashes its input."""
+    wanted, length = [], 0
+    for index in range(len(blocks)):
+        length = length + 1 if _follows(blocks, choices, index) else 0
+        wanted.append(bool(length % every))
+    return _agreed(choices, wanted)
+
+
+def still_linked(blocks: Sequence[BlockProfile], choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """``choices`` in which inputs that cannot be made again any more are stashed."""
+    return _agreed(
+        choices, [one.from_below and _follows(blocks, choices, index) for index, one in enumerate(choices)]
+    )
+
+
+def _follows(blocks: Sequence[BlockProfile], choices: Sequence[Choice], index: int) -> bool:
+    by_tiles = all(one.executor is Executor.TILED for one in choices[max(0, index - 1) : index + 1])
+    return index > 0 and by_tiles and can_follow(blocks[index - 1], blocks[index])
+
+
+def _agreed(choices: Sequence[Choice], wanted: Sequence[bool]) -> tuple[Choice, ...]:
+    above = [*wanted[1:], False]
+    return tuple(
+        replace(one, from_below=below, for_above=up) if (one.from_below, one.for_above) != (below, up) else one
+        for one, below, up in zip(choices, wanted, above, strict=True)
+    )
+
+
+def wrong_link(blocks: Sequence[BlockProfile], plans: Sequence[BlockPlan], index: int) -> str:
+    """What is expected of ``from_below`` of block ``index``; empty where it can be so."""
+    planned, lower = plans[index], plans[index - 1] if index else None
+    if not planned.from_below:
+        return "" if lower is None or not lower.for_above else "true: the block below says for_above"
+    if lower is None or lower.executor is not Executor.TILED or planned.executor is not Executor.TILED:
+        return "false: it and the block below do not both run by tiles"
+    if not can_follow(blocks[index - 1], blocks[index]):
+        return "false: its input cannot be made from what the block below has"
+    if not lower.for_above:
+        return "false: the block below does not say for_above"
+    if lower.device_rows and not planned.device_rows:
+        return "false: the stash of the block below stays on the device, and that of this one does not"
+    return ""

@@ -1,0 +1,106 @@
+"""Of how many blocks one stashes its input: taken where host or device memory asks for it, and only there."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from memo_runtime.config import make_settings
+from memo_runtime.errors import HostLimitError
+from memo_runtime.persist import load_plan, save
+from memo_runtime.planning.chain import longest_chain
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.records import Growth, Moment
+from memo_runtime.soundness import find_deviation, find_fault
+from memo_runtime.units import GiB
+from tests.planning.builders import llama_profile
+from tests.planning.test_executors import ROW, by_tiles
+
+TOKENS = 1 << 20
+
+
+def chained(count=16, tokens=TOKENS):
+    takes = replace(
+        by_tiles()["tiled"], result=(Moment(full=Growth(linear=ROW), tile=Growth(linear=10 * ROW)),),
+        result_flops=Growth(linear=2 * 2048 * (2048 + 3 * 8192)), chained=True,
+    )  # fmt: skip
+    profile = llama_profile(count, tokens=tokens)
+    blocks = [replace(block, tiled=replace(takes, chained=number > 0)) for number, block in enumerate(profile.blocks)]
+    return replace(profile, blocks=tuple(blocks))
+
+
+def plan(profile, **settings):
+    return make_plan(profile, make_settings(policy="tiled", **settings))
+
+
+def inputs(planned):
+    """Blocks that make theirs again."""
+    return sum(block.from_below for block in planned.blocks)
+
+
+def test_a_million_tokens_within_118_gib_of_host_memory():
+    """Inputs and results of attention are 128 GiB; without eight of the inputs they fit."""
+    profile = chained()
+    whole = plan(profile, budget="79GiB", host_budget="200GiB", keep_last=0, alpha=0.0)
+    assert inputs(whole) == 0
+    assert whole.forecast.host_bytes > 118 * GiB
+    some = plan(profile, budget="79GiB", host_budget="118GiB", keep_last=0, alpha=0.0)
+    assert inputs(some) == 8
+    assert some.forecast.host_bytes <= 118 * GiB
+    assert whole.forecast.host_bytes - some.forecast.host_bytes == 8 * ROW * TOKENS
+    assert 0 < some.forecast.step_seconds - whole.forecast.step_seconds < 0.02 * whole.forecast.step_seconds
+    assert "inputs made again from the block below: 8, of model.layers.1 ... model.layers.15" in str(some)
+    fewer = plan(profile, budget="79GiB", host_budget="90GiB", keep_last=0, alpha=0.0)
+    assert inputs(fewer) == 12
+
+
+def test_a_run_is_on_the_device_as_a_whole():
+    """Two: one more tensor lands. Four: those of the block below, of two more their results, and two inputs made."""
+    profile = chained()
+    plans = [plan(profile, budget="79GiB", host_budget=f"{host}GiB", keep_last=0, alpha=0.0) for host in (200, 118, 90)]
+    peaks = [one.forecast.peak_bytes for one in plans]
+    row = ROW * TOKENS
+    more = [peak - peaks[0] for peak in peaks]
+    assert 0 <= more[1] <= row + 64 * TOKENS
+    assert more[1] < more[2] <= 5 * row + 3 * 64 * TOKENS
+
+
+def test_what_nothing_hands_on_is_never_left_out():
+    profile = chained()
+    blocks = (replace(one, tiled=replace(one.tiled, chained=False)) for one in profile.blocks)
+    apart = replace(profile, blocks=tuple(blocks))
+    assert longest_chain(profile.blocks) == 16
+    assert longest_chain(apart.blocks) == 1
+    with pytest.raises(HostLimitError):
+        plan(apart, budget="79GiB", host_budget="118GiB", keep_last=0)
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "expected"),
+    [
+        (1, {"from_below": False}, "the block above does not say from_below"),
+        (0, {"for_above": False}, "the block below does not say for_above"),
+        (15, {"for_above": True}, "the block above does not say from_below"),
+        (0, {"device_rows": TOKENS, "sent": 0}, "stays on the device, and that of this one does not"),
+        (1, {"bytes_to_host": 0}, None),
+    ],
+)
+def test_plan_files_with_inputs_that_nobody_makes(index, change, expected, tmp_path):
+    planned = plan(chained(), budget="79GiB", host_budget="118GiB", keep_last=0)
+    path = tmp_path / "plan.json"
+    save(planned, path)
+    assert load_plan(path) == planned
+    blocks = list(planned.blocks)
+    blocks[index] = replace(blocks[index], **change)
+    wrong = replace(planned, blocks=tuple(blocks))
+    fault = find_fault(wrong) or find_deviation(wrong)
+    assert fault is not None
+    assert (expected or "which follows from the profile") in fault.expected
+
+
+@pytest.mark.slow
+def test_eighty_blocks_are_planned_at_once():
+    profile = chained(80, tokens=131072)
+    began = time.perf_counter()
+    plan(profile, budget="60GiB", host_budget="60GiB")
+    assert time.perf_counter() - began < 30

@@ -65,6 +65,7 @@ def test_a_graph_that_was_retained_goes_backward_after_a_ctrl_c() -> None:
     let_go(model)
 
 
+@pytest.mark.slow
 def test_host_memory_of_a_step_that_was_given_up_is_taken_back() -> None:
     """Somebody keeps its graph: its blocks, and those that would be made of them, go backward no more."""
     planned = plan()

@@ -348,7 +348,7 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
     def moment(one: Moment) -> Moment:
         return replace(
             one, full=times(one.full, ratio), tile=times(one.tile, ratio), missing=times(one.missing, ratio),
-            kept=times(one.kept, ratio), own=times(one.own, ratio),
+            kept=times(one.kept, ratio), own=times(one.own, ratio), part=times(one.part, ratio),
         )  # fmt: skip
 
     return replace(
@@ -366,4 +366,8 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         backward_seconds=times(tiled.backward_seconds, ratio),
         saved_seconds=times(tiled.saved_seconds, ratio),
         product_seconds=times(tiled.product_seconds, ratio),
+        forward_by_groups=tuple(map(moment, tiled.forward_by_groups)),
+        backward_by_groups=tuple(map(moment, tiled.backward_by_groups)),
+        group_flops=times(tiled.group_flops, ratio),
+        elements=times(tiled.elements, ratio),
     )

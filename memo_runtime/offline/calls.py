@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.offline.subject import Subject
@@ -19,23 +21,42 @@ class _LastSeenError(Exception):
     """Every block was called."""
 
 
-def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> dict[str, BlockCall]:
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """First calls of blocks, by name. ``chained``: blocks that were handed the very result of the one called before."""
+
+    of: Mapping[str, BlockCall]
+    chained: frozenset[str]
+
+
+def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> Calls:
     """The arguments of every block's first call, by name, on meta.
 
     Raises:
         ProfileError: the model does not run on its batch on the meta device, or calls none of its blocks.
     """
     found: dict[str, BlockCall] = {}
+    chained: set[str] = set()
+    results: list[tuple[torch.Tensor, int]] = []
 
     def note(name: str) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.setdefault(name, BlockCall.of(args, kwargs).detached())
+            call = BlockCall.of(args, kwargs)
+            for result, version in results:
+                if name not in found and any(one is result and one._version == version for _, one in call.tensors()):
+                    chained.add(name)
+            found.setdefault(name, call.detached())
             if len(found) == len(refs):
                 raise _LastSeenError
 
         return before
 
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        first = first_tensor(output)
+        results[:] = [] if first is None else [(first, first._version)]
+
     handles = [ref.module.register_forward_pre_hook(note(ref.name), with_kwargs=True) for ref in refs]
+    handles += [ref.module.register_forward_hook(after) for ref in refs]
     args, kwargs = subject.batch
     try:
         with fused_attention_on_meta(), PlainAnswers():
@@ -54,4 +75,4 @@ def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> dict[str, BlockCa
             handle.remove()
     if not found:
         raise ProfileError(f"{subject.name} was called and none of its blocks was ({refs[0].name}, ...)")
-    return found
+    return Calls(found, frozenset(chained))

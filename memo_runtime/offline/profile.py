@@ -18,7 +18,7 @@ from torch import nn
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.machines.machine import Machine
-from memo_runtime.offline.calls import block_calls
+from memo_runtime.offline.calls import Calls, block_calls
 from memo_runtime.offline.kinds import Kind, check_attention_is_fused, find_kinds
 from memo_runtime.offline.measure import BlockRun, run_block
 from memo_runtime.offline.on_rank import on_rank
@@ -58,7 +58,7 @@ class Study:
     machine: Machine
     ranks: Ranks
     refs: tuple[BlockRef, ...]
-    calls: Mapping[str, BlockCall]
+    calls: Calls
     kinds: Mapping[str, str]
     examples: Mapping[str, Kind]
     optimizer: Optimizer | None
@@ -68,7 +68,7 @@ class Study:
         """What the block called ``kind`` takes by tiles, and why it cannot run so; looked at once."""
         if kind not in self._tiles:
             (ref,) = (ref for ref in self.refs if ref.name == kind)
-            self._tiles[kind] = tiles_of(ref, self.calls[kind], self.machine)
+            self._tiles[kind] = tiles_of(ref, self.calls.of[kind], self.machine)
         return self._tiles[kind]
 
     def at(self, tokens: int, *, host_bytes: int | None = None, tiles: bool = False) -> Offline:
@@ -89,7 +89,7 @@ class Study:
             of_kinds[name] = replace(on_rank(kind, machine, ranks, local, takes), tiled_reason=reason)
         blocks = tuple(
             replace(
-                of_kinds[self.kinds[ref.name]],
+                self._where(of_kinds[self.kinds[ref.name]], ref.name),
                 name=ref.name, stack=ref.stack, gradients=-(-gradients[ref.name] // gpus),
             )
             for ref in self.refs
@@ -108,6 +108,11 @@ class Study:
             sent_bytes=sent,
             sent_seconds=sent / machine.gpu_rate,
         )
+
+    def _where(self, like: BlockProfile, name: str) -> BlockProfile:
+        """``like`` as the block called ``name``, which is handed the result of the one below, or something else."""
+        takes = like.tiled
+        return like if takes is None else replace(like, tiled=replace(takes, chained=name in self.calls.chained))
 
     def _sent(self, blocks: Sequence[BlockProfile], local: int) -> int:
         """Bytes that a rank sends in a step."""
@@ -148,7 +153,7 @@ class Offline:
         """How every block runs on meta at the length of one rank, by name."""
         study, local = self.study, self.study.ranks.local(self.tokens)
         found = {
-            name: run_block(study.subject.model.get_submodule(name), study.calls[name], kind.profile, local)
+            name: run_block(study.subject.model.get_submodule(name), study.calls.of[name], kind.profile, local)
             if kind.profile.arguments
             else kind.runs[-1]
             for name, kind in study.examples.items()
@@ -173,8 +178,8 @@ def study_model(
     refs = find_blocks(subject.model)
     progress("how blocks are called")
     calls = block_calls(subject, refs)
-    seen = tuple(ref for ref in refs if ref.name in calls)
-    kinds, examples = find_kinds(seen, calls, progress)
+    seen = tuple(ref for ref in refs if ref.name in calls.of)
+    kinds, examples = find_kinds(seen, calls.of, progress)
     ranks = choose_ranks(gpus, [one for kind in examples.values() for one in kind.runs[-1].heads])
     if gpus > 1:
         check_attention_is_fused(subject.name, examples)
@@ -203,7 +208,7 @@ def profile_offline(
 def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> Profile:
     """The profile of the whole model."""
     subject, machine, ranks = study.subject, study.machine, study.ranks
-    gpus, model, call = ranks.gpus, subject.model, study.calls[blocks[-1].name]
+    gpus, model, call = ranks.gpus, subject.model, study.calls.of[blocks[-1].name]
     inside = _inside(model, blocks)
     # Of a model that is known: its embeddings are called before the first block, and nowhere else.
     last = _embeddings(model, inside) if subject.tiled_loss else 0

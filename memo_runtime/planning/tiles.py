@@ -7,7 +7,7 @@
 * how many *groups of heads* attention runs in: as few as fit, since each but the first takes the segment before
   attention once more. (They also leave room for what is kept, which may be worth more; on a GPU that is not measured.)
 * of how many blocks that follow each other (``every``) only the first stashes its *input*. The others make theirs
-  again, which takes one segment for each and leaves room as well.
+  again, which takes one segment for each: as few as fit, for the same reason.
 
 For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
 those of the lower blocks in host memory, and the fastest is taken.
@@ -56,17 +56,16 @@ class ByTiles(Strategy):
                         yield by_tiles(sheet, self.alpha or 0.0, resident, tile, groups=groups, every=every)
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
-        """The fastest within ``budgets``, of each length of runs at the largest tile at which any fits."""
+        """The fastest within ``budgets``, of the shortest runs and at the largest tile at which any fits.
+
+        Longer runs leave room for what is kept, which may be worth more; on a GPU that is not measured.
+        """
         _refuse_unseen(sheet)
-        best: Choices | None = None
         for every in _runs(sheet):
-            found = self._best(sheet, budgets, every)
-            better = fastest(sheet, budgets, [one for one in (best, found) if one is not None])
-            if better is not None and (better is best or _all_is_kept(better)):
-                best = better
-                break  # longer runs make more again, for the same memory
-            best = better
-        return None if best is None else Decision(best, () if _timed(sheet) else (_ESTIMATED,))
+            best = self._best(sheet, budgets, every)
+            if best is not None:
+                return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
+        return None
 
     def _best(self, sheet: Sheet, budgets: Budgets, every: int) -> Choices | None:
         for tile in self._tiles(sheet):
@@ -146,11 +145,6 @@ class _How:
 
     def at(self, sheet: Sheet, alpha: float, *, sent: float = 0.0) -> Choices:
         return by_tiles(sheet, alpha, self.resident, self.tile, sent=sent, groups=self.groups, every=self.every)
-
-
-def _all_is_kept(choices: Choices) -> bool:
-    """All is kept where it is: more room is worth nothing."""
-    return all(one.prefix == one.device_rows and not one.from_below for one in choices)
 
 
 def _runs(sheet: Sheet) -> list[int]:

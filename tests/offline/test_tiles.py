@@ -39,7 +39,7 @@ def test_bytes_are_those_that_a_run_profiles(study):
     measured = memo.profile(model, {"input_ids": ids, "labels": ids, "use_cache": False}, tiles=True)
     offline = study.at(4096, tiles=True).profile
     for here, there in zip(offline.blocks, measured.blocks, strict=True):
-        for what in ("stash", "resident", "products", "forward", "again_flops", "saved_flops"):
+        for what in ("stash", "resident", "products", "forward", "again_flops", "saved_flops", "chained"):
             assert getattr(here.tiled, what) == getattr(there.tiled, what), what
         # A CPU's attention shows no workspace; 4 heads of 16 have one in float32, a row sum, and keys for each of them.
         pairs = zip(here.tiled.backward, there.tiled.backward, strict=True)
@@ -59,6 +59,16 @@ def test_tiles_are_looked_at_once_and_for_every_length(study):
     assert long.forward_seconds.linear == short.forward_seconds.linear > 0
     assert long.backward_seconds.exact(1 << 16) > long.forward_seconds.exact(1 << 16)
     assert study.at(1 << 14).profile.blocks[0].tiled is None
+
+
+def test_inputs_are_made_from_the_block_below_where_host_memory_is_short(study):
+    offline = study.at(1 << 16, tiles=True).profile
+    assert [block.tiled.chained for block in offline.blocks] == [False, True]
+    knobs = {"policy": "tiled", "tile": 8192, "alpha": 0.0, "keep_last": 0, "budget": "2GiB"}
+    whole = memo.plan(offline, **knobs, host_budget="1TB")
+    less = memo.plan(offline, **knobs, host_budget=whole.forecast.host_bytes - 1)
+    assert [(block.from_below, block.for_above) for block in less.blocks] == [(False, True), (True, False)]
+    assert less.forecast.host_bytes < whole.forecast.host_bytes
 
 
 def test_attention_gets_slower_where_the_machine_says_so(study):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import (
     acted,
     assert_close,
@@ -80,7 +81,7 @@ def adapted(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("order", ["wrap first", "peft first", "stepped before peft"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_peft(order: str, policy: str) -> None:
     plain, model = adapted(llama()), llama()
     if order != "peft first":
@@ -176,7 +177,7 @@ def test_a_compiled_model_works(policy: str, order: str, backend: str, fresh_dyn
     assert_trains_as(compiled, plain, signal())
 
 
-@pytest.mark.parametrize("order", ["wrap first", "compile first"])
+@pytest.mark.parametrize("order", ["wrap first", pytest.param("compile first", marks=pytest.mark.slow)])
 def test_a_compiled_llama_works(order: str, fresh_dynamo: None) -> None:
     model, plain = llama(), llama()
     if order == "wrap first":
@@ -197,7 +198,7 @@ def test_a_model_compiled_in_place_works(fresh_dynamo: None) -> None:
         acted(model)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_a_compiled_module_inside_a_block(policy: str, fresh_dynamo: None) -> None:
     model, plain = tower(2), tower(2)
     for layer in model.layers:
@@ -255,7 +256,7 @@ def test_data_parallel_is_refused_by_name() -> None:
 # Hooks, evaluation, generate.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_forward_hooks_see_and_change_what_blocks_yield(policy: str) -> None:
     model, plain = memo.wrap(tower(), **POLICIES[policy]), tower()
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
@@ -270,7 +271,7 @@ def test_forward_hooks_see_and_change_what_blocks_yield(policy: str) -> None:
         acted(model)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_backward_hooks_inside_blocks_fire_once(policy: str) -> None:
     model, plain = memo.wrap(tower(), **POLICIES[policy]), tower()
     step(model, signal())

@@ -11,6 +11,7 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockListError, NoBlocksError, ProfileError
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import acted, assert_trains_as, refused, step
 from tests.api.towers import POLICIES, Tower, signal, tower
 
@@ -183,7 +184,7 @@ class Twice(Tower):
         return self.last(x)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_blocks_that_are_called_twice(policy: str) -> None:
     torch.manual_seed(0)
     model, plain = Twice(2).double(), Twice(2).double()

@@ -121,7 +121,9 @@ def test_a_graph_that_was_retained_goes_backward_after_a_ctrl_c(stride: int) -> 
     assert twin.calls == state.calls
 
 
-@pytest.mark.parametrize("file", ["contextlib.py", "memo_runtime/blocks/aside.py"])
+@pytest.mark.parametrize(
+    "file", [pytest.param("contextlib.py", marks=pytest.mark.slow), "memo_runtime/blocks/aside.py"]
+)
 def test_no_mode_of_a_rerun_comes_back(file: str) -> None:
     """A context manager that is closed late must not put the mode of an interrupted rerun into another step: it would
     replace the attention there by that of the rerun.

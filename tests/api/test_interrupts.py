@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.errors import HostLimitError, PinningError
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, refused, step
 from tests.api.towers import POLICIES, Tower, signal, tower
 
@@ -298,7 +299,7 @@ def test_host_memory_that_cannot_be_had(steps: int, monkeypatch: pytest.MonkeyPa
     assert_nothing_held(model)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_host_memory_runs_out_in_the_middle_of_a_forward(policy: str) -> None:
     """Two forwards alive, with room for one and a half: it runs out at the second forward's second block."""
     needed = memo.plan(memo.profile(tower(), signal()), **POLICIES[policy]).forecast.host_bytes

@@ -12,6 +12,7 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.records import Totals
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, step, totals
 from tests.api.towers import POLICIES, signal, tower
 from tests.integrations.models import batch
@@ -38,7 +39,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_two_hundred_steps_are_as_the_second(policy: str) -> None:
     model = memo.wrap(tower(2), **POLICIES[policy])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -72,7 +73,7 @@ def test_steps_of_changing_lengths_hold_what_the_largest_one_needs() -> None:
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_the_forecast_of_the_first_step_is_the_steady_peak(name: str, policy: str, keep_last: int) -> None:
     made, inputs = SUBJECTS[name]
@@ -96,7 +97,7 @@ def test_the_forecast_of_the_first_step_is_the_steady_peak(name: str, policy: st
 
 
 @pytest.mark.parametrize("keep_last", [0, 2])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_forwards_without_a_backward_give_everything_back(policy: str, keep_last: int) -> None:
     model, plain = memo.wrap(tower(), **(POLICIES[policy] | {"keep_last": keep_last})), tower()
     for _ in range(3):
@@ -122,7 +123,7 @@ def test_a_loss_that_is_kept_after_its_backward_holds_nothing() -> None:
     assert totals(model).host_bytes == totals(model).forecast.host_bytes
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_a_graph_that_is_retained_is_given_back_when_it_is_dropped(policy: str) -> None:
     model, plain = memo.wrap(tower(), **POLICIES[policy]), tower()
     step(model, signal())

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memo_runtime as memo
 from memo_runtime.errors import OffloaderActiveError
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, refused, step
 from tests.api.towers import POLICIES, Block, Tower, signal, tower
 
@@ -175,7 +176,7 @@ def test_torchs_wrappers_after_wrap(name: str) -> None:
     assert_trains_as(memo.unwrap(model), plain, signal())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_checkpoint_around_one_part_of_a_block_works(policy: str) -> None:
     model, plain = tower(), tower()
     for layer in model.layers:

@@ -13,10 +13,11 @@ from torch.nn import functional
 
 import memo_runtime as memo
 from memo_runtime.errors import AlreadyWrappedError, ArgumentError, HostLimitError
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import Gradients, acted, assert_close, assert_nothing_held
 from tests.api.towers import POLICIES, Tower, signal, tower
 
-every_policy = pytest.mark.parametrize("policy", POLICIES)
+every_policy = pytest.mark.parametrize("policy", MAIN_POLICIES)
 Loss = Callable[[], Tensor]
 
 

@@ -14,6 +14,7 @@ import memo_runtime as memo
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.persist import load_plan, load_profile, save
 from memo_runtime.profiling import model as profiling_model
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, step, totals
 from tests.api.towers import BOUND, POLICIES, signal, tower
 from tests.integrations.models import batch, make
@@ -38,7 +39,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Through a file.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_profile_plan_and_run_through_files(name: str, policy: str, tmp_path: Path, calibrated: list[str]) -> None:
     made, inputs = SUBJECTS[name]
@@ -105,7 +106,7 @@ def test_a_plan_for_another_length_runs_there() -> None:
 # Later shapes.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_a_second_length_reuses_the_profile(name: str, policy: str, calibrated: list[str]) -> None:
     made, _ = SUBJECTS[name]
@@ -152,7 +153,7 @@ def test_other_arguments_of_the_model_are_profiled_anew(calibrated: list[str]) -
 # memo.check.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_check_in_full_precision(name: str, dtype: torch.dtype, policy: str) -> None:

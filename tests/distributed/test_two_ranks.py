@@ -71,6 +71,11 @@ def test_gradients_are_those_of_the_unwrapped_model(tmp_path: Path) -> None:
     Where shapes are new to one rank alone, no rank waits for a collective of the other: a known profile is scaled, and
     nothing is profiled twice.
     """
+    assert all_wrong(tmp_path, "first", "apart") == {}
+
+
+@pytest.mark.slow
+def test_with_every_policy_in_every_order(tmp_path: Path) -> None:
     assert all_wrong(tmp_path, "every", "uneven") == {}
 
 

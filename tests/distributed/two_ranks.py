@@ -112,9 +112,19 @@ _TILED = [
     for parallel, order in (("ddp", "wrap"), ("fsdp", "parallel"))
 ]
 
-GROUPS = {"every": _EVERY, "uneven": _UNEVEN, "tiled": _TILED}
+#: What says most: both engines in both orders, and shapes that start or go on apart.
+_FIRST = [case for case in _EVERY if case.policy == "memo" and (case.order == "wrap" or case.parallel == "fsdp")]
+_APART = [case for case in _UNEVEN if "sizes" in case.name or "first step" in case.name or case.evaluates]
+
+GROUPS = {
+    "first": _FIRST,
+    "apart": _APART,
+    "every": [case for case in _EVERY if case not in _FIRST],
+    "uneven": [case for case in _UNEVEN if case not in _APART],
+    "tiled": _TILED,
+}
 #: Seconds after which a process that waits for the other one has lost it.
-_PATIENCE = {"every": 20, "uneven": 20, "tiled": 120}
+_PATIENCE = dict.fromkeys(GROUPS, 20) | {"tiled": 120}
 
 
 def _made(parallel: Callable[[Tower], nn.Module], case: Case) -> nn.Module:

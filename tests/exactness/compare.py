@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -56,7 +57,10 @@ class Way:
 SWAP = Way("swap")
 RECOMPUTE = Way("recompute")
 MEMO = Way("memo", 0.37)
-WAYS = (SWAP, RECOMPUTE, Way("memo", 0.0), MEMO, Way("memo", 1.0))
+#: Every way. Alpha 0 and 1 are nearly recompute and swap, and slow tests.
+WAYS = (SWAP, RECOMPUTE, MEMO, *(pytest.param(Way("memo", alpha), marks=pytest.mark.slow) for alpha in (0.0, 1.0)))
+#: For what is tried in other settings: memo copies and runs again, so that a swap of everything adds little.
+MAIN_WAYS = (pytest.param(SWAP, marks=pytest.mark.slow), RECOMPUTE, MEMO)
 
 
 @dataclass

@@ -9,9 +9,7 @@ from torch.distributions import Gamma
 from torch.nn import functional
 
 from tests.exactness import hand_written as blocks
-from tests.exactness.compare import MEMO, RECOMPUTE, SWAP, Way, assert_exact, output_loss, plan_of
-
-WAYS = [SWAP, RECOMPUTE, MEMO]
+from tests.exactness.compare import MAIN_WAYS, SWAP, Way, assert_exact, output_loss, plan_of
 
 
 class ChannelAttention(blocks.Part):
@@ -40,7 +38,7 @@ class Rate(blocks.Attention):
         return self.finish(x, mixed * Gamma(mixed.abs() + 1, 2.0).rsample())
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 @pytest.mark.parametrize("kind", [ChannelAttention, ExpandedGate, Rate])
 def test_saved_by_a_block(kind: type[nn.Module], way: Way) -> None:
     assert_exact(blocks.stack_of(kind), {"x": blocks.sequence()}, way, loss_of=output_loss)
@@ -55,7 +53,7 @@ def test_bytes_of_an_expanded_tensor_do_not_grow() -> None:
     assert all(group.size.linear == group.size.quadratic == 0 for group in whole)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_input_of_the_first_block(way: Way) -> None:
     torch.manual_seed(0)
     model = blocks.Stack(blocks.Attention(), blocks.Attention(), embed=False).double()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.exactness.compare import MEMO, RECOMPUTE, SWAP, WAYS, Way, assert_exact
+from tests.exactness.compare import MAIN_WAYS, MEMO, WAYS, Way, assert_exact
 from tests.exactness.models import FAMILIES
 
 
@@ -31,7 +31,7 @@ def test_other_shapes(family: str, shape: dict[str, Any], way: Way) -> None:
     assert_exact(made.make(), made.batch(**shape), way, fallback=made.fallback)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "t5", "mixtral"])
 def test_evaluation_mode_with_gradients(family: str, way: Way) -> None:
     made = FAMILIES[family]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from memo_runtime.records import Executor
 from tests.exactness import hand_written as blocks
 from tests.exactness.compare import (
+    MAIN_WAYS,
     MEMO,
-    RECOMPUTE,
     SWAP,
     WAYS,
     Way,
@@ -47,7 +47,7 @@ def test_every_policy(kind: type[nn.Module], way: Way) -> None:
     assert_exact(blocks.stack_of(kind), {"x": blocks.sequence()}, way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 @pytest.mark.parametrize("kind", OTHERS)
 def test_main_policies(kind: type[nn.Module], way: Way) -> None:
     assert_exact(blocks.stack_of(kind), {"x": blocks.sequence()}, way, loss_of=output_loss)
@@ -61,7 +61,7 @@ def test_other_batches(kind: type[nn.Module], rows: int) -> None:
     )
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_size_that_depends_on_data(way: Way) -> None:
     """Never sliced: with a prefix asked for, the block runs again as a whole and says why."""
     model = blocks.stack_of(blocks.Routed)
@@ -69,7 +69,7 @@ def test_size_that_depends_on_data(way: Way) -> None:
     assert_exact(model, {"x": blocks.sequence()}, way, loss_of=output_loss, fallback=reason)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_length_that_is_asserted(way: Way) -> None:
     """What a block raises on fewer tokens is the reason why it is not sliced."""
     x = blocks.sequence(tokens=24)
@@ -77,20 +77,20 @@ def test_length_that_is_asserted(way: Way) -> None:
     assert_exact(model, {"x": x[:, :24]}, way, loss_of=output_loss, fallback="a multiple of 8")
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_gaps_in_memory(way: Way) -> None:
     x = blocks.sequence(tokens=29)
     assert_exact(blocks.stack_of(blocks.CutConvolution), {"x": x}, way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_values_of_the_first_block_used_by_all(way: Way) -> None:
     torch.manual_seed(0)
     model = blocks.SharedStack(*(blocks.SharedValues() for _ in range(3))).double()
     assert_exact(model, {"x": blocks.sequence()}, way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_shared_bias_with_gradients(way: Way) -> None:
     torch.manual_seed(0)
     assert_exact(blocks.Backbone().double(), {"x": blocks.sequence()}, way, loss_of=output_loss)
@@ -104,7 +104,7 @@ def test_other_layouts(kind: type[nn.Module], way: Way) -> None:
     assert_exact(blocks.stack_of(kind), {"x": x}, way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_gradient_of_the_input(way: Way) -> None:
     """The first block's input is a leaf that requires grad."""
     torch.manual_seed(0)
@@ -120,14 +120,14 @@ def test_input_with_gaps_in_memory(way: Way) -> None:
     assert_exact(model, {"x": x}, way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_lengths_that_equal_other_sizes(way: Way) -> None:
     """As many tokens as features, and as many sequences as tokens of a head."""
     x = blocks.sequence(rows=blocks.WIDTH // blocks.HEADS, tokens=blocks.WIDTH)
     assert_exact(blocks.stack_of(blocks.Attention), {"x": x}, way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_named_blocks_in_a_plain_module(way: Way) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

@@ -12,7 +12,15 @@ import memo_runtime as memo
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.records import Executor, PinKind
 from tests.exactness import hand_written as blocks
-from tests.exactness.compare import MEMO, RECOMPUTE, SWAP, Way, assert_clean, assert_gradients, output_loss, run_step
+from tests.exactness.compare import (
+    MAIN_WAYS,
+    SWAP,
+    Way,
+    assert_clean,
+    assert_gradients,
+    output_loss,
+    run_step,
+)
 
 DRAWS = {
     "multinomial": lambda y: y * torch.multinomial(y.detach().softmax(-1).flatten(0, 1), 1).view(*y.shape[:2], 1),
@@ -38,7 +46,7 @@ class Drawing(blocks.Attention):
         return self.finish(x, DRAWS[self.name](self.mix(x)))
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 @pytest.mark.parametrize("name", DRAWS)
 def test_steps_are_those_of_the_unwrapped_model(name: str, way: Way) -> None:
     torch.manual_seed(0)
@@ -53,7 +61,7 @@ def test_steps_are_those_of_the_unwrapped_model(name: str, way: Way) -> None:
     assert_clean(model)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_noise_that_is_saved_before_it_is_drawn(inplace: bool, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """RReLU: a rerun would hand over memory that nothing has been written to yet, so there is none."""

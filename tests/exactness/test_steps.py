@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from tests.exactness.compare import (
-    MEMO,
-    RECOMPUTE,
+    MAIN_WAYS,
     SWAP,
     Step,
     Way,
@@ -29,7 +28,7 @@ from tests.exactness.compare import (
 )
 from tests.exactness.models import FAMILIES, text
 
-three_ways = pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+three_ways = pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 
 
 def make(family: str = "gpt2") -> nn.Module:

@@ -79,7 +79,7 @@ def assert_tiled(
 @pytest.mark.parametrize(
     ("blocks", "alpha", "keep_last", "tokens", "tile"),
     [
-        (3, 0.0, 0, 17, 5), (3, 0.5, 1, 17, 4), (3, 0.0, 2, 17, 5),
+        pytest.param(3, 0.0, 0, 17, 5, marks=pytest.mark.slow), (3, 0.5, 1, 17, 4), (3, 0.0, 2, 17, 5),
         (2, 1.0, 0, 16, 4), (2, 0.5, 2, 17, 17), (2, 0.3, 0, 17, 100),
     ],
 )  # fmt: skip
@@ -93,11 +93,15 @@ def test_a_model_by_tiles(blocks, alpha, keep_last, tokens, tile):
     assert "cpu" in str(report)
 
 
-@pytest.mark.parametrize("kind", [hand_written.TwoMixers, hand_written.EagerAttention, hand_written.BufferedMask])
+@pytest.mark.parametrize("kind", [
+    hand_written.TwoMixers, hand_written.BufferedMask,
+    pytest.param(hand_written.EagerAttention, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_other_blocks(kind):
     assert_tiled(stack(kind, kind).eval(), batch_of())  # tiles draw other dropout masks
 
 
+@pytest.mark.slow
 def test_experts_that_are_declared():
     """Every block by tiles, and the trade to the byte: choices of the router stay on the device."""
     model = FAMILIES["mixtral"].make()

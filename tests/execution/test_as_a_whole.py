@@ -16,9 +16,7 @@ from memo_runtime.blocks.grouping import Member
 from memo_runtime.blocks.parcels import parcels_of
 from memo_runtime.sizes import HOST_ALIGNMENT, MIN_SWAP_BYTES
 from tests.exactness.compare import (
-    MEMO,
-    RECOMPUTE,
-    SWAP,
+    MAIN_WAYS,
     Step,
     Way,
     assert_acted,
@@ -96,7 +94,7 @@ def test_no_budget_is_exceeded_and_the_forecast_is_the_peak(subject: tuple[str, 
     assert_clean(model)
 
 
-@pytest.mark.parametrize("way", [SWAP, RECOMPUTE, MEMO], ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_gradients_trade_and_peak(subject: tuple[str, Any, Step], way: Way) -> None:
     name, profile, want = subject
     model, batch = planned(name, profile, policy=way.policy, alpha=way.alpha, keep_last=0), MODELS[name][1]()

@@ -67,6 +67,7 @@ def test_a_pure_wheel_has_both_packages_and_their_types(checkout):
     assert not any(name.startswith(("tests", "solver/")) or name.endswith(".so") for name in names)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_wheel_with_the_libraries_serves_every_python_of_its_platform(checkout):
     result, wheel = build(checkout, "on")

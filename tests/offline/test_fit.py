@@ -46,7 +46,7 @@ def study(path):
     [
         ("auto", 2 * GiB, 1 << 45, Bound.HBM),
         ("auto", 2 * GiB, 64 * MiB, Bound.HOST),
-        ("recompute", 2 * GiB, 1 << 45, Bound.HBM),
+        pytest.param("recompute", 2 * GiB, 1 << 45, Bound.HBM, marks=pytest.mark.slow),
         ("tiled", 2 * GiB, 64 * MiB, Bound.HOST),
     ],
 )
@@ -109,6 +109,7 @@ def test_states_of_optimizers(study):
         find_optimizer("adafacter")
 
 
+@pytest.mark.slow
 def test_frozen_weights_count_two_products(path, study):
     tokens, rank, whole = 4096, 8, study
     part = study_model(trained_in_part(subject_named(path), lora=rank, trainable=None), H100)

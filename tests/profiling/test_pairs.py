@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.wrapping import Wrapped, find_wrapped
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import assert_close, assert_nothing_held, step
 from tests.api.towers import POLICIES
 from tests.exactness.models import FAMILIES
 
-every_policy = pytest.mark.parametrize("policy", POLICIES)
+every_policy = pytest.mark.parametrize("policy", MAIN_POLICIES)
 
 
 def pair(encoder: int, decoder: int, *, rows: int = 2, padded: bool = False) -> dict[str, Tensor]:
@@ -57,6 +58,7 @@ def test_one_profile_of_an_encoder_and_a_decoder_serves_all_pairs_of_lengths(pol
     assert wrapped_in(model).profiled == 1
 
 
+@pytest.mark.slow
 def test_padded_pairs() -> None:
     model, plain = memo.wrap(t5(), **POLICIES["memo"], loss="native"), t5()
     train(model, plain, [pair(*lengths, padded=True) for lengths in [(24, 17), (31, 20), (50, 9)]])

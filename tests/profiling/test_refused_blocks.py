@@ -13,9 +13,7 @@ import memo_runtime as memo
 from memo_runtime.errors import BlockFallbackError
 from memo_runtime.records import Executor, Report
 from tests.exactness import hand_written as blocks
-from tests.exactness.compare import MEMO, RECOMPUTE, SWAP, assert_gradients, output_loss, run_step
-
-WAYS = [SWAP, RECOMPUTE, MEMO]
+from tests.exactness.compare import MAIN_WAYS, MEMO, SWAP, assert_gradients, output_loss, run_step
 
 
 class Branch(blocks.NoMixer):
@@ -86,7 +84,7 @@ def tower(kind: type[nn.Module], call: Any) -> Tower:
     return Tower(kind, call).double()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 @pytest.mark.parametrize("case", UNMANAGED)
 def test_left_as_they_are_with_the_reason(case: str, way: Any, caplog: pytest.LogCaptureFixture) -> None:
     kind, call, reason = UNMANAGED[case]
@@ -125,7 +123,7 @@ def trained(kind: type[nn.Module], tokens: int, way: Any) -> Report:
     return report
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_any_error_on_fewer_tokens_is_a_reason(way: Any) -> None:
     report = trained(Choosy, 33, way)
     if way is MEMO:
@@ -155,7 +153,7 @@ class Patches(nn.Module):
         return self.conv(x)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_a_block_that_runs_on_no_crop_is_timed_at_its_own_length(way: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Patches() for _ in range(3))).double()
@@ -182,7 +180,7 @@ class Uneven(blocks.NoMixer):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_a_block_of_which_some_slices_do_not_run_is_managed(way: Any) -> None:
     """Of 40 tokens, slices of 25 and of 20 are looked at."""
     report = trained(Uneven, 40, way)

@@ -38,7 +38,7 @@ def result_stage(captured: Captured) -> int | None:
     results = [one for one in captured.outputs if hasattr(one, "meta")]
     given = [(node, leaf) for node, leaf in captured.arguments if node in stages.differentiable]
     last = stages.stages[index]
-    if not isinstance(last, Segment) or last.by_rows or list(last.outputs) != results:
+    if not isinstance(last, Segment) or last.by_rows or len(results) != 1 or list(last.outputs) != results:
         return None
     if len(given) != 1 or given[0][1] != captured.input_leaf or results[0] not in stages.differentiable:
         return None

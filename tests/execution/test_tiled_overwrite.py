@@ -180,7 +180,9 @@ class Adds(hand_written.Attention):
 
 
 @pytest.mark.parametrize("kind", [Mirrored, Adds])
-@pytest.mark.parametrize("size", [(1, 11), (1, 5), (3, 5), (3, 11)])
+@pytest.mark.parametrize(
+    "size", [(1, 11), (3, 5), *(pytest.param(one, marks=pytest.mark.slow) for one in ((1, 5), (3, 11)))]
+)
 def test_views_of_the_gradient_are_read_before_it_is_written_over(kind, size):
     """Where a tile is a view of the whole: one sequence, or one tile."""
     rows, tokens = size

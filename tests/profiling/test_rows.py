@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import memo_runtime as memo
 from memo_runtime.wrapping import find_wrapped
+from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import assert_close, assert_nothing_held, step
 from tests.api.towers import HIDDEN, POLICIES, Block, signal
 
@@ -124,21 +125,21 @@ DOWN = [(3, 33), (1, 33), (3, 24), (2, 47), (7, 5)]
 
 
 @pytest.mark.parametrize("shapes", [UP, pytest.param(DOWN, marks=pytest.mark.slow)], ids=["up", "down"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 @pytest.mark.parametrize("kind", [Block, PositionBias, Table, TimeFirst], ids=lambda kind: kind.__name__)
 def test_one_profile_serves_all_batch_sizes(kind: type[nn.Module], policy: str, shapes: list[tuple[int, int]]) -> None:
     model, plain = memo.wrap(made(kind), **POLICIES[policy]), made(kind)
     assert train(model, plain, shapes) == 1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAIN_POLICIES)
 def test_what_grows_with_the_square_of_the_batch_is_profiled_anew(policy: str) -> None:
     model, plain = memo.wrap(made(Contrast), **POLICIES[policy]), made(Contrast)
     assert train(model, plain, [(2, 24), (4, 24), (3, 24)]) == 3
     assert train(model, plain, [(4, 31), (2, 13)]) == 3
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_argument_that_the_batch_shares(shared: bool) -> None:
     """With one sequence nobody can tell; with more the profile knows."""
     model = memo.wrap(made(Masked, shared_mask=shared), **POLICIES["memo"])

@@ -57,7 +57,7 @@ def live_bytes(model, inputs, *, rehearsed):
     return alive.peaks[""]
 
 
-@pytest.mark.parametrize("way", ["unwrapped", "checkpoint", "selective", *WRAPPED])
+@pytest.mark.parametrize("way", ["unwrapped", "selective", pytest.param("checkpoint", marks=pytest.mark.slow), *WRAPPED])
 def test_bytes_and_copies_of_a_step_are_those_of_a_real_one(way):
     model, inputs = made(way), batch()
     with StandIns(CPU) as stand_ins:
@@ -195,7 +195,7 @@ class Narrow(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["unwrapped", "recompute"])
-@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("phase", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_memory_that_is_short_is_a_result_and_the_model_goes_on(monkeypatch, phase, way):
     model, inputs = tower(), batch(64)
     model.layers[1].mlp = Narrow(model.layers[1].mlp)

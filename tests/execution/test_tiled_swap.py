@@ -60,7 +60,8 @@ def step(layers, forwards):
 
 
 @pytest.mark.parametrize("kind", [
-    hand_written.Attention, *(pytest.param(one, marks=pytest.mark.slow) for one in (hand_written.TwoMixers, blocks.LearnedBias))
+    hand_written.Attention,
+    *(pytest.param(one, marks=pytest.mark.slow) for one in (hand_written.TwoMixers, blocks.LearnedBias)),
 ])  # fmt: skip
 def test_gradients_are_those_without_swap_and_nothing_stays(kind):
     """First all of three blocks, then all but the last: they are captured once for both."""

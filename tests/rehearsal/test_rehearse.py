@@ -57,7 +57,9 @@ def live_bytes(model, inputs, *, rehearsed):
     return alive.peaks[""]
 
 
-@pytest.mark.parametrize("way", ["unwrapped", "selective", pytest.param("checkpoint", marks=pytest.mark.slow), *WRAPPED])
+@pytest.mark.parametrize(
+    "way", ["unwrapped", "selective", pytest.param("checkpoint", marks=pytest.mark.slow), *WRAPPED]
+)
 def test_bytes_and_copies_of_a_step_are_those_of_a_real_one(way):
     model, inputs = made(way), batch()
     with StandIns(CPU) as stand_ins:

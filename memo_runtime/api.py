@@ -208,8 +208,9 @@ def _planned_refs(model: nn.Module, plan: Plan, blocks: Any) -> tuple[BlockRef, 
     modules = dict(model.named_modules())
     missing = [block.name for block in plan.profile.blocks if block.name not in modules]
     if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise PlanMismatchError(
-            f"the plan is for another model: it plans block '{missing[0]}' (and {len(missing) - 1} more) that "
+            f"the plan is for another model: it plans block '{missing[0]}'{more} that "
             f"{type(model).__name__} does not have\n  blocks: the plan has {len(plan.profile.blocks)}, "
             f"{type(model).__name__} has {_count_blocks(model)}\n  would work: profile and plan again with this model "
             "(leave plan= out)"

@@ -18,5 +18,5 @@ def make_subject(name: str, max_positions: int | None = None) -> Subject:
     if ":" in name:
         with torch.device("meta"):
             model, batch = model_from_factory(name)
-        return subject_of(name, model, as_batch(batch))
+        return subject_of(name, model, as_batch(batch), max_positions=max_positions)
     return subject_named(name, max_positions=max_positions)

@@ -196,6 +196,12 @@ def install(model: nn.Module, *, loss: Loss = Loss.AUTO) -> Installation:
     return _install(path, "tiled" if loss is Loss.TILED else "auto")
 
 
+def can_tile_loss(model: nn.Module) -> bool:
+    """Whether ``install`` would let head and loss run by tiles."""
+    path = _find_language_model(model)
+    return path is not None and _obstacle(path[-1]) is None
+
+
 def _install(path: list[nn.Module], backend: str) -> Installation:
     language_model: Any = path[-1]
     head = language_model.get_output_embeddings()

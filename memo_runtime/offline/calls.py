@@ -41,7 +41,8 @@ def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> Calls:
 
     def note(name: str) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = BlockCall.of(args, kwargs)
+            # The model's cache is filled behind this, and by blocks after it.
+            call = BlockCall.of(args, kwargs, module).with_own_caches()
             for result, version in results:
                 if name not in found and any(one is result and one._version == version for _, one in call.tensors()):
                     chained.add(name)

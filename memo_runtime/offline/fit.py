@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from memo_runtime.config import Settings
-from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.errors import ArgumentError, PlanInfeasibleError
 from memo_runtime.offline.optimizers import OPTIMIZERS
 from memo_runtime.offline.planning import is_feasible_at, plan_at
 from memo_runtime.offline.profile import Study
@@ -152,9 +152,15 @@ def fit(
         host_bytes: of the whole node. progress: told what is done next.
 
     Raises:
+        ArgumentError: a table of positions with less than one granule of each GPU.
         PlanInfeasibleError: not even the shortest fits; says what would, and which optimizers.
     """
     search = _Search(study=study, settings=settings, host_bytes=host_bytes)
+    if not search.most:
+        raise ArgumentError(
+            f"{study.subject.name} learns {study.subject.positions:,} positions, and lengths are searched in steps of "
+            f"{search.unit:,} tokens: give --max-positions for a longer table, or memo plan --seq-len one length"
+        )
     progress("the longest that fits")
     longest = search.longest()
     if not longest:
@@ -177,7 +183,7 @@ def _shown(longest: int) -> Iterator[int]:
 
 def _with_optimizers(search: _Search) -> PlanInfeasibleError:
     """The error for the shortest length, with the optimizers under which it would fit."""
-    shortest = max(1, min(_FEWEST, search.most))
+    shortest = min(_FEWEST, search.most)
     try:
         search.plan(shortest)
     except PlanInfeasibleError as error:

@@ -28,5 +28,6 @@ def check_positions(subject: Subject, tokens: int, what: str) -> None:
     if subject.learned_positions and subject.positions is not None and tokens > subject.positions:
         raise ArgumentError(
             f"{what} is more than the {subject.positions:,} positions that {subject.name} learns, a table of its own: "
-            f"give --max-positions {tokens} to plan for a longer table (which has to be trained), or fewer tokens"
+            f"give --max-positions {tokens} to plan for a longer table (which has to be trained; a factory makes its "
+            "own), or fewer tokens"
         )

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from memo_runtime.errors import ArgumentError
+from memo_runtime.integrations.huggingface import can_tile_loss
 from memo_runtime.offline.geometries import CONFIGS, MEMO_GPT, unknown_model
 
 #: Tokens of the batch that shows how blocks are called; sizes at the planned length follow from it.
@@ -64,8 +65,7 @@ def subject_named(
     fields = dict(CONFIGS[name]) if name in CONFIGS else _config_file(name)
     model = _causal_model(name, fields, max_positions, dtype)
     ids = _ids()
-    config: Any = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = _positions(model)
     return Subject(
         name=name,
         model=model,
@@ -91,10 +91,38 @@ def _memo_gpt(name: str) -> nn.Module:
     return GPT(*MEMO_GPT[name])
 
 
-def subject_of(name: str, model: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Subject:
-    """What a user's factory made; whatever is not on meta yet goes there."""
+def subject_of(
+    name: str,
+    model: nn.Module,
+    batch: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    max_positions: int | None = None,
+) -> Subject:
+    """What a user's factory made; whatever is not on meta yet goes there.
+
+    Raises:
+        ArgumentError: ``max_positions`` for a table that the factory made.
+    """
     moved = _pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, batch)
-    return Subject(name=name, model=model.to("meta").train(), batch=moved, tiled_loss=False)
+    model = model.to("meta").train()
+    positions = _positions(model)
+    learned = positions is not None and _has_table(model, positions)
+    if learned and max_positions is not None:
+        raise ArgumentError(f"--max-positions cannot lengthen the table of positions that {name} makes: do it there")
+    return Subject(
+        name=name,
+        model=model,
+        batch=moved,
+        tiled_loss="labels" in moved[1] and can_tile_loss(model),
+        positions=max_positions or positions,
+        learned_positions=learned,
+    )
+
+
+def _positions(model: nn.Module) -> int | None:
+    """What a config of Hugging Face says, if there is one."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def _ids() -> torch.Tensor:

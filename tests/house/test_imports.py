@@ -4,6 +4,7 @@ errors, units <- output, config <- placement, sizes <- moments <- records <- per
 blocks, losses, planning, reporting, native -> the nouns  profiling, execution -> blocks, native, the nouns
 profiling -> losses
 execution -> capture -> blocks, the nouns                  offline -> execution, for what blocks take by tiles
+offline -> integrations, for whether wrap tiles the loss
 planning -> memo_solver                                   wrapping, checking, api -> the three stages
 """
 
@@ -36,7 +37,8 @@ ALLOWED = {
     "traces": NOUNS,
     "machines": NOUNS | {"reporting"},
     "offline": NOUNS
-    | {"blocks", "capture", "execution", "profiling", "recording", "traces", "machines", "planning", "reporting"},
+    | {"blocks", "capture", "execution", "profiling", "recording", "traces", "machines", "planning", "reporting"}
+    | {"integrations"},
     "simulation": NOUNS | {"traces"},
     "allocator": NOUNS,
     "arena": NOUNS | {"allocator", "planning", "recording", "traces"},

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner
 
@@ -16,12 +17,12 @@ from memo_runtime.offline.optimizers import OPTIMIZERS, find_optimizer
 from memo_runtime.offline.planning import is_feasible_at, plan_at
 from memo_runtime.offline.positions import check_positions
 from memo_runtime.offline.profile import study_model
-from memo_runtime.offline.subject import subject_named
+from memo_runtime.offline.subject import subject_named, subject_of
 from memo_runtime.offline.trainable import LowRank, trained_in_part
 from memo_runtime.persist import load_plan
 from memo_runtime.units import GiB, MiB
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 H100 = find_machine("h100-80gb")
 TINY = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -152,6 +153,34 @@ def test_positions_that_are_learned_end_the_search(tmp_path):
     with pytest.raises(ArgumentError, match="give --max-positions 2048"):
         check_positions(subject, 2048, "--seq-len 2,048")
     check_positions(subject_named(str(path), max_positions=2048), 2048, "--seq-len 2,048")
+    few = subject_named(str(path), max_positions=100)
+    with pytest.raises(ArgumentError, match="learns 100 positions, and lengths are searched in steps of 128 tokens"):
+        fit(study_model(few, H100), make_settings(policy="auto"))
+
+
+def test_a_model_of_hugging_face_from_a_factory_is_planned_as_from_its_config(path, study):
+    model = subject_named(path).model
+    ids = torch.zeros(1, 64, dtype=torch.long, device="meta")
+    # As users write it: the model keeps a cache, which is filled behind the first look at a block.
+    made = subject_of("mine:make", model, ((), {"input_ids": ids, "labels": ids}))
+    assert (made.positions, made.learned_positions, made.tiled_loss) == (4096, False, True)
+    assert not subject_of("mine:make", model, ((), {"input_ids": ids})).tiled_loss
+    settings = make_settings(policy="tiled")
+    mine, named = (plan_at(one.at(1 << 16), settings) for one in (study_model(made, H100), study))
+    assert (mine.forecast.peak_bytes, mine.forecast.host_bytes) == (
+        named.forecast.peak_bytes,
+        named.forecast.host_bytes,
+    )
+    assert subject_of("mine:make", model, made.batch, max_positions=8192).positions == 8192
+
+
+def test_a_table_of_positions_of_a_factory_is_not_lengthened():
+    config = transformers.GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=512)
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    assert subject_of("mine:make", model, ((), {})).learned_positions
+    with pytest.raises(ArgumentError, match="cannot lengthen the table of positions that mine:make makes"):
+        subject_of("mine:make", model, ((), {}), max_positions=2048)
 
 
 def test_positions_that_are_computed_are_said(path, study):

@@ -27,16 +27,30 @@ def without_gaps(part: torch.Tensor) -> torch.Tensor:
     Dimensions of size one lie outside of all others, but those at the end inside: kernels want a last stride of one.
     """
     last = max((dim for dim, size in enumerate(part.shape) if size != 1), default=-1)
+    steps = _steps(part)
 
     def place(dim: int) -> tuple[int, int, int]:
         one = part.shape[dim] == 1
-        return (2 * (dim > last) if one else 1, 0 if one else -int(part.stride()[dim]), dim)
+        return (2 * (dim > last) if one else 1, 0 if one else -steps[dim], dim)
 
     strides = _strides(part.shape, sorted(range(part.dim()), key=place))
     layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
     if same_memory(part, layout):
         return part.as_strided(layout.shape, layout.stride())
     return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    """Strides, of expanded dimensions what they would be outside of those behind them.
+
+    As the innermost ones, where a stride of 0 would put them, features of a head would lie apart: kernels of attention
+    take that for granted, and yield something else.
+    """
+    steps = [int(stride) for stride in tensor.stride()]
+    for dim in reversed(range(tensor.dim())):
+        if steps[dim] == 0 and tensor.shape[dim] != 1:
+            steps[dim] = max((steps[inner] * tensor.shape[inner] for inner in range(dim + 1, tensor.dim())), default=1)
+    return steps
 
 
 def same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
@@ -49,7 +63,8 @@ def like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torch
     """Full-length memory for an output, its dimensions in the memory order of its first tile."""
     shape = list(tile.shape)
     shape[axis.dim] = shape[axis.dim] // length * tokens
-    order = sorted(range(tile.dim()), key=lambda dim: (-int(tile.stride()[dim]), dim))
+    steps = _steps(tile)
+    order = sorted(range(tile.dim()), key=lambda dim: (-steps[dim], dim))
     # No view: autograd refuses in-place operations on a result that is one.
     return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=tile.device)
 

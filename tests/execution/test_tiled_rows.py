@@ -2,7 +2,8 @@
 
 import torch
 
-from memo_runtime.execution.tiled_rows import without_gaps
+from memo_runtime.execution.tiled_rows import like, without_gaps
+from memo_runtime.records import TokenAxis
 
 
 def test_dimensions_of_size_one_have_strides_that_kernels_take():
@@ -22,3 +23,10 @@ def test_the_order_of_dimensions_in_memory_stays():
     part = without_gaps(heads.narrow(1, 1, 2))
     assert part.stride() == (36, 3, 6, 1)
     assert torch.equal(part, heads.narrow(1, 1, 2))
+
+
+def test_expanded_heads_lie_outside_of_their_features():
+    """Keys of one head that all heads of queries share: features of one token stay together."""
+    keys = torch.randn(2, 1, 5, 3).expand(2, 4, 5, 3)
+    assert without_gaps(keys).stride() == (60, 15, 3, 1)
+    assert like(keys, TokenAxis(dim=2), tokens=10, length=5).stride() == (120, 30, 3, 1)

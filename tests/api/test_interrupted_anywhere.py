@@ -66,6 +66,19 @@ def let_go(model: nn.Module) -> None:
     assert_nothing_held(model)
 
 
+def assert_given_up(model: nn.Module, plain: nn.Module, kept: list[Tensor]) -> None:
+    """A step whose graph is ``kept`` has host memory until the next one starts, and goes backward no more."""
+    assert totals(model).host_bytes_in_use > 0
+    want = step(plain, signal(seed=3))
+    for _ in range(2):
+        assert_close(step(model, signal(seed=3)), want)
+    with pytest.raises(StepGivenUpError, match="that an exception ended"):
+        kept[0].sum().backward()
+    kept.clear()
+    gc.collect()
+    let_go(model)
+
+
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("how", HOW)
 def test_a_step_goes_on_after_a_ctrl_c(how: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,12 +184,4 @@ def test_a_kept_traceback_does_not_keep_host_memory(how: str) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         forward()
-    assert totals(model).host_bytes_in_use > 0
-    want = step(plain, signal(seed=3))
-    for _ in range(2):
-        assert_close(step(model, signal(seed=3)), want)
-    with pytest.raises(StepGivenUpError, match="that an exception ended"):
-        kept[0].sum().backward()
-    kept.clear()
-    gc.collect()
-    let_go(model)
+    assert_given_up(model, plain, kept)

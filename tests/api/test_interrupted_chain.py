@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import pytest
 
 import memo_runtime as memo
-from memo_runtime.errors import StepGivenUpError
 from memo_runtime.records import Plan
 from tests.api.interrupting import Interrupter, every_place
-from tests.api.subjects import assert_close, assert_nothing_held, loss_of, step, totals
-from tests.api.test_interrupted_anywhere import FILES, again, ambient, let_go
+from tests.api.subjects import assert_close, assert_nothing_held, loss_of, step
+from tests.api.test_interrupted_anywhere import FILES, again, ambient, assert_given_up, let_go
 from tests.api.towers import signal, tower
 from tests.exactness.chains import with_runs
 
@@ -77,15 +75,7 @@ def test_host_memory_of_a_step_that_was_given_up_is_taken_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         model.layers[2](kept[0])
     handle.remove()
-    assert totals(model).host_bytes_in_use > 0
-    want = step(plain, signal(seed=3))
-    for _ in range(2):
-        assert_close(step(model, signal(seed=3)), want)
-    with pytest.raises(StepGivenUpError, match="that an exception ended"):
-        kept[0].sum().backward()
-    kept.clear()
-    gc.collect()
-    let_go(model)
+    assert_given_up(model, plain, kept)
 
 
 def interrupt(*_: Any) -> None:

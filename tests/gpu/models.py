@@ -66,3 +66,16 @@ def error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) ->
     gap = sum((found[n].double() - reference[n].double()).norm() ** 2 for n in reference)
     size = sum(reference[n].double().norm() ** 2 for n in reference)
     return float((gap / size) ** 0.5)
+
+
+def llama_and_float32(
+    data: dict[str, torch.Tensor], **shape: int
+) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor], float]:
+    """A Llama in bfloat16, the gradients of the same in float32, and how far its own are from those, unwrapped."""
+    model, reference = llama(torch.bfloat16, **shape), llama(torch.float32, **shape)
+    reference.load_state_dict(model.state_dict())
+    exact = step(reference, data)[1]
+    del reference
+    plain = error(step(model, data)[1], exact)
+    model.zero_grad(set_to_none=True)
+    return model, exact, plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 
 import pytest
 import torch
@@ -23,7 +22,8 @@ from memo_runtime.records import Executor
 from tests.exactness.hand_written import WIDTH, Attention
 from tests.execution import test_tiled_declared as declared
 from tests.execution.tiles import call_of, run, worst
-from tests.gpu.models import batch, error, llama, step
+from tests.gpu.late_copies import make_copies_late
+from tests.gpu.models import batch, error, llama, llama_and_float32, step
 
 pytestmark = pytest.mark.gpu
 
@@ -131,17 +131,7 @@ def test_products_in_host_memory_are_those_that_stay_bit_for_bit(monkeypatch):
     wanted = [x, *(one for block in blocks for one in block.parameters())]
     tools = Tools(device, 1 << 30)
     swap = TiledSwap(device, tools.pool, tools.engine)
-    draw, submit = random.Random(3), tools.engine._submit
-    handles = [tools.engine.stream_handle(to_host=out) for out in (True, False)]
-    streams = [torch.cuda.ExternalStream(handle, device=device) for handle in handles]
-
-    def late(*args):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(draw.randrange(1_000_000))
-        return submit(*args)
-
-    monkeypatch.setattr(tools.engine, "_submit", late)
+    make_copies_late(tools, monkeypatch)
     tiles = [TiledBlock(block, tile=1024) for block in blocks]
 
     def step(sent):
@@ -236,13 +226,8 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.parametrize("budget_share", [None, 0.5])
 def test_a_model_by_tiles_in_bfloat16(budget_share):
     """Gradients against float32's, the peak against the budget and the forecast, host bytes and FLOPs to the byte."""
-    model, data = llama(torch.bfloat16, hidden=1024), batch(1, 8192)
-    reference = llama(torch.float32, hidden=1024)
-    reference.load_state_dict(model.state_dict())
-    exact = step(reference, data)[1]
-    del reference
-    plain = error(step(model, data)[1], exact)
-    model.zero_grad(set_to_none=True)
+    data = batch(1, 8192)
+    model, exact, plain = llama_and_float32(data, hidden=1024)
     profile = memo.profile(model, data, tiles=True)
     # Between a stash that all stays and one of which nothing does: some of it has to go to the host.
     most = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=4, tile=2048).forecast.peak_bytes

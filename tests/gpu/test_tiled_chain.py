@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +14,8 @@ from memo_runtime.execution.tiled_chain import origin_of
 from memo_runtime.execution.tiled_swap import TiledSwap
 from tests.exactness.chains import with_runs
 from tests.exactness.hand_written import WIDTH, Attention
-from tests.gpu.models import batch, error, llama, step
+from tests.gpu.late_copies import make_copies_late
+from tests.gpu.models import batch, error, llama, llama_and_float32, step
 
 pytestmark = pytest.mark.gpu
 
@@ -30,17 +29,7 @@ def test_gradients_are_those_of_inputs_that_are_stashed_bit_for_bit(monkeypatch)
     wanted = [x, *(one for block in blocks for one in block.parameters())]
     tools = Tools(device, 1 << 30)
     swap = TiledSwap(device, tools.pool, tools.engine)
-    draw, submit = random.Random(3), tools.engine._submit
-    handles = [tools.engine.stream_handle(to_host=out) for out in (True, False)]
-    streams = [torch.cuda.ExternalStream(handle, device=device) for handle in handles]
-
-    def late(*args):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(draw.randrange(1_000_000))
-        return submit(*args)
-
-    monkeypatch.setattr(tools.engine, "_submit", late)
+    make_copies_late(tools, monkeypatch)
     tiles = [TiledBlock(block, tile=4096) for block in blocks]
 
     def gradients(every):
@@ -68,13 +57,8 @@ def test_gradients_are_those_of_inputs_that_are_stashed_bit_for_bit(monkeypatch)
 @pytest.mark.parametrize("every", [2, 4])
 def test_a_model_in_bfloat16(every):
     """Gradients against float32's, host bytes and FLOPs to the byte, the peak against its forecast."""
-    model, data = llama(torch.bfloat16, hidden=1024, blocks=6), batch(1, 16384)
-    reference = llama(torch.float32, hidden=1024, blocks=6)
-    reference.load_state_dict(model.state_dict())
-    exact = step(reference, data)[1]
-    del reference
-    plain = error(step(model, data)[1], exact)
-    model.zero_grad(set_to_none=True)
+    data = batch(1, 16384)
+    model, exact, plain = llama_and_float32(data, hidden=1024, blocks=6)
     profile = memo.profile(model, data, tiles=True)
     whole = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=2048)
     plan = with_runs(whole, every)

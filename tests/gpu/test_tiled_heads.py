@@ -29,7 +29,7 @@ from memo_runtime.planning.tiles import by_tiles
 from memo_runtime.records import BlockProfile, Executor, Link
 from tests.execution.test_tiled_heads import Shared, distance
 from tests.execution.tiles import call_of, run, worst
-from tests.gpu.models import batch, error, llama, step
+from tests.gpu.models import batch, error, llama_and_float32, step
 
 pytestmark = pytest.mark.gpu
 
@@ -139,13 +139,8 @@ def test_the_peak_is_the_forecast_one_and_falls_with_the_groups(groups):
 
 def test_a_model_whose_heads_go_in_groups():
     """Gradients against float32's, the peak against the forecast, host bytes and FLOPs to the byte."""
-    model, data = llama(torch.bfloat16, hidden=1024), batch(1, 8192)
-    reference = llama(torch.float32, hidden=1024)
-    reference.load_state_dict(model.state_dict())
-    exact = step(reference, data)[1]
-    del reference
-    plain = error(step(model, data)[1], exact)
-    model.zero_grad(set_to_none=True)
+    data = batch(1, 8192)
+    model, exact, plain = llama_and_float32(data, hidden=1024)
     plan = memo.plan(memo.profile(model, data, tiles=True), policy="tiled", alpha=0.5, keep_last=1, tile=2048)
     sheet = Sheet(plan.profile, tuple(block.tokens for block in plan.blocks))
     choices = by_tiles(sheet, 0.5, 1, 2048, groups=4)

@@ -57,7 +57,7 @@ def test_gradients_are_those_of_inputs_that_are_stashed_bit_for_bit(monkeypatch)
 @pytest.mark.parametrize("every", [2, 4])
 def test_a_model_in_bfloat16(every):
     """Gradients against float32's, host bytes and FLOPs to the byte, the peak against its forecast."""
-    data = batch(1, 16384)
+    data = batch(1, 8192)
     model, exact, plain = llama_and_float32(data, hidden=1024, blocks=6)
     profile = memo.profile(model, data, tiles=True)
     whole = memo.plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=2048)

@@ -48,6 +48,10 @@ class TraceFileError(MemoError, ValueError):
     """A trace file cannot be read: missing, corrupt, or of another schema version."""
 
 
+class CheckoutMissingError(MemoError, FileNotFoundError):
+    """``memo bench`` was asked for where there is no checkout with the benchmarks."""
+
+
 class OutputError(MemoError, OSError):
     """A file that was asked for cannot be written."""
 

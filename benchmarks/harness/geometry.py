@@ -8,6 +8,7 @@ Shapes are the example's, so that ``llama-8b`` is one thing in the whole project
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +20,9 @@ from memo_runtime.reporting.mfu import model_flops
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
+_ROOT = Path(__file__).resolve().parents[2]
+_EXAMPLES = str(_ROOT / "examples")
+_CONFIGS = _ROOT / "benchmarks" / "configs"
 
 
 class Scope(StrEnum):
@@ -99,17 +102,48 @@ class Shape:
         return self.blocks * repeated
 
 
-def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConfig:
-    """The Hugging Face config of geometry ``name``, cut to ``blocks``, with room for ``tokens`` positions.
+class UnknownGeometryError(ValueError):
+    """No such geometry; names those that there are."""
+
+
+def check_geometry(name: str) -> None:
+    """That ``name`` can be measured: a geometry, or the path of a Hugging Face config. Needs no torch.
 
     Raises:
-        ValueError: no such geometry.
+        UnknownGeometryError: it is neither, or what makes models of them is not installed.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise UnknownGeometryError("models come from Hugging Face transformers: pip install 'memo-runtime[hf]'")
+    _find(name)
+
+
+def _find(name: str) -> object:
     if _EXAMPLES not in sys.path:
         sys.path.append(_EXAMPLES)
     import geometries
 
-    return geometries.make_config(geometries.find_geometry(name), tokens=tokens, layers=blocks)
+    own = {path.stem: path for path in sorted(_CONFIGS.glob("*.json"))}
+    try:
+        return geometries.find_geometry(str(own.get(name, name)))
+    except geometries.GeometryError as error:
+        if Path(name).exists():
+            raise UnknownGeometryError(str(error)) from None
+        known = ", ".join([*geometries.GEOMETRIES, *own])
+        raise UnknownGeometryError(
+            f"--geometry {name} is unknown; there are: {known}, or give the path of a Hugging Face config.json"
+        ) from None
+
+
+def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConfig:
+    """The Hugging Face config of geometry ``name``, cut to ``blocks``, with room for ``tokens`` positions.
+
+    Raises:
+        UnknownGeometryError: no such geometry.
+    """
+    found = _find(name)
+    import geometries
+
+    return geometries.make_config(found, tokens=tokens, layers=blocks)
 
 
 def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:

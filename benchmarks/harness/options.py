@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.geometry import Scope
+from benchmarks.harness.geometry import Scope, UnknownGeometryError, check_geometry
 from benchmarks.harness.job import Settings
 from benchmarks.harness.names import ContenderError, Entry, parse_contenders
 from benchmarks.harness.provenance import commit, gpu_facts
@@ -52,24 +52,24 @@ _OWN_FIELDS = ("geometry", "scope", "blocks")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.harness",
+        prog="memo bench run",
         description="Measure contenders on one step, each in a process of its own, and print a table.",
         epilog="docs/benchmarks.md says what is measured. Exit codes: 0 done, 1 a contender failed, 2 usage, 4 not all "
         "done in --minutes (the same command goes on).",
     )
     add = parser.add_argument
-    add("--run", required=True, help="name of the run; the same name and --out go on where it stopped")
-    add("--out", required=True, type=Path, help="JSON-lines file to append to")
-    add("--geometry", default="llama-8b", help="a name of examples/geometries.py, or a config.json")
+    add("--run", default="bench", help="name of the run; the same name and --out go on where it stopped")
+    add("--out", default=Path("bench.jsonl"), type=Path, help="JSON-lines file to append to; default: bench.jsonl")
+    add("--geometry", default="llama-8b", help="a name (an unknown one lists them), or a config.json")
     add("--scope", default="blocks", choices=[scope.value for scope in Scope], help="what one step is")
     add("--blocks", type=int, help="number of blocks, if not the geometry's")
     add("--lengths", required=True, type=_lengths, help="such as 16K,32K; K = 1024")
     add("--contenders", required=True,
         help="such as kernels,unwrapped,selective,memo-auto@selective,memo-auto@24GiB,memo-auto")  # fmt: skip
     add("--budget-from", metavar="NAME", help="memo also runs with budget = the peak that NAME reached")
-    add("--budget", type=parse_bytes, help="device budget of memo contenders without @")
-    add("--host-budget", type=parse_bytes, help="host budget of all memo contenders")
-    add("--memory", type=parse_bytes, help="what a contender may allocate, where it shall be less than there is")
+    add("--budget", type=_size, help="device budget of memo contenders without @")
+    add("--host-budget", type=_size, help="host budget of all memo contenders")
+    add("--memory", type=_size, help="what a contender may allocate, where it shall be less than there is")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
     add("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: bfloat16, float32 on the CPU")
     add("--attention", choices=ATTENTION, help="the kernel of all contenders; default: cudnn, auto on the CPU")
@@ -85,7 +85,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(sorted({parse_tokens(part) for part in text.split(",")}))
+    return tuple(sorted({_read(parse_tokens, part) for part in text.split(",")}))
+
+
+def _size(text: str) -> int:
+    return _read(parse_bytes, text)
+
+
+def _read(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _has_gpu() -> bool:
@@ -113,8 +124,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
+        check_geometry(given.geometry)
         entries = parse_contenders(given.contenders, budget_from=given.budget_from)
-    except ContenderError as error:
+    except (ContenderError, UnknownGeometryError) as error:
         parser.error(str(error))
     device = given.device if given.device != "auto" else "cuda" if _has_gpu() else "cpu"
     if device == "cuda" and not _has_gpu():

@@ -25,7 +25,7 @@ FIELDS = (
     "rehearsed", "config", "gpu", "driver", "cpu", "cores", "commit", "date", "versions",
 )  # fmt: skip
 #: What must agree between the rows of one run: without that they are not comparable.
-_RUN_FIELDS = ("geometry", "scope", "blocks", "config", "gpu", "driver", "cpu", "cores", "commit", "versions")
+RUN_FIELDS = ("geometry", "scope", "blocks", "config", "gpu", "driver", "cpu", "cores", "commit", "versions")
 
 Row = dict[str, Any]
 
@@ -57,7 +57,9 @@ def _parse(path: Path, number: int, line: str) -> Row:
     found = row.get("schema") if isinstance(row, dict) else None
     if found != SCHEMA:
         what = f"schema {found}" if found is not None else "no schema version"
-        raise RowError(f"{path}:{number} has {what}, this harness reads and writes {SCHEMA}: use another --out file")
+        raise RowError(
+            f"{path}:{number} has {what}, this harness reads and writes {SCHEMA}: they are not mixed, use another file"
+        )
     assert isinstance(row, dict), "only a mapping has a schema"
     return row
 
@@ -108,7 +110,7 @@ class RowFile:
             RowError: a condition differs; names it.
         """
         for row in self.rows:
-            for name in _RUN_FIELDS:
+            for name in RUN_FIELDS:
                 if row[name] != conditions[name]:
                     raise RowError(
                         f"run '{self.run}' in {self.path} was measured with {name} = {row[name]!r}, here it is "

@@ -50,11 +50,11 @@ class Child:
 
     def __iter__(self) -> Iterator[Row]:
         """Measurements as they come."""
-        command = [sys.executable, "-m", "benchmarks.harness.worker"]
+        command = [sys.executable, "-P", "-m", "benchmarks.harness.worker"]
         # As this process finds modules, whatever it was told; and the profiler need not say that it starts.
-        paths = os.pathsep.join(path for path in sys.path if path)
+        paths = os.pathsep.join([str(provenance.ROOT), *(path for path in sys.path if path)])
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=provenance.ROOT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"},
         )  # fmt: skip
         timer = self._timer(process)

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from memo_runtime import __version__
+from memo_runtime.cli.bench import bench
 from memo_runtime.cli.check import check
 from memo_runtime.cli.doctor import doctor
 from memo_runtime.cli.exits import exit_code
@@ -36,6 +37,7 @@ Examples:
   memo fit --model llama-8b --lora 16   the longest sequence that trains
   memo show plan.json          a plan or profile as a table
   memo solve trace.csv         an address for every tensor of a trace
+  memo bench table rows.jsonl  contenders side by side, from committed rows
 
 \b
 Exit codes:
@@ -89,6 +91,7 @@ def options(
     logging.getLogger("memo_runtime").setLevel(level)
 
 
+app.add_typer(bench)
 app.command()(check)
 app.command()(doctor)
 app.command()(fit)

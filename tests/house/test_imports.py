@@ -121,6 +121,12 @@ def test_nouns_files_and_tables_do_without_torch():
     ] == []
 
 
+def test_packages_know_nothing_of_the_benchmarks():
+    """They are no part of what is installed; `memo bench` starts them as a process."""
+    found = [one for path in python_files("memo_runtime", "solver") for one in imports(path)]
+    assert [str(one) for one in found if top(one.module) in {"benchmarks", "geometries"}] == []
+
+
 def test_only_planning_solves():
     assert [
         str(found) for part, found in runtime_imports() if part not in MAY_SOLVE and top(found.module) in SOLVERS

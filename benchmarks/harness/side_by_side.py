@@ -1,0 +1,216 @@
+"""Contenders side by side, as Markdown: what documents show of committed rows. Needs no torch.
+
+One table is one run, and so one machine, one commit and one set of settings: nothing else is comparable. The lines at
+its end set memo against the others, length by length: against the fastest of them, and against the fastest of those
+that compute attention again in backward.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.harness.rows import Row, RowError
+
+#: Contender -> whether it computes attention again in backward; memo's own are set against these.
+ATTENTION_AGAIN = {
+    "unwrapped": False,
+    "selective": False,
+    "checkpoint": True,
+    "save_on_cpu": True,
+}
+#: Trains nothing: a floor, and nobody's rival.
+FLOOR = "kernels"
+_MEMO = "memo-"
+#: The contender that memo is judged by, where it is among a run's.
+_FIRST = "memo-auto"
+_GIB, _MIB = 2**30, 2**20
+_WIDTH = 120
+_STATUSES = {"oom": "out of memory", "error": "failed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The rows of one run.
+
+    Attributes:
+        source: the file they are from, as a link.
+        shown, shown_lengths: what the table has; None: all. Who is fastest is asked of all rows, whatever is shown.
+    """
+
+    source: str
+    rows: tuple[Row, ...]
+    shown: frozenset[str] | None = None
+    shown_lengths: frozenset[int] | None = None
+
+    @property
+    def first(self) -> Row:
+        """Any of them, for what all have in common."""
+        return self.rows[0]
+
+    @property
+    def rehearsed(self) -> bool:
+        """Longest lengths, and no times."""
+        return bool(self.first.get("rehearsed"))
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """In the order in which they ran."""
+        return tuple(dict.fromkeys(row["contender"] for row in self.rows))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those that are shown, shortest first."""
+        there = {int(row["seq_len"]) for row in self.rows}
+        return tuple(sorted(there if self.shown_lengths is None else there & self.shown_lengths))
+
+    def shows(self, contender: str) -> bool:
+        """Whether the table has a line for ``contender``."""
+        return self.shown is None or contender in self.shown
+
+    def find(self, contender: str, tokens: int) -> Row | None:
+        """That row, if it is there."""
+        return next((r for r in self.rows if r["contender"] == contender and r["seq_len"] == tokens), None)
+
+
+def again(contender: str) -> bool:
+    """Whether ``contender`` computes attention again in backward.
+
+    Raises:
+        RowError: nobody has said so.
+    """
+    if contender not in ATTENTION_AGAIN:
+        raise RowError(f"{contender!r}: ATTENTION_AGAIN does not say whether it computes attention again")
+    return ATTENTION_AGAIN[contender]
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table of ``comparison`` under a paragraph that says what was measured, and where."""
+    lines = _longest(comparison) if comparison.rehearsed else _times(comparison)
+    heading = textwrap.wrap(_heading(comparison), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*heading, "", *lines])
+
+
+def _heading(comparison: Comparison) -> str:
+    row = comparison.first
+    config, stack = row["config"], "whole training steps"
+    if row["scope"] == "blocks":
+        count = "all" if row["blocks"] is None else row["blocks"]
+        stack = f"{count} blocks, forward and backward"
+    kernel = f"{config['attention']} attention" if config["attention"] != "auto" else "attention as PyTorch chooses"
+    what = f"`{row['geometry']}`, {stack}, {config['dtype']}, {kernel}"
+    where = f"{row['gpu'] or row['cpu']}, torch {row['versions']['torch']}, commit {row['commit'][:7]}"
+    if comparison.rehearsed:
+        said = "The longest sequence of each by rehearsal (attention replaced by the same stand-in for everybody)"
+    else:
+        _, unit = _unit(comparison.rows)
+        said = f"Step, causal MFU, and {unit} of device memory at its peak + of pinned host memory"
+    return f"{said}: {what}; {where}; [run {row['run']}]({comparison.source})."
+
+
+def _unit(rows: Iterable[Row]) -> tuple[int, str]:
+    largest = max((row["peak_allocated"] or 0 for row in rows), default=0)
+    return (_GIB, "GiB") if largest >= _GIB else (_MIB, "MiB")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _times(comparison: Comparison) -> list[str]:
+    lengths = comparison.lengths
+    header = ["contender", *(f"{tokens:,}" for tokens in lengths)]
+    fastest = {tokens: _fastest(comparison, comparison.contenders, tokens) for tokens in lengths}
+    rows = []
+    for name in filter(comparison.shows, comparison.contenders):
+        cells = [_cell(comparison, name, tokens) for tokens in lengths]
+        best = [fastest[tokens] == name for tokens in lengths]
+        shown = [f"**{cell}**" if first else cell for cell, first in zip(cells, best, strict=True)]
+        rows.append([f"{name} (no training)" if name == FLOOR else name, *shown])
+    rivals = [name for name in comparison.contenders if name != FLOOR and not name.startswith(_MEMO)]
+    for said, among in (
+        ("memo: times as fast as the fastest other", rivals),
+        ("memo: ... that computes attention again", [name for name in rivals if again(name)]),
+    ):
+        rows.append([said, *(_against(comparison, among, tokens) for tokens in lengths)])
+    return _table(header, rows)
+
+
+def _cell(comparison: Comparison, name: str, tokens: int) -> str:
+    row = comparison.find(name, tokens)
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return _STATUSES.get(row["status"], row["status"])
+    unit, _ = _unit(comparison.rows)
+    share = f"{100 * row['mfu']:.1f} %" if row["mfu"] is not None else "-"
+    pinned = (row["pinned_bytes"] or 0) / unit
+    return f"{_seconds(row)}, {share}, {row['peak_allocated'] / unit:.1f} + {pinned:.1f}"
+
+
+def _seconds(row: Row) -> str:
+    seconds = row["step_seconds"]
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _fastest(comparison: Comparison, names: Iterable[str], tokens: int) -> str | None:
+    found = {}
+    for name in names:
+        row = comparison.find(name, tokens)
+        if name != FLOOR and row is not None and row["status"] == "ok":
+            found[name] = row["step_seconds"]
+    return min(found, key=lambda name: found[name], default=None)
+
+
+def _ours(comparison: Comparison, tokens: int) -> str | None:
+    """The memo contender that stands for memo: ``memo-auto``, or the fastest where that did not run through."""
+    return _fastest(comparison, [_FIRST], tokens) or _fastest(
+        comparison, [name for name in comparison.contenders if name.startswith(_MEMO)], tokens
+    )
+
+
+def _against(comparison: Comparison, others: Sequence[str], tokens: int) -> str:
+    """How much faster memo is than the fastest of ``others``, both named."""
+    ours, theirs = _ours(comparison, tokens), _fastest(comparison, others, tokens)
+    if ours is None or theirs is None:
+        return "-"
+    mine, best = comparison.find(ours, tokens), comparison.find(theirs, tokens)
+    assert mine is not None, "it has been found"
+    assert best is not None, "it has been found"
+    named = "" if ours == _FIRST else f"{ours}: "
+    return f"{named}{best['step_seconds'] / mine['step_seconds']:.2f} x {theirs}"
+
+
+def _longest(comparison: Comparison) -> list[str]:
+    unit, name = _unit(comparison.rows)
+    reached = {one: _reached(comparison, one) for one in comparison.contenders}
+    rows = []
+    for one in filter(comparison.shows, reached):
+        row = reached[one]
+        short = _too_long(comparison, one, 0 if row is None else int(row["seq_len"]))
+        memory = "" if row is None else f"{row['peak_allocated'] / unit:.1f} + {(row['pinned_bytes'] or 0) / unit:.1f}"
+        rows.append(
+            [one, "none" if row is None else f"{row['seq_len']:,}", "" if short is None else f"{short:,}", memory]
+        )
+    ours, theirs = (_longest_of(reached, memo=memo) for memo in (True, False))
+    if ours and theirs:
+        most, other = (int(reached[one]["seq_len"]) for one in (ours, theirs))  # type: ignore[index]
+        rows.append([f"{ours} against the longest other", f"{most / other:.2f} x {theirs}", "", ""])
+    return _table(["contender", "longest", "too long", f"peak + pinned, {name}"], rows)
+
+
+def _reached(comparison: Comparison, name: str) -> Row | None:
+    there = [row for row in comparison.rows if row["contender"] == name and row["status"] == "ok"]
+    return max(there, key=lambda row: int(row["seq_len"]), default=None)
+
+
+def _too_long(comparison: Comparison, name: str, above: int) -> int | None:
+    """The shortest length above ``above`` that ``name`` was tried at and that did not fit."""
+    tried = [row for row in comparison.rows if row["contender"] == name and row["status"] != "ok"]
+    return min((int(row["seq_len"]) for row in tried if row["seq_len"] > above), default=None)
+
+
+def _longest_of(reached: dict[str, Row | None], *, memo: bool) -> str | None:
+    there = {name: int(row["seq_len"]) for name, row in reached.items() if row and name.startswith(_MEMO) == memo}
+    return max(there, key=lambda name: there[name], default=None)

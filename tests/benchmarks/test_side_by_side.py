@@ -1,0 +1,167 @@
+"""Tables of runs: what is compared, what is bold, and what is never put together."""
+
+import json
+
+import pytest
+
+from benchmarks.harness.names import NAMES
+from benchmarks.harness.rows import RowError
+from benchmarks.harness.side_by_side import ATTENTION_AGAIN, FLOOR
+from benchmarks.harness.tables import find_comparisons, main, refreshed, tables
+from tests.benchmarks.test_table import row
+
+GIB = 2**30
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def timed(contender, tokens, seconds, **more):
+    given = {"mfu": 0.5, "pinned_bytes": GIB, "commit": "0123456789", **more}
+    return row(contender, tokens, seconds, 10 * GIB, **given)
+
+
+def lines_of(text):
+    """First cell -> the others."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in lines}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """One run: kernels, three others and memo at two lengths."""
+    return write(
+        tmp_path / "rows.jsonl",
+        *(timed("kernels", tokens, 0.5) for tokens in (16384, 131072)),
+        timed("unwrapped", 16384, 1.0),
+        row("unwrapped", 131072, status="oom", error="OutOfMemoryError: no", commit="0123456789"),
+        *(timed("selective", tokens, seconds) for tokens, seconds in ((16384, 1.2), (131072, 2.2))),
+        *(timed("checkpoint", tokens, seconds) for tokens, seconds in ((16384, 1.4), (131072, 3.0))),
+        *(timed("memo-auto", tokens, seconds) for tokens, seconds in ((16384, 1.1), (131072, 2.0))),
+    )
+
+
+def test_memo_is_set_against_the_fastest_other_and_the_fastest_that_computes_attention_again(rows):
+    found = lines_of(tables([str(rows)]))
+    assert found["contender"] == ["16,384", "131,072"]
+    assert found["kernels (no training)"][0] == "0.50 s, 50.0 %, 10.0 + 1.0"
+    assert found["unwrapped"] == ["**1.00 s, 50.0 %, 10.0 + 1.0**", "out of memory"]
+    assert found["memo-auto"] == ["1.10 s, 50.0 %, 10.0 + 1.0", "**2.00 s, 50.0 %, 10.0 + 1.0**"]
+    assert found["memo: times as fast as the fastest other"] == ["0.91 x unwrapped", "1.10 x selective"]
+    assert found["memo: ... that computes attention again"] == ["1.27 x checkpoint", "1.50 x checkpoint"]
+
+
+def test_what_is_shown_changes_no_comparison(rows):
+    found = lines_of(tables([str(rows), "--contenders", "checkpoint,memo-auto", "--lengths", "128K"]))
+    assert "unwrapped" not in found
+    assert found["checkpoint"] == ["3.00 s, 50.0 %, 10.0 + 1.0"]
+    assert found["memo: times as fast as the fastest other"] == ["1.10 x selective"]
+
+
+def test_the_table_names_machine_commit_and_run(rows):
+    heading = " ".join(tables([str(rows)]).split("|")[0].split())
+    for part in ("NVIDIA H100 80GB HBM3", "torch 2.11.0", "commit 0123456;", "run r]", "`llama-8b`, 4 blocks, forward"):
+        assert part in heading
+
+
+def test_where_auto_did_not_run_through_another_policy_stands_for_memo_and_is_named(tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl", timed("checkpoint", 64, 3.0), timed("memo-auto@checkpoint", 64, 2.0),
+        row("memo-auto", 64, status="oom", error="x", commit="0123456789"), timed("memo-swap", 64, 4.0),
+    )  # fmt: skip
+    found = lines_of(tables([str(path)]))
+    assert found["memo: times as fast as the fastest other"] == ["memo-auto@checkpoint: 1.50 x checkpoint"]
+
+
+def test_every_contender_says_whether_it_computes_attention_again():
+    assert {name for name in NAMES if not name.startswith("memo-")} - {FLOOR} == set(ATTENTION_AGAIN)
+
+
+def test_longest_lengths_have_their_own_table(tmp_path):
+    told = {"rehearsed": True, "status": "ok", "commit": "0123456789"}
+    path = write(
+        tmp_path / "rows.jsonl",
+        row("checkpoint", 1 << 19, peak=70 * GIB, **told),
+        row("checkpoint", 1 << 20, **{**told, "status": "oom", "error": "no"}),
+        row("memo-auto", 1 << 20, peak=75 * GIB, **told, pinned_bytes=100 * GIB),
+    )
+    found = lines_of(tables([str(path)]))
+    assert found["checkpoint"] == ["524,288", "1,048,576", "70.0 + 0.0"]
+    assert found["memo-auto"] == ["1,048,576", "", "75.0 + 100.0"]
+    assert found["memo-auto against the longest other"][0] == "2.00 x checkpoint"
+
+
+def test_runs_and_machines_are_never_in_one_table(tmp_path):
+    one, other = write(tmp_path / "a", timed("unwrapped", 64, 1.0)), write(
+        tmp_path / "b", timed("memo-auto", 64, 0.5, gpu="NVIDIA H200")
+    )
+    text = tables([str(one), str(other)])
+    assert text.count("| contender |") == 2
+    assert lines_of(text)["memo: times as fast as the fastest other"] == ["-"]
+    assert "H100" not in tables([str(one), str(other), "--gpu", "NVIDIA H200"])
+    mixed = write(tmp_path / "c", timed("unwrapped", 64, 1.0), timed("memo-auto", 64, 0.5, gpu="NVIDIA H200"))
+    with pytest.raises(RowError, match="rows with gpu = 'NVIDIA H100 80GB HBM3' and 'NVIDIA H200', which"):
+        find_comparisons([mixed])
+    with pytest.raises(RowError, match="two rows of unwrapped at 64"):
+        find_comparisons([write(tmp_path / "d", timed("unwrapped", 64, 1.0), timed("unwrapped", 64, 1.0))])
+    both = write(tmp_path / "e", timed("unwrapped", 64, 1.0), row("memo-auto", 64, status="ok", rehearsed=True))
+    with pytest.raises(RowError, match="which are not comparable"):
+        find_comparisons([both])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--run", "s"], "no rows of run 's'; there are: r"),
+        (["--gpu", "h200"], "no rows of GPU 'h200'; there are: NVIDIA H100 80GB HBM3"),
+        (["--lengths", "16K,3K"], "no rows of length 3072; there are: 16384, 131072"),
+        (["--lengths", "many"], "'many' is not a token count"),
+        (["--contenders", "trl"], "no rows of contender 'trl'; there are: checkpoint, kernels,"),
+    ],
+)
+def test_what_is_not_there_is_said_with_what_is(rows, capsys, more, said):
+    assert main([str(rows), *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bad_files_are_refused(tmp_path, capsys):
+    other = write(tmp_path / "rows.jsonl", timed("unwrapped", 64, 1.0), timed("unwrapped", 128, 1.0) | {"schema": 9})
+    for path, said in (
+        (tmp_path / "none.jsonl", "there is no such file of rows"),
+        (other, "rows.jsonl:2 has schema 9, this harness reads and writes 1: they are not mixed"),
+        (write(tmp_path / "empty.jsonl"), "no rows in"),
+    ):
+        assert main([str(path)]) == 2
+        assert said in capsys.readouterr().err
+    for given in ([], [str(other), "--refresh", "README.md"]):
+        with pytest.raises(SystemExit):
+            main(given)
+        assert "give FILEs of rows, or --refresh DOCUMENT" in capsys.readouterr().err
+
+
+def test_documents_are_made_again_from_the_commands_in_them(tmp_path, capsys):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    rows = write(tmp_path / "benchmarks" / "results" / "rows.jsonl", timed("memo-auto", 64, 2.0))
+    document = tmp_path / "docs" / "page.md"
+    command = "<!-- memo bench table benchmarks/results/rows.jsonl --run r -->"
+    document.write_text(f"before\n{command}\nstale\n<!-- end of the table -->\nafter\n")
+    assert main(["--refresh", str(document)]) == 0
+    made = document.read_text()
+    assert "2.00 s" in made
+    assert "stale" not in made
+    assert "(../benchmarks/results/rows.jsonl)" in made
+    assert made.startswith("before\n")
+    assert made.endswith("<!-- end of the table -->\nafter\n")
+    assert refreshed(document, tmp_path) == made
+    assert main(["--refresh", str(document)]) == 0
+    assert "as it was" in capsys.readouterr().err
+    write(rows, timed("memo-auto", 64, 3.0))
+    assert refreshed(document, tmp_path) != made
+    document.write_text("no table")
+    assert main(["--refresh", str(document)]) == 2
+    assert main(["--refresh", str(tmp_path / "none.md")]) == 2
+    assert main([str(rows), "--full"]) == 0
+    assert "p80" in capsys.readouterr().out

@@ -5,9 +5,9 @@
     attention at the full length: few groups of heads, times the groups
     the same with queries in chunks: the second and the last chunk, and those between on a line
 
-Runs follow each other without a pause, as in a step: a GPU that waits in between runs faster than one that does not.
-Gradients are random numbers: over ones, kernels draw less power and run faster than in a step (cuDNN's backward of
-attention over 65,536 tokens on an H100 by a tenth).
+Attention is timed in rounds with as much of the rest as a step has (``blocks/stopwatch.py`` says why). Gradients are
+random numbers: over ones, kernels draw less power and run faster than in a step (cuDNN's backward of attention over
+65,536 tokens on an H100 by a tenth).
 The programs are those that the step will use, so what they take to compile is not lost. What the weights take that is
 the same at every length (casts, sums in float32) is in the line: it is small beside two long tiles.
 """
@@ -15,10 +15,10 @@ the same at every length (casts, sums in float32) is in the line: it is small be
 from __future__ import annotations
 
 import logging
-import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import MASKED_ATTENTION
-from memo_runtime.blocks.stopwatch import laps
+from memo_runtime.blocks.stopwatch import Beside, laps, typical
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.dims import shortened
 from memo_runtime.capture.rules import arguments_of, operator_name
@@ -53,18 +53,12 @@ from memo_runtime.units import format_seconds
 
 logger = logging.getLogger("memo_runtime")
 
-#: Work before anything is timed: a device that has just woken up runs faster than it will.
-_LOAD_SECONDS = {"cuda": 0.5}
-_WARM = 2
 #: Tiles that are run: a step of as many is timed as it is.
 _TIMED_TILES = {"cuda": 4, "cpu": 2}
-#: Most rounds of that work.
-_MOST_ROUNDS = 500
 #: By name: its module takes a second to import where nothing is compiled.
 _COMPILER_ERROR = "TorchDynamoException"
-_SAMPLES = 3
-#: A round that takes longer is warm when it is over, and one more is enough.
-_LONG_SECONDS = 0.5
+#: Runs of a chunk of queries before it is timed, and timed ones.
+_WARM, _SAMPLES = 2, 3
 #: Kernels are compared at this many tokens first, and those that take this much more than the fastest are left out.
 _COMPARED_TOKENS, _HOPELESS = 2**16, 1.5
 #: Queries of a chunk, and the share of the forward that chunks must save; less is no difference between two of them.
@@ -104,20 +98,27 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
     hidden: torch.Tensor = call.leaves[captured.input_leaf]
     rows = max(1, hidden.numel() // hidden.shape[-1] // tokens)
     tile = min(tokens, longest_tile(rows) if tile is None else tile)
-    count = min(_TIMED_TILES.get(hidden.device.type, _TIMED_TILES["cpu"]), -(-tokens // tile))
+    device = hidden.device
+    count = min(_TIMED_TILES.get(device.type, _TIMED_TILES["cpu"]), -(-tokens // tile))
     length = min(tokens, count * tile)
     if not captured.traced.allows(length):
         return None
     try:
-        with RandomState.current(hidden.device).restored(), torch.enable_grad():
-            attentions = [_Attention(captured, node) for node in mixers]
-            full = [one.fastest(tiles.programs.kernels, tokens) for one in attentions]
-            under_spans = [one.seconds(call) for one in masked]
-            block = _time_block(tiles, captured, shortened(call, length), Way(tile=tile))
-            saved = _saved(tiles, captured, shortened(call, length), tile, sum(block))
+        with RandomState.current(device).restored(), torch.enable_grad():
+            attentions, kernels = [_Attention(captured, node) for node in mixers], tiles.programs.kernels
+            for one in attentions:
+                one.choose(kernels, tokens)
+            some = shortened(call, length)
+            runs = _runs(tiles, captured, some, Way(tile=tile))
+            block = _forward_and_backward(runs, device)
+            saved = _saved(tiles, captured, some, tile, sum(block))
+            # On a CPU nothing sets a clock by what runs beside.
+            beside = Beside(length, partial(_run_all, runs)) if device.type == "cuda" else None
+            full = [one.seconds(one.inputs(tokens), kernels.get(one.key), beside) for one in attentions]
+            under_spans = [one.seconds(call, beside) for one in masked]
             short = [*full, *under_spans] if length == tokens else [
-                *(one.seconds(one.inputs(length), tiles.programs.kernels.get(one.key)) for one in attentions),
-                *(one.seconds(shortened(call, length)) for one in masked),
+                *(one.seconds(one.inputs(length), kernels.get(one.key), beside) for one in attentions),
+                *(one.seconds(some, beside) for one in masked),
             ]  # fmt: skip
     except torch.OutOfMemoryError as error:
         logger.info("memo: tiles are not timed, there is no room for it: %s", error)
@@ -137,20 +138,31 @@ def _saved(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int, ba
     """Seconds by token that kept products save of ``bare``: with all kept, or half where there is no room for all."""
     tokens = captured.tokens(call)
     count = -(-tokens // tile)
-    kept, way = tokens, Way(tile=tile, alpha=1.0)
+    kept, way, device = tokens, Way(tile=tile, alpha=1.0), call.leaves[captured.input_leaf].device
     try:
-        took = _time_block(tiles, captured, call, way)
+        took = _forward_and_backward(_runs(tiles, captured, call, way), device)
     except torch.OutOfMemoryError:
         if count == 1:
             raise
         kept, way = count // 2 * tile, Way(tile=tile, alpha=count // 2 / count)
-        took = _time_block(tiles, captured, call, way)
+        took = _forward_and_backward(_runs(tiles, captured, call, way), device)
     return max(0.0, bare - sum(took)) / kept
 
 
-def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way) -> tuple[float, float]:
-    """(forward, backward) of one call; no ``.grad`` is touched."""
-    device: torch.device = call.leaves[captured.input_leaf].device
+def _forward_and_backward(runs: Sequence[Callable[[], None]], device: torch.device) -> tuple[float, float]:
+    """Seconds of ``_runs``."""
+    forward, backward = typical(runs, device, (0, 2))
+    return forward, backward
+
+
+def _run_all(runs: Sequence[Callable[[], None]]) -> None:
+    with torch.enable_grad():
+        for run in runs:
+            run()
+
+
+def _runs(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way) -> list[Callable[[], None]]:
+    """Forward, what makes random gradients of its results, and backward; no ``.grad`` is touched."""
     inputs = [leaf for _, leaf in call.tensors() if leaf.requires_grad]
     inputs += [one for one in tiles.block.parameters() if one.requires_grad]
     outputs: list[Any] = []
@@ -169,7 +181,7 @@ def _time_block(tiles: TiledBlock, captured: Captured, call: BlockCall, way: Way
         results.clear()
         outputs.clear()
 
-    return _typical(forward, between, backward, device)
+    return [forward, between, backward]
 
 
 def _gradients(results: list[torch.Tensor], inputs: list[torch.Tensor], given: list[torch.Tensor]) -> None:
@@ -209,8 +221,8 @@ class _Attention:
         busy = _BUSY_ROWS.get(self.node.meta["val"].device.type, _BUSY_ROWS["cpu"])
         return min(groups, -(-busy * groups // (tokens * shapes["query"][1])))
 
-    def fastest(self, kernels: dict[tuple[str, str], Kernel], tokens: int) -> tuple[float, float]:
-        """(forward, backward) at ``tokens`` tokens by the fastest kernel, which ``kernels`` gets to know."""
+    def choose(self, kernels: dict[tuple[str, str], Kernel], tokens: int) -> None:
+        """Tell ``kernels`` the fastest one at ``tokens`` tokens."""
         inputs = self.inputs(tokens)
         names = self._promising(tokens, list(kernels_for(inputs, self._settings(inputs))))
         found = {Kernel(name): self.seconds(inputs, Kernel(name)) for name in names}
@@ -224,7 +236,6 @@ class _Attention:
         if len(chunked) > 1:
             listed = ", ".join(f"{kernel.text()} {format_seconds(sum(one))}" for kernel, one in chunked.items())
             logger.info("memo: attention over %d tokens, forward and backward: %s", tokens, listed)
-        return chunked[chosen]
 
     def _promising(self, tokens: int, names: list[str]) -> list[str]:
         """Those of ``names`` that may be the fastest at ``tokens`` tokens, by their times at fewer."""
@@ -266,9 +277,9 @@ class _Attention:
     def _settings(self, inputs: Inputs) -> Settings:
         return Settings.of(arguments_of(self.node), inputs.query.shape[-1])
 
-    def seconds(self, inputs: Inputs, kernel: Kernel | None) -> tuple[float, float]:
+    def seconds(self, inputs: Inputs, kernel: Kernel | None, beside: Beside | None = None) -> tuple[float, float]:
         """(forward, backward) of all heads of all sequences."""
-        settings, device = self._settings(inputs), inputs.query.device
+        settings, device, times = self._settings(inputs), inputs.query.device, self._times(inputs)
 
         found: list[Any] = []
 
@@ -281,8 +292,9 @@ class _Attention:
             found.clear()
 
         with torch.no_grad():
-            forward, backward = _typical(run, lambda: found.append(torch.randn_like(found[0])), back, device)
-        times = self._times(inputs)
+            rest = beside.runs(inputs.query.shape[2] / times) if beside is not None else []
+            round_ = [*rest, run, lambda: found.append(torch.randn_like(found[0])), back]
+            forward, backward = typical(round_, device, (-3, -1))
         return forward * times, backward * times
 
     def _times(self, inputs: Inputs) -> float:
@@ -299,7 +311,7 @@ class _Masked:
     node: fx.Node
     spans_leaf: int
 
-    def seconds(self, call: BlockCall) -> tuple[float, float]:
+    def seconds(self, call: BlockCall, beside: Beside | None = None) -> tuple[float, float]:
         """(forward, backward) of all heads, in a call like ``call``."""
         operator = torch.ops.memo_runtime.masked_attention
         spans, scale, tokens = call.leaves[self.spans_leaf], self.node.args[4], self.captured.tokens(call)
@@ -321,7 +333,9 @@ class _Masked:
             found.clear()
 
         with torch.no_grad():
-            forward, backward = _typical(run, lambda: found.append(torch.randn_like(found[0])), back, given[0].device)
+            rest = beside.runs(tokens * timed / groups) if beside is not None else []
+            round_ = [*rest, run, lambda: found.append(torch.randn_like(found[0])), back]
+            forward, backward = typical(round_, given[0].device, (-3, -1))
         return forward * groups / timed, backward * groups / timed
 
 
@@ -340,19 +354,3 @@ def _random(shape: list[int], like: torch.Tensor) -> torch.Tensor:
     batch, heads, length, depth = shape
     made = torch.randn(batch, length, heads, depth, dtype=like.dtype, device=like.device)
     return made.transpose(1, 2)
-
-
-def _typical(
-    forward: Callable[[], None], between: Callable[[], None], backward: Callable[[], None], device: torch.device
-) -> tuple[float, float]:
-    """Median seconds of forward and backward, on a device that has been at work and does not pause."""
-    once = [forward, between, backward]
-    for _ in range(_WARM):
-        took = sum(laps(once, device))
-        if took > _LONG_SECONDS:
-            break
-    load = math.ceil(_LOAD_SECONDS.get(device.type, 0.0) / max(took, 1e-9))
-    samples = 1 if took > _LONG_SECONDS else _SAMPLES
-    rounds = samples if took > _LONG_SECONDS else samples + min(_MOST_ROUNDS, load)
-    found = laps(once * rounds, device)[-len(once) * samples :]
-    return statistics.median(found[0 :: len(once)]), statistics.median(found[2 :: len(once)])

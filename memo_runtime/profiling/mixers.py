@@ -7,20 +7,22 @@ though: queries, keys and values of one group of heads take little memory and a 
     block at 8K, 16K, 32K  -  attention at 8K, 16K, 32K  =  the rest, on a line
     attention at 128K: one group of heads, times the groups
 
+It is timed in rounds with as much of its block as a step has beside it (``blocks/stopwatch.py`` says why).
+
 Attention under spans (windows, documents) is timed in the same way, under the spans of the call itself. What it takes
 is about a line in the tokens: so is the sum of its pairs.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from memo_runtime.blocks.operators import MASKED_ATTENTION, base_name
-from memo_runtime.blocks.stopwatch import laps
+from memo_runtime.blocks.ranks import several_ranks
+from memo_runtime.blocks.stopwatch import Beside, typical
 from memo_runtime.profiling.observe import OperatorRecord
 
 #: Operators that take queries, keys and values as [rows, heads, tokens, features] in front of everything else.
@@ -32,8 +34,6 @@ _ATTENTION = (
 )
 #: Query rows (heads times tokens) that keep a device busy: fewer groups of heads are not timed.
 _BUSY_ROWS = {"cuda": 2**18, "cpu": 2**8}
-#: Timed rounds of forward and backward.
-_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +60,33 @@ def is_under_spans(record: OperatorRecord) -> bool:
 
 
 def time_under_spans(
-    records: Sequence[OperatorRecord], lengths: Sequence[int], spans_at: Callable[[int], torch.Tensor]
+    records: Sequence[OperatorRecord],
+    lengths: Sequence[int],
+    spans_at: Callable[[int], torch.Tensor],
+    beside: Beside | None = None,
 ) -> Mapping[int, Attention]:
     """As ``time_attention``; ``spans_at``: the spans of so many tokens."""
     found = {}
     for tokens in lengths:
         spans = spans_at(tokens)
         asked = [replace(record, args=(*record.args[:3], spans, *record.args[4:])) for record in records]
-        each = [_time(record, tokens, rows=record.args[0].shape[0]) for record in asked]
+        each = [_time(record, tokens, beside, rows=record.args[0].shape[0]) for record in asked]
         found[tokens] = Attention(sum(one.forward for one in each), sum(one.backward for one in each), by_token=True)
     return found
 
 
-def time_attention(records: Sequence[OperatorRecord], lengths: Sequence[int]) -> Mapping[int, Attention]:
+def time_attention(
+    records: Sequence[OperatorRecord], lengths: Sequence[int], beside: Beside | None = None
+) -> Mapping[int, Attention]:
     """Seconds of all ``records`` together, forward and backward, at each of ``lengths``."""
     found = {}
     for tokens in lengths:
-        each = [_time(record, tokens) for record in records]
+        each = [_time(record, tokens, beside) for record in records]
         found[tokens] = Attention(sum(one.forward for one in each), sum(one.backward for one in each))
     return found
 
 
-def _time(record: OperatorRecord, tokens: int, rows: int = 1) -> Attention:
+def _time(record: OperatorRecord, tokens: int, beside: Beside | None, rows: int = 1) -> Attention:
     """By so many ``rows``, which stand for all."""
     q, k, _ = record.args[:3]
     device, groups, per_group = q.device, k.shape[1], q.shape[1] // k.shape[1]
@@ -97,11 +102,11 @@ def _time(record: OperatorRecord, tokens: int, rows: int = 1) -> Attention:
         output = outputs.pop()
         torch.autograd.grad(output, tensors, output.detach())
 
-    with torch.enable_grad():
-        # The first round chooses kernels.
-        seconds = laps([forward, backward] * (1 + _ROUNDS), device)[2:]
     times = q.shape[0] / rows * groups / timed
-    return Attention(statistics.median(seconds[0::2]) * times, statistics.median(seconds[1::2]) * times)
+    rest = beside.runs(tokens / times) if beside is not None else []
+    with torch.enable_grad():
+        seconds = typical([*rest, forward, backward], device, (-2, -1), together=several_ranks())
+    return Attention(seconds[0] * times, seconds[1] * times)
 
 
 def _result(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

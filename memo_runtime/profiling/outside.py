@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.final_norm import LONG_BYTES, final_norm
-from memo_runtime.blocks.stopwatch import seconds_of
+from memo_runtime.blocks.stopwatch import typical
 from memo_runtime.losses import linear_cross_entropy
 from memo_runtime.losses.tiles import largest_bytes
 from memo_runtime.profiling.growth import fit_seconds, times
@@ -152,11 +152,10 @@ def _time_tiles(head: nn.Linear, rows: int, like: torch.Tensor) -> Growth | None
 
         try:
             with torch.enable_grad():
-                samples = [seconds_of(run, like.device) for _ in range(3)]
+                found = typical([run], like.device)
         except (RuntimeError, ValueError, TypeError) as error:
             # No room for it beside the model, or a head that only its own model calls as it wants.
             logger.info("memo: the time of head and loss is estimated from their FLOPs: %s", error)
             return None
-        # The first run chooses kernels.
-        points.append((tokens, min(samples[1:])))
+        points.append((tokens, found[0]))
     return times(fit_seconds(points, curved=False), Fraction(rows))

@@ -68,11 +68,14 @@ class Start:
         for known in self._unwritten.pop(storage_key(tensor), ()):
             self._take(known)
 
-    def set(self) -> None:
-        """Make it the current state; PyTorch's generators go on, so that what draws from them shows."""
+    def set(self, *, look: bool = True) -> None:
+        """Make it the current state; PyTorch's generators go on, so that what draws from them shows.
+
+        ``look``: at values, to find what was written past autograd; that waits for the device.
+        """
         self.wrote = self.wrote or any(tensor._version != version for tensor, version in self._versions)
         for values in self._values:
-            self.wrote = self.wrote or values.changed()
+            self.wrote = self.wrote or (look and values.changed())
             values.set()
         for index in self._found.changed():
             self._found.cells[index].write(self._found.contents[index])

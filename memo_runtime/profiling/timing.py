@@ -1,14 +1,13 @@
 """Timing one block: forward, backward, and a rerun with its mixers replaced, at three lengths.
 
-A device that has just woken up runs faster than one under load, and a GPU that waits between runs has a higher clock
-than in a step. So on CUDA transient memory is measured in runs of their own, and the timed ones follow each other and a
-while of the same work without a pause.
+A GPU that waits between runs has a higher clock than in a step (``blocks/stopwatch.py``). So on CUDA transient memory
+is measured in runs of their own, and the timed ones follow each other and a while of the same work without a pause.
+Those of shorter lengths come behind the longest, which also gives Python the time to be ahead of them.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.blocks.spans import is_spans
-from memo_runtime.blocks.stopwatch import laps, seconds_of
+from memo_runtime.blocks.stopwatch import Beside, seconds_of, typical
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.mixers import (
@@ -46,12 +45,10 @@ _LONGEST = {"cuda": 8192, "cpu": 512}
 #: Most samples at one length, and how much two that follow each other may differ to be taken for steady.
 _MOST_SAMPLES = 4
 _STEADY = 0.05
-#: On CUDA: samples for their bytes, and timed rounds without a pause.
-_BYTES_SAMPLES, _ROUNDS = 3, 3
+#: Samples for their bytes on CUDA, where rounds without a pause have the seconds.
+_BYTES_SAMPLES = 3
 #: Runs longer than this are repeated once: what libraries prepare in the first is small beside them.
 _LONG_SECONDS = 0.5
-#: The same work before the timed rounds, and most rounds of it.
-_LOAD_SECONDS, _MOST_LOAD = 0.4, 200
 
 
 def _nothing() -> None:
@@ -73,7 +70,10 @@ class _Sample:
 
 @dataclass(slots=True)
 class _Timer:
-    """Runs of one block on the first ``tokens`` tokens of a call."""
+    """Runs of one block on the first ``tokens`` tokens of a call.
+
+    ``beside``: what a GPU does between them.
+    """
 
     block: nn.Module
     forward: Forward
@@ -82,6 +82,7 @@ class _Timer:
     start: Start
     device: torch.device
     captured: dict[int, Mapping[PinKey, Values]] = field(default_factory=dict)
+    beside: Beside | None = None
 
     def crop(self, tokens: int) -> BlockCall:
         """The call on ``tokens`` tokens, detached."""
@@ -119,7 +120,7 @@ class _Timer:
         """
         if self.device.type == "cuda":
             samples = [self.sample(tokens) for _ in range(_BYTES_SAMPLES)]
-            return _median(self._without_pause(tokens, samples[-1]), samples)
+            return _median([self._without_pause(tokens, samples[-1])], samples)
         # Ranks of a distributed run may gather parameters in every run: all of them make as many, whatever their times.
         together = several_ranks()
         samples = [self.sample(tokens), self.sample(tokens)]
@@ -127,29 +128,26 @@ class _Timer:
             samples.append(self.sample(tokens))
         return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:], samples)
 
-    def _without_pause(self, tokens: int, like: _Sample) -> list[_Sample]:
+    def _without_pause(self, tokens: int, like: _Sample) -> _Sample:
         """The seconds of rounds that follow each other; those of writing are ``like``'s."""
-        # Ranks make as many, whatever their times: see ``median``.
-        long = like.forward + like.backward > _LONG_SECONDS and not several_ranks()
-        rounds = 1 if long else _ROUNDS
-        took = max(1e-9, like.forward + like.backward + like.rerun)
-        load = 0 if several_ranks() else min(_MOST_LOAD, math.ceil(_LOAD_SECONDS / took))
-        seconds = laps([run for _ in range(load + rounds) for run in self._round(tokens)], self.device)[6 * load :]
-        # Every second lap is a start.
-        found = zip(seconds[1::6], seconds[3::6], seconds[5::6], strict=True)
-        return [_Sample(tokens, forward, backward, rerun, like.write) for forward, backward, rerun in found]
+        forward, backward, rerun = typical(self._round(tokens), self.device, (1, 3, 5), together=several_ranks())
+        return _Sample(tokens, forward, backward, rerun, like.write)
 
     def _round(self, tokens: int) -> list[Callable[[], object]]:
         """Forward, backward and rerun, a start before each."""
         calls: list[BlockCall] = []
         outputs: list[object] = []
         tangents: list[torch.Tensor] = []
+        beside = self.beside if self.beside is not None and self.beside.tokens > tokens else None
 
         def start() -> None:
             # A call of each round's own: a forward writes into the key/value cache that it was given.
             calls[:] = calls or [self.crop(tokens)]
             tangents[:] = [torch.randn_like(one) for output in outputs for one in _results(output)]
-            self.start.set()
+            if beside is not None:
+                beside.run()
+            # Without looking at values: that would wait for the work beside.
+            self.start.set(look=False)
 
         def forward() -> None:
             args, kwargs = calls[0].arguments()
@@ -162,6 +160,21 @@ class _Timer:
             self._again(calls[0], tokens)()
 
         return [run for timed in (forward, backward, again) for run in (start, timed)]
+
+    def work(self, tokens: int) -> Beside | None:
+        """Forward and backward of so many tokens, as work beside; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+
+        def run() -> None:
+            self.start.set(look=False)
+            call = self.crop(tokens)
+            args, kwargs = call.arguments()
+            with torch.enable_grad():
+                output = self.forward(*args, **kwargs)
+                self._backward(call, output, [torch.randn_like(one) for one in _results(output)])
+
+        return Beside(tokens, run)
 
     def _backward(self, call: BlockCall, output: object, tangents: Sequence[torch.Tensor] = ()) -> None:
         """Gradients without touching any ``.grad``: hooks on accumulation (DDP, FSDP) must not fire.
@@ -218,8 +231,8 @@ class _Timer:
             return {}
         try:
             if masked:
-                return time_under_spans(mixers, lengths, lambda tokens: self.crop(tokens).leaves[spans[0]])
-            return time_attention(mixers, lengths)
+                return time_under_spans(mixers, lengths, lambda tokens: self.crop(tokens).leaves[spans[0]], self.beside)
+            return time_attention(mixers, lengths, self.beside)
         except RuntimeError as error:
             # No room for it beside the model, or an operator that does not run outside its block.
             logger.info("memo: '%s' is timed with its attention, at shorter lengths: %s", self.profile.name, error)
@@ -341,12 +354,14 @@ def time_block(
     lengths = (profile.tokens,) if whole_only else lengths_to_time(profile.tokens, device.type)
     with start.kept(), torch.enable_grad():
         try:
+            timer.beside = timer.work(lengths[-1])
             medians = [timer.median(tokens) for tokens in lengths]
         except Exception as error:
             pass_on(error)
             if lengths == (profile.tokens,):
                 raise
             # Weights of the size of the sequence, for one: it runs at its own length and at no other.
+            timer.beside = timer.work(profile.tokens)
             medians = [timer.median(profile.tokens)]
         attention = timer.attention([*(sample.tokens for sample in medians), profile.tokens])
     alone = {tokens: one.forward for tokens, one in attention.items()}

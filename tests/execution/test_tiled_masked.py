@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memo_runtime.blocks import stopwatch
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.spans import spans_tensor
 from memo_runtime.execution import tiled_timing
@@ -60,10 +61,10 @@ def test_its_attention_is_timed_under_the_spans_of_the_call_and_grows_with_token
         return [1.0] * len(runs)
 
     own = tiled_timing._Masked.seconds
-    monkeypatch.setattr(tiled_timing, "laps", laps)
+    monkeypatch.setattr(stopwatch, "laps", laps)
     monkeypatch.setattr(tiled_timing, "longest_tile", lambda rows: 16)
     monkeypatch.setattr(
-        tiled_timing._Masked, "seconds", lambda self, call: seen.append(call.leaves[1].shape[2]) or own(self, call)
+        tiled_timing._Masked, "seconds", lambda self, call, _: seen.append(call.leaves[1].shape[2]) or own(self, call)
     )
     found = time_tiles(tiles, captured, call)
     assert found is not None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from memo_runtime.blocks import stopwatch
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_timing
 from memo_runtime.execution.mixers import attention
@@ -46,7 +47,7 @@ def flops_of_each(runs: list[Callable[[], object]], device: torch.device) -> lis
 
 
 def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
-    monkeypatch.setattr(tiled_timing, "laps", flops_of_each)
+    monkeypatch.setattr(stopwatch, "laps", flops_of_each)
     monkeypatch.setattr(tiled_timing, "longest_tile", lambda rows: 24 // rows)
     tiles, x = TiledBlock(double(hand_written.TwoMixers), tile=8), hidden(64)
     call = BlockCall.of((x,), {})
@@ -69,7 +70,7 @@ def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
 def test_one_group_of_heads_stands_for_all(monkeypatch):
     whole = {}
     for busy in (10**9, 1):
-        monkeypatch.setattr(tiled_timing, "laps", flops_of_each)
+        monkeypatch.setattr(stopwatch, "laps", flops_of_each)
         monkeypatch.setitem(tiled_timing._BUSY_ROWS, "cpu", busy)
         tiles = TiledBlock(double(hand_written.Attention), tile=8)
         call = BlockCall.of((hidden(64),), {})
@@ -84,7 +85,7 @@ def test_the_fastest_kernel_of_attention_is_taken_and_named(monkeypatch):
     for module in (tiled_timing, attention):
         monkeypatch.setattr(module, "kernels_for", both)
     seconds = {Kernel("cpu"): (1.0, 3.0), Kernel("rows"): (2.0, 1.0)}
-    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel: seconds[kernel])
+    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: seconds[kernel])
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     call = BlockCall.of((hidden(),), {})
     captured = tiles.captured(call)
@@ -143,13 +144,13 @@ def test_two_chunks_of_queries_tell_what_all_take(tokens, monkeypatch):
 
 @pytest.mark.parametrize(("chunked", "taken"), [(0.97, 16), (1.0, 0)])
 def test_chunks_are_taken_where_they_save_enough_and_the_longest_of_equals(chunked, taken, monkeypatch):
-    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel: (1.0, 3.0))
+    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: (1.0, 3.0))
     forwards = [(Kernel("cpu", 16), chunked), (Kernel("cpu", 8), 0.995 * chunked)]
     monkeypatch.setattr(tiled_timing._Attention, "_by_chunks", lambda self, inputs, kernel: iter(forwards))
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(),), {}))
     one = tiled_timing._Attention(captured, captured.attentions[0])
-    assert one.fastest(tiles.programs.kernels, 29) == (chunked if taken else 1.0, 3.0)
+    one.choose(tiles.programs.kernels, 29)
     assert tiles.programs.kernels[one.key] == Kernel("cpu", taken)
     assert tiled_profile(captured, BlockCall.of((hidden(),), {}), kernels=tiles.programs.kernels).queries == (taken,)
 
@@ -166,5 +167,5 @@ def test_a_kernel_that_is_far_behind_is_not_timed_at_full_length(monkeypatch):
     monkeypatch.setattr(tiled_timing._Attention, "seconds", seconds)
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(),), {}))
-    tiled_timing._Attention(captured, captured.attentions[0]).fastest(tiles.programs.kernels, 29)
+    tiled_timing._Attention(captured, captured.attentions[0]).choose(tiles.programs.kernels, 29)
     assert timed == [("cpu", 16), ("rows", 16), ("cpu", 29)]

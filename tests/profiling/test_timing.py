@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 import memo_runtime as memo
+from memo_runtime.blocks import stopwatch
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.stopwatch import Beside
 from memo_runtime.profiling import mixers, timing
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
 from memo_runtime.profiling.observe import OperatorRecord, observe
@@ -37,7 +39,7 @@ def attention(*, rows: int = 2, heads: int = 4, groups: int = 4, masked: bool = 
 def test_attention_is_run_at_the_asked_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one row, and on as few groups of heads as keep the device busy; then times what was left out."""
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(mixers, "laps", lambda runs, _: [(run(), 2.0)[1] for run in runs])
+    monkeypatch.setattr(stopwatch, "laps", lambda runs, _: [(run(), 2.0)[1] for run in runs])
     run = mixers._result
 
     def watched(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -91,7 +93,7 @@ def test_a_long_block_has_its_attention_timed_at_its_length(monkeypatch: pytest.
     asked: list[list[int]] = []
     inner = timing.time_attention
 
-    def watched(records: Sequence[OperatorRecord], lengths: Sequence[int]) -> object:
+    def watched(records: Sequence[OperatorRecord], lengths: Sequence[int], beside: object) -> object:
         asked.append(list(lengths))
         return inner(records, lengths)
 
@@ -130,19 +132,17 @@ def test_samples_are_taken_until_two_agree(steady: bool, monkeypatch: pytest.Mon
     assert found.forward == pytest.approx(0.1 if steady else 0.8), "the first is no sample where it differs"
 
 
-@pytest.mark.parametrize(("seconds", "load", "rounds"), [(0.1, 2, timing._ROUNDS), (0.4, 1, 1)])
-def test_on_a_gpu_rounds_follow_each_other_and_a_load_without_a_pause(
-    seconds: float, load: int, rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Forward, backward and rerun by turns, each behind a start whose time is nobody's; long ones once."""
+@pytest.mark.parametrize("longer", [False, True])
+def test_on_a_gpu_rounds_follow_each_other_without_a_pause(longer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward and rerun, each behind a start and the work of a longer run, whose time is nobody's."""
     done: list[str] = []
 
     def laps(runs: Sequence[Callable[[], object]], _: object) -> list[float]:
         for run in runs:
             run()
-        return [float(10 * (number % 6) + number // 6) for number in range(len(runs))]
+        return [float(10 * (number % 6) + number // 6) / 1000 for number in range(len(runs))]
 
-    monkeypatch.setattr(timing, "laps", laps)
+    monkeypatch.setattr(stopwatch, "laps", laps)
     profile = memo.profile(tower(2), (torch.randn(1, 16, 8, dtype=torch.float64),)).blocks[0]
     block = Block().double()
 
@@ -150,19 +150,38 @@ def test_on_a_gpu_rounds_follow_each_other_and_a_load_without_a_pause(
         done.append("forward")
         return block(x)
 
-    start = SimpleNamespace(set=lambda: done.append("start"))
+    start = SimpleNamespace(set=lambda look=True: done.append("look" if look else "start"))
     call = BlockCall.of((torch.randn(1, 16, 32, dtype=torch.float64, requires_grad=True),), {})
     timer = timing._Timer(block, forward, call, profile, start, torch.device("cpu"))  # type: ignore[arg-type]
-    like = timing._Sample(16, seconds, seconds, seconds, write=7.0)
+    timer.beside = Beside(17 if longer else 16, lambda: done.append("beside"))
+    like = timing._Sample(16, 0.1, 0.1, 0.1, write=7.0)
     with torch.enable_grad():
         timer._captured(timer.crop(16), 16)
         done.clear()
         found = timer._without_pause(16, like)
-    assert [(one.forward, one.backward, one.rerun, one.write) for one in found] == [
-        (10.0 + number, 30.0 + number, 50.0 + number, 7.0) for number in range(load, load + rounds)
-    ]
+    assert (found.forward, found.backward, found.rerun, found.write) == (0.011, 0.031, 0.051, 7.0)
+    begin = ["beside", "start"] if longer else ["start"]
     # Backward runs no forward, and the rerun does.
-    assert done == ["start", "forward", "start", "start", "forward"] * (load + rounds)
+    assert done == [*begin, "forward", *begin, *begin, "forward"] * (len(done) // (3 * len(begin) + 2))
+
+
+def test_attention_is_timed_beside_as_much_of_its_block_as_a_step_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the heads of one row of two: an eighth of the tokens."""
+    done: list[str] = []
+    monkeypatch.setattr(stopwatch, "laps", lambda runs, _: [(run(), 2.0)[1] for run in runs])
+    run = mixers._result
+
+    def watched(record: OperatorRecord, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        done.append("attention")
+        return run(record, tensors)
+
+    monkeypatch.setattr(mixers, "_result", watched)
+    beside = Beside(20, lambda: done.append("beside"))
+    time_attention([attention()], [480], beside)
+    assert done == ["beside"] * 3 + ["attention"] + ["beside"] * 3 + ["attention"]
+    done.clear()
+    time_attention([attention()], [24], beside)
+    assert done[:2] == ["beside", "attention"], "less than one is one"
 
 
 class Headed(nn.Module):

@@ -28,10 +28,16 @@ def host_limit() -> tuple[int, str]:
 
 
 def device_memory(device: torch.device) -> tuple[str, int]:
-    """(name, bytes of memory) of ``device``; a CPU has no device memory of its own: 0."""
+    """(name, bytes that this process may have) of ``device``; a CPU has no device memory of its own: 0."""
     if device.type != "cuda":
         return "cpu", 0
-    return torch.cuda.get_device_name(device), int(torch.cuda.get_device_properties(device).total_memory)
+    return torch.cuda.get_device_name(device), _allowed_bytes(device)
+
+
+def _allowed_bytes(device: torch.device) -> int:
+    """All memory of the device, or the part that the user has set by ``set_per_process_memory_fraction``."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * min(1.0, torch.cuda.get_per_process_memory_fraction(device)))
 
 
 def settle_libraries(device: torch.device, dtype: torch.dtype) -> None:
@@ -72,4 +78,4 @@ def usable_device_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     free, _ = torch.cuda.mem_get_info(device)
-    return int((free + torch.cuda.memory_reserved(device)) * 0.95)
+    return min(int((free + torch.cuda.memory_reserved(device)) * 0.95), _allowed_bytes(device))

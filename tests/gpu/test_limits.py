@@ -37,6 +37,19 @@ class Stack(nn.Module):
         return x.square().mean()
 
 
+def test_the_part_of_a_device_that_a_process_may_take_is_the_limit():
+    model, x = Stack().cuda(), torch.randn(1, TOKENS, WIDTH, device="cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    try:
+        profile = memo.profile(model, x)
+        limits = memo.plan(profile).limits
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert profile.device_bytes == total // 4
+    assert total // 8 < limits.device_bytes <= total // 4
+
+
 def test_a_broken_limit_is_said_once_and_no_statistic_is_reset(caplog):
     torch.manual_seed(0)
     model, x = Stack().cuda(), torch.randn(1, TOKENS, WIDTH, device="cuda")

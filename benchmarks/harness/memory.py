@@ -22,7 +22,8 @@ def limit_memory(size_bytes: int, device: torch.device) -> None:
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / total), device)
+        # It takes no device without an index.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / total), device.index)
         return
     import resource
 

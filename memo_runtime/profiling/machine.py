@@ -37,7 +37,8 @@ def device_memory(device: torch.device) -> tuple[str, int]:
 def _allowed_bytes(device: torch.device) -> int:
     """All memory of the device, or the part that the user has set by ``set_per_process_memory_fraction``."""
     total = torch.cuda.get_device_properties(device).total_memory
-    return int(total * min(1.0, torch.cuda.get_per_process_memory_fraction(device)))
+    # It takes no device without an index.
+    return int(total * min(1.0, torch.cuda.get_per_process_memory_fraction(device.index)))
 
 
 def settle_libraries(device: torch.device, dtype: torch.dtype) -> None:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from benchmarks.harness.geometry import Scope
 
+#: Dtype of a run -> that of its reference; there is none for the widest.
+WIDER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

@@ -26,6 +26,7 @@ class Options:
         entries: contenders in the order in which they run. lengths: in tokens, shortest first.
         minutes: time for all of it; None: as long as it takes.
         traces: folder for a Chrome trace of one more step of each contender at each length; None: no traces.
+        reference: gradients are compared with a wider dtype's where that is affordable, and not only with unwrapped's.
     """
 
     run: str
@@ -38,6 +39,7 @@ class Options:
     minutes: float | None
     commit: str
     traces: Path | None = None
+    reference: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--traces", type=Path, metavar="FOLDER", help="one more step of each as a Chrome trace, and its copies' shares")
     add("--rehearse", action="store_true",
         help="find the longest length of each within --lengths FIRST,LAST, with stand-ins for attention")  # fmt: skip
+    add("--reference", default="wider", choices=["wider", "unwrapped"],
+        help="gradients are compared with a wider dtype's, where that is affordable, or with unwrapped's")  # fmt: skip
     add("--minutes", type=float, help="stop in time; the same command goes on")
     add("--commit", help="commit of the tree that runs, where it is no checkout")
     return parser
@@ -154,4 +158,5 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     return Options(
         run=given.run, out=given.out, entries=entries, lengths=given.lengths, settings=settings, budget=given.budget,
         host_budget=given.host_budget, minutes=given.minutes, commit=found, traces=given.traces,
+        reference=given.reference == "wider",
     )  # fmt: skip

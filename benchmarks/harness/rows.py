@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 #: Version of the fields of a row. 1: the first.
 SCHEMA = 1
+#: In place of a contender's name: no contender, but the gradients that those of all are compared with.
+REFERENCE = "reference"
 STATUSES = ("ok", "oom", "error")
 #: What every row has; ``make_row`` fills what a contender could not measure with None.
 FIELDS = (
@@ -32,6 +35,11 @@ Row = dict[str, Any]
 
 class RowError(ValueError):
     """A file of rows cannot be used: another schema, another run's conditions, or no rows at all."""
+
+
+def of_contenders(rows: Iterable[Row]) -> list[Row]:
+    """``rows`` without the reference of their gradients."""
+    return [row for row in rows if row["contender"] != REFERENCE]
 
 
 def make_row(values: Row) -> Row:

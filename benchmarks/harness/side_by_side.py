@@ -193,7 +193,7 @@ def _longest(comparison: Comparison) -> list[str]:
         rows.append(
             [one, "none" if row is None else f"{row['seq_len']:,}", "" if short is None else f"{short:,}", memory]
         )
-    ours, theirs = (_longest_of(reached, memo=memo) for memo in (True, False))
+    ours, theirs = (_leader(reached, memo=memo) for memo in (True, False))
     if ours and theirs:
         most, other = (int(reached[one]["seq_len"]) for one in (ours, theirs))  # type: ignore[index]
         rows.append([f"{ours} against the longest other", f"{most / other:.2f} x {theirs}", "", ""])
@@ -211,6 +211,12 @@ def _too_long(comparison: Comparison, name: str, above: int) -> int | None:
     return min((int(row["seq_len"]) for row in tried if row["seq_len"] > above), default=None)
 
 
-def _longest_of(reached: dict[str, Row | None], *, memo: bool) -> str | None:
+def longest_of(comparison: Comparison, name: str) -> int:
+    """The longest length that ``name`` reached; 0: none."""
+    row = _reached(comparison, name)
+    return 0 if row is None else int(row["seq_len"])
+
+
+def _leader(reached: dict[str, Row | None], *, memo: bool) -> str | None:
     there = {name: int(row["seq_len"]) for name, row in reached.items() if row and name.startswith(_MEMO) == memo}
     return max(there, key=lambda name: there[name], default=None)

@@ -32,7 +32,7 @@ def sketch(gradients: Mapping[str, torch.Tensor]) -> list[float]:
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         for chunk in gradient.detach().reshape(-1).split(_CHUNK):
             signs = torch.randint(0, 2, chunk.shape, generator=generator, device=device, dtype=torch.int8)
-            signed = chunk.float() * (signs * 2 - 1)
+            signed = chunk.to(torch.promote_types(chunk.dtype, torch.float32)) * (signs * 2 - 1)
             padded = torch.nn.functional.pad(signed, (0, -signed.numel() % BUCKETS))
             sums += padded.view(-1, BUCKETS).sum(0, dtype=torch.float64)
     return [float(value) for value in sums.cpu()]

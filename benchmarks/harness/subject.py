@@ -60,8 +60,9 @@ class Subject:
         ties_loss: head and loss were arranged to run by tiles.
     """
 
-    def __init__(self, settings: Settings, *, longest: int) -> None:
+    def __init__(self, settings: Settings, *, longest: int, attention: str = "sdpa") -> None:
         self.settings = settings
+        self._attention = attention
         self.device = torch.device(settings.device)
         self.config = make_config(settings.geometry, tokens=longest, blocks=settings.blocks)
         self.shape: Shape = make_shape(self.config, settings.scope)
@@ -74,7 +75,7 @@ class Subject:
     def _build(self) -> nn.Module:
         from transformers import AutoModel, AutoModelForCausalLM
 
-        made: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype), "attn_implementation": "sdpa"}
+        made: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype), "attn_implementation": self._attention}
         with self.device:
             if self.settings.scope == Scope.STEP:
                 return AutoModelForCausalLM.from_config(self.config, **made).train()
@@ -107,6 +108,13 @@ class Subject:
 
     def step(self, batch: tuple[torch.Tensor, torch.Tensor], on_gradients: OnGradients | None = None) -> None:
         """Forward, backward and, in scope ``step``, the optimizer; no gradient is left behind."""
+        self.backward(batch, on_gradients)
+        if self.settings.scope == Scope.STEP:
+            self.optimizer.step()
+        self.clear(batch)
+
+    def backward(self, batch: tuple[torch.Tensor, torch.Tensor], on_gradients: OnGradients | None = None) -> None:
+        """Forward and backward; gradients stay."""
         inputs, target = batch
         with attention_kernel(self.settings.attention):
             if self.settings.scope == Scope.STEP:
@@ -115,9 +123,6 @@ class Subject:
                 self.model(inputs).backward(target)
         if on_gradients is not None:
             on_gradients(self._gradients(inputs))
-        if self.settings.scope == Scope.STEP:
-            self.optimizer.step()
-        self.clear(batch)
 
     def _gradients(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}

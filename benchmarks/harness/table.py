@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from benchmarks.harness.rows import Row, RowError
+from benchmarks.harness import forecast
+from benchmarks.harness.rows import Row, RowError, of_contenders
 from memo_runtime.reporting.text_table import table
 
 _MEMORY = ("peak_allocated", "peak_reserved", "host_rss", "pinned_bytes", "budget")
@@ -68,6 +69,13 @@ def _conditions(row: Row) -> str:
     return f"run {row['run']}: {row['geometry']}, {blocks} blocks, scope {row['scope']}, {kinds}, {where}"
 
 
+def _reference(rows: Sequence[Row]) -> str:
+    """Whose gradients those of ``rows`` were compared with."""
+    compared = [row for row in rows if row["gradient_difference"] is not None]
+    names = [(row["details"] or {}).get("gradient_reference", "unwrapped") for row in compared]
+    return " or ".join(dict.fromkeys(names)) or "unwrapped"
+
+
 def longest_table(rows: Sequence[Row]) -> str:
     """The longest length of each contender of a rehearsed run, and what the next one tried was short of.
 
@@ -97,8 +105,9 @@ def longest_table(rows: Sequence[Row]) -> str:
 def run_table(rows: Sequence[Row]) -> str:
     """A table for each length, and why contenders stopped.
 
-    Speed is times as fast as ``checkpoint``; gradients are the relative L2 distance from unwrapped's.
+    Speed is times as fast as ``checkpoint``.
     """
+    rows = of_contenders(rows)
     if not rows:
         return "no rows"
     if any(row.get("rehearsed") for row in rows):
@@ -106,7 +115,8 @@ def run_table(rows: Sequence[Row]) -> str:
     first, (unit, size) = rows[0], _unit(rows)
     lines = [
         _conditions(first),
-        f"seconds of a step; times as fast as {BASE}; {unit}; relative L2 distance of gradients from unwrapped's",
+        f"seconds of a step; times as fast as {BASE}; {unit}; relative L2 distance of gradients from "
+        f"{_reference(rows)}'s",
     ]
     ordered = sorted(rows, key=lambda row: int(row["seq_len"]))
     for tokens, group in groupby(ordered, key=lambda row: int(row["seq_len"])):
@@ -117,6 +127,11 @@ def run_table(rows: Sequence[Row]) -> str:
     lines += [""] if over else []
     lines += [f"{row['contender']} at {row['seq_len']:,}: its peak is above its budget" for row in over]
     lines += [text for row in ordered for text in _copies(row)]
+    lines += [
+        f"{row['contender']} at {row['seq_len']:,}: forecast against measured, {apart}"
+        for row in ordered
+        if row["gpu"] and (apart := forecast.text(row))
+    ]
     stopped = [row for row in ordered if row["status"] != "ok"]
     lines += [""] if stopped else []
     lines += [

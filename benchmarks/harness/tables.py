@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.rows import RUN_FIELDS, Row, RowError, read_rows
+from benchmarks.harness.rows import RUN_FIELDS, Row, RowError, of_contenders, read_rows
 from benchmarks.harness.side_by_side import Comparison, markdown
 from benchmarks.harness.table import run_table
 from memo_runtime.output import write_output
@@ -61,7 +61,7 @@ def find_comparisons(files: Sequence[Path]) -> list[Comparison]:
     for path in files:
         if not path.is_file():
             raise RowError(f"{path}: there is no such file of rows")
-        rows, _ = read_rows(path)
+        rows = of_contenders(read_rows(path)[0])
         for name in dict.fromkeys(row["run"] for row in rows):
             mine = tuple(row for row in rows if row["run"] == name)
             _check(path, mine)

@@ -29,7 +29,8 @@ def test_a_small_run_of_everything(in_process, arguments, capsys):
     assert main(given) == 0
     rows = rows_of(given)
     done = [(row["contender"], row["seq_len"]) for row in rows if row["status"] == "ok"]
-    assert done == [
+    assert done[0] == ("reference", 128)
+    assert done[1:] == [
         (name, tokens)
         for name in (
             "kernels",
@@ -45,9 +46,12 @@ def test_a_small_run_of_everything(in_process, arguments, capsys):
     peaks = {row["seq_len"]: row["peak_allocated"] for row in rows if row["contender"] == "selective"}
     budgets = {row["seq_len"]: row["budget"] for row in rows if row["contender"] == "memo-auto@selective"}
     assert budgets == peaks
-    compared = [row["gradient_difference"] for row in rows if row["seq_len"] == 128 and row["contender"] != "kernels"]
+    compared = [row for row in rows[1:] if row["seq_len"] == 128 and row["contender"] != "kernels"]
     assert len(compared) == 6
-    assert max(compared) < 1e-4
+    assert all(0 < row["gradient_difference"] < 1e-4 for row in compared)
+    assert all(row["details"]["gradient_reference"] == "float64" for row in compared)
+    forecasts = [row["details"]["forecast"]["off"] for row in rows if row["contender"] == "memo-auto"]
+    assert [set(one) for one in forecasts] == [{"step", "peak", "host"}] * 2
     for name in ("commit", "date", "versions", "cpu", "config", "run", "first_step_seconds"):
         assert all(row[name] for row in rows)
     table = capsys.readouterr().out
@@ -60,12 +64,14 @@ def test_nothing_is_lost_or_repeated_when_a_run_goes_on(in_process, arguments, m
     assert main(arguments("unwrapped,checkpoint")) == 0
     assert main(arguments("unwrapped,checkpoint")) == 0
     assert [(job.contender, job.lengths) for job in in_process] == [
+        ("reference", (48,)),
         ("unwrapped", (48,)),
         ("unwrapped", (96,)),
         ("checkpoint", (48, 96)),
     ]
     runner_ = make_runner("unwrapped,checkpoint")
     assert [(row["contender"], row["seq_len"]) for row in runner_.file.rows] == [
+        ("reference", 48),
         ("unwrapped", 48),
         ("unwrapped", 96),
         ("checkpoint", 48),
@@ -86,10 +92,14 @@ def scripted(monkeypatch):
 
             def __iter__(self):
                 known = [m for m in measurements if m["seq_len"] in self.job.lengths]
-                yield from (dict(m) for m in known)
+                yield from (dict(m) for m in known if not self.refers())
 
             def failure(self):
-                return failure
+                return None if self.refers() else failure
+
+            def refers(self):
+                """The reference is none of the contenders that are scripted."""
+                return self.job.contender == "reference"
 
         monkeypatch.setattr(runner, "Child", Scripted)
 
@@ -236,7 +246,7 @@ def test_how_a_process_ended(make_job, returned, status):
 def test_a_run_in_processes_survives_an_interrupt(arguments, tmp_path):
     """Real processes, a real memory limit, and an interrupt in the middle."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "solver")])
-    given = arguments("checkpoint", "--memory", "100MiB", lengths="64,12K")
+    given = arguments("checkpoint", "--memory", "100MiB", "--reference", "unwrapped", lengths="64,12K")
     command = [sys.executable, "-m", "benchmarks.harness", *given]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(

@@ -50,7 +50,7 @@ def test_one_more_step_is_traced(make_job, tmp_path):
 def test_a_run_names_its_traces_and_prints_their_copies(in_process, make_runner, tmp_path):
     runner = make_runner("unwrapped", "--traces", str(tmp_path), lengths="48")
     runner.run()
-    assert in_process[0].traces == str(tmp_path / "test-unwrapped")
+    assert in_process[-1].traces == str(tmp_path / "test-unwrapped")
     trace = {"file": "a.json.gz", "copy_seconds": 0.5, "exposed_seconds": 0.01, "exposed_share": 0.02}
     text = run_table([row("memo-tiled", 64, 1.0, details={"trace": trace}), row("kernels", 64, 1.0)])
     assert text.splitlines()[-1] == "memo-tiled at 64: 0.500 s of copies, 2.0% not hidden (a.json.gz)"

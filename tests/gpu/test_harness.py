@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from benchmarks.harness.contenders import CONTENDERS, selective
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
+from benchmarks.harness.rows import REFERENCE
+from benchmarks.harness.runner import TOLERANCE
 from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.worker import walk
 
@@ -53,6 +55,12 @@ def test_contenders_agree_and_say_what_they_used(reference, name):
         assert row["pinned_bytes"] > 0
     if not name.startswith("memo"):
         assert row["peak_allocated"] < reference["peak_allocated"]
+
+
+def test_gradients_in_bf16_are_near_those_in_float32(reference):
+    wide = measured(REFERENCE)
+    assert wide["details"]["dtype"] == "float32"
+    assert 1e-4 < relative_difference(reference["gradient_sketch"], wide["gradient_sketch"]) < TOLERANCE["bfloat16"]
 
 
 def test_a_budget_is_kept(reference):

@@ -181,15 +181,18 @@ class Tiling:
         self._found: dict[str, tuple[TiledProfile | None, str]] = {}
         #: By block, the one whose result is its input.
         self._below: dict[str, str] = {}
-        self._last: tuple[str, torch.Tensor, int] | None = None
+        #: The last result, which only its pass holds: what is in use afterwards is measured.
+        self._last: tuple[str, weakref.ref[torch.Tensor], int] | None = None
 
     def see(self, block: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the first call of ``block``."""
         if block.name not in self._found:
             call = BlockCall.of(args, kwargs)
             source = call.leaves[call.input_leaf] if call.input_leaf is not None else None
-            if self._last is not None and self._last[1] is source and self._last[2] == source._version:
-                self._below[block.name] = self._last[0]
+            if self._last is not None:
+                name, result, version = self._last
+                if source is result() and source is not None and source._version == version:
+                    self._below[block.name] = name
             empty = (None, "its input is empty")
             self._found[block.name] = empty if call.is_empty else block.tiles.profile(call, self._tile)
 
@@ -200,7 +203,7 @@ class Tiling:
             return output
         # No leaf: what comes behind it may write into it.
         alias = first.detach().requires_grad_().clone()
-        self._last = block.name, alias, alias._version
+        self._last = block.name, weakref.ref(alias), alias._version
         return mapped(lambda one: alias if one is first else one, output)
 
     def added_to(self, profile: Profile) -> Profile:

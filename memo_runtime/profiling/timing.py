@@ -364,6 +364,7 @@ def time_block(
             timer.beside = timer.work(profile.tokens)
             medians = [timer.median(profile.tokens)]
         attention = timer.attention([*(sample.tokens for sample in medians), profile.tokens])
+        timer.beside = None  # which holds the timer
     alone = {tokens: one.forward for tokens, one in attention.items()}
     alone_backward = {tokens: one.backward for tokens, one in attention.items()}
     by_token = any(one.by_token for one in attention.values())

@@ -32,9 +32,12 @@ test: $(VENV)/.installed-dev
 # Shows that every contender runs and how rows look; the times of shapes this small mean nothing.
 bench-smoke: $(VENV)/.installed
 	@rm -f out/bench_smoke.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harness --run smoke --out out/bench_smoke.jsonl --device cpu \
+	OMP_NUM_THREADS=1 $(BIN)/memo bench run --run smoke --out out/bench_smoke.jsonl --device cpu \
 	  --geometry tiny --blocks 2 --lengths 256,512 --steps 2 --budget-from selective \
 	  --contenders kernels,unwrapped,selective,memo-auto,checkpoint,save_on_cpu
+	OMP_NUM_THREADS=1 $(BIN)/memo bench run --run smoke-longest --out out/bench_smoke.jsonl --device cpu \
+	  --geometry tiny --blocks 2 --lengths 256,512 --rehearse --contenders checkpoint,memo-auto
+	$(BIN)/memo bench table out/bench_smoke.jsonl
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -24,6 +24,13 @@ _ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLES = str(_ROOT / "examples")
 _CONFIGS = _ROOT / "benchmarks" / "configs"
 
+#: Model types whose MLP is two products with a function between them.
+_UNGATED = ("starcoder2",)
+#: Geometries that are one GPU's share of a larger model: what a table says of them. There are blocks only.
+SHARES = {
+    "gpt-7b-tp8": "one of 8 tensor-parallel ranks of MEMO's GPT 7B, its own work without any communication",
+}
+
 
 class Scope(StrEnum):
     """What one step is."""
@@ -48,10 +55,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A decoder with rotary attention and a gated MLP, as far as FLOPs and kernels go.
+    """A decoder, as far as FLOPs and kernels go.
 
     Attributes:
         heads, kv_heads, head_dim: of attention. vocabulary: of the head, 0 for blocks alone.
+        gated: the MLP has a product for its gate.
     """
 
     hidden: int
@@ -61,6 +69,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    gated: bool = True
 
     @property
     def attention_width(self) -> int:
@@ -76,7 +85,7 @@ class Shape:
             "k_proj": (hidden, keys),
             "v_proj": (hidden, keys),
             "o_proj": (self.attention_width, hidden),
-            "gate_proj": (hidden, self.intermediate),
+            **({"gate_proj": (hidden, self.intermediate)} if self.gated else {}),
             "up_proj": (hidden, self.intermediate),
             "down_proj": (self.intermediate, hidden),
         }
@@ -156,4 +165,5 @@ def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size if scope == Scope.STEP else 0,
+        gated=config.model_type not in _UNGATED,
     )

@@ -25,7 +25,7 @@ def next_lengths(rows: Sequence[Row], first: int, last: int) -> tuple[int, ...]:
     Args:
         rows: of one contender, in any order. first, last: the search begins at the one and never goes beyond the other.
     """
-    if any(row["status"] == "error" for row in rows):
+    if any(row["status"] not in ("ok", "oom") for row in rows):
         return ()
     there = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: int(row["seq_len"]))
     short = [int(row["seq_len"]) for row in rows if row["status"] == "oom"]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.geometry import Scope, UnknownGeometryError, check_geometry
+from benchmarks.harness.geometry import SHARES, Scope, UnknownGeometryError, check_geometry
 from benchmarks.harness.job import Settings
 from benchmarks.harness.names import ContenderError, Entry, parse_contenders
 from benchmarks.harness.provenance import commit, gpu_facts
@@ -137,6 +137,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         parser.error("--device cuda: nvidia-smi finds no GPU here; use --device cpu")
     if given.rehearse and (refused := _not_rehearsed(entries, given.lengths, given.traces)):
         parser.error(f"--rehearse: {refused}")
+    if given.geometry in SHARES and given.scope == Scope.STEP:
+        parser.error(f"--geometry {given.geometry} is {SHARES[given.geometry]}: give --scope blocks")
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps {given.steps}: at least one step is measured")
     found = given.commit or commit()

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.harness.geometry import SHARES
 from benchmarks.harness.rows import Row, RowError
 
 #: Contender -> whether it computes attention again in backward; memo's own are set against these.
@@ -99,6 +100,8 @@ def _heading(comparison: Comparison) -> str:
         count = "all" if row["blocks"] is None else row["blocks"]
         stack = f"{count} blocks, forward and backward"
     kernel = f"{config['attention']} attention" if config["attention"] != "auto" else "attention as PyTorch chooses"
+    if row["geometry"] in SHARES:
+        stack = f"{SHARES[row['geometry']]}, {stack}"
     what = f"`{row['geometry']}`, {stack}, {config['dtype']}, {kernel}"
     where = f"{row['gpu'] or row['cpu']}, torch {row['versions']['torch']}, commit {row['commit'][:7]}"
     if comparison.rehearsed:

@@ -69,6 +69,7 @@ class Subject:
         torch.manual_seed(settings.seed)
         self.model = self._build()
         self.layers = _find_layers(self.model)
+        _check_products(self.layers[0], self.shape)
         self.optimizer = self._optimizer()
         self._loss: Any = None
 
@@ -132,6 +133,22 @@ class Subject:
         """Drop all gradients."""
         self.model.zero_grad(set_to_none=True)
         batch[0].grad = None
+
+
+def _check_products(layer: nn.Module, shape: Shape) -> None:
+    """That FLOPs are counted as they are done.
+
+    Raises:
+        ValueError: a block has other matrix products than its shape.
+    """
+    counted = sum(linear.size for linear in shape.linears)
+    there = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+    if there != counted:
+        raise ValueError(
+            f"a block of this geometry has {there:,} weights in matrix products, and FLOPs would be counted for "
+            f"{counted:,}: the harness knows decoders with attention and one MLP, gated or not "
+            "(benchmarks/harness/geometry.py)"
+        )
 
 
 def _find_layers(model: nn.Module) -> list[nn.Module]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from benchmarks.harness import forecast
+from benchmarks.harness.geometry import SHARES
 from benchmarks.harness.rows import Row, RowError, of_contenders
 from memo_runtime.reporting.text_table import table
 
@@ -66,7 +67,8 @@ def _conditions(row: Row) -> str:
     blocks = "all" if row["blocks"] is None else row["blocks"]
     config, where = row["config"], row["gpu"] or row["cpu"]
     kinds = f"{config['dtype']}, {config['attention']} attention, torch {row['versions']['torch']}"
-    return f"run {row['run']}: {row['geometry']}, {blocks} blocks, scope {row['scope']}, {kinds}, {where}"
+    share = f" ({SHARES[row['geometry']]})" if row["geometry"] in SHARES else ""
+    return f"run {row['run']}: {row['geometry']}{share}, {blocks} blocks, scope {row['scope']}, {kinds}, {where}"
 
 
 def _reference(rows: Sequence[Row]) -> str:

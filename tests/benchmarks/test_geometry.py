@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +24,20 @@ def test_the_head_counts_in_a_whole_step_and_the_embedding_does_not():
     assert step.model_flops(1024) - alone.model_flops(1024) == 6 * 1024 * 128_256 * 2048
 
 
+def test_the_share_of_the_paper_s_7b_is_an_eighth_of_its_blocks():
+    found = shape("gpt-7b-tp8")
+    assert (found.blocks, found.hidden, found.attention_width) == (32, 4096, 4 * 128)
+    # GPT 7B: 12 h^2 parameters in the products of a block.
+    assert sum(linear.size for linear in found.linears) == 12 * 4096 * 4096 // 8
+    assert "gate_proj" not in [linear.name for linear in found.linears]
+
+
+def test_a_geometry_whose_products_are_not_counted_is_refused(make_job, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.geometry._UNGATED", ("llama",))
+    with pytest.raises(ValueError, match="a block of this geometry has 98,304 weights in matrix products, and FLOPs"):
+        CONTENDERS["unwrapped"](make_job("unwrapped"))
+
+
 def products(job):
     """FLOPs of matrix products in one step."""
     contender = CONTENDERS[job.contender](job)
@@ -33,9 +49,11 @@ def products(job):
     return contender, sum(flops for op, flops in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
-def test_a_step_has_the_products_of_the_formula(make_job):
-    contender, found = products(make_job("unwrapped"))
-    attention = 6 * 2 * contender.subject.shape.attention_width * 64**2
+@pytest.mark.parametrize("geometry", ["tiny", "gpt-7b-tp8"])
+def test_a_step_has_the_products_of_the_formula(make_job, geometry):
+    job = make_job("unwrapped", blocks=1)
+    contender, found = products(replace(job, settings=replace(job.settings, geometry=geometry)))
+    attention = 6 * contender.subject.shape.attention_width * 64**2
     assert found == contender.model_flops(64) - attention
 
 

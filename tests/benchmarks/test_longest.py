@@ -1,13 +1,20 @@
 """The search for the longest length: how close it comes, how many rehearsals it takes, what ends it."""
 
+import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.longest import PRECISION, next_lengths
+from benchmarks.harness.rehearsing import rehearse
 from benchmarks.harness.rows import RowError, read_rows
 from benchmarks.harness.runner import main
 from benchmarks.harness.table import run_table
+from benchmarks.harness.worker import walk
+from memo_runtime.errors import RehearsalError
 from tests.benchmarks.test_table import row
 
 FIRST, LAST, MEMORY = 131_072, 4_194_304, 80_000_000_000
@@ -73,6 +80,45 @@ def test_a_rehearsed_run(in_process, arguments, capsys):
     # A real step is no row of this run.
     assert main(arguments("unwrapped", lengths="48,96")) == 2
     assert "was measured with config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("memo-") and name != "memo-auto" else [])
+    for name in sorted(set(CONTENDERS) - {"kernels"})
+])  # fmt: skip
+def test_every_contender_is_rehearsed_through_its_interface(make_job, name):
+    """With the same stand-ins in as many calls as its real step would make; longer sequences take more."""
+    job = make_job(name, (256, 512), blocks=2)
+    out = io.StringIO()
+    walk(replace(job, settings=replace(job.settings, rehearse=True)), out)
+    rows = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(row["seq_len"], row["status"], row.get("error")) for row in rows] == [(256, "ok", None), (512, "ok", None)]
+    assert rows[0]["peak_allocated"] < rows[1]["peak_allocated"]
+    for one in rows:
+        (calls,) = one["details"]["replaced"].values()
+        assert calls[0] >= calls[1] == 2
+
+
+def test_a_contender_whose_attention_is_not_replaced_is_refused(make_job, monkeypatch):
+    job = make_job("unwrapped", (64,), attention="math")
+    job = replace(job, settings=replace(job.settings, rehearse=True))
+    with pytest.raises(RehearsalError, match="unwrapped calls none of the kernels of attention"):
+        rehearse(CONTENDERS["unwrapped"](job), job, 64)
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(in_process, arguments):
+    given = arguments("checkpoint,unwrapped", "--rehearse", lengths="48,96")
+    path = Path(given[given.index("--out") + 1])
+    assert main(given) == 0
+    whole = path.read_text().splitlines(keepends=True)
+    before = [(row["contender"], row["seq_len"]) for row in map(json.loads, whole)]
+    for kept in (1, 2):
+        path.write_text("".join(whole[:kept]) + whole[kept][:50])
+        in_process.clear()
+        assert main(given) == 0
+        rows, _ = read_rows(path)
+        assert [(row["contender"], row["seq_len"]) for row in rows] == before
+        assert [(job.contender, tokens) for job in in_process for tokens in job.lengths] == before[kept:]
 
 
 def test_a_table_of_rehearsals_has_no_times_and_no_real_rows():

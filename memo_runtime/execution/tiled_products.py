@@ -60,8 +60,9 @@ class _Tile:
     def _finish(self) -> bool:
         if self._out is None:
             return False
-        ticket, self._out = self._out, None
-        ticket.release()
+        # In this order: where an interrupt cuts it off, it is waited for again.
+        self._out.release()
+        self._out = None
         return True
 
     def fetch(self, swap: TiledSwap) -> None:
@@ -80,8 +81,9 @@ class _Tile:
         """What has landed, from now on the caller's alone."""
         assert self._landed is not None, "it was fetched"
         if self._back is not None:
-            ticket, self._back = self._back, None
-            ticket.wait()
+            # In this order, as above.
+            self._back.release()
+            self._back = None
         return self._landed
 
     def drop(self) -> None:

@@ -75,9 +75,11 @@ class Entry:
         """
         for copy in self._copies.values():
             if copy.out is not None:
-                ticket, copy.out = copy.out, None
+                # In this order: where an interrupt cuts it off, it is waited for again.
+                as_it_was = copy.out.release()
+                copy.out = None
                 self._share.hold(-copy.size_bytes)
-                if not ticket.release():
+                if not as_it_was:
                     raise StateChangedError(
                         "the input or an attention result of a block was changed in place while it was copied to the "
                         "host: change a copy of it, or keep this block on the device"

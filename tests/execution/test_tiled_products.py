@@ -95,3 +95,31 @@ def test_the_oldest_is_waited_for_beyond_what_may_be_under_way():
     for number, tile in enumerate(tiles):
         departures.add(tile)
         assert Counted.released == max(0, number + 1 - TILES_OUTSTANDING)
+
+
+@pytest.mark.parametrize("step", ["sent", "take"])
+def test_a_wait_that_is_interrupted_is_made_again(swap, step, monkeypatch):
+    """Before it begins: whoever comes next must not take for there what is still under way."""
+    products = Products(swap, stages=1, tile=TILE)
+    products.store(0, 0, products_of(0))
+    products.fetch_from(0, 0)
+    (tile,) = products._tiles.values()
+    if step == "sent":
+        tile._out = tile._back
+    call = getattr(products, step)
+    arguments = (0, 0) if step == "take" else ()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(swap.transfer), "_wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(*arguments)
+    waited = []
+    wait = swap.transfer._wait
+    monkeypatch.setattr(swap.transfer, "_wait", lambda number: (waited.append(number), wait(number)))
+    call(*arguments)
+    assert len(waited) == 1
+    for found, want in zip(products.take(0, 0), products_of(0), strict=True):
+        assert torch.equal(found, want)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt

@@ -67,6 +67,16 @@ def state_key(block: nn.Module) -> Key:
     return tuple(found)
 
 
+def changed(before: Key, after: Key) -> str:
+    """Words for an attribute in which two states of one module differ."""
+    for (name, _, _, old, _), (_, _, _, new, _) in zip(before, after, strict=True):
+        known = dict(old)
+        found = [key for key, value in new if key not in known or known[key] != value]
+        if found:
+            return f"attribute '{f'{name}.' if name else ''}{found[0]}'"
+    return "an attribute"
+
+
 def _value(value: Any, seen: dict[int, Any], depth: int) -> Any:
     """``value`` as something hashable that changes when it does."""
     if isinstance(value, _PLAIN):

@@ -21,7 +21,7 @@ from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import draws, operator_flops
 from memo_runtime.capture.copying import structural_copy
 from memo_runtime.capture.declared import TENSOR, Choices, Shape
-from memo_runtime.capture.key import state_key
+from memo_runtime.capture.key import changed, state_key
 from memo_runtime.errors import CaptureRefusedError
 
 #: Tokens of a run: no multiple of anything, since a last tile is not either.
@@ -133,7 +133,7 @@ def look(name: str, subject: Subject, facts: Facts) -> Seen:
         raise refused(name, f"it writes to '{written}', and each tile would")
     after = state_key(subject.module)
     if before != after:
-        raise refused(name, f"{_changed(before, after)} changes when it runs, and each tile would change it")
+        raise refused(name, f"{changed(before, after)} changes when it runs, and each tile would change it")
     second, fewer = _leaves(name, subject, subject.random(facts.inputs, FEWER, facts.device))
     leaves, spec = _pytree.tree_flatten(first, is_leaf=lambda leaf: leaf is None)
     others = _pytree.tree_leaves(second, is_leaf=lambda leaf: leaf is None)
@@ -173,15 +173,6 @@ def _paired(
 
 def _versions(module: nn.Module) -> dict[str, int]:
     return {name: one._version for name, one in (*module.named_parameters(), *module.named_buffers())}
-
-
-def _changed(before: Any, after: Any) -> str:
-    for (name, _, _, old, _), (_, _, _, new, _) in zip(before, after, strict=True):
-        known = dict(old)
-        found = [key for key, value in new if key not in known or known[key] != value]
-        if found:
-            return f"attribute '{f'{name}.' if name else ''}{found[0]}'"
-    return "an attribute"
 
 
 def _grown(name: str, what: str, one: torch.Tensor, other: torch.Tensor) -> Shape:

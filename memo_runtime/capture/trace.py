@@ -13,7 +13,8 @@ A module that was declared token-wise is one operator of the trace (``declared.p
 
 Note [What a trace cannot see]
 Custom backwards and tensor hooks leave no operator, and a hook of an inner module runs at trace time only. All three
-are refused here, by name. Python state is frozen into the graph: ``key.py`` captures again when it changes.
+are refused here, by name. Python state is frozen into the graph: ``key.py`` captures again when it changes. What the
+block itself changes of it (a counter, an auxiliary loss that it stores) would be lost: that is refused too.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.capture.declaring import DeclaredCalls
 from memo_runtime.capture.dims import token_dims
 from memo_runtime.capture.flash import flash_stands_in
+from memo_runtime.capture.key import changed, state_key
 from memo_runtime.errors import CaptureRefusedError
 
 #: Meta entry of placeholders; traced values are detached.
@@ -265,7 +267,7 @@ def _look_for_functions(
     *,
     declared: DeclaredCalls,
 ) -> None:
-    """Run once with autograd, at one length, and look at the nodes of its graph.
+    """Run once with autograd, at one length, and look at the nodes of its graph and at what it has changed of itself.
 
     In a fake mode of its own: conditions that operators set on the length there are none of the trace's.
     """
@@ -273,6 +275,7 @@ def _look_for_functions(
     copied, fakes = _fake_copy(block, mode, states)
     declared.put_into(copied, None)
     arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
+    before = state_key(copied)
     try:
         with mode, _NoTensorHooks(), torch.enable_grad(), flash_stands_in():
             outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
@@ -280,6 +283,9 @@ def _look_for_functions(
         raise
     except Exception as error:
         raise _refusal(error) from error
+    after = state_key(copied)
+    if before != after:
+        raise CaptureRefusedError(changed(before, after), "it changes when the block runs, which tiles would not do")
     pending: list[Any] = [out.grad_fn for out in outputs if isinstance(out, torch.Tensor)]
     seen = set()
     while pending:

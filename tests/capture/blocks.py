@@ -62,6 +62,37 @@ class Counts(Attention):
         return super().forward(x)
 
 
+class CountsInPython(Attention):
+    """Counts its calls in an attribute."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x / self.calls)
+
+
+class StoresALoss(Attention):
+    """Leaves an auxiliary loss for whoever looks for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.merge.loss = x.square().mean(-1)
+        return super().forward(x)
+
+
+class Tables(Attention):
+    """Takes apart by operators with several results what needs no gradient: a buffer, and its input without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("tables", torch.rand(2 * WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.tables.chunk(2)
+        low, _ = x.detach().chunk(2, dim=-1)
+        return super().forward(x * scale + shift / (1.0 + low.abs().max()))
+
+
 class ByLength(Attention):
     """The number of tokens is a number in a formula."""
 

@@ -15,6 +15,8 @@ REFUSED = {
     blocks.WritesInput: ("aten.mul_", "writes to an argument"),
     blocks.WritesView: ("aten.add_", "view"),
     blocks.Counts: ("aten.add_", "buffer"),
+    blocks.CountsInPython: ("attribute 'calls'", "changes when the block runs"),
+    blocks.StoresALoss: ("attribute 'merge.loss'", "changes when the block runs"),
     blocks.ByLength: ("aten.div", "number of tokens"),
     blocks.WithoutGradient: ("aten.abs", "without gradients"),
     blocks.Frequencies: ("aten.embedding", "whole batch"),

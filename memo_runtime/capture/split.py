@@ -377,7 +377,7 @@ def _used_whole(queries: fx.Node, scores: fx.Node, inside: Collection[fx.Node]) 
 def _needs_gradient(node: fx.Node, sources: list[fx.Node], differentiable: set[fx.Node]) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    floating = any(isinstance(one, torch.Tensor) and one.is_floating_point() for one in values)
+    floating = any(isinstance(one, torch.Tensor) and (one.is_floating_point() or one.is_complex()) for one in values)
     return floating and operator_name(node) != "aten.detach" and any(one in differentiable for one in sources)
 
 

@@ -17,6 +17,7 @@ REFUSED = {
     blocks.Counts: ("aten.add_", "buffer"),
     blocks.CountsInPython: ("attribute 'calls'", "changes when the block runs"),
     blocks.StoresALoss: ("attribute 'merge.loss'", "changes when the block runs"),
+    hand_written.Spectrum: ("aten.fft_fft", "not known"),
     blocks.ByLength: ("aten.div", "number of tokens"),
     blocks.WithoutGradient: ("aten.abs", "without gradients"),
     blocks.Frequencies: ("aten.embedding", "whole batch"),

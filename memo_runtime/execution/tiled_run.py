@@ -195,7 +195,9 @@ class Run:
             for stage in self.captured.stages.stages
             for node in mixed_values(stage)
         ]
-        return [*results, *self.captured.stages.fixed]
+        # Of an operator that yields several values its members are there, each for itself.
+        fixed = (node for node in self.captured.stages.fixed if isinstance(node.meta["val"], torch.Tensor))
+        return [*results, *fixed]
 
     def _run_whole(self, nodes: Sequence[fx.Node], values: Values) -> None:
         with self.autocast.uncached().restored():

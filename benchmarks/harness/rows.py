@@ -6,9 +6,11 @@ is dropped, and measured again.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,26 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
     whole, newline, _ = path.read_bytes().rpartition(b"\n")
     lines = whole.decode("utf-8").split("\n") if newline else []
     return [_parse(path, number, line) for number, line in enumerate(lines, start=1)], len(whole) + len(newline)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep ``path`` for this process: two that write to it would double rows, or drop one that is being written.
+
+    Raises:
+        RowError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RowError(f"another run is writing to {path}: wait for its end, or give another --out") from None
+        try:
+            yield
+        finally:
+            if not path.stat().st_size:  # nothing was measured
+                path.unlink()
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from benchmarks.harness.job import WIDER, Job
 from benchmarks.harness.longest import next_lengths
 from benchmarks.harness.names import Entry
 from benchmarks.harness.options import Options, parse_options
-from benchmarks.harness.rows import REFERENCE, Row, RowError, RowFile, make_row
+from benchmarks.harness.rows import REFERENCE, Row, RowError, RowFile, held, make_row
 from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.table import first_line, run_table
 
@@ -272,12 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the run's table; an exit code."""
     options = parse_options(arguments)
     try:
-        runner = Runner.of(options)
+        with held(options.out):
+            runner = Runner.of(options)
+            try:
+                return runner.run()
+            finally:
+                # What the file holds: an interrupt may come when a row is written and not yet known here.
+                print(run_table(RowFile.open(options.out, options.run).rows))
     except RowError as error:
         say(f"error: {error}")
         return USAGE
-    try:
-        return runner.run()
-    finally:
-        # What the file holds: an interrupt may come when a row is written and not yet known here.
-        print(run_table(RowFile.open(options.out, options.run).rows))

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.harness import runner
 from benchmarks.harness.job import Job
-from benchmarks.harness.rows import read_rows
+from benchmarks.harness.rows import held, read_rows
 from benchmarks.harness.runner import Child, main
 from tests.house.sources import ROOT
 
@@ -191,11 +191,27 @@ def test_a_run_does_not_go_on_with_other_settings(in_process, arguments, capsys)
     assert "was measured with config = " in capsys.readouterr().err
 
 
-def test_bad_input_is_refused_before_anything_runs(arguments, capsys):
+def test_two_runs_do_not_write_to_one_file(in_process, arguments, tmp_path, capsys):
+    given = arguments("unwrapped", "--reference", "unwrapped", lengths="48")
+    with held(tmp_path / "rows.jsonl"):
+        assert main(given) == 2
+        assert "another run is writing to" in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
+    assert main(given) == 0
+    assert len(rows_of(given)) == 1
+
+
+def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for more, message in (
         (["--contenders", "nonsense"], "contender 'nonsense' is unknown"),
         (["--steps", "0"], "at least one step"),
-        (["--lengths", "many"], "argument --lengths"),
+        (["--lengths", "many"], "argument --lengths: 'many' is not a token count"),
+        (["--budget", "24GiBi"], "argument --budget: '24GiBi' is not a size"),
+        (["--geometry", "nonsense"], "--geometry nonsense is unknown; there are: tiny, qwen3-tiny, llama-1b-d128,"),
+        (["--geometry", "README.md"], "README.md is not a config.json"),
+        (["--geometry", "gpt-7b-tp8", "--scope", "step"], "tensor-parallel ranks of MEMO's GPT 7B"),
+        (["--device", "tpu"], "invalid choice: 'tpu' (choose from"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*arguments("unwrapped"), *more])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.arena.lengths import length_of
 from memo_runtime.arena.model import StepMemory
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.containers import leaves_of
@@ -208,7 +209,8 @@ class Wrapped:
         steps_before = self.session.steps
         self.session.begin_if_new()
         if self.memory is not None and self.session.steps != steps_before:
-            self.memory.begin((key, shapes, found, accumulating), device)
+            tokens, others = length_of(shapes)
+            self.memory.begin((key, others, found, accumulating), device, tokens)
 
     def _adopt(self, plan: Plan, again: Callable[[], Plan], device: torch.device) -> None:
         """Adopt ``plan``; where the system refuses its host memory and that was asked for, one for what it gave."""

@@ -20,8 +20,8 @@ class StepMemory:
         self._note = note
         self._steps: PlannedSteps | None = None
 
-    def begin(self, kind: Hashable, device: torch.device) -> None:
-        """A step begins, of a kind that asks for the same memory as others of it.
+    def begin(self, kind: Hashable, device: torch.device, tokens: int = 0) -> None:
+        """A step begins, of a kind that asks for the same memory as others of it with as many ``tokens``.
 
         Raises:
             AllocatorUnavailableError: the model is not on a CUDA device.
@@ -37,7 +37,7 @@ class StepMemory:
                 self._note(f"memory of device {index} is planned for another wrapped model, not for this one")
                 return
             self._steps = PlannedSteps(planned_allocator(), index, self._note)
-        self._steps.begin(kind)
+        self._steps.begin(kind, tokens)
 
     def end(self) -> None:
         """What follows is none of the step's."""

@@ -3,25 +3,31 @@
     kind of step   1st, 2nd    3rd         4th ...             from then on
                    as it is    recorded    solved meanwhile    served by plan
 
-A kind is whatever makes a step ask for other memory, such as the shapes of its batch. All kinds share one arena. A step
-of which too little was served is a sign that the plan is old: after a few of them the kind is recorded again.
+A kind is whatever makes a step ask for other requests. Steps of a kind may have different lengths: where two recorded
+ones are the same program, one placement serves all lengths up to its own (``arena.lengths``), and a longer step than
+that only makes a new one, of the same recordings; elsewhere every length is recorded and placed by itself. All kinds
+share one arena. Steps of which too little was served are a sign that the plan is old: after a few of them the next is
+recorded again.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from memo_runtime.allocator.library import Counts, PlannedAllocator
+from memo_runtime.arena.lengths import Pair, Sample, fitted, longest_of_bucket, pair_of
 from memo_runtime.arena.plan import ArenaPlan, as_arena_plan, by_size, enable
-from memo_runtime.arena.solving import Solving
+from memo_runtime.arena.solving import Solved, Solving
 from memo_runtime.errors import AllocatorPlanError, TraceError
 from memo_runtime.placement import ArenaReport
+from memo_runtime.recent import Recent
 from memo_runtime.recording.allocator import AllocatorRecorder
 from memo_runtime.traces.trace import Phase, Trace
 from memo_runtime.units import format_bytes
@@ -38,6 +44,8 @@ MOST_WEAK = 3
 MOST_TRIES = 3
 #: Kinds that are remembered; a run may have a new length at every step.
 MOST_KINDS = 16
+#: Lengths whose plans a placement remembers; others are made again from its addresses.
+_MOST_LENGTHS = 32
 _SOLVER_SECONDS = 10.0
 _MISSES = ("resident", "outside", "other_stream", "unplanned", "occupied", "unordered")
 
@@ -62,13 +70,74 @@ class Recorder(Protocol):
 
 
 @dataclass(slots=True)
+class _Placement:
+    """Addresses for steps of ``tokens``, and where ``pair`` is there, of fewer ones too."""
+
+    tokens: int
+    sample: Sample
+    pair: Pair | None
+    solved: Solved
+    plans: Recent[ArenaPlan] = field(default_factory=lambda: Recent(_MOST_LENGTHS))
+
+    def serves(self, tokens: int) -> bool:
+        """Whether it has addresses for a step of ``tokens``."""
+        return tokens == self.tokens or (self.pair is not None and tokens < self.tokens)
+
+    def plan(self, tokens: int, device: int) -> ArenaPlan:
+        """That for steps of ``tokens``, made once.
+
+        Raises:
+            AllocatorPlanError: it places nothing.
+        """
+        plan = self.plans.get(tokens)
+        if plan is None:
+            trace = self.sample.trace if self.pair is None else self.pair.at(tokens)
+            plan = as_arena_plan(fitted(self.solved, trace), trace, self.sample.handles, device)
+            self.plans.put(tokens, plan)
+        return plan
+
+
+@dataclass(slots=True)
 class _Kind:
-    """What is known of one kind of step."""
+    """What is known of one kind of step.
+
+    Attributes:
+        seen: steps. lengths: steps of each length. tries: recordings of each length. weak: steps in a row that got too
+            little. longest: tokens of the longest step. alike: steps are one program at all lengths, for all we know.
+        samples: recorded steps. placements: those that have addresses.
+    """
 
     seen: int = 0
-    tries: int = 0
     weak: int = 0
-    plan: ArenaPlan | None = None
+    alike: bool = True
+    longest: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    tries: Counter[int] = field(default_factory=Counter)
+    samples: list[Sample] = field(default_factory=list)
+    placements: list[_Placement] = field(default_factory=list)
+
+    def placement(self, tokens: int) -> _Placement | None:
+        """The one that serves steps of ``tokens``."""
+        return next((placement for placement in self.placements if placement.serves(tokens)), None)
+
+    def forget(self, placement: _Placement) -> None:
+        """Its recordings are old."""
+        self.placements.remove(placement)
+        self.alike = self.alike and placement.pair is None
+        old = (placement.sample,) if placement.pair is None else (placement.pair.short, placement.pair.long)
+        self.samples = [sample for sample in self.samples if sample not in old]
+        self.weak = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is being solved: steps of ``tokens``."""
+
+    kind: _Kind
+    tokens: int
+    sample: Sample
+    pair: Pair | None
+    solving: Solving
 
 
 def _recorder(device: int) -> Recorder:
@@ -107,10 +176,11 @@ class PlannedSteps:
         self._make_recorder = recorder
         self._solver = solver
         self._kinds: dict[Hashable, _Kind] = {}
-        self._current: _Kind | None = None
+        self._current: tuple[_Kind, int] | None = None
+        self._serving: _Placement | None = None
         self._armed: ArenaPlan | None = None
         self._recording: Recorder | None = None
-        self._solving: tuple[_Kind, Trace, tuple[int, ...], Solving] | None = None
+        self._solving: _Job | None = None
         self._served: tuple[Counts, ArenaPlan] | None = None
         self._given_back = allocator.statistics(device).given_back
         #: Why nothing is planned any more.
@@ -120,8 +190,8 @@ class PlannedSteps:
 
     # ---- steps
 
-    def begin(self, key: Hashable) -> None:
-        """A step of kind ``key`` begins, and the one before is over."""
+    def begin(self, key: Hashable, tokens: int = 0) -> None:
+        """A step of kind ``key`` and ``tokens`` begins, and the one before is over."""
         self.end()
         if self._off:
             return
@@ -130,23 +200,32 @@ class PlannedSteps:
         self._kinds[key] = kind  # the latest is last
         if len(self._kinds) > MOST_KINDS:
             self._kinds.pop(next(iter(self._kinds)))
-        self._current = kind
+        self._current = kind, tokens
         kind.seen += 1
-        if kind.plan is not None and self._arm(kind.plan):
-            self._allocator.begin_step(self._device)
-        elif self._wants_recording(kind):
+        kind.lengths[tokens] += 1
+        kind.longest = max(kind.longest, tokens)
+        placement = kind.placement(tokens)
+        if placement is not None:
+            if self._arm(placement, tokens):
+                self._serving = placement
+                self._allocator.begin_step(self._device)
+        elif self._idle and (pair := _longest_pair(kind)) is not None:
+            self._place(kind, pair.long, pair)
+        elif self._wants_recording(kind, tokens):
             self._record()
 
     def end(self) -> None:
         """The step is over: what follows, such as an evaluation, is none of its."""
-        kind, self._current = self._current, None
-        if kind is None:
+        current, self._current = self._current, None
+        if current is None:
             return
+        kind, tokens = current
+        serving, self._serving = self._serving, None
         if self._recording is not None:
-            self._solve(kind)
-        elif kind.plan is not None and kind.plan is self._armed:
+            self._solve(kind, tokens)
+        elif serving is not None and self._armed is not None:
             self._allocator.end_step(self._device)
-            self._judge(kind, kind.plan)
+            self._judge(kind, tokens, serving, self._armed)
 
     def close(self) -> None:
         """Plan nothing any more; the arena goes back once nothing lives in it."""
@@ -155,15 +234,20 @@ class PlannedSteps:
             self._recording.__exit__(None, None, None)
             self._recording = None
         if self._solving is not None:
-            self._solving[3].close()
+            self._solving.solving.close()
             self._solving = None
         self._stop("closed")
 
     # ---- from step to plan
 
-    def _wants_recording(self, kind: _Kind) -> bool:
-        idle = self._recording is None and self._solving is None
-        if not idle or kind.plan is not None or kind.seen <= SETTLING or kind.tries >= MOST_TRIES:
+    @property
+    def _idle(self) -> bool:
+        return self._recording is None and self._solving is None
+
+    def _wants_recording(self, kind: _Kind, tokens: int) -> bool:
+        # Lengths that turned out to be programs of their own are recorded only where they come back.
+        strange = len(kind.samples) >= MOST_TRIES and kind.lengths[tokens] <= SETTLING
+        if not self._idle or strange or kind.seen <= SETTLING or kind.tries[tokens] >= MOST_TRIES:
             return False
         if torch._C._cuda_isHistoryEnabled():
             self._note("somebody else records the allocator's history, so no step was recorded to plan its memory")
@@ -176,31 +260,46 @@ class PlannedSteps:
         recorder.begin(Phase.STEP)
         self._recording = recorder
 
-    def _solve(self, kind: _Kind) -> None:
+    def _solve(self, kind: _Kind, tokens: int) -> None:
         recorder, self._recording = self._recording, None
         assert recorder is not None, "a step was recorded"
         recorder.end(Phase.STEP)
         recorder.__exit__(None, None, None)
-        kind.tries += 1
+        kind.tries[tokens] += 1
         try:
-            trace = recorder.trace()
+            sample = Sample(tokens=tokens, trace=recorder.trace(), handles=recorder.stream_handles)
         except TraceError as error:
             self._note(f"a step could not be recorded to plan its memory: {error}")
             return
-        self._solving = kind, trace, recorder.stream_handles, self._solver(by_size(trace), seconds=_SOLVER_SECONDS)
+        pairs = (pair_of(sample, other) for other in kind.samples if kind.alike)
+        pair = next((pair for pair in pairs if pair is not None), None)
+        kind.samples = [*kind.samples[-MOST_KINDS:], sample]
+        self._place(kind, sample, pair)
+
+    def _place(self, kind: _Kind, sample: Sample, pair: Pair | None) -> None:
+        """Find addresses: for the longest step so far where ``pair`` says what that asks for, else for ``sample``."""
+        tokens = sample.tokens if pair is None else longest_of_bucket(kind.longest)
+        if pair is not None:
+            sample = pair.long
+        trace = sample.trace if pair is None else pair.at(tokens)
+        self._solving = _Job(kind, tokens, sample, pair, self._solver(by_size(trace), seconds=_SOLVER_SECONDS))
 
     def _collect(self) -> None:
-        if self._solving is None or not self._solving[3].done:
+        job = self._solving
+        if job is None or not job.solving.done:
             return
-        kind, trace, handles, solving = self._solving
         self._solving = None
         try:
-            kind.plan = as_arena_plan(solving.result(), trace, handles, self._device)
+            placement = _Placement(job.tokens, job.sample, job.pair, job.solving.result())
+            plan = placement.plan(job.tokens, self._device)
         except AllocatorPlanError as error:
             self._note(f"no memory is planned for some steps: {error}")
             return
+        kind = job.kind
+        if job.pair is not None:  # it serves all lengths that they served
+            kind.placements = [one for one in kind.placements if not placement.serves(one.tokens)]
+        kind.placements = [*kind.placements[-MOST_KINDS:], placement]
         kind.weak = 0
-        plan = kind.plan
         logger.info(
             "memo: %d requests of a step placed in an arena of %s (at least %s) in %.1f s",
             len(plan.rows), format_bytes(plan.size), format_bytes(plan.lower_bound), plan.seconds,
@@ -208,10 +307,11 @@ class PlannedSteps:
 
     # ---- from plan to step
 
-    def _arm(self, plan: ArenaPlan) -> bool:
-        if plan is self._armed:
-            return True
+    def _arm(self, placement: _Placement, tokens: int) -> bool:
         try:
+            plan = placement.plan(tokens, self._device)
+            if plan is self._armed:
+                return True
             enable(self._allocator, plan)
         except AllocatorPlanError as error:
             self._stop(str(error))
@@ -220,7 +320,7 @@ class PlannedSteps:
         self._armed = plan
         return True
 
-    def _judge(self, kind: _Kind, plan: ArenaPlan) -> None:
+    def _judge(self, kind: _Kind, tokens: int, placement: _Placement, plan: ArenaPlan) -> None:
         found = self._allocator.statistics(self._device)
         if found.given_back != self._given_back:
             reason = "memory ran out beside the arena, which was given back: the budget leaves no room for both"
@@ -233,12 +333,13 @@ class PlannedSteps:
         kind.weak = kind.weak + 1 if last.served_bytes < wanted else 0
         if kind.weak < MOST_WEAK:
             return
-        kind.plan, kind.seen, kind.weak = None, SETTLING, 0
+        kind.forget(placement)
+        kind.seen = SETTLING
         share = 100 * last.served_bytes / max(1, last.bytes)
-        if kind.tries >= MOST_TRIES:
+        if kind.tries[tokens] >= MOST_TRIES:
             self._note(
                 f"steps differ from each other: {share:.0f} % of the bytes of the last one were where they were "
-                f"planned, after {kind.tries} recordings; steps of this kind are left to PyTorch's allocator"
+                f"planned, after {kind.tries[tokens]} recordings; steps of this kind are left to PyTorch's allocator"
             )
         else:
             logger.info("memo: steps have changed (%.0f %% served by plan): one is recorded again", share)
@@ -252,7 +353,7 @@ class PlannedSteps:
     def report(self) -> ArenaReport:
         """What the latest planned step got."""
         found = self._allocator.statistics(self._device)
-        plans = sum(kind.plan is not None for kind in self._kinds.values())
+        plans = sum(len(kind.placements) for kind in self._kinds.values())
         counts, plan = self._served or (None, None)
         if counts is None or plan is None:
             state = self._off or ("no step was served yet" if plans == 0 else "planned, no step was served yet")
@@ -270,3 +371,8 @@ class PlannedSteps:
             misses=tuple((name, getattr(counts, name)) for name in _MISSES if getattr(counts, name)),
             reserved_bytes=torch.cuda.memory_reserved(self._device),
         )
+
+
+def _longest_pair(kind: _Kind) -> Pair | None:
+    """Recordings that say what the step in hand asks for, which is longer than the steps that are placed."""
+    return next((placement.pair for placement in reversed(kind.placements) if placement.pair is not None), None)

@@ -48,7 +48,7 @@ def peaks(layout: str) -> dict[str, int]:
         model(x).backward()
         model.zero_grad(set_to_none=True)
         if step == SETTLING + 1 and layout == "planned":
-            find_wrapped(model).memory._steps._solving[3]._process.wait()
+            find_wrapped(model).memory._steps._solving.solving._process.wait()
         if step == 7:
             with torch.no_grad():
                 model(x)

@@ -1,6 +1,6 @@
 """Which steps are recorded, when a plan is there, when it is given up: on an allocator that writes down its calls."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -84,12 +84,16 @@ class Solver:
 
     def __init__(self, trace, seconds):
         assert trace.spans == STEP.spans
+        self.trace = trace
         self.done = self.closed = False
 
     def result(self):
-        rows = [PlacedRequest(id=str(i), lower=r.lower, upper=r.upper, size=r.size, offset=1024 * i)
-                for i, r in enumerate(STEP.requests)]  # fmt: skip
-        return Solved(rows=tuple(rows), placed=(0, 1, 2), peak=4096, lower_bound=2048, resident_bytes=0, seconds=0.1)
+        rows, room = [], max(r.size for r in self.trace.requests) // 512 * 512 + 512
+        for at, r in enumerate(self.trace.requests):
+            rows.append(PlacedRequest(id=str(at), lower=r.lower, upper=r.upper, size=r.size, offset=at * room))
+        return Solved(
+            rows=tuple(rows), placed=(0, 1, 2), peak=4 * room, lower_bound=2048, resident_bytes=0, seconds=0.1
+        )
 
     def close(self):
         self.closed = True
@@ -178,6 +182,62 @@ def test_a_plan_that_serves_too_little_is_made_again_and_then_given_up(rig):
     assert run(rig, "a", 3) == []
 
 
+class LongerRecorder(Recorder):
+    """Records steps that are as long as ``tokens`` says."""
+
+    tokens = recorded = 0
+
+    def __enter__(self):
+        super().__enter__()
+        self.recorded = self.tokens
+
+    def trace(self):
+        requests = tuple(replace(r, size=r.size * self.recorded) for r in STEP.requests)
+        return replace(STEP, requests=requests)
+
+
+@pytest.fixture
+def lengths(rig):
+    """``lengths(tokens, ...)``: steps of these, each solved before the next; what the allocator was asked."""
+    recorder = LongerRecorder(rig.allocator.calls)
+    rig.steps._make_recorder = lambda device: recorder
+
+    def run_lengths(*all_tokens):
+        rig.allocator.calls.clear()
+        for recorder.tokens in all_tokens:
+            rig.steps.begin("a", recorder.tokens)
+            for solver in rig.solvers:
+                solver.done = True
+        rig.steps.end()
+        return list(rig.allocator.calls)
+
+    return run_lengths
+
+
+def test_two_recorded_lengths_plan_all_up_to_the_longest_of_a_bucket(rig, lengths):
+    assert lengths(900, 900, 1000, 1200, 1300, 1200) == ["record", "recorded", "record", "recorded"]
+    assert lengths(1100, 1408, 7, 1200) == ["disarm", *["arm", "begin", "end"] * 4]
+    assert len(rig.solvers) == 2
+    assert rig.steps.report().plans == 1
+    # Longer than the bucket of 1,300: the next placement comes from the same recordings.
+    assert lengths(2000) == []
+    assert lengths(2000, 2048, 1000) == ["disarm", *["arm", "begin", "end"] * 3]
+    assert len(rig.solvers) == 3
+    assert rig.notes == []
+
+
+def test_lengths_that_are_no_program_of_one_kind_are_placed_by_themselves(rig, lengths):
+    lengths(900, 900, 1000, 1200, 1300, 1200)
+    rig.allocator.served = 500
+    lengths(*[1200] * MOST_WEAK)
+    assert rig.steps.report().plans == 0
+    rig.allocator.served = 1650
+    assert lengths(1200, 1000, 1200, 1200).count("record") == 1
+    assert rig.steps.report().plans == 1
+    assert "begin" in lengths(1200)
+    assert "begin" not in lengths(1100)
+
+
 def test_one_odd_step_changes_nothing(rig):
     planned(rig, "a")
     run(rig, "a", 2)
@@ -218,7 +278,7 @@ def test_closing_ends_what_is_under_way(rig):
     assert is_planned_for_others(1)
     for _ in range(SETTLING + 2):
         other.begin("a")
-    solving = other._solving[3]
+    solving = other._solving.solving
     other.close()
     assert solving.closed
     assert not is_planned_for_others(1)

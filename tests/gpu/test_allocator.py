@@ -128,7 +128,7 @@ def wrapped_losses(layout, steps=14):
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach().clone())
         if at == SETTLING + 1 and layout == "planned":
-            find_wrapped(model).memory._steps._solving[3]._process.wait()  # so that the rest is served by plan
+            find_wrapped(model).memory._steps._solving.solving._process.wait()  # so that the rest is served by plan
     report = memo.report(model)
     memo.unwrap(model)
     return torch.stack(losses).cpu(), report

@@ -186,7 +186,7 @@ def test_steps_are_recorded_placed_and_served_by_themselves(allocator):
     for rows in (500, 900):
         for _ in range(SETTLING + 2):
             step(rows)
-        steps._solving[3]._process.wait()
+        steps._solving.solving._process.wait()
         for _ in range(3):
             step(rows)
         steps.end()
@@ -204,5 +204,46 @@ def test_steps_are_recorded_placed_and_served_by_themselves(allocator):
     assert all(after[name] == before[name] for name in ("num_device_alloc", "num_device_free"))
     assert steps.report().plans == 2
     assert steps.report().served_bytes >= 0.99 * steps.report().bytes
+    steps.close()
+    assert notes == []
+
+
+def test_two_recorded_lengths_plan_all_of_a_bucket(allocator):
+    notes: list[str] = []
+    steps = PlannedSteps(allocator, 0, notes.append)
+    weight = torch.zeros(1000, device="cuda", requires_grad=True)
+
+    def step(rows):
+        weight.grad = None
+        steps.begin("rows", rows)
+        x = torch.zeros(rows, 1000, device="cuda")
+        for _ in range(5):
+            x = (x + weight).relu() * 2
+        x.sum().backward()
+
+    for rows in (700, 611, 500, 500, 533):  # the third is recorded, and the fifth, which is another length
+        step(rows)
+        if steps._solving is not None:
+            steps._solving.solving._process.wait()
+    step(600)
+    steps._solving.solving._process.wait()
+    step(600)
+    steps.end()
+    before = torch.cuda.memory_stats()
+    for rows in (501, 700, 317, 704, 512, 699):
+        step(rows)
+        steps.end()
+        found = steps.report()
+        assert found.served_bytes >= 0.99 * found.bytes, (rows, found, notes)
+    after = torch.cuda.memory_stats()
+    assert all(after[name] == before[name] for name in ("num_device_alloc", "num_device_free"))
+    assert found.plans == 1
+    step(900)  # longer than the bucket of 700: placed from the same recordings, while it is served natively
+    steps._solving.solving._process.wait()
+    for rows in (900, 500):
+        step(rows)
+        steps.end()
+        assert steps.report().served_bytes >= 0.99 * steps.report().bytes
+    assert steps.report().plans == 1
     steps.close()
     assert notes == []

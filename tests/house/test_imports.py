@@ -41,7 +41,7 @@ ALLOWED = {
     | {"integrations"},
     "simulation": NOUNS | {"traces"},
     "allocator": NOUNS,
-    "arena": NOUNS | {"allocator", "planning", "recording", "traces"},
+    "arena": NOUNS | {"allocator", "planning", "recent", "recording", "traces"},
     "recording": NOUNS | {"traces", "profiling"},
     "capture": NOUNS | {"blocks"},
     "execution": NOUNS | {"blocks", "capture", "native"},

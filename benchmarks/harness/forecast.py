@@ -26,10 +26,12 @@ def off(row: Row) -> dict[str, float]:
     found = forecast_of(row)
     if found is None:
         return {}
+    # On the CPU nothing is pinned, and what the runtime holds is its own count.
+    host = row.get("pinned_bytes") if row.get("gpu") else (row.get("details") or {}).get("host_bytes")
     pairs = {
         "step": (found["step_seconds"], row.get("step_seconds"), 0.0),
         "peak": (found["peak_bytes"], row.get("peak_allocated"), 0.0),
-        "host": (found["host_bytes"], row.get("pinned_bytes"), _NO_HOST),
+        "host": (found["host_bytes"], host, _NO_HOST),
     }
     return {
         name: (forecast - measured) / max(measured, least)

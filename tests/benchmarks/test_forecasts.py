@@ -65,7 +65,7 @@ def test_every_committed_row_of_memo_has_a_forecast_beside_what_was_measured():
 def memo_row(seconds, peak, pinned, **more):
     told = {"step_seconds": 1.0, "peak_bytes": 1000, "host_bytes": 10 << 20}
     measured = {"step_seconds": seconds, "peak_allocated": peak, "pinned_bytes": pinned}
-    return {"status": "ok", "details": {"forecast": told}, **measured, **more}
+    return {"status": "ok", "gpu": "a GPU", "details": {"forecast": told}, **measured, **more}
 
 
 def test_what_is_off_and_what_is_too_far():
@@ -81,6 +81,8 @@ def test_what_is_off_and_what_is_too_far():
     none = memo_row(1.0, 1000, 5)
     none["details"]["forecast"]["host_bytes"] = 0
     assert beyond(none) == {}
+    none["details"]["host_bytes"] = 20 << 20
+    assert beyond(none | {"gpu": None}) == {"host": -1.0}
     assert forecast_of(memo_row(1.0, 1000, 5, status="oom")) is None
     assert (off({"status": "ok", "details": None}), text({"status": "ok", "details": {}})) == ({}, "")
 

@@ -27,7 +27,7 @@ def rehearse(contender: Contender, job: Job, tokens: int) -> dict[str, Any]:
     Raises:
         RehearsalError: no kernel of its attention was replaced.
     """
-    device = contender.device
+    device, limit = contender.device, host_limit()[0]  # before anything is pinned
     with StandIns(device) as stand_ins:
         contender.start(tokens)
         contender.step()
@@ -54,7 +54,7 @@ def rehearse(contender: Contender, job: Job, tokens: int) -> dict[str, Any]:
     replaced = {name: [one.forward, one.backward, one.inside_bytes] for name, one in stand_ins.calls.items()}
     facts["details"] = contender.details() | {
         "rehearsed_seconds": seconds, "replaced": replaced, "memory": _memory(job, device),
-        "host_limit": host_limit()[0],
+        "host_limit": limit,
     }  # fmt: skip
     return facts
 

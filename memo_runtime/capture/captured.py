@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from memo_runtime.capture.functional import Draw, make_functional
 from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment, Stages, split
 from memo_runtime.capture.trace import Trace, trace
+
+#: Held while graphs are traced or asked for symbolic sizes: what PyTorch's tracer writes to belongs to the process, and
+#: two threads may train two models. Not while anything goes backward, which on a GPU is another thread's.
+TRACING = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import unflatten
 from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
-from memo_runtime.capture.captured import Captured, capture
+from memo_runtime.capture.captured import TRACING, Captured, capture
 from memo_runtime.capture.key import Key, capture_key
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
@@ -132,7 +132,8 @@ class TiledBlock:
         found = self._captures.get(key)
         tokens = found.tokens(call) if found is not None else 0
         if found is None or not found.traced.allows(tokens):
-            found = capture(self.block, call, self.forward)
+            with TRACING:
+                found = capture(self.block, call, self.forward)
             if not found.traced.allows(found.tokens(call)):
                 raise CaptureRefusedError("forward", f"it takes another way for {found.tokens(call)} tokens")
             if found.signature not in self.programs.checked:

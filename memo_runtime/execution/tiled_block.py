@@ -10,7 +10,7 @@ import torch
 
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.containers import mapped
-from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
 from memo_runtime.execution.counters import BlockCounters, StepCounters
@@ -111,7 +111,8 @@ class TiledForward:
                 # On CPU programs are the block's own operators: its own times are theirs.
                 on_gpu = call.leaves[captured.input_leaf].device.type == "cuda"
                 timed = time_tiles(self._block(), captured, call, tile) if on_gpu else None
-                known[key] = tiled_profile(captured, call, timed, self._owner.session.programs.kernels)
+                with TRACING:
+                    known[key] = tiled_profile(captured, call, timed, self._owner.session.programs.kernels)
             return known[key], ""
         except CaptureRefusedError as error:
             return None, str(error)

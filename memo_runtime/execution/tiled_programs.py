@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_runtime.blocks.ambient import AutocastState
-from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept, owned, run_again
 from memo_runtime.capture.split import Segment
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
@@ -210,7 +210,8 @@ def _trace(
         each = iter(found)
         return [*(out.detach() for out in outputs), *chosen, *(next(each) if need else None for need in needs)]
 
-    with mode, torch.enable_grad(), autocast.uncached().restored(), torch.autograd.set_multithreading_enabled(False):
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with TRACING, mode, torch.enable_grad(), autocast.uncached().restored(), one_thread:
         fakes = [_alike(one) for one in sources]
         with torch.no_grad():
             shapes, _ = segment_outputs(captured, stage, fakes, tokens)

@@ -11,6 +11,7 @@ x, o, dx and do alone, and of one group the rest.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,9 @@ def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> i
     """Tokens of a tile of ``segment``: ``tile``, or fewer where each takes a row of scores."""
     if not segment.by_rows:
         return tile
-    scores = max(captured.traced.token.at(node.meta["val"].numel(), tokens) // tokens for node in segment.nodes)
-    return max(1, min(tile, MAX_SCORES // max(1, int(scores))))
+    sizes = ([int(captured.size(size, tokens)) for size in node.meta["val"].shape] for node in segment.nodes)
+    scores = max(math.prod(one) // tokens for one in sizes)
+    return max(1, min(tile, MAX_SCORES // max(1, scores)))
 
 
 def tile_copies(

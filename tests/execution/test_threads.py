@@ -46,6 +46,28 @@ def in_thread(run: Callable[[], object]) -> object:
     return found[0]
 
 
+
+@pytest.mark.slow
+def test_two_models_are_captured_in_two_threads():
+    plain = [tower(Part) for _ in range(2)]
+    models = [memo.wrap(copy.deepcopy(one), policy="tiled", alpha=0.5, keep_last=0, tile=5) for one in plain]
+    start = threading.Barrier(2)
+    found: dict[int, tuple[Tensor, ...]] = {}
+
+    def work(number: int) -> None:
+        start.wait()
+        found[number] = gradients(models[number], sequence(number))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, model in enumerate(models):
+        assert_close(found[number], gradients(plain[number], sequence(number)))
+        assert {block.executor for block in memo.report(model).blocks} == {"tiled"}
+
+
 @ways
 @pytest.mark.parametrize("known", [False, True])
 def test_many_threads_are_right_or_refused(policy, alpha, known):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.forecast import off
 from benchmarks.harness.tables import refreshed
 from tests.house.sources import ROOT
 
@@ -79,6 +80,14 @@ def test_the_sentences_below_the_comparison_are_made_of_rows():
                         for row in (step["memo-auto"], step["checkpoint"]))  # fmt: skip
     assert f"takes {memo} within {step['memo-auto']['budget'] / GIB:.0f} GiB" in readme
     assert f"{checkpoint} under `torch.utils.checkpoint`" in readme
+
+
+def test_what_is_said_of_forecasts_by_tiles_is_made_of_rows():
+    rows = [row for row in rows_of("harness_tiled_h200.jsonl") if row["contender"].startswith("memo")]
+    worst = max(abs(off(row)["step"]) for row in rows)
+    assert len(rows) == 8
+    for name in ("README.md", "docs/tiled.md"):
+        assert f"within {100 * worst:.1f} %" in (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_the_sentence_on_24_gib_is_made_of_rows():

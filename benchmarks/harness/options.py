@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from benchmarks.harness.geometry import SHARES, Scope, UnknownGeometryError, che
 from benchmarks.harness.job import Settings
 from benchmarks.harness.names import ContenderError, Entry, parse_contenders
 from benchmarks.harness.provenance import commit, gpu_facts
+from benchmarks.harness.rows import RowError, read_rows
 from memo_runtime.units import parse_bytes, parse_tokens
 
 ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
@@ -26,6 +27,7 @@ class Options:
         entries: contenders in the order in which they run. lengths: in tokens, shortest first.
         minutes: time for all of it; None: as long as it takes.
         traces: folder for a Chrome trace of one more step of each contender at each length; None: no traces.
+        longest: contender -> the only length that it is measured at; empty: all are measured at ``lengths``.
         reference: gradients are compared with a wider dtype's where that is affordable, and not only with unwrapped's.
     """
 
@@ -40,6 +42,7 @@ class Options:
     commit: str
     traces: Path | None = None
     reference: bool = True
+    longest: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -65,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--geometry", default="llama-8b", help="a name (an unknown one lists them), or a config.json")
     add("--scope", default="blocks", choices=[scope.value for scope in Scope], help="what one step is")
     add("--blocks", type=int, help="number of blocks, if not the geometry's")
-    add("--lengths", required=True, type=_lengths, help="such as 16K,32K; K = 1024")
+    add("--lengths", type=_lengths, help="such as 16K,32K; K = 1024")
+    add("--confirm", metavar="RUN", help="instead of --lengths: a real step of each at the longest that RUN rehearsed")
     add("--contenders", required=True,
         help="such as kernels,unwrapped,selective,memo-auto@selective,memo-auto@24GiB,memo-auto")  # fmt: skip
     add("--budget-from", metavar="NAME", help="memo also runs with budget = the peak that NAME reached")
@@ -135,6 +139,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     device = given.device if given.device != "auto" else "cuda" if _has_gpu() else "cpu"
     if device == "cuda" and not _has_gpu():
         parser.error("--device cuda: nvidia-smi finds no GPU here; use --device cpu")
+    if (given.lengths is None) == (given.confirm is None):
+        parser.error("give --lengths, such as 16K,32K, or --confirm RUN with a rehearsed run of --out")
+    if given.rehearse and given.confirm:
+        parser.error("--confirm makes real steps: leave --rehearse out")
     if given.rehearse and (refused := _not_rehearsed(entries, given.lengths, given.traces)):
         parser.error(f"--rehearse: {refused}")
     if given.geometry in SHARES and given.scope == Scope.STEP:
@@ -157,8 +165,42 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         seed=given.seed,
         rehearse=given.rehearse,
     )
-    return Options(
-        run=given.run, out=given.out, entries=entries, lengths=given.lengths, settings=settings, budget=given.budget,
-        host_budget=given.host_budget, minutes=given.minutes, commit=found, traces=given.traces,
+    options = Options(
+        run=given.run, out=given.out, entries=entries, lengths=given.lengths or (), settings=settings,
+        budget=given.budget, host_budget=given.host_budget, minutes=given.minutes, commit=found, traces=given.traces,
         reference=given.reference == "wider",
     )  # fmt: skip
+    if given.confirm is None:
+        return options
+    try:
+        return confirming(options, given.confirm)
+    except RowError as error:
+        parser.error(str(error))
+
+
+def confirming(options: Options, run: str) -> Options:
+    """``options`` with one step of each contender at the longest length that ``run`` has rehearsed.
+
+    Raises:
+        RowError: there is no such run of rehearsals, it was another step, or a contender reached no length in it.
+    """
+    rows = [row for row in read_rows(options.out)[0] if row["run"] == run]
+    if not rows or not rows[0].get("rehearsed"):
+        raise RowError(f"--confirm {run}: {options.out} has no rehearsed run of that name")
+    asked = {"geometry": options.settings.geometry, "scope": options.settings.scope, "blocks": options.settings.blocks}
+    asked |= {name: value for name, value in options.config.items() if name not in ("rehearse", "steps")}
+    for name, value in asked.items():
+        there = rows[0][name] if name in ("geometry", "scope", "blocks") else rows[0]["config"].get(name)
+        if there != value:
+            raise RowError(f"--confirm {run}: it was rehearsed with {name} = {there!r}, here it is {value!r}")
+    reached: dict[str, int] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            reached[row["contender"]] = max(int(row["seq_len"]), reached.get(row["contender"], 0))
+    for entry in options.entries:
+        if entry.label not in reached:
+            raise RowError(f"--confirm {run}: {entry.label} reached no length there; {', '.join(reached)} did")
+    longest = {entry.label: reached[entry.label] for entry in options.entries}
+    settings = replace(options.settings, steps=1)
+    lengths = tuple(sorted(set(longest.values())))
+    return replace(options, longest=longest, lengths=lengths, settings=settings, reference=False)

@@ -152,6 +152,8 @@ class Runner:
             return ()
         there = {row["seq_len"] for row in rows}
         possible = self.options.lengths if entry.budget_from is None else self.budgets(entry)
+        if self.options.longest:
+            possible = (self.options.longest[entry.label],)
         return tuple(tokens for tokens in self.options.lengths if tokens in possible and tokens not in there)
 
     def run(self) -> int:
@@ -203,7 +205,7 @@ class Runner:
             budgets=budgets,
             own_budgets=entry.budget_from is not None,
             host_budget=self.options.host_budget if entry.takes_budget else None,
-            sketch_at=None if entry.name == "kernels" or self.options.settings.rehearse else self.options.lengths[0],
+            sketch_at=self._sketch_at(entry),
             deadline=self.deadline,
             traces=self._traces(entry),
         )
@@ -217,6 +219,11 @@ class Runner:
             left = next(tokens for tokens in lengths if self.file.find(entry.label, tokens) is None)
             failure |= {"seq_len": left, "rehearsed": self.options.settings.rehearse}
             self._append(entry, failure, budgets)
+
+    def _sketch_at(self, entry: Entry) -> int | None:
+        """Where gradients are looked at: the shortest length, in runs that go through all of them."""
+        alone = entry.name == "kernels" or self.options.settings.rehearse or self.options.longest
+        return None if alone else self.options.lengths[0]
 
     def _append(self, entry: Entry, measured: Row, budgets: dict[int, int]) -> None:
         self._compare(entry, measured)

@@ -99,6 +99,38 @@ def test_every_contender_is_rehearsed_through_its_interface(make_job, name):
         assert calls[0] >= calls[1] == 2
 
 
+def test_a_real_step_of_each_at_its_longest(in_process, arguments, capsys):
+    assert main(arguments("checkpoint", "--rehearse", lengths="48,96")) == 0
+    assert main(arguments("unwrapped,checkpoint", "--rehearse", lengths="48,96")) == 0
+    given = arguments("checkpoint,unwrapped", "--confirm", "test", "--run", "real")
+    at = given.index("--lengths")
+    given[at : at + 2] = []
+    path = Path(given[given.index("--out") + 1])
+    # As if unwrapped had not reached 96.
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[-1] |= {"status": "oom", "error": "no"}
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert main(given) == 0
+    assert main(given) == 0
+    real = [one for one in read_rows(path)[0] if one["run"] == "real"]
+    assert [(one["contender"], one["seq_len"], one["n"], one["rehearsed"]) for one in real] == [
+        ("checkpoint", 96, 1, False), ("unwrapped", 48, 1, False),
+    ]  # fmt: skip
+    for wrong, said in (
+        (["--confirm", "nonsense"], "has no rehearsed run of that name"),
+        (["--confirm", "real"], "has no rehearsed run of that name"),
+        (["--dtype", "float64"], "it was rehearsed with dtype = 'float32', here it is 'float64'"),
+        (["--contenders", "selective"], "selective reached no length there; checkpoint, unwrapped did"),
+        (["--lengths", "48"], "give --lengths, such as 16K,32K, or --confirm RUN"),
+        (["--rehearse"], "leave --rehearse out"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*given, *wrong])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_contender_whose_attention_is_not_replaced_is_refused(make_job, monkeypatch):
     job = make_job("unwrapped", (64,), attention="math")
     job = replace(job, settings=replace(job.settings, rehearse=True))

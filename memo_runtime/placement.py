@@ -28,6 +28,7 @@ class ArenaReport:
         requests, served, bytes, served_bytes: of the step, bytes as requested. misses: (cause, requests) of the rest:
             ``resident`` ones that outlive the step, ``outside`` of a step, ``other_stream``, ``unplanned`` size,
             ``occupied`` or ``unordered`` bytes.
+        resident_bytes: most bytes of the step that its plan leaves to PyTorch's allocator, since they outlive it.
         reserved_bytes: ``torch.cuda.memory_reserved`` now.
     """
 
@@ -41,4 +42,5 @@ class ArenaReport:
     bytes: int = 0
     served_bytes: int = 0
     misses: tuple[tuple[str, int], ...] = ()
+    resident_bytes: int = 0
     reserved_bytes: int = 0

@@ -158,6 +158,12 @@ def check_arena_plan(plan: ArenaPlan) -> None:
         raise AllocatorPlanError(f"the plan cannot be: {fault}")
 
 
+def allowed_bytes(device: int) -> int:
+    """What this process may reserve: what the allocator was told to keep to is a share of the whole."""
+    _, total = torch.cuda.mem_get_info(device)
+    return int(torch.cuda.get_per_process_memory_fraction(device) * total)
+
+
 def check_memory(plan: ArenaPlan, arena_bytes: int) -> None:
     """Raise where the device lacks the memory for ``plan``; ``arena_bytes``: of an arena that is there already.
 
@@ -166,11 +172,9 @@ def check_memory(plan: ArenaPlan, arena_bytes: int) -> None:
     """
     if plan.size <= arena_bytes:
         return
-    free, total = torch.cuda.mem_get_info(plan.device)
-    # What the allocator was told to keep to is a share of the whole.
+    free, _ = torch.cuda.mem_get_info(plan.device)
     reserved = torch.cuda.memory_reserved(plan.device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(plan.device) * total) - reserved
-    there = min(free, allowed)
+    there = min(free, allowed_bytes(plan.device) - reserved)
     if plan.size > there:
         raise AllocatorPlanError(
             f"the plan needs an arena of {format_bytes(plan.size)} and the device has {format_bytes(max(there, 0))} "

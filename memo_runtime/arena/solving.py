@@ -61,6 +61,10 @@ class Solving:
         """Whether ``result`` will not wait."""
         return self._process.poll() is not None
 
+    def wait(self) -> None:
+        """Until it is done."""
+        self._process.wait()
+
     def result(self) -> Solved:
         """What was found.
 

@@ -12,6 +12,7 @@ recorded again.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections import Counter
@@ -23,7 +24,7 @@ import torch
 
 from memo_runtime.allocator.library import Counts, PlannedAllocator
 from memo_runtime.arena.lengths import Pair, Sample, fitted, longest_of_bucket, pair_of
-from memo_runtime.arena.plan import ArenaPlan, as_arena_plan, by_size, enable
+from memo_runtime.arena.plan import ArenaPlan, allowed_bytes, as_arena_plan, by_size, enable
 from memo_runtime.arena.solving import Solved, Solving
 from memo_runtime.errors import AllocatorPlanError, TraceError
 from memo_runtime.placement import ArenaReport
@@ -46,6 +47,9 @@ MOST_TRIES = 3
 MOST_KINDS = 16
 #: Lengths whose plans a placement remembers; others are made again from its addresses.
 _MOST_LENGTHS = 32
+#: Share of the device's memory that a step may need at least and is still tried without a plan: PyTorch's allocator
+#: takes up to a quarter more than what lives, and lengths that vary make it worse.
+_ROOMY = 0.7
 _SOLVER_SECONDS = 10.0
 _MISSES = ("resident", "outside", "other_stream", "unplanned", "occupied", "unordered")
 
@@ -103,13 +107,13 @@ class _Kind:
 
     Attributes:
         seen: steps. lengths: steps of each length. tries: recordings of each length. weak: steps in a row that got too
-            little. longest: tokens of the longest step. alike: steps are one program at all lengths, for all we know.
+            little. longest: tokens of the longest step. unlike: pairs whose other lengths were other programs.
         samples: recorded steps. placements: those that have addresses.
     """
 
     seen: int = 0
     weak: int = 0
-    alike: bool = True
+    unlike: int = 0
     longest: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     tries: Counter[int] = field(default_factory=Counter)
@@ -123,7 +127,7 @@ class _Kind:
     def forget(self, placement: _Placement) -> None:
         """Its recordings are old."""
         self.placements.remove(placement)
-        self.alike = self.alike and placement.pair is None
+        self.unlike += placement.pair is not None
         old = (placement.sample,) if placement.pair is None else (placement.pair.short, placement.pair.long)
         self.samples = [sample for sample in self.samples if sample not in old]
         self.weak = 0
@@ -204,13 +208,11 @@ class PlannedSteps:
         kind.seen += 1
         kind.lengths[tokens] += 1
         kind.longest = max(kind.longest, tokens)
-        placement = kind.placement(tokens)
+        placement = kind.placement(tokens) or self._place_longer(kind, tokens)
         if placement is not None:
             if self._arm(placement, tokens):
                 self._serving = placement
                 self._allocator.begin_step(self._device)
-        elif self._idle and (pair := _longest_pair(kind)) is not None:
-            self._place(kind, pair.long, pair)
         elif self._wants_recording(kind, tokens):
             self._record()
 
@@ -237,6 +239,12 @@ class PlannedSteps:
             self._solving.solving.close()
             self._solving = None
         self._stop("closed")
+
+    def wait(self) -> None:
+        """Until what is being solved is there."""
+        if self._solving is not None:
+            self._solving.solving.wait()
+            self._collect()
 
     # ---- from step to plan
 
@@ -271,7 +279,7 @@ class PlannedSteps:
         except TraceError as error:
             self._note(f"a step could not be recorded to plan its memory: {error}")
             return
-        pairs = (pair_of(sample, other) for other in kind.samples if kind.alike)
+        pairs = (pair_of(sample, other) for other in kind.samples if kind.unlike < MOST_TRIES)
         pair = next((pair for pair in pairs if pair is not None), None)
         kind.samples = [*kind.samples[-MOST_KINDS:], sample]
         self._place(kind, sample, pair)
@@ -283,6 +291,25 @@ class PlannedSteps:
             sample = pair.long
         trace = sample.trace if pair is None else pair.at(tokens)
         self._solving = _Job(kind, tokens, sample, pair, self._solver(by_size(trace), seconds=_SOLVER_SECONDS))
+
+    def _place_longer(self, kind: _Kind, tokens: int) -> _Placement | None:
+        """A step longer than those that are placed: addresses from their recordings.
+
+        Found while it runs natively, except where it might run out of memory so: then it waits, as long as the solver
+        takes at most.
+        """
+        pair = next((one.pair for one in reversed(kind.placements) if one.pair is not None), None)
+        if pair is None:
+            return None
+        if self._idle:
+            self._place(kind, pair.long, pair)
+        if _most_bytes(pair.at(tokens)) < _ROOMY * allowed_bytes(self._device):
+            return None
+        for _ in range(2):  # something else may be under way
+            self.wait()
+            if kind.placement(tokens) is None and self._idle:
+                self._place(kind, pair.long, pair)
+        return kind.placement(tokens)
 
     def _collect(self) -> None:
         job = self._solving
@@ -364,6 +391,7 @@ class PlannedSteps:
             arena_bytes=found.arena_bytes,
             planned_peak=plan.size,
             lower_bound=plan.lower_bound,
+            resident_bytes=plan.resident_bytes,
             requests=counts.requests,
             served=counts.served,
             bytes=counts.bytes,
@@ -373,6 +401,11 @@ class PlannedSteps:
         )
 
 
-def _longest_pair(kind: _Kind) -> Pair | None:
-    """Recordings that say what the step in hand asks for, which is longer than the steps that are placed."""
-    return next((placement.pair for placement in reversed(kind.placements) if placement.pair is not None), None)
+def _most_bytes(trace: Trace) -> int:
+    """The most that is alive at once, each request rounded as the allocator does."""
+    changes = [0] * (trace.ticks + 1)
+    for request in trace.requests:
+        size = -(-request.size // 512) * 512
+        changes[request.lower] += size
+        changes[request.upper] -= size
+    return max(itertools.accumulate(changes))

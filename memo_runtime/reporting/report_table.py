@@ -35,7 +35,8 @@ def _arena(arena: ArenaReport) -> str:
         f"{100 * arena.served_bytes / max(1, arena.bytes):.2f} % of the bytes of the last step"
         f"{f' (not: {missed})' if missed else ''}\n"
         f"  plan {format_bytes(arena.planned_peak)}, {over:.2f} % above the lower bound; arena "
-        f"{format_bytes(arena.arena_bytes)} for {arena.plans} plans; reserved {format_bytes(arena.reserved_bytes)}"
+        f"{format_bytes(arena.arena_bytes)} for {arena.plans} plans, beside it {format_bytes(arena.resident_bytes)} "
+        f"that outlive the step; reserved {format_bytes(arena.reserved_bytes)}"
     )
 
 

@@ -74,6 +74,7 @@ def test_planned_memory_is_said_with_what_missed_it():
     arena = ArenaReport(
         state="planned", plans=2, arena_bytes=6 * 2**30, planned_peak=5 * 2**30, lower_bound=4 * 2**30, requests=200,
         served=198, bytes=1000, served_bytes=999, misses=(("other_stream", 2),), reserved_bytes=7 * 2**30,
+        resident_bytes=2**29,
     )  # fmt: skip
     lines = str(replace(REPORT, arena=arena)).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("memory by plan"))
@@ -81,7 +82,8 @@ def test_planned_memory_is_said_with_what_missed_it():
         "memory by plan: planned; 198 of 200 requests and 99.90 % of the bytes of the last step (not: 2 other stream)"
     )
     assert lines[at + 1] == (
-        "  plan 5.00 GiB, 25.00 % above the lower bound; arena 6.00 GiB for 2 plans; reserved 7.00 GiB"
+        "  plan 5.00 GiB, 25.00 % above the lower bound; arena 6.00 GiB for 2 plans, beside it 512.00 MiB that outlive "
+        "the step; reserved 7.00 GiB"
     )
     none = ArenaReport(state="the plan needs 5 GiB too much")
     assert "memory by plan: the plan needs 5 GiB too much\n" in str(replace(REPORT, arena=none))

@@ -494,5 +494,5 @@ def make_wrapped(
     session.idle = settings.policy == Policy.NONE and plan is None
     made = Wrapped(model, refs, settings, loss, optimizer, plan, session, on_refusal, layout)
     if layout is Layout.PLANNED:
-        made.memory = StepMemory(type(model).__name__, session.note)
+        made.memory = StepMemory(model, optimizer, session.note)
     return made

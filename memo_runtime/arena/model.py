@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
+from torch import nn
 
 from memo_runtime.allocator.library import planned_allocator
 from memo_runtime.arena.steps import PlannedSteps, is_planned_for_others
@@ -13,10 +14,10 @@ from memo_runtime.placement import ArenaReport
 
 
 class StepMemory:
-    """What ``layout='planned'`` is for a model called ``name``; ``note`` tells the user what is done otherwise."""
+    """What ``layout='planned'`` is for ``model``; ``note`` tells the user what is done otherwise."""
 
-    def __init__(self, name: str, note: Callable[[str], None]) -> None:
-        self._name = name
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, note: Callable[[str], None]) -> None:
+        self._name, self._model, self._optimizer = type(model).__name__, model, optimizer
         self._note = note
         self._steps: PlannedSteps | None = None
 
@@ -36,8 +37,17 @@ class StepMemory:
             if is_planned_for_others(index):
                 self._note(f"memory of device {index} is planned for another wrapped model, not for this one")
                 return
-            self._steps = PlannedSteps(planned_allocator(), index, self._note)
+            self._steps = PlannedSteps(planned_allocator(), index, self._note, long_lived=self._long_lived)
         self._steps.begin(kind, tokens)
+
+    def _long_lived(self) -> Iterator[torch.Tensor]:
+        for parameter in self._model.parameters():
+            yield parameter
+            if parameter.grad is not None:
+                yield parameter.grad
+        yield from self._model.buffers()
+        for state in self._optimizer.state.values() if self._optimizer is not None else ():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def end(self) -> None:
         """What follows is none of the step's."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from memo_runtime.allocator.library import NATIVE, PlannedAllocator, Slot
+from memo_runtime.arena.compaction import compact
 from memo_runtime.errors import AllocatorPlanError
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.layout import layout_fault, plan_layout
 from memo_runtime.traces.trace import Trace
 from memo_runtime.traces.windows import is_within, last_step
 from memo_runtime.units import format_bytes
+
+logger = logging.getLogger("memo_runtime")
 
 #: Bytes of the largest small request; PyTorch's allocator keeps those in segments of their own too.
 _SMALL = 1 << 20
@@ -183,8 +188,13 @@ def check_memory(plan: ArenaPlan, arena_bytes: int) -> None:
         )
 
 
-def enable(allocator: PlannedAllocator, plan: ArenaPlan) -> None:
+def enable(
+    allocator: PlannedAllocator, plan: ArenaPlan, long_lived: Callable[[], Iterable[torch.Tensor]] | None = None
+) -> None:
     """Check ``plan``, give cached memory back where its arena has to be made, and serve it from the next step on.
+
+    Args:
+        long_lived: tensors that outlive steps, which are moved together before the arena is made.
 
     Raises:
         AllocatorPlanError: it cannot be enabled; nothing is planned then.
@@ -195,6 +205,9 @@ def enable(allocator: PlannedAllocator, plan: ArenaPlan) -> None:
         # What is cached is in the way of the arena, and of no use beside it.
         allocator.disarm(plan.device)
         torch.cuda.empty_cache()
+        if long_lived is not None:
+            given = compact(long_lived(), plan.device)
+            logger.info("memo: long-lived tensors were moved together: %s less reserved", format_bytes(given))
         has = 0
     check_memory(plan, has)
     allocator.arm(plan.device, plan.slots(), plan.size)

@@ -16,7 +16,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -163,6 +163,7 @@ class PlannedSteps:
 
     Args:
         note: tells the user, once, what is done otherwise than asked.
+        long_lived: weights, optimizer states and the like, which are moved together before the arena is made.
     """
 
     def __init__(
@@ -171,12 +172,14 @@ class PlannedSteps:
         device: int,
         note: Callable[[str], None],
         *,
+        long_lived: Callable[[], Iterable[torch.Tensor]] | None = None,
         recorder: Callable[[int], Recorder] = _recorder,
         solver: Callable[..., Solving] = Solving,
     ) -> None:
         self._allocator = allocator
         self._device = device
         self._note = note
+        self._long_lived = long_lived
         self._make_recorder = recorder
         self._solver = solver
         self._kinds: dict[Hashable, _Kind] = {}
@@ -339,7 +342,7 @@ class PlannedSteps:
             plan = placement.plan(tokens, self._device)
             if plan is self._armed:
                 return True
-            enable(self._allocator, plan)
+            enable(self._allocator, plan, self._long_lived)
         except AllocatorPlanError as error:
             self._stop(str(error))
             self._note(f"memory is left to PyTorch's allocator: {error}")

@@ -312,7 +312,11 @@ def test_a_child_process_that_fails_says_how():
     assert not solving._folder.exists()
 
 
+class Net(torch.nn.Module):
+    pass
+
+
 def test_a_model_elsewhere_is_refused():
     with pytest.raises(AllocatorUnavailableError, match="places the memory of CUDA devices, and Net is on cpu"):
-        StepMemory("Net", print).begin("a", torch.device("cpu"))
-    assert StepMemory("Net", print).report().state == "no step yet"
+        StepMemory(Net(), None, print).begin("a", torch.device("cpu"))
+    assert StepMemory(Net(), None, print).report().state == "no step yet"

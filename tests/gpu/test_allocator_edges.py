@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from memo_runtime.arena.compaction import compact
 from memo_runtime.arena.steps import SETTLING, PlannedSteps
 from memo_runtime.errors import AllocatorPlanError
 
@@ -247,3 +248,46 @@ def test_two_recorded_lengths_plan_all_of_a_bucket(allocator):
     assert steps.report().plans == 1
     steps.close()
     assert notes == []
+
+
+def long_lived():
+    """Tensors of which each has a segment nearly to itself, with what they hold."""
+    kept, between = [], []
+    for at in range(4):
+        between.append(taken(64 * MiB))
+        half = between[-1].numel() // 2
+        del between[-1]  # the next one is put where it was
+        kept.append(taken(2 * MiB + at).fill_(0))
+        kept[-1].copy_(torch.arange(kept[-1].numel(), dtype=torch.int64).to(torch.uint8) + at)
+        between.append(taken(half))  # and what is left of it is in use until later
+    return kept
+
+
+def test_long_lived_tensors_are_moved_together(allocator):
+    kept = long_lived()
+    views, expected = [tensor[3:1000] for tensor in kept], [tensor.cpu() for tensor in kept]
+    torch.cuda.empty_cache()
+    before, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    given = compact([*kept, *views, torch.ones(3)], 0)
+    assert given == before - torch.cuda.memory_reserved() > 32 * MiB
+    assert torch.cuda.memory_allocated() == allocated
+    for tensor, view, values in zip(kept, views, expected, strict=True):
+        assert view.data_ptr() == tensor.data_ptr() + 3
+        assert torch.equal(tensor.cpu(), values)
+        assert torch.equal(view.cpu(), values[3:1000])
+    assert compact(kept, 0) == 0
+
+
+def test_nothing_is_moved_where_somebody_else_lives_too_or_knows_addresses(allocator):
+    kept = long_lived()
+    addresses = [tensor.data_ptr() for tensor in kept]
+    torch.cuda.empty_cache()
+    compact(kept[:1], 0)
+    assert [tensor.data_ptr() for tensor in kept[1:]] == addresses[1:]
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        private = taken()
+    addresses = [tensor.data_ptr() for tensor in kept]
+    assert compact(kept, 0) == 0
+    assert [tensor.data_ptr() for tensor in kept] == addresses
+    del private, pool

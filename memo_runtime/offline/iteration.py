@@ -87,7 +87,9 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
     tokens = plan.blocks[-1].tokens
     with step.span(Phase.STEP):
         across = step.allocate("block arguments", plan.profile.shared.at(tokens))
-        embedded = step.allocate("embedding", plan.profile.outside_forward.at(tokens))
+        # The first block's input is among what it keeps, if that stays.
+        around_blocks = plan.profile.outside_forward.at(tokens)
+        embedded = step.allocate("embedding", max(0, around_blocks - (blocks[0][2].entry if blocks else 0)))
         kept = _forward(step, blocks)
         around = Surroundings.of(plan.profile, tokens)
         step.passing("head and loss", around.outside_peak + around.outside_gradients)

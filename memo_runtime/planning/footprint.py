@@ -52,6 +52,7 @@ class Footprint:
         stretches: by tiles, what its backward takes before its attention, with it and behind it, as far as there is
             such a stretch: transient bytes, and of these what has landed of products.
         sent: products that go to the host.
+        entry: of what it keeps on the device, its input: the caller's tensor, which was there before.
         from_below: its input is made again, which is of ``full``, and what that takes is fetched with it. passing:
             seconds to make that of the block above, and ``passing_peak`` transient bytes meanwhile.
     """
@@ -79,6 +80,7 @@ class Footprint:
     held: int = 0
     stretches: tuple[tuple[Stretch, int, int], ...] = ()
     sent: SentProducts = NO_PRODUCTS
+    entry: int = 0
     from_below: bool = False
     passing: float = 0.0
     passing_peak: int = 0
@@ -94,7 +96,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     if plan.executor is Executor.TILED:
         return _tiled_footprint(block, plan, link)
     tokens = plan.tokens
-    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = gathered = 0
+    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = gathered = entry = 0
     copies = False
     for group, action in zip(block.groups, plan.actions, strict=True):
         if group.role in RESIDENT_ROLES:
@@ -105,6 +107,8 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         else:
             skeletal += size if group.saved else 0
         unsaved_input += size if group.role is Role.INPUT and not group.saved else 0
+        if group.role is Role.INPUT and group.saved and action is Action.KEEP:
+            entry += group.size.at(min(tokens, block.tokens))
         if action in (Action.HOST, Action.PREFIX, Action.TAIL):
             copies = True
             fetched = size
@@ -144,6 +148,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         gradients=block.gradients,
         kept_rows=kept_rows,
         gathered=gathered,
+        entry=entry,
     )
 
 
@@ -180,6 +185,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         held=block.output.at(tokens),
         stretches=stretches,
         sent=_sent_products(takes, plan, link) if plan.sent else NO_PRODUCTS,
+        entry=takes.stash[0].at(min(tokens, block.tokens)) if plan.device_rows and not plan.from_below else 0,
         from_below=plan.from_below,
         passing=passing,
         passing_peak=_highest(takes.result, plan, backward=False) - products if plan.for_above else 0,

@@ -142,11 +142,17 @@ class Surroundings:
 def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
     """Walk through one step of ``blocks`` in call order and find its highest points."""
     points = [*_forward_points(around, blocks), *_backward_points(around, blocks)]
-    highest = max(points, key=lambda point: point.stash + point.transient + point.gradients)
+    # What the first block is given was counted before it: with the batch, or around the blocks.
+    entry = blocks[0].entry if blocks and around.asynchronous else 0
+
+    def in_all(point: _Point) -> int:
+        return point.stash + point.transient + point.gradients - (entry if point.stash else 0)
+
+    highest = max(points, key=in_all)
     return Course(
         gradients=highest.gradients,
         stash_peak=max(point.stash for point in points),
-        device_peak=highest.stash + highest.transient + highest.gradients,
+        device_peak=in_all(highest),
         index=highest.index,
         phase=highest.phase,
     )

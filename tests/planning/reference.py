@@ -99,6 +99,18 @@ def input_beside(profile, plan, index):
     return sum(size for group, _, size in groups if group.role is Role.INPUT and not group.saved)
 
 
+def entry(profile, plan):
+    """The first block's input, where that keeps it: it was on the device before, and counts once."""
+    if not plan:
+        return 0
+    kinds = [(group, action) for group, action in zip(profile.blocks[0].groups, plan[0].actions, strict=True)]
+    tokens = min(plan[0].tokens, profile.blocks[0].tokens)
+    return sum(
+        group.size.at(tokens) for group, action in kinds
+        if group.role is Role.INPUT and group.saved and action is Action.KEEP
+    )  # fmt: skip
+
+
 def rerun(profile, plan, index):
     """Transient bytes of a rerun, beside its buffers; None: there is none."""
     block, planned = profile.blocks[index], plan[index]
@@ -162,6 +174,7 @@ def peaks(profile, plan, accumulating=False):
             device.append(held + above + (again if cuda else 0))
         held -= spent(profile, plan, i)
         device.append(held + above + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
+    device = [held - entry(profile, plan) if cuda else held for held in device]
     device.append(outside + sum(gradients) if walked else 0)
     states = profile.states
     if cuda:

@@ -92,8 +92,9 @@ def test_what_an_allocator_may_add_is_allowed_for_and_little():
 def test_everything_kept():
     forecast = forecast_of(small_profile(), policy="none")
     assert forecast.stash_peak_bytes == 3 * 120 * TOKENS
-    # Head and loss need more than a block's backward does: 70 beyond 11, both with the 400 outside the blocks.
-    assert forecast.peak_bytes == BASE + 3 * 120 * TOKENS + 400 + 70
+    # Head and loss need more than a block's backward does: 70 beyond 11, both with the 400 outside the blocks. The first
+    # block keeps its input, 10 of the 120, which was there before.
+    assert forecast.peak_bytes == BASE + (3 * 120 - 10) * TOKENS + 400 + 70
     assert forecast.step_seconds == 3 * 6 + 3
     assert forecast.bytes_to_host == forecast.host_bytes == forecast.recomputed_flops == 0
 
@@ -155,8 +156,8 @@ def test_states_that_are_there_already_are_not_counted_twice():
     )  # fmt: skip
     accumulating = make_plan(there, make_settings(policy="none"), accumulating=True)
     assert accumulating.accumulating
-    assert accumulating.forecast.peak_bytes == 5000 + 110 + 3 * 120 * TOKENS + 70 + ALLOWED
-    assert forecast_of(there, policy="none").peak_bytes == 4000 + 110 + 3 * 120 * TOKENS + 400 + 70 + ALLOWED
+    assert accumulating.forecast.peak_bytes == 5000 + 110 + (3 * 120 - 10) * TOKENS + 70 + ALLOWED
+    assert forecast_of(there, policy="none").peak_bytes == 4000 + 110 + (3 * 120 - 10) * TOKENS + 400 + 70 + ALLOWED
 
 
 def test_gradients_that_are_there_count_at_every_point():

@@ -92,8 +92,8 @@ def test_what_an_allocator_may_add_is_allowed_for_and_little():
 def test_everything_kept():
     forecast = forecast_of(small_profile(), policy="none")
     assert forecast.stash_peak_bytes == 3 * 120 * TOKENS
-    # Head and loss need more than a block's backward does: 70 beyond 11, both with the 400 outside the blocks. The first
-    # block keeps its input, 10 of the 120, which was there before.
+    # Head and loss need more than a block's backward does: 70 beyond 11, both with the 400 outside the blocks. The
+    # first block keeps its input, 10 of the 120, which was there before.
     assert forecast.peak_bytes == BASE + (3 * 120 - 10) * TOKENS + 400 + 70
     assert forecast.step_seconds == 3 * 6 + 3
     assert forecast.bytes_to_host == forecast.host_bytes == forecast.recomputed_flops == 0

@@ -23,7 +23,8 @@ class ArenaReport:
     """How much of the latest planned step was where its plan put it.
 
     Attributes:
-        state: ``planned``, or why not. plans: kinds of steps that have one. arena_bytes: of the arena that they share.
+        state: ``planned``, or why not, or that the latest step was not. plans: kinds of steps that have one.
+        arena_bytes: of the arena that they share.
         planned_peak, lower_bound: of that step's plan, and what no plan is below.
         requests, served, bytes, served_bytes: of the step, bytes as requested. misses: (cause, requests) of the rest:
             ``resident`` ones that outlive the step, ``outside`` of a step, ``other_stream``, ``unplanned`` size,

@@ -196,6 +196,8 @@ class Wrapped:
         def planned() -> Plan:
             plan = self._plans.get((key, shapes, found, accumulating))
             if plan is None:
+                if self.memory is not None:
+                    self.memory.end()  # what is measured for a new plan is none of the step before
                 plan = self._prepare(key, shapes, (args, kwargs), device, accumulating=accumulating)
                 self._plans.put((key, shapes, found, accumulating), plan)
             return plan

@@ -21,8 +21,9 @@ from memo_runtime.units import format_bytes
 
 logger = logging.getLogger("memo_runtime")
 
+_MOST = 2**64 - 1
 #: Bytes of the largest small request; PyTorch's allocator keeps those in segments of their own too.
-_SMALL = 1 << 20
+SMALL = 1 << 20
 
 
 class Placed(Protocol):
@@ -105,7 +106,7 @@ def by_size(trace: Trace) -> Trace:
 
     A small tensor that somebody holds for longer than planned, such as a loss, then never sits where large ones belong.
     """
-    requests = tuple(replace(r, stream=2 * r.stream + (r.size <= _SMALL)) for r in trace.requests)
+    requests = tuple(replace(r, stream=2 * r.stream + (r.size <= SMALL)) for r in trace.requests)
     return replace(trace, requests=requests)
 
 
@@ -158,6 +159,14 @@ def check_arena_plan(plan: ArenaPlan) -> None:
         raise AllocatorPlanError(f"the plan was made on '{plan.device_name}', and device {plan.device} is '{name}'")
     if len(plan.streams) != len(plan.rows):
         raise AllocatorPlanError(f"the plan has {len(plan.rows)} requests and the streams of {len(plan.streams)}")
+    numbers = (*plan.streams, *(number for resident in plan.residents for number in resident))
+    if not all(isinstance(number, int) and 0 <= number <= _MOST for number in numbers):
+        raise AllocatorPlanError("a stream of the plan, or a tensor that outlives the step, is no number of 64 bits")
+    if not (plan.rows and plan.planned_bytes == sum(row.size for row in plan.rows) <= plan.step_bytes):
+        raise AllocatorPlanError(
+            f"the plan says {plan.planned_bytes} planned bytes of {plan.step_bytes}, and its {len(plan.rows)} requests "
+            "have another sum"
+        )
     fault = layout_fault(plan.rows, plan.size)
     if fault is not None:
         raise AllocatorPlanError(f"the plan cannot be: {fault}")

@@ -189,6 +189,8 @@ class PlannedSteps:
         self._recording: Recorder | None = None
         self._solving: _Job | None = None
         self._served: tuple[Counts, ArenaPlan] | None = None
+        #: The latest step had no plan.
+        self._missed = True
         self._given_back = allocator.statistics(device).given_back
         #: Why nothing is planned any more.
         self._off = ""
@@ -212,6 +214,7 @@ class PlannedSteps:
         kind.lengths[tokens] += 1
         kind.longest = max(kind.longest, tokens)
         placement = kind.placement(tokens) or self._place_longer(kind, tokens)
+        self._missed = placement is None
         if placement is not None:
             if self._arm(placement, tokens):
                 self._serving = placement
@@ -389,7 +392,7 @@ class PlannedSteps:
             state = self._off or ("no step was served yet" if plans == 0 else "planned, no step was served yet")
             return ArenaReport(state=state, plans=plans, arena_bytes=found.arena_bytes)
         return ArenaReport(
-            state=self._off or "planned",
+            state=self._off or ("planned" if not self._missed else "planned, but not the latest step: it has no plan"),
             plans=plans,
             arena_bytes=found.arena_bytes,
             planned_peak=plan.size,

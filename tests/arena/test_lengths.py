@@ -61,6 +61,21 @@ def other_life(one):
     return replace(one, trace=replace(one.trace, requests=swapped))
 
 
+def bare(one):
+    """Without the second request, which is small and does not grow."""
+    a, _, c, d = one.trace.requests
+    requests = (replace(a, upper=2), replace(c, lower=1, upper=3), replace(d, lower=4, upper=5))
+    return replace(one, trace=replace(one.trace, ticks=5, requests=requests, spans=(Span(Phase.STEP, "", 0, 5),)))
+
+
+@pytest.mark.parametrize("bare_one", ["short", "long"])
+def test_small_requests_may_come_and_go_with_the_length(bare_one):
+    short, long = sample(300_000), sample(600_000)
+    pair = pair_of(bare(short), long) if bare_one == "short" else pair_of(short, bare(long))
+    expected = sizes((sample if bare_one == "short" else lambda tokens: bare(sample(tokens)))(450_000).trace)
+    assert sizes(pair.at(450_000)) == expected
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -68,9 +83,10 @@ def other_life(one):
         sample(1500, weight=3999),
         sample(1500, handles=(7, 8)),
         other_life(sample(1500)),
+        bare(sample(400_000)),
         replace(sample(1500), trace=Trace(ticks=0, requests=(), spans=(Span(Phase.STEP, "", 0, 0),))),
     ],
-    ids=["one length", "smaller where longer", "another stream", "freed in another order", "nothing"],
+    ids=["one length", "smaller where longer", "another stream", "another order", "mostly small ones", "nothing"],
 )
 def test_other_programs_are_no_pair(other):
     assert pair_of(sample(1000), other) is None

@@ -78,13 +78,18 @@ REFUSED = {
     "no such device": (lambda plan: {"device": 3}, "for device 3; there are 1"),
     "another device": (lambda plan: {"device_name": "other"}, "made on 'other', and device 0 is 'card'"),
     "a stream is missing": (lambda plan: {"streams": plan.streams[:-1]}, "4 requests and the streams of 3"),
+    "a stream that is none": (lambda plan: {"streams": (-1, *plan.streams[1:])}, "is no number of 64 bits"),
+    "a resident that is none": (lambda plan: {"residents": ((2, 2**64, 0),)}, "no number of 64 bits"),
+    "nothing in it": (lambda plan: {"rows": (), "streams": ()}, "2601 planned bytes of 2651, and its 0 requests"),
+    "another sum": (lambda plan: {"planned_bytes": 2600}, "2600 planned bytes of 2651"),
+    "less than nothing": (lambda plan: {"step_bytes": 0}, "2601 planned bytes of 0"),
     "two at one place": (lambda plan: moved(plan, 1, offset=plan.rows[0].offset), "share no address"),
     "outside": (lambda plan: moved(plan, 1, offset=plan.size), "above the capacity"),
     "below": (lambda plan: moved(plan, 1, offset=-512), "no offset is below zero"),
     "askew": (lambda plan: moved(plan, 1, offset=plan.rows[1].offset + 8), "multiple of the request's alignment"),
     "backwards": (lambda plan: moved(plan, 1, upper=0), "upper 0 is below lower 1"),
     "twice": (lambda plan: moved(plan, 1, id=plan.rows[0].id), "used by more than one request"),
-    "no number": (lambda plan: moved(plan, 1, size=1.5), "must be an integer"),
+    "no number": (lambda plan: moved(plan, 1, size=600.0), "must be an integer"),
 }
 
 

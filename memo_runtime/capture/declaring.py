@@ -15,7 +15,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.axes import NotTokenWiseError, TokenSymbol
 from memo_runtime.capture.copying import structural_copy
 from memo_runtime.capture.declared import DECLARED, Declared, Shape
-from memo_runtime.capture.key import state_key
+from memo_runtime.capture.key import state_key, value_key
 from memo_runtime.capture.subject import Facts, Subject, look, moved_copy, refused
 from memo_runtime.capture.token_wise import tested_layouts
 
@@ -37,7 +37,8 @@ def declare(name: str, live: nn.Module, call: BlockCall, token: TokenSymbol) -> 
     device = traced[0].device
     template = call.replaced(dict.fromkeys(leaves))
     autocast = AutocastState.current(device.type)
-    content = (name, type(live), state_key(live), str(call.spec), inputs, repr(template.leaves), autocast, device)
+    others = tuple(value_key(one) for one in template.leaves)
+    content = (name, type(live), state_key(live), str(call.spec), inputs, others, autocast, device)
     key = DECLARED.key(content, type(live).__name__)
     found = DECLARED.known(key)
     if found is None:

@@ -7,7 +7,8 @@ their identity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -21,6 +22,34 @@ from memo_runtime.blocks.operators import registered_mixers
 from memo_runtime.capture.dims import token_dims
 
 Key = tuple[Any, ...]
+
+
+class Itself:
+    """An object by its identity, equal to that object alone: its address is another's once it has gone."""
+
+    __slots__ = ("_address", "_found")
+
+    def __init__(self, value: Any) -> None:
+        self._address = id(value)
+        self._found: Callable[[], Any]
+        try:
+            self._found = weakref.ref(value)
+        except TypeError:
+            self._found = lambda: value
+
+    def __hash__(self) -> int:
+        return self._address
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Itself) or self._address != other._address:
+            return False
+        found = self._found()
+        return found is not None and found is other._found()
+
+    def __repr__(self) -> str:
+        return f"<{self._address:#x}>"
+
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 _SKIPPED = ("_parameters", "_buffers", "_modules", "__getstate__", "forward")
 _DEPTH = 4
@@ -46,12 +75,17 @@ def _leaf(leaf: Any, dims: tuple[int, ...]) -> Any:
         return (shape, order, leaf.dtype, leaf.device, leaf.requires_grad)
     if is_cache(leaf):
         return type(leaf)
-    return _value(leaf, {}, _DEPTH)
+    return value_key(leaf)
+
+
+def value_key(value: Any) -> Any:
+    """``value``, which is no tensor, as something hashable that changes when it does."""
+    return _value(value, {}, _DEPTH)
 
 
 def state_key(block: nn.Module) -> Key:
     """Python state of ``block`` and of all modules inside: attributes, modes, hooks, and what its tensors are."""
-    seen: dict[int, Any] = {}
+    seen: dict[int, tuple[Any, int, Any]] = {}
     found: list[Any] = []
     for name, module in block.named_modules():
         attributes = tuple(
@@ -77,23 +111,28 @@ def changed(before: Key, after: Key) -> str:
     return "an attribute"
 
 
-def _value(value: Any, seen: dict[int, Any], depth: int) -> Any:
-    """``value`` as something hashable that changes when it does."""
+def _value(value: Any, seen: dict[int, tuple[Any, int, Any]], depth: int) -> Any:
+    """``value`` as something hashable that changes when it does.
+
+    ``seen``: by address, an object, how deep it was looked into, and what was found. It holds what it knows: the
+    address of an object that has gone is another's.
+    """
     if isinstance(value, _PLAIN):
         return (type(value), value)
-    if id(value) in seen:
-        return seen[id(value)]
-    seen[id(value)] = id(value)  # for cycles
-    found: Any = id(value)
+    known = seen.get(id(value))
+    if known is not None and known[1] >= depth:
+        return known[2]
+    seen[id(value)] = (value, depth, ("seen", len(seen)))  # for cycles
+    found: Any = Itself(value)
     if isinstance(value, Mapping) and depth:
         found = tuple((_value(k, seen, 0), _value(v, seen, depth - 1)) for k, v in value.items())
     elif isinstance(value, (list, tuple, set, frozenset)) and depth:
         items = [_value(item, seen, depth - 1) for item in value]
         found = tuple(sorted(items, key=str) if isinstance(value, (set, frozenset)) else items)
     elif depth and hasattr(value, "__dict__") and not _opaque(value):
-        inner = {key: one for key, one in vars(value).items() if not isinstance(one, torch.Tensor)}
-        found = (type(value), id(value), _value(inner, seen, depth - 1))
-    seen[id(value)] = found
+        inner = ((key, one) for key, one in vars(value).items() if not isinstance(one, torch.Tensor))
+        found = (type(value), Itself(value), *((key, _value(one, seen, depth - 1)) for key, one in inner))
+    seen[id(value)] = (value, depth, found)
     return found
 
 

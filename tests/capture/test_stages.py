@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.axes import NotTokenWiseError, TokenSymbol, at, reshaped
 from memo_runtime.capture.captured import capture
-from memo_runtime.capture.key import capture_key
+from memo_runtime.capture.key import Itself, capture_key
 from memo_runtime.capture.rules import operator_name
 from memo_runtime.capture.split import Mixer, Segment
 from tests.capture import blocks
@@ -155,6 +155,37 @@ def test_a_change_of_a_configuration_object_captures_again():
     before = capture_key(block, call_of())
     block.config.attention = "eager"
     assert capture_key(block, call_of()) != before
+
+
+class Holder:
+    """An object that somebody wrote."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_every_object_is_looked_into_wherever_it_is():
+    """Also behind others, inside others, and where it was met before at the end of a long way."""
+    block = blocks.Switched()
+    last = Holder(1)
+    block.long, block.first, block.second = [[[[last]]]], Holder(1), Holder(1)
+    block.nested, block.many = Holder(Holder(Holder(1))), [Holder(1), {"one": Holder(1), "two": Holder(1)}]
+    block.last = last
+    objects = [block.first, block.second, block.nested.value.value, block.many[0], block.many[1]["two"], last]
+    for number, one in enumerate(objects):
+        before = capture_key(block, call_of())
+        one.value = 2
+        assert capture_key(block, call_of()) != before, number
+
+
+def test_an_object_with_the_address_of_one_that_has_gone_is_another():
+    one, other = Holder(1), Holder(1)
+    gone, there = Itself(one), Itself(other)
+    assert gone == Itself(one)
+    assert gone != there
+    there._address = gone._address
+    del one
+    assert gone != there
 
 
 def symbol():

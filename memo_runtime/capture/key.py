@@ -101,9 +101,20 @@ def state_key(block: nn.Module) -> Key:
     return tuple(found)
 
 
+def difference(before: Key, after: Key, call: BlockCall) -> str:
+    """Words for what makes the key ``after``, that of ``call``, another than ``before``, of the same block."""
+    old, new = before[1], after[1]
+    at = next((at for at, (one, other) in enumerate(zip(old, new, strict=False)) if one != other), None)
+    if at is not None:
+        return f"argument {at} ({type(call.leaves[at]).__name__})"
+    if before[-1] != after[-1]:
+        return changed(before[-1], after[-1])
+    return "the arguments' structure" if before[0] != after[0] else "autocast, or the mixers that are registered,"
+
+
 def changed(before: Key, after: Key) -> str:
     """Words for an attribute in which two states of one module differ."""
-    for (name, _, _, old, _), (_, _, _, new, _) in zip(before, after, strict=True):
+    for (name, _, _, old, _), (_, _, _, new, _) in zip(before, after, strict=False):
         known = dict(old)
         found = [key for key, value in new if key not in known or known[key] != value]
         if found:

@@ -22,7 +22,7 @@ from memo_runtime.blocks.containers import unflatten
 from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import TRACING, Captured, capture
-from memo_runtime.capture.key import Key, capture_key
+from memo_runtime.capture.key import Key, capture_key, difference
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
 from memo_runtime.execution.tiled_check import check
@@ -36,6 +36,11 @@ from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.execution.witness import Witness
 from memo_runtime.records import TokenAxis
+
+#: Captures that a block keeps: a key may be another at every call, and each holds a graph.
+_MOST_CAPTURES = 16
+#: Of so many calls each was another kind: that is said, since a capture takes more than many a step.
+_RESTLESS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,11 @@ class TiledBlock:
         self.kernels: list[str] = []
         #: Bytes that it left on the device.
         self.bytes_kept = 0
+        #: The last one used comes last.
         self._captures: dict[Key, Captured] = {}
+        self._in_a_row = 0
+        #: What is another at every call, so that each captures again; empty: nothing is.
+        self.restless = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; without grad the block's own.
@@ -129,9 +138,11 @@ class TiledBlock:
         if any(call.caches()[1:]):
             raise CaptureRefusedError("arguments", "a key/value cache that holds tokens already")
         key = capture_key(self.block, call)
-        found = self._captures.get(key)
+        found = self._captures.pop(key, None)
         tokens = found.tokens(call) if found is not None else 0
-        if found is None or not found.traced.allows(tokens):
+        if found is not None and found.traced.allows(tokens):
+            self._captures[key], self._in_a_row, self.restless = found, 0, ""
+        else:
             with TRACING:
                 found = capture(self.block, call, self.forward)
             if not found.traced.allows(found.tokens(call)):
@@ -140,8 +151,18 @@ class TiledBlock:
                 with RealKernels():
                     check(found, self.block, call, partial(_checked_run, found))
                 self.programs.checked.add(found.signature)
-            self._captures[key] = found
+            self._remember(key, found, call)
         return found
+
+    def _remember(self, key: Key, captured: Captured, call: BlockCall) -> None:
+        """Keep ``captured``; of many the oldest goes."""
+        self._in_a_row += 1
+        last = next(reversed(self._captures), None)
+        if last is not None and self._in_a_row >= _RESTLESS:
+            self.restless = difference(last, key, call)
+        self._captures[key] = captured
+        if len(self._captures) > _MOST_CAPTURES:
+            del self._captures[next(iter(self._captures))]
 
     def run(self, captured: Captured, call: BlockCall, way: Way) -> Any:
         """One call through ``captured``."""

@@ -38,6 +38,10 @@ _NOT_CALLED = "it was not called when the model was profiled, so nothing is know
 _NOT_FROM_BELOW = (
     "its input is not the result of the block below as when the model was profiled, so it is not made again from it"
 )
+_RESTLESS = (
+    "blocks that run by tiles are captured anew at every call, which may take longer than the call: {what} is another "
+    "each time. Would work: give blocks the same object every time, and numbers that change as tensors"
+)
 _HELD = (
     "the gradient of its result is held elsewhere too (a hook that keeps it, a sum behind the block), so its backward "
     "takes one tensor of full length more than planned"
@@ -125,6 +129,8 @@ class TiledForward:
         """
         session, tiles = self._owner.session, self._block()
         captured = tiles.captured(call)
+        if tiles.restless:
+            session.note(_RESTLESS.format(what=tiles.restless))
         tools, tokens = session.tools, captured.tokens(call)
         tile = min(plan.tile, tokens)
         swap = TiledSwap(

@@ -233,6 +233,20 @@ def test_a_lost_gradient_is_refused(monkeypatch):
         TiledBlock(double(hand_written.Attention), tile=6)(hidden())
 
 
+def test_a_block_that_is_another_at_every_call_says_so(monkeypatch):
+    """And does not keep every graph that it ever had."""
+    monkeypatch.setattr(tiled_module, "_RESTLESS", 3)
+    monkeypatch.setattr(tiled_module, "_MOST_CAPTURES", 2)
+    block, x = double(hand_written.Attention), hidden()
+    tiled, said = TiledBlock(block, tile=6), []
+    for step in (0, 1, 2, 2):
+        block.merge.step = step
+        tiled.captured(BlockCall.of((x,), {}))
+        said.append(tiled.restless)
+    assert said == ["", "", "attribute 'merge.step'", ""]
+    assert len(tiled._captures) == 2
+
+
 def test_a_check_leaves_random_state_and_gradients_alone():
     block, x = double(hand_written.InPlace), hidden()
     before = torch.get_rng_state()

@@ -15,8 +15,10 @@ MEMO_WAYS: dict[str, tuple[str, float | None]] = {
     **{policy: (policy, None) for policy in ("auto", "replay", "swap", "recompute", "memo", "none", "tiled")},
     "tiled0": ("tiled", 0.0),
 }
+#: What other projects recommend for long sequences. One that is not installed is a row with status ``skipped``.
+OTHERS = ("axolotl", "hf-offload")
 NAMES = (
-    "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *(f"memo-{way}" for way in MEMO_WAYS),
+    "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *OTHERS, *(f"memo-{way}" for way in MEMO_WAYS),
 )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from typing import Any
 SCHEMA = 1
 #: In place of a contender's name: no contender, but the gradients that those of all are compared with.
 REFERENCE = "reference"
-STATUSES = ("ok", "oom", "error")
+#: ``skipped``: the contender is not installed, or not made for this; ``error`` has the line that installs it.
+STATUSES = ("ok", "oom", "error", "skipped")
 #: What every row has; ``make_row`` fills what a contender could not measure with None.
 FIELDS = (
     "schema", "run", "contender", "geometry", "scope", "blocks", "seq_len", "status", "error",

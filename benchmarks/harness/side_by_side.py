@@ -20,6 +20,8 @@ ATTENTION_AGAIN = {
     "selective": False,
     "checkpoint": True,
     "save_on_cpu": True,
+    "axolotl": False,
+    "hf-offload": True,
 }
 #: Trains nothing: a floor, and nobody's rival.
 FLOOR = "kernels"

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.contenders.base import Contender
+from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.job import Job
 from benchmarks.harness.memory import cuda_peaks, host_facts, limit_memory, release, reset_peaks
 from benchmarks.harness.reference import refer
@@ -107,7 +108,7 @@ def measure(contender: Contender, job: Job, tokens: int) -> Measurement:
 
 
 def _failure(job: Job, tokens: int, error: BaseException, device: torch.device) -> Measurement:
-    status = "oom" if ran_out(error) else "error"
+    status = "skipped" if isinstance(error, SkippedError) else "oom" if ran_out(error) else "error"
     message = f"{type(error).__name__}: {str(error).strip()}"[:_MESSAGE_LIMIT]
     facts: Measurement = {"status": status, "seq_len": tokens, "error": message, "rehearsed": job.settings.rehearse}
     if device.type == "cuda" and torch.cuda.is_initialized():
@@ -180,7 +181,7 @@ def walk(job: Job, out: TextIO) -> None:
             if facts["status"] == "ok":
                 clock.note(facts, time.perf_counter() - started)
     except Exception as error:  # whatever a contender does wrong is its result, and the others go on
-        if not ran_out(error):
+        if not (ran_out(error) or isinstance(error, SkippedError)):
             traceback.print_exc()
         emit(_failure(job, tokens, error, device))
 

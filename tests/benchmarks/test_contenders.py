@@ -6,6 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.contenders.selective import ATTENTION
 from benchmarks.harness.geometry import Scope
 
@@ -14,7 +15,10 @@ TRAINING = [name for name in CONTENDERS if name != "kernels"]
 
 def gradients(job):
     found = {}
-    contender = CONTENDERS[job.contender](job)
+    try:
+        contender = CONTENDERS[job.contender](job)
+    except SkippedError as error:
+        pytest.skip(str(error))
     contender.start(job.lengths[0])
     contender.step(lambda given: found.update({name: tensor.clone() for name, tensor in given.items()}))
     return found
@@ -27,7 +31,8 @@ def expected():
 
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [(name, Scope.BLOCKS) for name in TRAINING] + [(name, Scope.STEP) for name in ("selective", "memo-auto")],
+    [(name, Scope.BLOCKS) for name in TRAINING]
+    + [(name, Scope.STEP) for name in ("selective", "memo-auto", "axolotl")],
 )
 def test_every_contender_computes_the_same_gradients(make_job, expected, name, scope):
     if scope not in expected:
@@ -61,7 +66,10 @@ def calls(job):
     return mode.counts
 
 
-@pytest.mark.parametrize(("name", "times"), [("unwrapped", 1), ("checkpoint", 2), ("save_on_cpu", 2), ("selective", 1)])
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [("unwrapped", 1), ("checkpoint", 2), ("save_on_cpu", 2), ("selective", 1), ("axolotl", 1)],
+)
 def test_attention_runs_again_or_does_not(make_job, name, times):
     counts = calls(make_job(name))
     assert sum(counts[op] for op in ATTENTION) == 2 * times

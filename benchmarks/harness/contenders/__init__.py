@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from benchmarks.harness.contenders.axolotl import Axolotl
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.checkpoint import Checkpoint
+from benchmarks.harness.contenders.hf_offload import HfOffload
 from benchmarks.harness.contenders.kernels import Kernels
 from benchmarks.harness.contenders.memo import Memo
 from benchmarks.harness.contenders.save_on_cpu import SaveOnCpu
@@ -21,5 +23,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "selective": Selective,
     "checkpoint": Checkpoint,
     "save_on_cpu": SaveOnCpu,
+    "axolotl": Axolotl,
+    "hf-offload": HfOffload,
     **{f"memo-{way}": partial(Memo, policy, alpha) for way, (policy, alpha) in MEMO_WAYS.items()},
 }

@@ -58,13 +58,18 @@ class Contender(ABC):
 
 
 class Training(Contender):
-    """Trains the subject of its job."""
+    """Trains the subject of its job.
+
+    Attributes:
+        settings: what ``install`` chose of another project's options, as a row says it.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.subject = Subject(job.settings, longest=max(job.lengths))
         self.device = self.subject.device
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.settings: dict[str, Any] = {}
         self.install()
 
     def install(self) -> None:
@@ -87,6 +92,10 @@ class Training(Contender):
     def model_flops(self, tokens: int) -> int:
         """FLOPs of the whole subject."""
         return self.subject.shape.model_flops(tokens)
+
+    def details(self) -> dict[str, Any]:
+        """The settings, where there are any to choose."""
+        return {"settings": self.settings} if self.settings else {}
 
     def resident_bytes(self) -> int:
         """Parameters, buffers, optimizer states and the batch."""

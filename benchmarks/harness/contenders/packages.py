@@ -1,0 +1,58 @@
+"""What contenders need from others, and what a row says where it is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+class SkippedError(RuntimeError):
+    """A contender cannot run here: it is not installed, or not made for this. Says what would change that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A distribution that is imported, and the version that the adapter was written for."""
+
+    module: str
+    name: str
+    version: str
+
+    @property
+    def requirement(self) -> str:
+        """As pip takes it."""
+        return f"{self.name}=={self.version}"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be imported; it is not."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+LIGER = Package("liger_kernel", "liger-kernel", "0.8.5")
+TRL = Package("trl", "trl", "1.16.0")
+
+
+def need(contender: str, packages: Sequence[Package]) -> None:
+    """That all ``packages`` are there.
+
+    Raises:
+        SkippedError: one is missing; has the line that installs all of them.
+    """
+    missing = [package.name for package in packages if not package.is_there]
+    if missing:
+        line = " ".join(package.requirement for package in packages)
+        raise SkippedError(f"{contender} needs {' and '.join(missing)}, not installed here: pip install {line}")
+
+
+def need_gpu(contender: str, device: torch.device, reason: str) -> None:
+    """That it runs on a GPU.
+
+    Raises:
+        SkippedError: it does not; says why it has to.
+    """
+    if device.type != "cuda":
+        raise SkippedError(f"{contender} runs on CUDA GPUs only ({reason}): use --device cuda")

@@ -1,0 +1,29 @@
+import json
+
+import pytest
+
+from benchmarks.harness.contenders.packages import Package, SkippedError, need
+
+MISSING = Package("nobody_has_this_module", "nobody-has-this", "1.2.3")
+
+
+def test_what_is_not_installed_is_named_with_the_line_that_installs_it():
+    there = Package("torch", "torch", "2.11.0")
+    need("contender", [there])
+    with pytest.raises(SkippedError) as caught:
+        need("contender", [there, MISSING])
+    assert str(caught.value) == (
+        "contender needs nobody-has-this, not installed here: pip install torch==2.11.0 nobody-has-this==1.2.3"
+    )
+
+
+def test_a_skipped_contender_is_a_row_and_no_failure(in_process, make_runner, arguments, tmp_path):
+    assert make_runner("unwrapped,hf-offload").run() == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["contender"] == "hf-offload"]
+    assert row["status"] == "skipped"
+    assert "hf-offload runs on CUDA GPUs only (it pins host memory): use --device cuda" in row["error"]
+    assert row["step_seconds"] is None
+    before = len(in_process)
+    assert make_runner("unwrapped,hf-offload").run() == 0
+    assert not [job for job in in_process[before:] if job.contender == "hf-offload"]

@@ -39,5 +39,5 @@ def test_inputs_of_blocks_leave_and_gradients_are_the_same(make_job, monkeypatch
 def test_a_transformers_without_offload_is_named(make_job, monkeypatch):
     monkeypatch.setattr(hf_offload, "need_gpu", lambda *given: None)
     monkeypatch.setattr(hf_offload, "_ENABLERS", ("gradient_checkpointing_disable",))
-    with pytest.raises(SkippedError, match="takes no offload: pip install 'transformers>=5.17'"):
+    with pytest.raises(SkippedError, match="takes no offload: pip install 'transformers"):
         CONTENDERS["hf-offload"](make_job("hf-offload"))

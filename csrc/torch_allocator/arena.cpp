@@ -65,9 +65,12 @@ std::uint64_t Arena::refuse(std::uint64_t Counts::*cause) {
   return 0;
 }
 
-Arena::Place* Arena::place_of(Stream stream) {
+Arena::Place* Arena::place_of(Stream stream, std::uint64_t size, std::uint64_t Counts::*& cause) {
+  cause = &Counts::other_stream;
   for (Place& place : places_) {
-    if (place.lane->stream == stream) return &place;
+    if (place.lane->stream != stream) continue;
+    if (place.lane->small == (size <= kSmall)) return &place;
+    cause = &Counts::unplanned;
   }
   return nullptr;
 }
@@ -77,9 +80,10 @@ std::uint64_t Arena::take(std::uint64_t bytes, Stream stream) {
   count(&Counts::requests);
   count(&Counts::bytes, bytes);
   if (!in_step_ || plan_ == nullptr || bytes == 0 || bytes > size_) return refuse(&Counts::outside);
-  Place* place = place_of(stream);
-  if (place == nullptr) return refuse(&Counts::other_stream);
   const std::uint64_t size = rounded(bytes);
+  std::uint64_t Counts::*cause = nullptr;
+  Place* place = place_of(stream, size, cause);
+  if (place == nullptr) return refuse(cause);
   const Match match = place->cursor.find(*place->lane, size);
   if (match.how == How::none) return refuse(&Counts::unplanned);
   const std::uint64_t begin = place->lane->offsets[match.slot];

@@ -105,7 +105,8 @@ class Arena {
     Cursor cursor;
   };
 
-  Place* place_of(Stream stream);
+  // The lane of such requests; where there is none, `cause` is why not.
+  Place* place_of(Stream stream, std::uint64_t size, std::uint64_t Counts::*& cause);
   Given found_at(std::uint64_t address) const;
   std::uint64_t refuse(std::uint64_t Counts::*cause);
   void count(std::uint64_t Counts::*what, std::uint64_t by = 1);

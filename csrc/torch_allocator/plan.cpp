@@ -86,11 +86,14 @@ Plan::Plan(const std::vector<Slot>& slots, std::uint64_t capacity) {
   if (extent_ == 0) throw std::invalid_argument("the plan places nothing");
   check_apart(slots);
   for (const Slot& slot : slots) {
-    auto lane = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& l) { return l.stream == slot.stream; });
+    const bool small = rounded(slot.size) <= kSmall;
+    auto lane = std::find_if(lanes_.begin(), lanes_.end(),
+                             [&](const Lane& l) { return l.stream == slot.stream && l.small == small; });
     if (lane == lanes_.end()) {
       lanes_.emplace_back();
       lane = std::prev(lanes_.end());
       lane->stream = slot.stream;
+      lane->small = small;
     }
     lane->sizes.push_back(rounded(slot.size));
     lane->offsets.push_back(slot.offset);

@@ -13,6 +13,8 @@ namespace memo_arena {
 
 // Addresses and sizes are multiples of this, as those of PyTorch's allocator are.
 constexpr std::uint64_t kAlignment = 512;
+// Bytes of the largest small request. The planner keeps them and larger ones apart too.
+constexpr std::uint64_t kSmall = std::uint64_t{1} << 20;
 // How many sizes in a row say where in the step a stream is.
 constexpr std::size_t kGram = 4;
 
@@ -31,9 +33,11 @@ struct Slot {
   Stream stream;
 };
 
-// What one stream asks for, in order.
+// What one stream asks for, in order; small requests have a lane of their own, so that some that come on top of the plan
+// (scratch of a kernel) do not cost large ones their place.
 struct Lane {
   Stream stream = 0;
+  bool small = false;
   std::vector<std::uint64_t> sizes;
   std::vector<std::uint64_t> offsets;
   // Hash of kGram sizes in a row -> where the last of them stands, ascending.

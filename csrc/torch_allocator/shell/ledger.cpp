@@ -9,7 +9,7 @@ namespace {
 using c10::CachingAllocator::StatArray;
 
 // Requests of at most this many bytes belong to the native allocator's small pool.
-constexpr std::int64_t kSmall = 1 << 20;
+constexpr std::int64_t kSmallBytes = 1 << 20;
 constexpr std::size_t kAll = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
 constexpr std::size_t kSmallPool = static_cast<std::size_t>(c10::CachingAllocator::StatType::SMALL_POOL);
 constexpr std::size_t kLargePool = static_cast<std::size_t>(c10::CachingAllocator::StatType::LARGE_POOL);
@@ -55,7 +55,7 @@ void Ledger::planned(std::int64_t bytes, std::int64_t requested, int sign) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto values = amounts(bytes, requested);
   for (std::size_t what = 0; what < entries_.size(); ++what) {
-    for (const std::size_t pool : {kAll, bytes <= kSmall ? kSmallPool : kLargePool}) {
+    for (const std::size_t pool : {kAll, bytes <= kSmallBytes ? kSmallPool : kLargePool}) {
       Entry& entry = entries_[what][pool];
       entry.current += sign * values[what];
       (sign > 0 ? entry.allocated : entry.freed) += values[what];

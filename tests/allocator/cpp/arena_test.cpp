@@ -158,6 +158,20 @@ void deviations_cost_little() {
   CHECK(missed(plan, Sizes(10, 300)).size() == 10);
 }
 
+// Small requests that come on top look like planned ones, which are found ahead; large ones go on as planned.
+void small_requests_on_top_cost_no_large_ones() {
+  std::vector<std::uint64_t> plan;
+  for (std::uint64_t i = 0; i < 40; ++i) {
+    plan.push_back(1 + memo_arena::kSmall / kAlignment + i);
+    plan.push_back(1);
+  }
+  auto asked = plan;
+  asked.insert(asked.begin() + 20, 15, 1);
+  std::uint64_t large = 0;
+  for (const std::size_t at : missed(plan, asked)) large += asked[at] > 1;
+  CHECK(large == 0);
+}
+
 // What outlives the step has its place in the order, and no bytes.
 void residents_are_left_in_their_place() {
   Quiet device;
@@ -331,6 +345,7 @@ int main(int argc, char** argv) {
   const std::uint64_t operations = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 200000;
   a_step_as_planned_is_served_whole();
   deviations_cost_little();
+  small_requests_on_top_cost_no_large_ones();
   residents_are_left_in_their_place();
   what_is_not_planned_is_left();
   plans_that_cannot_be_are_refused();

@@ -62,7 +62,10 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, tuple):
-        return a is b or (len(a) == len(b) and all(map(_equal, a, b)))
+        try:
+            return bool(a == b)  # Python's is 625 numbers
+        except (ValueError, RuntimeError):  # arrays are inside, which compare by element
+            return len(a) == len(b) and all(map(_equal, a, b))
     return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 

@@ -149,7 +149,7 @@ class TiledBlock:
                 raise CaptureRefusedError("forward", f"it takes another way for {found.tokens(call)} tokens")
             if found.signature not in self.programs.checked:
                 with RealKernels():
-                    check(found, self.block, call, partial(_checked_run, found))
+                    check(found, self.block, call, partial(_checked_run, found, self.programs.eager()))
                 self.programs.checked.add(found.signature)
             self._remember(key, found, call)
         return found
@@ -188,12 +188,14 @@ class TiledBlock:
         return output
 
 
-def _checked_run(captured: Captured, block: nn.Module, call: BlockCall, tile: int) -> tuple[Any, Run]:
+def _checked_run(
+    captured: Captured, programs: ProgramCache, block: nn.Module, call: BlockCall, tile: int
+) -> tuple[Any, Run]:
     """Run with half of the tiles kept, so that a check sees every program."""
     tokens = captured.tokens(call)
     run = Run(
         captured=captured,
-        programs=ProgramCache(run_eagerly),
+        programs=programs,
         tokens=tokens,
         tile=tile,
         keep=-(-tokens // tile) // 2,

@@ -34,7 +34,7 @@ from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, groupi
 from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_products import Products
-from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_node
+from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_eagerly, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
 from memo_runtime.execution.tiled_rows import like, packed, same_memory, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
@@ -64,6 +64,10 @@ class ProgramCache:
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def eager(self) -> ProgramCache:
+        """This one if its programs are not compiled, which a check would wait minutes for; else an empty one."""
+        return self if self._compiler is run_eagerly else ProgramCache(run_eagerly)
 
 
 def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> int:

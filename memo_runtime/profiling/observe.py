@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,18 @@ class Observation:
         return derived
 
 
+def _tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among what an operator is given."""
+    if isinstance(func, HigherOrderOperator):
+        yield from (leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        return
+    # All others take numbers, tensors, and lists of these, which PyTorch's trees open at many times the cost.
+    for given in (*args, *kwargs.values()):
+        for leaf in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(leaf, torch.Tensor):
+                yield leaf
+
+
 class ObservingMode(ReplayMode):
     """Replaces pinned calls like a rerun and records every call."""
 
@@ -110,7 +122,7 @@ class ObservingMode(ReplayMode):
 
     def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run or replace the operator and record it."""
-        inputs = tuple(leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        inputs = tuple(_tensors(func, args, kwargs))
         storages = tuple(storage_key(tensor) for tensor in inputs)
         if not self.replaces(key):
             check_bounds(func, args, kwargs)

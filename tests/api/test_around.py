@@ -159,8 +159,11 @@ def fresh_dynamo() -> Any:
 
 @pytest.mark.parametrize("order", ["wrap first", "compile first"])
 @pytest.mark.parametrize(
-    ("policy", "backend"), [("memo", "eager"), ("memo", "aot_eager"), ("swap", "aot_eager"), ("recompute", "aot_eager")]
-)
+    ("policy", "backend"),
+    [("memo", "aot_eager"),
+     *(pytest.param(*one, marks=pytest.mark.slow)
+       for one in (("memo", "eager"), ("swap", "aot_eager"), ("recompute", "aot_eager")))],
+)  # fmt: skip
 def test_a_compiled_model_works(policy: str, order: str, backend: str, fresh_dynamo: None) -> None:
     model, plain = tower(2), tower(2)
     if order == "wrap first":

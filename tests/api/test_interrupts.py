@@ -112,7 +112,12 @@ PLACES = ["forward", "backward"]
 
 
 #: Every kind, policy and place in the middle block; Ctrl-C in the outer ones.
-INSIDE = [(kind, policy, where, 1) for kind in ERRORS for policy in POLICIES for where in PLACES]
+INSIDE = [
+    pytest.param(kind, policy, where, 1, marks=() if policy == "memo" or kind == "Ctrl-C" else pytest.mark.slow)
+    for kind in ERRORS
+    for policy in POLICIES
+    for where in PLACES
+]
 INSIDE += [("Ctrl-C", "memo", where, block) for where in PLACES for block in (0, 2)]
 
 

@@ -37,7 +37,7 @@ from tests.execution.test_tiled_families import _MORE, _NO_DROPOUT
 FAMILIES_BY_TILES = (
     "llama", "qwen3", "gpt2", "gemma3", "bert", "vit", "t5", "llama-eager", "olmo", "phi3", "gpt-neox",
 )  # fmt: skip
-TILED: dict[str, Any] = {"policy": "tiled", "tile": 5, "alpha": 0.5, "keep_last": 0, "loss": "native"}
+TILED: dict[str, Any] = {"policy": "tiled", "tile": 8, "alpha": 0.5, "keep_last": 0, "loss": "native"}
 
 
 def stack(*kinds: type[nn.Module]) -> nn.Module:
@@ -131,7 +131,7 @@ def test_what_a_profile_and_a_plan_file_say_of_tiles(tmp_path):
     model, batch = stack(), batch_of()
     want = run_step(model, batch, output_loss)
     profile = memo.profile(model, batch, tiles=True)
-    planned = memo.plan(profile, policy="tiled", tile=5, alpha=0.5, keep_last=0)
+    planned = memo.plan(profile, policy="tiled", tile=8, alpha=0.5, keep_last=0)
     save(planned, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == planned
     assert "tiled" in str(planned)
@@ -282,7 +282,7 @@ def failing_second(original: Any, kind: type[BaseException]) -> Any:
 
 
 def test_a_check_by_tiles():
-    result = memo.check(stack(), batch_of(), policy="tiled", tile=5, alpha=0.5)
+    result = memo.check(stack(), batch_of(), policy="tiled", tile=8, alpha=0.5)
     assert result.ok
     assert result.report.totals.recomputed_flops > 0
 

@@ -35,7 +35,7 @@ def profile() -> memo.Profile:
 
 
 def planned(profile: memo.Profile, every: int, **changes: Any) -> Plan:
-    wanted = {"policy": "tiled", "tile": 5, "alpha": 0.5, "keep_last": 0} | changes
+    wanted = {"policy": "tiled", "tile": 8, "alpha": 0.5, "keep_last": 0} | changes
     return with_runs(memo.plan(profile, **wanted), every)
 
 

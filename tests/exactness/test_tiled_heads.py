@@ -26,7 +26,7 @@ def profiled():
 
 
 def planned(groups, *, alpha=0.5, sent=0.0):
-    plan = memo.plan(profiled(), policy="tiled", tile=5, alpha=alpha, keep_last=1)
+    plan = memo.plan(profiled(), policy="tiled", tile=8, alpha=alpha, keep_last=1)
     sheet = Sheet(plan.profile, tuple(block.tokens for block in plan.blocks))
     choices = by_tiles(sheet, alpha, 1, 5, sent=sent, groups=groups)
     return replace(plan, blocks=sheet.plans(choices), forecast=sheet.forecast(choices))

@@ -16,7 +16,8 @@ import memo_runtime as memo
 from memo_runtime.records import Executor
 
 WIDTH = 16
-WAYS = [("swap", None), ("recompute", None), ("memo", 0.37)]
+#: A swap of everything copies what memo copies, and reruns nothing of what these tests are about.
+WAYS = [pytest.param("swap", None, marks=pytest.mark.slow), ("recompute", None), ("memo", 0.37)]
 ways = pytest.mark.parametrize(("policy", "alpha"), WAYS)
 
 

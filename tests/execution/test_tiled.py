@@ -42,18 +42,18 @@ def hidden(tokens=29, rows=3):
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 def test_exact(kind, alpha):
     block = double(kind)
-    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=6, alpha=alpha))
+    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8, alpha=alpha))
 
 
 def test_tokens_without_a_batch():
     block = double(hand_written.Sequential2d)
-    assert_exact(call_of(block, hidden()[0].detach().requires_grad_()), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden()[0].detach().requires_grad_()), TiledBlock(block, tile=8))
 
 
 def test_values_of_another_block_get_their_gradient():
     block = double(hand_written.SharedValues)
     first = torch.randn(3, HEADS, 29, WIDTH // HEADS, dtype=torch.float64, requires_grad=True)
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     assert_exact(call_of(block, hidden(), first), tiled)
     assert_exact(call_of(block, hidden(), None), tiled)
 
@@ -61,20 +61,20 @@ def test_values_of_another_block_get_their_gradient():
 def test_a_bias_of_all_pairs_gets_its_gradient():
     block = double(hand_written.Biased)
     bias = torch.randn(1, HEADS, 29, 29, dtype=torch.float64, requires_grad=True)
-    assert_exact(call_of(block, hidden(), bias=bias), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden(), bias=bias), TiledBlock(block, tile=8))
 
 
 @pytest.mark.parametrize("others", [29, 11])
 def test_attention_to_other_tokens(others):
     block = double(blocks.Cross)
     keys = torch.randn(3, others, WIDTH, dtype=torch.float64, requires_grad=True)
-    assert_exact(call_of(block, hidden(), keys), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden(), keys), TiledBlock(block, tile=8))
 
 
 def test_packed_documents():
     block = double(blocks.DocumentMask)
     documents = torch.tensor([0] * 7 + [1] * 12 + [2] * 10).expand(3, -1)
-    assert_exact(call_of(block, hidden(), documents), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden(), documents), TiledBlock(block, tile=8))
 
 
 @pytest.mark.parametrize("shape", [(29, 29), (3, 29, 29)])
@@ -82,18 +82,18 @@ def test_masks_without_a_dimension_of_heads(shape):
     block = double(blocks.MaskOfRows)
     mask = torch.ones(shape, dtype=torch.bool).tril()
     mask[..., 3:7, 1] = False
-    assert_exact(call_of(block, hidden(), mask), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden(), mask), TiledBlock(block, tile=8))
 
 
 def test_a_mask_that_tokens_see_too():
     block = double(blocks.MaskByTiles)
     mask = torch.randn(3, 1, 29, 29, dtype=torch.float64, requires_grad=True)
-    assert_exact(call_of(block, hidden(), mask), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden(), mask), TiledBlock(block, tile=8))
 
 
 def test_an_input_without_gradient_and_frozen_parameters():
     block = double(hand_written.Attention)
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     assert_exact(call_of(block, hidden().detach()), tiled)
     block.project.requires_grad_(False)
     assert_exact(call_of(block, hidden()), tiled)
@@ -101,7 +101,7 @@ def test_an_input_without_gradient_and_frozen_parameters():
 
 def test_a_gradient_for_one_output_only():
     block = double(hand_written.DictOutput)
-    tiled, x = TiledBlock(block, tile=6), hidden()
+    tiled, x = TiledBlock(block, tile=8), hidden()
     for name in ("hidden", "mixed"):
         wanted = [x, block.merge.weight, block.project.weight]
         theirs = torch.autograd.grad(block(x)[name].square().sum(), wanted, allow_unused=True)
@@ -114,12 +114,12 @@ def test_a_gradient_for_one_output_only():
 def test_an_input_that_is_not_contiguous():
     block = double(hand_written.Attention)
     x = torch.randn(29, 3, WIDTH, dtype=torch.float64).transpose(0, 1).requires_grad_()
-    assert_exact(call_of(block, x), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, x), TiledBlock(block, tile=8))
 
 
 def test_without_grad_the_block_itself_runs():
     block = double(hand_written.Attention)
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     with torch.no_grad():
         assert torch.equal(tiled(hidden()), block(hidden()))
     assert tiled.kernels == []
@@ -128,7 +128,7 @@ def test_without_grad_the_block_itself_runs():
 def test_switched_state_between_steps():
     """State that a trace freezes: each setting has its own capture, and the first one serves again."""
     block, x = double(blocks.Switched), hidden()
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     for scale in (1.0, 3.0, 1.0):
         block.settings["scales"][0] = scale
         assert_exact(call_of(block, x), tiled)
@@ -141,7 +141,7 @@ def test_lora_with_its_adapter_switched():
     config = peft.LoraConfig(target_modules=["up", "merge"], init_lora_weights=False)
     model = peft.get_peft_model(base, config)
     block = model.base_model.model[0].double()
-    tiled, x = TiledBlock(block, tile=6), hidden()
+    tiled, x = TiledBlock(block, tile=8), hidden()
     assert_exact(call_of(block, x), tiled)
     with model.disable_adapter():
         assert_exact(call_of(block, x), tiled)
@@ -151,7 +151,7 @@ def test_lora_with_its_adapter_switched():
 
 def test_parameters_changed_in_place_between_forward_and_backward_are_an_error():
     block, x = double(hand_written.Attention), hidden()
-    y = TiledBlock(block, tile=6)(x)
+    y = TiledBlock(block, tile=8)(x)
     with torch.no_grad():
         block.up.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -159,7 +159,7 @@ def test_parameters_changed_in_place_between_forward_and_backward_are_an_error()
 
 
 def test_backward_twice_is_an_error():
-    y = TiledBlock(double(hand_written.Attention), tile=6)(hidden()).sum()
+    y = TiledBlock(double(hand_written.Attention), tile=8)(hidden()).sum()
     y.backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.backward()
@@ -182,7 +182,7 @@ def test_autocast():
     torch.manual_seed(0)
     block = hand_written.Attention()
     x = torch.randn(2, 29, WIDTH, requires_grad=True)
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         theirs = run(call_of(block, x), block)
         mine = run(call_of(block, x), tiled)
@@ -198,8 +198,8 @@ def test_autocast():
 
 def test_blocks_alike_share_programs():
     programs = ProgramCache(run_eagerly)
-    for tokens in (29, 29, 35):
-        TiledBlock(double(hand_written.Attention), tile=6, programs=programs)(hidden(tokens)).sum().backward()
+    for tokens in (29, 29, 37):
+        TiledBlock(double(hand_written.Attention), tile=8, programs=programs)(hidden(tokens)).sum().backward()
     assert len(programs) == 4  # two segments, two tile sizes
     assert len(programs.checked) == 1
 
@@ -219,7 +219,7 @@ def test_a_wrong_capture_is_refused(monkeypatch):
 
     monkeypatch.setattr(tiled_module, "capture", wrong)
     with pytest.raises(CaptureRefusedError, match="check: output 0 differs by"):
-        TiledBlock(double(hand_written.Attention), tile=6)(hidden())
+        TiledBlock(double(hand_written.Attention), tile=8)(hidden())
 
 
 def test_a_lost_gradient_is_refused(monkeypatch):
@@ -230,7 +230,7 @@ def test_a_lost_gradient_is_refused(monkeypatch):
 
     monkeypatch.setattr(tiled_module, "capture", wrong)
     with pytest.raises(CaptureRefusedError, match=r"check: gradient of up\.weight differs by"):
-        TiledBlock(double(hand_written.Attention), tile=6)(hidden())
+        TiledBlock(double(hand_written.Attention), tile=8)(hidden())
 
 
 def test_a_block_that_is_another_at_every_call_says_so(monkeypatch):
@@ -250,7 +250,7 @@ def test_a_block_that_is_another_at_every_call_says_so(monkeypatch):
 def test_a_check_leaves_random_state_and_gradients_alone():
     block, x = double(hand_written.InPlace), hidden()
     before = torch.get_rng_state()
-    TiledBlock(block, tile=6).captured(BlockCall.of((x,), {}))
+    TiledBlock(block, tile=8).captured(BlockCall.of((x,), {}))
     assert torch.equal(torch.get_rng_state(), before)
     assert x.grad is None
     assert all(one.grad is None for one in block.parameters())

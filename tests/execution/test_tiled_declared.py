@@ -164,7 +164,7 @@ def hidden(tokens: int = 29, rows: int = 3) -> Tensor:
 @pytest.mark.parametrize("inner", [Kernel, Experts])
 def test_exact(inner, first):
     block = around(inner(), first=first)
-    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=6, alpha=0.5))
+    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8, alpha=0.5))
 
 
 def _through_aot(module: Any) -> Any:
@@ -185,7 +185,7 @@ def test_in_compiled_programs(first):
 def test_without_the_word_it_is_refused():
     block = Around(Kernel()).double()
     with pytest.raises(CaptureRefusedError, match=r"autograd\.Function 'Scaled'"):
-        TiledBlock(block, tile=6)(hidden())
+        TiledBlock(block, tile=8)(hidden())
 
 
 @pytest.mark.parametrize(
@@ -216,12 +216,12 @@ def test_a_block_that_is_declared_itself():
     torch.manual_seed(0)
     block = Experts().double()
     declare_token_wise(block)
-    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8))
 
 
 def test_frozen_parameters_and_a_switched_attribute():
     block = around(Kernel())
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     assert_exact(call_of(block, hidden()), tiled)
     block.inner.weight.requires_grad_(False)
     assert_exact(call_of(block, hidden()), tiled)
@@ -236,7 +236,7 @@ def test_autocast():
     declare_token_wise(block.inner)
     x = hidden().detach().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        theirs, mine = run(call_of(block, x), block), run(call_of(block, x), TiledBlock(block, tile=6))
+        theirs, mine = run(call_of(block, x), block), run(call_of(block, x), TiledBlock(block, tile=8))
     assert [one.dtype for one in mine[0]] == [one.dtype for one in theirs[0]]
     assert worst(mine[0], theirs[0]) < 2e-2
     assert worst(mine[1], theirs[1]) < 4e-2
@@ -245,7 +245,7 @@ def test_autocast():
 def test_evaluation_mode_captures_again():
     block = around(Experts(drop=0.5))
     block.eval()
-    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_evaluation_mode_captures_again():
 def test_what_it_drops_is_the_same_in_backward(first):
     """The check of the capture gives the block the seeds that tiles drew: it passes, or raises."""
     block, x = around(Experts(drop=0.5), first=first), hidden()
-    tiled = TiledBlock(block, tile=6, alpha=0.5)
+    tiled = TiledBlock(block, tile=8, alpha=0.5)
     before = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -268,7 +268,7 @@ def test_what_it_drops_is_the_same_in_backward(first):
 def test_a_gradient_of_dropped_elements_is_that_of_its_forward():
     """By differences: the same seed in forward, one number of the input moved."""
     block, x = around(Experts(drop=0.5)), hidden()
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     weights = torch.randn(3, 29, WIDTH, dtype=torch.float64)
 
     def loss(value: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def test_its_choices_are_kept_and_not_made_again(monkeypatch, first):
     block, x = around(Experts(), first=first), hidden()
     wanted = [x, *block.inner.parameters()]
     expected = torch.autograd.grad(block(x)[0].sum(), wanted)
-    result = TiledBlock(block, tile=6)(x)[0]
+    result = TiledBlock(block, tile=8)(x)[0]
     choose = Tensor.topk
 
     def otherwise(self, *args, **kwargs):
@@ -319,7 +319,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_refused_by_name(kind):
     with pytest.raises(CaptureRefusedError, match=REFUSED[kind]) as caught:
-        TiledBlock(around(kind()), tile=6)(hidden())
+        TiledBlock(around(kind()), tile=8)(hidden())
     assert caught.value.operator == "memo.token_wise module 'inner'"
 
 
@@ -327,7 +327,7 @@ def test_a_test_leaves_the_module_and_random_state_alone():
     block, x = around(Experts(drop=0.5)), hidden()
     before = {name: (id(one), one._version, one.grad) for name, one in block.named_parameters()}
     attributes, state = dict(block.inner.__dict__), torch.get_rng_state()
-    TiledBlock(block, tile=6).captured(BlockCall.of((x,), {}))
+    TiledBlock(block, tile=8).captured(BlockCall.of((x,), {}))
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: (id(one), one._version, one.grad) for name, one in block.named_parameters()} == before
     assert block.inner.__dict__ == attributes
@@ -336,13 +336,13 @@ def test_a_test_leaves_the_module_and_random_state_alone():
 def test_what_is_run_again_is_counted():
     """Behind attention its forward is run again once, in its backward; choices are the bytes that every tile keeps."""
     block, x = around(Experts()), hidden(30)
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     call = BlockCall.of((x,), {})
     captured = tiled.captured(call)
     profile = tiled_profile(captured, call)
     seen = []
     way = tiled.way()
-    result = tiled.run(captured, call, type(way)(tile=6, ended=lambda run: seen.append(run.again_flops)))
+    result = tiled.run(captured, call, type(way)(tile=8, ended=lambda run: seen.append(run.again_flops)))
     result[0].sum().backward()
     assert seen == [round(profile.again_flops.at(30))]
     assert profile.resident.linear == 3 * 2 * 8

@@ -58,7 +58,7 @@ def _norms_in_double(monkeypatch):
 @pytest.mark.parametrize("name", _ALL)
 def test_a_family_is_exact(name):
     for call in calls_of(_ALL[name], **_NO_DROPOUT.get(name, {})):
-        assert_exact(call, TiledBlock(call.block, tile=5, alpha=0.5))
+        assert_exact(call, TiledBlock(call.block, tile=8, alpha=0.5))
 
 
 @pytest.mark.parametrize(("tokens", "tile"), [(17, 4), (16, 4), (17, 17), (17, 100), (26, 25)])
@@ -75,7 +75,7 @@ def test_encoder_layers(norm_first, batch_first):
         32, 4, 48, dropout=0.0, norm_first=norm_first, batch_first=batch_first, dtype=torch.float64
     )
     x = torch.randn(3, 17, 32, dtype=torch.float64, requires_grad=True)
-    assert_exact(call_of(layer, x), TiledBlock(layer, tile=5))
+    assert_exact(call_of(layer, x), TiledBlock(layer, tile=8))
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -83,13 +83,13 @@ def test_padded_batches(name):
     family = FAMILIES[name]
     padded = Family(family.model, family.config, family.settings, lambda **size: family.batch(padded=True, **size))
     for call in calls_of(padded, **_NO_DROPOUT.get(name, {})):
-        assert_exact(call, TiledBlock(call.block, tile=5))
+        assert_exact(call, TiledBlock(call.block, tile=8))
 
 
 def test_experts_are_refused():
     call = calls_of(FAMILIES["mixtral"])[0]
     with pytest.raises(CaptureRefusedError, match=r"depends on data|cannot be traced"):
-        TiledBlock(call.block, tile=5)(*call.args, **call.kwargs)
+        TiledBlock(call.block, tile=8)(*call.args, **call.kwargs)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama-eager"])
@@ -98,7 +98,7 @@ def test_dropout_is_that_of_given_masks(name):
     for call in calls_of(FAMILIES[name], tokens=33):
         if "Cross" in type(call.block).__name__:
             continue
-        tiled = TiledBlock(call.block, tile=5)
+        tiled = TiledBlock(call.block, tile=8)
         results = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
@@ -111,8 +111,8 @@ def test_dropout_is_that_of_given_masks(name):
 @pytest.mark.parametrize("name", [one for one in _ALL if one != "llama-eager"])
 def test_a_family_is_exact_by_groups_of_heads(name):
     for call in calls_of(_ALL[name], **_NO_DROPOUT.get(name, {})):
-        tiled = TiledBlock(call.block, tile=5, alpha=0.5)
-        tiled.way = lambda: Way(tile=5, alpha=0.5, groups=2)
+        tiled = TiledBlock(call.block, tile=8, alpha=0.5)
+        tiled.way = lambda: Way(tile=8, alpha=0.5, groups=2)
         assert_exact(call, tiled)
         found = [grouping(captured, at) for captured in tiled._captures.values()
                  for at in range(len(captured.stages.stages))]  # fmt: skip

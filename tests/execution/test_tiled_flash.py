@@ -147,7 +147,7 @@ def hidden(rows: int = 3) -> Tensor:
 @pytest.mark.parametrize("window", [-1, 5])
 def test_flash_attention(window):
     block = double(Flash, window=window)
-    tiled = TiledBlock(block, tile=6, alpha=0.5)
+    tiled = TiledBlock(block, tile=8, alpha=0.5)
     assert_exact(call_of(block, hidden()), tiled)
     assert tiled.kernels == ["flash_attn.FlashAttnFunc"]
 
@@ -155,18 +155,18 @@ def test_flash_attention(window):
 def test_packed_documents():
     block = double(Packed)
     ends = torch.tensor([0, 7, 19, 29], dtype=torch.int32)
-    assert_exact(call_of(block, hidden(1), ends, 12), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden(1), ends, 12), TiledBlock(block, tile=8))
 
 
 def test_a_library_with_other_arguments_is_refused(monkeypatch):
     monkeypatch.setattr(FlashAttnFunc.forward, "__signature__", _signature("q k v settings"))
     with pytest.raises(CaptureRefusedError, match="its arguments are not those of flash-attn 2"):
-        TiledBlock(double(Flash), tile=6)(hidden())
+        TiledBlock(double(Flash), tile=8)(hidden())
 
 
 def test_its_forward_runs_once_and_its_log_sum_exp_is_stashed():
     block, x = double(Flash), hidden()
-    tiled, call = TiledBlock(block, tile=6), BlockCall.of((x,), {})
+    tiled, call = TiledBlock(block, tile=8), BlockCall.of((x,), {})
     profile = tiled_profile(tiled.captured(call), call)
     assert [growth.linear for growth in profile.stash] == [3 * WIDTH * 8, 3 * WIDTH * 8, 3 * HEADS * 8]  # x, o, lse
     RAN["forward"] = 0
@@ -180,5 +180,5 @@ def test_its_forward_runs_once_and_its_log_sum_exp_is_stashed():
 )
 def test_refused_by_name(options, reason):
     with pytest.raises(CaptureRefusedError, match=reason) as caught:
-        TiledBlock(double(Flash, **options), tile=6)(hidden())
+        TiledBlock(double(Flash, **options), tile=8)(hidden())
     assert caught.value.operator == "flash_attn.FlashAttnFunc"

@@ -30,7 +30,7 @@ class ByGroups(TiledBlock):
     """Tiles with attention by ``groups`` of heads, queries ``queries`` at a time."""
 
     def __init__(self, block, *, groups=1, queries=0, **settings):
-        super().__init__(block, tile=6, alpha=0.5, **settings)
+        super().__init__(block, tile=8, alpha=0.5, **settings)
         self.groups = groups
         self.queries = queries
 

@@ -119,12 +119,12 @@ def test_what_others_hold_is_never_written_over(way, monkeypatch):
 
 
 BLOCK = double(hand_written.Attention)
-TILES = TiledBlock(BLOCK, tile=6)
+TILES = TiledBlock(BLOCK, tile=8)
 
 
 def test_which_gradients_may_be_written_over():
     def pairs(kind: type[nn.Module]) -> int:
-        tiles = TiledBlock(double(kind), tile=6)
+        tiles = TiledBlock(double(kind), tile=8)
         tiles(hidden())
         (captured,) = tiles._captures.values()
         return len(overwritten(captured))
@@ -159,7 +159,7 @@ def test_nothing_is_written_over_while_a_debugger_may_hold_what_frames_hold(monk
     if before is None:
         assert sole_holders("cpu") is not None
     kept.clear()
-    block = TiledBlock(double(hand_written.Attention), tile=6)
+    block = TiledBlock(double(hand_written.Attention), tile=8)
     kept_by_a_hook(block, hidden().detach().requires_grad_())
     assert torch.equal(kept[0], torch.full_like(kept[0], 3.0))
 
@@ -211,5 +211,5 @@ def test_two_inputs_and_two_results(rows):
 
     block = double(TwoResults)
     want = gradients(block)
-    for one, other in zip(gradients(TiledBlock(block, tile=6)), want, strict=True):
+    for one, other in zip(gradients(TiledBlock(block, tile=8)), want, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)

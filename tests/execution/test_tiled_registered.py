@@ -140,7 +140,7 @@ def hidden(tokens: int = 29) -> Tensor:
 def test_a_scan(both):
     memo.register_mixer("memo_tests_mixers::scan")
     block = double(Scan, both=both)
-    tiled = TiledBlock(block, tile=6, alpha=0.5)
+    tiled = TiledBlock(block, tile=8, alpha=0.5)
     assert_exact(call_of(block, hidden()), tiled)
     assert tiled.kernels == ["memo_tests_mixers::scan", *(["cpu"] if both else [])]
 
@@ -148,12 +148,12 @@ def test_a_scan(both):
 def test_operators_of_pytorch():
     memo.register_mixer("aten::cumsum")
     block = double(Running)
-    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=6))
+    assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8))
 
 
 def test_without_its_name_it_is_refused():
     block = double(Scan)
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     with pytest.raises(CaptureRefusedError, match=r"memo_tests_mixers\.scan: it is not known"):
         tiled(hidden())
     memo.register_mixer("memo_tests_mixers::scan")
@@ -163,7 +163,7 @@ def test_without_its_name_it_is_refused():
 def test_its_forward_runs_once_and_what_it_saves_is_stashed():
     memo.register_mixer("memo_tests_mixers::scan")
     block, x = double(Scan), hidden()
-    tiled = TiledBlock(block, tile=6)
+    tiled = TiledBlock(block, tile=8)
     captured = tiled.captured(BlockCall.of((x,), {}))
     CALLS["scan"] = 0
     tiled(x).sum().backward()
@@ -176,7 +176,7 @@ def test_its_forward_runs_once_and_what_it_saves_is_stashed():
 def test_a_second_backward_where_the_graph_is_kept():
     memo.register_mixer("memo_tests_mixers::scan")
     block, x = double(Scan), hidden()
-    loss = TiledBlock(block, tile=6)(x).square().sum()
+    loss = TiledBlock(block, tile=8)(x).square().sum()
     wanted = [x, *block.parameters()]
     first = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     second = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -190,7 +190,7 @@ def test_bfloat16_under_autocast():
     block = Scan()
     x = hidden().detach().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        theirs, mine = block(x), TiledBlock(block, tile=6)(x)
+        theirs, mine = block(x), TiledBlock(block, tile=8)(x)
     assert mine.dtype == theirs.dtype
     wanted = [x, *(one for name, one in block.named_parameters())]
     theirs, mine = (torch.autograd.grad(one.sum(), wanted, allow_unused=True) for one in (theirs, mine))
@@ -208,7 +208,7 @@ def test_bfloat16_under_autocast():
 def test_refused_by_name(kind, name, reason):
     memo.register_mixer(f"{'aten' if name == 'conv1d' else 'memo_tests_mixers'}::{name}")
     with pytest.raises(CaptureRefusedError, match=reason) as caught:
-        TiledBlock(double(kind), tile=6)(hidden())
+        TiledBlock(double(kind), tile=8)(hidden())
     assert caught.value.operator
 
 

@@ -42,7 +42,7 @@ def stack(kind=hand_written.Attention, count=3):
     return nn.ModuleList(kind() for _ in range(count)).double()
 
 
-def tiles(layers, swap, *, keep_last=0, tile=6):
+def tiles(layers, swap, *, keep_last=0, tile=8):
     last = len(layers) - keep_last
     return [TiledBlock(one, tile=tile, swap=swap, to_host=index < last) for index, one in enumerate(layers)]
 

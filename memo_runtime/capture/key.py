@@ -19,6 +19,7 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import registered_mixers
+from memo_runtime.capture.copying import HOOK_TABLES
 from memo_runtime.capture.dims import token_dims
 
 Key = tuple[Any, ...]
@@ -65,7 +66,14 @@ def capture_key(block: nn.Module, call: BlockCall) -> Key:
     leaves = tuple(_leaf(leaf, dims.get(index, ())) for index, leaf in enumerate(call.leaves))
     device = call.leaves[next(iter(dims))].device
     precision = AutocastState.current(device.type).signature()
-    return (str(call.spec), leaves, registered_mixers(), precision, state_key(block))
+    return (str(call.spec), leaves, registered_mixers(), precision, bool(hooks_of_all_modules()), state_key(block))
+
+
+def hooks_of_all_modules() -> list[Any]:
+    """Hooks that somebody has registered for every module of the process; those of PyTorch itself only look."""
+    tables = (getattr(nn.modules.module, f"_global{table}") for table in HOOK_TABLES)
+    hooks = (hook for table in tables for hook in table.values())
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
 
 
 def _leaf(leaf: Any, dims: tuple[int, ...]) -> Any:
@@ -109,7 +117,7 @@ def difference(before: Key, after: Key, call: BlockCall) -> str:
         return f"argument {at} ({type(call.leaves[at]).__name__})"
     if before[-1] != after[-1]:
         return changed(before[-1], after[-1])
-    return "the arguments' structure" if before[0] != after[0] else "autocast, or the mixers that are registered,"
+    return "the arguments' structure" if before[0] != after[0] else "autocast, or what is registered,"
 
 
 def changed(before: Key, after: Key) -> str:

@@ -51,7 +51,7 @@ from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.capture.declaring import DeclaredCalls
 from memo_runtime.capture.dims import token_dims
 from memo_runtime.capture.flash import flash_stands_in
-from memo_runtime.capture.key import changed, state_key
+from memo_runtime.capture.key import changed, hooks_of_all_modules, state_key
 from memo_runtime.errors import CaptureRefusedError
 
 #: Meta entry of placeholders; traced values are detached.
@@ -145,20 +145,25 @@ def refuse_by_sight(block: nn.Module, forward: Callable[..., Any] | None) -> Non
     own = forward if forward is not None else block.forward
     if getattr(own, "__func__", None) is not type(block).forward:
         raise CaptureRefusedError("forward", "it was replaced on the instance")
+    for hook in hooks_of_all_modules():
+        raise CaptureRefusedError(f"hook '{_called(hook)}' of all modules", "it would not run on tiles")
     for name, module in block.named_modules():
         if module is block:
             continue
         for table in HOOK_TABLES:
             hooks = getattr(module, table)
             if hooks:
-                hook = next(iter(hooks.values()))
-                what = getattr(hook, "__qualname__", type(hook).__qualname__)
-                raise CaptureRefusedError(f"hook '{what}' of '{name}'", "hooks of inner modules would not run on tiles")
+                what = f"hook '{_called(next(iter(hooks.values())))}' of '{name}'"
+                raise CaptureRefusedError(what, "hooks of inner modules would not run on tiles")
         if "forward" in module.__dict__:
             raise CaptureRefusedError(f"forward of '{name}'", "it was replaced on the instance")
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer):
             raise CaptureRefusedError(f"'{name}'", f"a {type(tensor).__name__} cannot be traced as a plain tensor")
+
+
+def _called(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 def _state_names(block: nn.Module) -> tuple[str, ...]:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.captured import capture
+from memo_runtime.capture.key import capture_key
 from memo_runtime.errors import CaptureRefusedError
 from tests.capture import blocks
 from tests.exactness import hand_written
@@ -75,6 +78,21 @@ def test_a_hook_of_an_inner_module_is_refused_and_one_of_the_block_is_not(where)
     getattr(block.merge, where)(lambda *_: None)
     with pytest.raises(CaptureRefusedError, match="of 'merge'"):
         capture(block, call_of())
+
+
+def test_a_hook_of_all_modules_is_refused_also_where_it_comes_later_and_one_of_pytorch_is_not():
+    block = hand_written.Attention()
+    before = capture_key(block, call_of())
+    with FlopCounterMode(display=False):  # which hooks every module, to know their names
+        assert capture_key(block, call_of()) == before
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: 2 * out)
+    try:
+        assert capture_key(block, call_of()) != before
+        with pytest.raises(CaptureRefusedError, match=r"lambda.* of all modules: it would not run"):
+            capture(block, call_of())
+    finally:
+        handle.remove()
+    assert capture_key(block, call_of()) == before
 
 
 def test_a_forward_on_an_instance_is_refused():

@@ -50,6 +50,8 @@ _MOST_LENGTHS = 32
 #: Share of the device's memory that a step may need at least and is still tried without a plan: PyTorch's allocator
 #: takes up to a quarter more than what lives, and lengths that vary make it worse.
 _ROOMY = 0.7
+#: Above this share there is no room for steps longer than any so far.
+_TIGHT = 0.95
 _SOLVER_SECONDS = 10.0
 _MISSES = ("resident", "outside", "other_stream", "unplanned", "occupied", "unordered")
 
@@ -292,9 +294,11 @@ class PlannedSteps:
 
     def _place(self, kind: _Kind, sample: Sample, pair: Pair | None) -> None:
         """Find addresses: for the longest step so far where ``pair`` says what that asks for, else for ``sample``."""
-        tokens = sample.tokens if pair is None else longest_of_bucket(kind.longest)
+        tokens = sample.tokens
         if pair is not None:
-            sample = pair.long
+            sample, tokens = pair.long, longest_of_bucket(kind.longest)
+            if _most_bytes(pair.at(tokens)) > _TIGHT * allowed_bytes(self._device):
+                tokens = kind.longest  # which may just fit
         trace = sample.trace if pair is None else pair.at(tokens)
         self._solving = _Job(kind, tokens, sample, pair, self._solver(by_size(trace), seconds=_SOLVER_SECONDS))
 

@@ -245,6 +245,13 @@ def test_lengths_that_are_no_program_of_one_kind_are_placed_by_themselves(rig, l
     assert "begin" not in lengths(1150)
 
 
+def test_where_memory_is_short_there_is_no_room_for_longer_steps(rig, lengths, monkeypatch):
+    monkeypatch.setattr("memo_runtime.arena.steps._TIGHT", 1e-6)
+    lengths(900, 900, 1000, 1200, 1300, 1200)
+    assert "begin" in lengths(1300)
+    assert "begin" not in lengths(1301)
+
+
 def test_a_step_that_may_run_out_of_memory_waits_for_its_place(rig, lengths, monkeypatch):
     lengths(900, 900, 1000, 1200, 1300)
     monkeypatch.setattr("memo_runtime.arena.steps._ROOMY", 1e-6)

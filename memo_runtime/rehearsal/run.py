@@ -141,7 +141,7 @@ def rehearse(
 
     Raises:
         ArgumentTypeError, NotBuiltError: see ``wrap``; ``loss`` is no function.
-        RehearsalError: the model does not train on this batch, or yields no loss.
+        RehearsalError: the model does not train on this batch, or yields no loss; or inference mode is on.
         MemoError: what ``wrap`` and the first step raise, infeasible plans aside.
     """
     from memo_runtime.api import as_batch
@@ -150,6 +150,11 @@ def rehearse(
     check_optimizer(optimizer)
     if loss is not None and not callable(loss):
         raise ArgumentTypeError(f"loss={loss!r} is no function from the model's output to the loss")
+    if torch.is_inference_mode_enabled():
+        raise RehearsalError(
+            "a rehearsal runs a training step, and torch.inference_mode is on, in which nothing has a gradient: make "
+            "the batch and call memo.rehearse outside of it (torch.no_grad does not matter)"
+        )
     check_shapes(model)
     check_weights(model)
     wrapped = find_wrapped(model)

@@ -241,3 +241,11 @@ def test_wrong_input_is_refused_by_name():
         memo.rehearse(tower().to("meta"), batch(), loss=mean_square)
     with pytest.raises(ArgumentTypeError, match=r"is not a torch\.optim\.Optimizer"):
         memo.rehearse(model, batch(), loss=mean_square, optimizer="adam")
+
+
+def test_inference_mode_is_refused_by_name_and_no_grad_does_not_matter():
+    model = tower(1)
+    with torch.inference_mode(), pytest.raises(RehearsalError, match=r"torch\.inference_mode is on"):
+        memo.rehearse(model, batch(), loss=mean_square)
+    with torch.no_grad():
+        assert memo.rehearse(model, batch(), loss=mean_square).fits

@@ -65,8 +65,9 @@ class Request:
     def subject(self) -> Subject:
         """The model on meta, with what is trained of it."""
         from memo_runtime.cli.offline_subject import make_subject
-        from memo_runtime.offline.trainable import trained_in_part
+        from memo_runtime.offline.trainable import check_rank, trained_in_part
 
+        check_rank(self.lora)
         subject = make_subject(self.model, self.max_positions)
         return trained_in_part(subject, lora=self.lora, trainable=self.trainable)
 

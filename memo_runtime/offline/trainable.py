@@ -31,6 +31,16 @@ class LowRank(nn.Module):
         return result
 
 
+def check_rank(rank: int | None) -> None:
+    """To be asked before a model is made, which may take minutes.
+
+    Raises:
+        ArgumentError: a rank of adapters below 1.
+    """
+    if rank is not None and rank < 1:
+        raise ArgumentError(f"--lora {rank} is not a rank: give 1 or more")
+
+
 def trained_in_part(subject: Subject, *, lora: int | None, trainable: str | None) -> Subject:
     """``subject`` with all but a part frozen, and a name that says so.
 
@@ -71,8 +81,7 @@ def _matching(model: nn.Module, trainable: str) -> list[nn.Parameter]:
 
 
 def _add_adapters(subject: Subject, rank: int) -> None:
-    if rank < 1:
-        raise ArgumentError(f"--lora {rank} is not a rank: give 1 or more")
+    check_rank(rank)
     count = 0
     for ref in find_blocks(subject.model):
         linears = [name for name, module in ref.module.named_modules() if isinstance(module, nn.Linear) and name]

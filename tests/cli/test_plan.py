@@ -167,3 +167,12 @@ def test_mistakes_are_one_message(folder, arguments, said):
     assert result.exit_code == 2, result.output
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("verb", ["plan", "fit"])
+def test_a_rank_that_is_none_is_refused_before_the_model_is_made(verb):
+    """No file has this name, which making the model would say."""
+    length = ["--seq-len", "4096"] if verb == "plan" else []
+    result = CliRunner().invoke(app, [verb, "--model", "no-such.json", "--gpu", "h100-80gb", "--lora", "0", *length])
+    assert result.exit_code != 0
+    assert "--lora 0 is not a rank" in " ".join((result.output + str(result.exception or "")).split())

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "transformers", "pulp", "ortools", "triton", "liger-kernel", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "torch", "transformers", "pulp", "ortools", "triton", "nvidia-cudnn-cu13", "liger-kernel", "trl", "accelerate",
+    "deepspeed", "trainstream",
+)  # fmt: skip
 
 
 def package_version(package: str) -> str | None:

@@ -22,6 +22,13 @@ ATTENTION_AGAIN = {
     "save_on_cpu": True,
     "axolotl": False,
     "hf-offload": True,
+    "trl-offload": True,
+    "trl-offload-all": False,
+    "liger": True,
+    "hf-offload+liger": True,
+    "deepspeed": True,
+    "memory-budget": False,
+    "trainstream": False,
 }
 #: Trains nothing: a floor, and nobody's rival.
 FLOOR = "kernels"

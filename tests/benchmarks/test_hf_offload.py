@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import modeling_utils
 
-from benchmarks.harness.contenders import CONTENDERS, hf_offload
+from benchmarks.harness.contenders import CONTENDERS, hf_checkpointing, hf_offload
 from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.geometry import Scope
 
@@ -38,6 +38,6 @@ def test_inputs_of_blocks_leave_and_gradients_are_the_same(make_job, monkeypatch
 
 def test_a_transformers_without_offload_is_named(make_job, monkeypatch):
     monkeypatch.setattr(hf_offload, "need_gpu", lambda *given: None)
-    monkeypatch.setattr(hf_offload, "_ENABLERS", ("gradient_checkpointing_disable",))
+    monkeypatch.setattr(hf_checkpointing, "_ENABLERS", ("gradient_checkpointing_disable",))
     with pytest.raises(SkippedError, match="takes no offload: pip install 'transformers"):
         CONTENDERS["hf-offload"](make_job("hf-offload"))

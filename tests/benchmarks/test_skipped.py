@@ -1,8 +1,10 @@
 import json
+import re
 
 import pytest
 
-from benchmarks.harness.contenders.packages import Package, SkippedError, need
+from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.contenders.packages import DEEPSPEED, LIGER, TRAINSTREAM, TRL, Package, SkippedError, need
 
 MISSING = Package("nobody_has_this_module", "nobody-has-this", "1.2.3")
 
@@ -15,6 +17,25 @@ def test_what_is_not_installed_is_named_with_the_line_that_installs_it():
     assert str(caught.value) == (
         "contender needs nobody-has-this, not installed here: pip install torch==2.11.0 nobody-has-this==1.2.3"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("trl-offload", TRL),
+        ("trl-offload-all", TRL),
+        ("liger", LIGER),
+        ("hf-offload+liger", LIGER),
+        ("deepspeed", DEEPSPEED),
+        ("trainstream", TRAINSTREAM),
+    ],
+)
+def test_each_names_its_package(make_job, name, package):
+    if package.is_there:
+        pytest.skip(f"{package.name} is installed")
+    line = f"{name} needs {package.name}, not installed here: pip install {package.requirement}"
+    with pytest.raises(SkippedError, match=re.escape(line)):
+        CONTENDERS[name](make_job(name))
 
 
 def test_a_skipped_contender_is_a_row_and_no_failure(in_process, make_runner, arguments, tmp_path):

@@ -8,11 +8,16 @@ from functools import partial
 from benchmarks.harness.contenders.axolotl import Axolotl
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.checkpoint import Checkpoint
+from benchmarks.harness.contenders.deepspeed import DeepSpeed
 from benchmarks.harness.contenders.hf_offload import HfOffload
 from benchmarks.harness.contenders.kernels import Kernels
+from benchmarks.harness.contenders.liger import Liger
 from benchmarks.harness.contenders.memo import Memo
+from benchmarks.harness.contenders.memory_budget import MemoryBudget
 from benchmarks.harness.contenders.save_on_cpu import SaveOnCpu
 from benchmarks.harness.contenders.selective import Selective
+from benchmarks.harness.contenders.trainstream import TrainStream
+from benchmarks.harness.contenders.trl import TrlOffload
 from benchmarks.harness.contenders.unwrapped import Unwrapped
 from benchmarks.harness.job import Job
 from benchmarks.harness.names import MEMO_WAYS
@@ -25,5 +30,12 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "save_on_cpu": SaveOnCpu,
     "axolotl": Axolotl,
     "hf-offload": HfOffload,
+    "trl-offload": partial(TrlOffload, True),
+    "trl-offload-all": partial(TrlOffload, False),
+    "liger": partial(Liger, False),
+    "hf-offload+liger": partial(Liger, True),
+    "deepspeed": DeepSpeed,
+    "memory-budget": MemoryBudget,
+    "trainstream": TrainStream,
     **{f"memo-{way}": partial(Memo, policy, alpha) for way, (policy, alpha) in MEMO_WAYS.items()},
 }

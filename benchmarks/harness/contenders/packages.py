@@ -32,7 +32,9 @@ class Package:
         return importlib.util.find_spec(self.module) is not None
 
 
+DEEPSPEED = Package("deepspeed", "deepspeed", "0.19.8")
 LIGER = Package("liger_kernel", "liger-kernel", "0.8.5")
+TRAINSTREAM = Package("trainstream", "trainstream", "0.4.1")
 TRL = Package("trl", "trl", "1.16.0")
 
 

@@ -1,0 +1,49 @@
+"""TRL's ``OffloadActivations``, as its trainers enter it: around forward and backward of a step.
+
+Its trainers checkpoint by default, so that what it moves are the inputs of blocks. Without checkpointing it moves all
+that autograd saves.
+"""
+
+from __future__ import annotations
+
+from benchmarks.harness.contenders.base import Training
+from benchmarks.harness.contenders.hf_checkpointing import enable_checkpointing
+from benchmarks.harness.contenders.packages import TRL, need, need_gpu
+from benchmarks.harness.job import Job
+from benchmarks.harness.subject import OnGradients
+
+#: The defaults of ``get_act_offloading_ctx_manager``, said so that a row has them.
+_OPTIONS = {"use_pin_memory": True, "use_streams": True, "min_offload_size": 1024, "max_fwd_stash_size": 5}
+
+
+class TrlOffload(Training):
+    """Activations on the host by TRL's context manager, with or without checkpointing."""
+
+    def __init__(self, checkpointing: bool, job: Job) -> None:
+        self.checkpointing = checkpointing
+        super().__init__(job)
+
+    def install(self) -> None:
+        """The manager is made once; each step enters it.
+
+        Raises:
+            SkippedError: TRL is not installed, or there is no GPU.
+        """
+        need(self.job.contender, [TRL])
+        need_gpu(self.job.contender, self.device, "its streams are an accelerator's")
+        super().install()
+        from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+        if self.checkpointing:
+            self.settings |= enable_checkpointing(self.subject)
+        self._manager = get_act_offloading_ctx_manager(self.subject.model, warn_if_no_head=False, **_OPTIONS)
+        self.settings["get_act_offloading_ctx_manager"] = _OPTIONS
+
+    def step(self, on_gradients: OnGradients | None = None) -> None:
+        """One step inside the manager."""
+        with self._manager:
+            super().step(on_gradients)
+
+    def recomputed_flops(self, tokens: int) -> int:
+        """Every block once more, if it is checkpointed."""
+        return self.subject.shape.rerun_flops(tokens, attention=True) if self.checkpointing else 0

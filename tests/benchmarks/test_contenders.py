@@ -12,7 +12,7 @@ from benchmarks.harness.geometry import Scope
 
 #: The compiler takes half a minute on the CPU.
 SLOW = {"memory-budget"}
-#: Norms are in float32 whatever the model is, and compiled ones round otherwise: relative L2 distance, about its epsilon.
+#: Norms are in float32 whatever the model is, and compiled ones round otherwise: relative L2 distance.
 ROUNDING = {"memory-budget": 1e-6}
 TRAINING = [name for name in CONTENDERS if name != "kernels"]
 CASES = [(name, Scope.BLOCKS) for name in TRAINING]

@@ -46,12 +46,15 @@ def reference():
     return measured("unwrapped")
 
 
-@pytest.mark.parametrize("name", ["selective", "checkpoint", "save_on_cpu", "memo-auto", "memo-swap", "memo-recompute"])
+@pytest.mark.parametrize(
+    "name",
+    ["selective", "checkpoint", "save_on_cpu", "axolotl", "hf-offload", "memo-auto", "memo-swap", "memo-recompute"],
+)
 def test_contenders_agree_and_say_what_they_used(reference, name):
     row = measured(name)
     assert relative_difference(row["gradient_sketch"], reference["gradient_sketch"]) < 0.05
     assert 0 < row["peak_allocated"] <= row["peak_reserved"]
-    if name in ("save_on_cpu", "memo-swap", "memo-recompute"):
+    if name in ("save_on_cpu", "axolotl", "hf-offload", "memo-swap", "memo-recompute"):
         assert row["pinned_bytes"] > 0
     if not name.startswith("memo"):
         assert row["peak_allocated"] < reference["peak_allocated"]

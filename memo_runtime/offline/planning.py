@@ -24,6 +24,8 @@ from memo_runtime.units import format_bytes
 
 #: Limit of the layout's solver.
 _LAYOUT_SECONDS = 8.0
+#: What an error says where nothing can fit at the asked length: shorter ones may go further by tiles.
+_BY_REPLAY = "  tried      replay alone; memo fit tries shorter lengths by tiles too, which may go further"
 
 
 def plan_offline(
@@ -71,9 +73,11 @@ def plan_at(offline: Offline, settings: Settings) -> Plan:
             plan = make_plan(offline.profile, settings, words=words)
             if not tiles_are_worth_trying(sheet, settings, plan.forecast.step_seconds):
                 return finished(plan, offline)
-        except PlanInfeasibleError:
+        except PlanInfeasibleError as error:
             if not tiles_are_worth_trying(sheet, settings, None):
-                raise
+                if settings.policy is not Policy.AUTO:
+                    raise
+                raise type(error)(f"{error}\n{_BY_REPLAY}") from None
     return finished(make_plan(offline.with_tiles().profile, settings, words=words), offline)
 
 

@@ -239,11 +239,11 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         states=states,
         rows=rows,
         blocks=blocks,
-        allocated_bytes=states.parameters + states.buffers + gathered + _WORKSPACE_BYTES + batch * local,
+        allocated_bytes=states.parameters + states.buffers + gathered + _WORKSPACE_BYTES,
         expandable=True,
         shared=_shared(blocks, call, seen),
-        # The embedding's result, which is the first block's input, is held by the caller of the stack.
-        outside_forward=Growth(linear=hidden_bytes / local),
+        # The batch, and the embedding's result, which is the first block's input and is held by the stack's caller.
+        outside_forward=Growth(linear=hidden_bytes / local + batch),
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
         outside_seconds=_outside_seconds(model, blocks, machine, rows),

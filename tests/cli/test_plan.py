@@ -111,11 +111,13 @@ def test_a_factory_is_called_on_meta(folder):
     assert "weights are float32, and rtx-4090 is described by its peak in bf16" in said(result)
 
 
-def test_what_cannot_fit_exits_with_3_and_says_what_would(folder):
-    result = memo("--model", "offlinemodel:make", "--seq-len", "1M", "--budget", "100MiB")
+@pytest.mark.parametrize("asked", ["1M", "1000000M"])
+def test_what_cannot_fit_exits_with_3_and_says_what_would(folder, asked):
+    result = memo("--model", "offlinemodel:make", "--seq-len", asked, "--budget", "100MiB")
     assert result.exit_code == 3
-    for said in ("does not fit in 100.00 MiB", "floor", "would fit", " instead of 1048576"):
+    for said in ("does not fit in 100.00 MiB", "floor", "would fit  --seq-len", f" instead of {int(asked[:-1]) << 20}"):
         assert said in result.output
+    assert "memo fit tries shorter lengths by tiles too" in result.output
 
 
 @pytest.mark.parametrize(

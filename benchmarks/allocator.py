@@ -12,7 +12,7 @@ leaves to PyTorch's allocator, ``reserved_over`` what is reserved over the arena
 float64.
 
 Lengths such as 20000-128K are another one at every step, planned from a quarter and a half of the longest. What each
-takes on an H200, by its steps' times:
+takes on an H200, estimated:
 
     --geometry llama-8b --blocks 4 --lengths 64K --contenders checkpoint                                       2 minutes
     --geometry llama-8b --blocks 4 --lengths 64K,128K --contenders selective,memo-replay,memo-tiled           18 minutes

@@ -353,8 +353,8 @@ def test_torture(built_allocator, seconds):
     print(f"\n{found}")
     assert found["wrong"] == 0
     assert found["live"] == 0
-    # What is not served of these are bytes that strays keep: 0.91 with four of them, 0.99 with none, by the same
-    # program in front of PyTorch's allocator on an imitated device.
+    # What is not served of these are bytes that strays keep: with four of them 0.909 on an H200, and 0.909 to 0.912 in
+    # front of PyTorch's allocator on an imitated device. Extra requests that are served count too.
     assert found["served_expected"] > 0.85 * found["expected"]
     assert found["expected"] > 0.5 * found["requests"]
     assert found["operations"] >= 1_000_000 or seconds < 60

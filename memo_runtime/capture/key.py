@@ -1,13 +1,15 @@
 """When a capture holds: everything that a trace has frozen.
 
 A trace depends on the Python state of the block and on what kinds of arguments it is called with. Both are summed up in
-one key at each call; another key captures again. Not seen: globals, closures and objects of unknown classes, beside
-their identity.
+one key at each call; another key captures again. Not seen: globals, closures, attributes of classes, elements of arrays
+that are no tensors, and what lies more than ``_DEPTH`` objects deep.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -145,16 +147,23 @@ def _value(value: Any, seen: dict[int, tuple[Any, int, Any]], depth: int) -> Any
     found: Any = Itself(value)
     if isinstance(value, Mapping) and depth:
         found = tuple((_value(k, seen, 0), _value(v, seen, depth - 1)) for k, v in value.items())
-    elif isinstance(value, (list, tuple, set, frozenset)) and depth:
+    elif isinstance(value, (list, tuple, set, frozenset, deque)) and depth:
         items = [_value(item, seen, depth - 1) for item in value]
         found = tuple(sorted(items, key=str) if isinstance(value, (set, frozenset)) else items)
-    elif depth and hasattr(value, "__dict__") and not _opaque(value):
-        inner = ((key, one) for key, one in vars(value).items() if not isinstance(one, torch.Tensor))
+    elif depth and not _opaque(value):
+        inner = ((key, one) for key, one in _attributes(value) if not isinstance(one, torch.Tensor))
         found = (type(value), Itself(value), *((key, _value(one, seen, depth - 1)) for key, one in inner))
     seen[id(value)] = (value, depth, found)
     return found
 
 
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """Those of an object, with and without a dictionary of its own."""
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if name[:2] != "__"]
+    found = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+    return [*found, *getattr(value, "__dict__", {}).items()]
+
+
 def _opaque(value: Any) -> bool:
     """Told apart by identity alone."""
-    return isinstance(value, (nn.Module, torch.Tensor, type)) or callable(value)
+    return isinstance(value, (nn.Module, torch.Tensor, type)) or inspect.isroutine(value)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import deque
 
 import pytest
 import torch
@@ -164,14 +165,31 @@ class Holder:
         self.value = value
 
 
+class Scale(Holder):
+    """One that is called."""
+
+    def __call__(self, x):
+        return self.value * x
+
+
+class Slot:
+    """One without a dictionary."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
 def test_every_object_is_looked_into_wherever_it_is():
     """Also behind others, inside others, and where it was met before at the end of a long way."""
     block = blocks.Switched()
     last = Holder(1)
     block.long, block.first, block.second = [[[[last]]]], Holder(1), Holder(1)
     block.nested, block.many = Holder(Holder(Holder(1))), [Holder(1), {"one": Holder(1), "two": Holder(1)}]
-    block.last = last
+    block.last, block.scale, block.slot, block.queue = last, Scale(1), Slot(1), deque([Holder(1)])
     objects = [block.first, block.second, block.nested.value.value, block.many[0], block.many[1]["two"], last]
+    objects += [block.scale, block.slot, block.queue[0]]
     for number, one in enumerate(objects):
         before = capture_key(block, call_of())
         one.value = 2

@@ -145,10 +145,11 @@ class Stack:
             one = footprint(block, plan, Link(to_host=1.0, to_device=1.0))
             prints.append(replace(one, outgoing=0, sent=replace(one.sent, under_way=0)))
         around = Surroundings(
-            asynchronous=True, base_bytes=0, gradual=True, outside_gradients=0, last_gradients=0, outside_peak=0,
-            outside_seconds=0.0,
+            # The first block's input is made here, and goes with the block's stash.
+            asynchronous=True, base_bytes=prints[0].entry, gradual=True, outside_gradients=0, last_gradients=0,
+            outside_peak=0, outside_seconds=0.0,
         )  # fmt: skip
-        return run_course(around, prints).device_peak
+        return around.base_bytes + run_course(around, prints).device_peak
 
     def measure(self, case):
         """Most bytes alive in a step, beside what is behind the last block."""

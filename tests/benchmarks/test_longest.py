@@ -83,7 +83,7 @@ def test_a_rehearsed_run(in_process, arguments, capsys):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("memo-") and name != "memo-auto" else [])
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("mem") and name != "memo-auto" else [])
     for name in sorted(set(CONTENDERS) - {"kernels"})
 ])  # fmt: skip
 def test_every_contender_is_rehearsed_through_its_interface(make_job, name):

@@ -259,6 +259,7 @@ def test_how_a_process_ended(make_job, returned, status):
     assert (failure and failure["status"]) == status
 
 
+@pytest.mark.slow
 def test_a_run_in_processes_survives_an_interrupt(arguments, tmp_path):
     """Real processes, a real memory limit, and an interrupt in the middle."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "solver")])

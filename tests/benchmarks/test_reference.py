@@ -11,6 +11,7 @@ from benchmarks.harness.runner import main
 from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.subject import Subject
 from tests.benchmarks.test_runner import rows_of
+from tests.benchmarks.wrong import WrongGradients
 
 
 @pytest.mark.parametrize("scope", list(Scope))
@@ -68,13 +69,7 @@ def test_a_reference_that_does_not_fit_is_a_row_and_the_others_are_compared_with
 
 
 def test_gradients_too_far_from_the_reference_are_an_error_without_unwrapped_too(in_process, arguments, monkeypatch):
-    class Wrong(Unwrapped):
-        def step(self, on_gradients=None):
-            if on_gradients is None:
-                return super().step()
-            return super().step(lambda given: on_gradients(given | {"input": given["input"] * 1.01}))
-
-    monkeypatch.setitem(CONTENDERS, "checkpoint", Wrong)
+    monkeypatch.setitem(CONTENDERS, "checkpoint", WrongGradients)
     given = arguments("checkpoint", lengths="48")
     assert main(given) == 1
     (row,) = [row for row in rows_of(given) if row["contender"] == "checkpoint"]

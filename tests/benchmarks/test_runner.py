@@ -10,9 +10,11 @@ import time
 import pytest
 
 from benchmarks.harness import runner
+from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.job import Job
 from benchmarks.harness.rows import held, read_rows
 from benchmarks.harness.runner import Child, main
+from tests.benchmarks.wrong import WrongGradients
 from tests.house.sources import ROOT
 
 SMOKE = "kernels,unwrapped,selective,memo-auto,checkpoint,save_on_cpu"
@@ -168,15 +170,7 @@ def test_a_process_that_ends_badly_is_a_row(scripted, make_runner):
 
 
 def test_wrong_gradients_are_an_error_however_fast(in_process, arguments, monkeypatch):
-    from benchmarks.harness.contenders import CONTENDERS, Unwrapped
-
-    class Wrong(Unwrapped):
-        def step(self, on_gradients=None):
-            if on_gradients is None:
-                return super().step()
-            return super().step(lambda given: on_gradients(given | {"input": given["input"] * 1.01}))
-
-    monkeypatch.setitem(CONTENDERS, "checkpoint", Wrong)
+    monkeypatch.setitem(CONTENDERS, "checkpoint", WrongGradients)
     given = arguments("unwrapped,checkpoint")
     assert main(given) == 1
     (row,) = [row for row in rows_of(given) if row["contender"] == "checkpoint"]

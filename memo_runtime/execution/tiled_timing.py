@@ -225,6 +225,9 @@ class _Attention:
         """Tell ``kernels`` the fastest one at ``tokens`` tokens."""
         inputs = self.inputs(tokens)
         names = self._promising(tokens, list(kernels_for(inputs, self._settings(inputs))))
+        if len(names) == 1 and not self._chunk_sizes(inputs, names[0]):
+            kernels[self.key] = Kernel(names[0])
+            return
         found = {Kernel(name): self.seconds(inputs, Kernel(name)) for name in names}
         best = min(found, key=lambda kernel: sum(found[kernel]))
         chunked = found | {kernel: (forward, found[best][1]) for kernel, forward in self._by_chunks(inputs, best)}
@@ -251,10 +254,8 @@ class _Attention:
 
         The time of a chunk is a line by the keys before it: the second chunk and the last one are timed.
         """
-        tokens, settings = inputs.query.shape[2], self._settings(inputs)
-        for size in _CHUNKS if by_queries_allowed(kernel.name, inputs, settings) else ():
-            if tokens < 3 * size:
-                continue
+        tokens = inputs.query.shape[2]
+        for size in self._chunk_sizes(inputs, kernel.name):
             starts = [start for start, stop in chunks(tokens, size) if stop - start == size]
             second, last = (self._chunk_seconds(inputs, kernel.name, start, size) for start in (size, starts[-1]))
             slope = (last - second) / (starts[-1] - size)
@@ -263,6 +264,11 @@ class _Attention:
             rest = tokens - starts[-1] - size
             whole += (second + slope * (tokens - rest - size)) * rest / size
             yield Kernel(kernel.name, size), whole * self._times(inputs)
+
+    def _chunk_sizes(self, inputs: Inputs, name: str) -> list[int]:
+        """Those that are tried with kernel ``name``: of which there are three at least."""
+        allowed = by_queries_allowed(name, inputs, self._settings(inputs))
+        return [size for size in _CHUNKS if allowed and inputs.query.shape[2] >= 3 * size]
 
     def _chunk_seconds(self, inputs: Inputs, name: str, start: int, size: int) -> float:
         """Of the forward of one chunk, by the heads of ``inputs``, on a device that was at work until now."""

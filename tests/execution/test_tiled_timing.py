@@ -147,6 +147,7 @@ def test_chunks_are_taken_where_they_save_enough_and_the_longest_of_equals(chunk
     monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: (1.0, 3.0))
     forwards = [(Kernel("cpu", 16), chunked), (Kernel("cpu", 8), 0.995 * chunked)]
     monkeypatch.setattr(tiled_timing._Attention, "_by_chunks", lambda self, inputs, kernel: iter(forwards))
+    monkeypatch.setattr(tiled_timing, "_CHUNKS", (8,))
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(),), {}))
     one = tiled_timing._Attention(captured, captured.attentions[0])
@@ -167,5 +168,8 @@ def test_a_kernel_that_is_far_behind_is_not_timed_at_full_length(monkeypatch):
     monkeypatch.setattr(tiled_timing._Attention, "seconds", seconds)
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(),), {}))
-    tiled_timing._Attention(captured, captured.attentions[0]).choose(tiles.programs.kernels, 29)
-    assert timed == [("cpu", 16), ("rows", 16), ("cpu", 29)]
+    one = tiled_timing._Attention(captured, captured.attentions[0])
+    one.choose(tiles.programs.kernels, 29)
+    # One is left, and no chunks to compare it with.
+    assert timed == [("cpu", 16), ("rows", 16)]
+    assert tiles.programs.kernels == {one.key: Kernel("cpu")}

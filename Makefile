@@ -1,6 +1,6 @@
 # make demo   trains a small model on real text with its activations swapped and partly rebuilt
 # make test   lint, types and tests; what .ci/run calls
-# make bench-smoke   the benchmark harness on tiny shapes on the CPU: fresh rows and their table, in a minute
+# make bench-smoke   the benchmark harness on tiny shapes on the CPU: fresh rows and their table, in two minutes
 #
 # All make an environment in .venv first. Stamp files keep a second run from installing anything again.
 

@@ -1,8 +1,8 @@
 """Seconds of one run on an idle device, of runs that follow each other without a pause, and of what a step runs.
 
 A GPU at its power limit sets its clock by the work it has just done: products of matrices run faster after a pause than
-in a step, and attention alone runs faster than beside them. So what is timed for a forecast runs behind the same kind of
-work, and beside what it runs with in a step.
+in a step, and attention alone runs faster than beside them. So what is timed for a forecast runs behind the same kind
+of work, and beside what it runs with in a step.
 """
 
 from __future__ import annotations

@@ -9,12 +9,19 @@ from typing import Any
 #: (longest length, steady steps, steps before them): long steps vary less and cost more.
 _STEPS = ((65_536, 5, 2), (131_072, 3, 1))
 _BEYOND = (1, 1)
+#: Beyond this length a step takes long: what comes before it is a rehearsal, which does all but attention.
+_REHEARSED_BEYOND = 131_072
 
 
 def step_counts(tokens: int, cap: int | None = None) -> tuple[int, int]:
     """(steady steps, warm-up steps) at ``tokens``; ``cap`` bounds both."""
     steady, warm = next(((steady, warm) for limit, steady, warm in _STEPS if tokens <= limit), _BEYOND)
     return (steady, warm) if cap is None else (min(steady, cap), min(warm, cap))
+
+
+def warms_up_by_rehearsal(tokens: int) -> bool:
+    """Whether the steps before those that are measured are rehearsed at ``tokens``."""
+    return tokens > _REHEARSED_BEYOND
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, Any]:
@@ -35,4 +42,6 @@ def predicted_seconds(before: int, step_seconds: float, other_seconds: float, to
             steps (profiling, pinning), taken to grow with the length.
     """
     ratio = tokens / before
-    return step_seconds * ratio**2 * sum(step_counts(tokens, cap)) + other_seconds * ratio
+    steady, warm = step_counts(tokens, cap)
+    steps = steady if warms_up_by_rehearsal(tokens) else steady + warm
+    return step_seconds * ratio**2 * steps + other_seconds * ratio

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,10 +30,11 @@ from benchmarks.harness.rehearsing import rehearse
 from benchmarks.harness.rows import REFERENCE
 from benchmarks.harness.sketch import encode, norm, sketch
 from benchmarks.harness.subject import OnGradients
-from benchmarks.harness.timing import percentiles, predicted_seconds, step_counts
+from benchmarks.harness.timing import percentiles, predicted_seconds, step_counts, warms_up_by_rehearsal
 from benchmarks.harness.tracing import traced_step
 from memo_runtime.rehearsal.cpu_peak import cpu_peak
 from memo_runtime.rehearsal.failure import ran_out
+from memo_runtime.rehearsal.stand_ins import StandIns
 from memo_runtime.reporting.mfu import utilization
 
 _MESSAGE_LIMIT = 600
@@ -64,13 +66,16 @@ def _warm_up(contender: Contender, job: Job, tokens: int, warm: int) -> Measurem
     """The steps that are not measured: profiles, plans and pinning happen here, and gradients are looked at.
 
     Gradients are the first step's, before an optimizer made more of their last bits; its seconds contain that look.
+    Where a step takes minutes, one step is rehearsed instead: profiles and plans are made with the real kernels.
     """
-    facts: Measurement = {"warm_up": warm}
+    rehearsed = warms_up_by_rehearsal(tokens) and tokens != job.sketch_at
+    facts: Measurement = {"warm_up": 0 if rehearsed else warm}
     reset_peaks(contender.device)
     started = time.perf_counter()
-    facts["first_step_seconds"] = _timed(contender, _Gradients(facts) if tokens == job.sketch_at else None)
+    with StandIns(contender.device) if rehearsed else nullcontext():
+        facts["first_step_seconds"] = _timed(contender, _Gradients(facts) if tokens == job.sketch_at else None)
     facts["first_peak_allocated"] = cuda_peaks(contender.device).get("peak_allocated")
-    for _ in range(warm - 1):
+    for _ in range(facts["warm_up"] - 1):
         _timed(contender)
     facts["warm_up_seconds"] = time.perf_counter() - started
     return facts

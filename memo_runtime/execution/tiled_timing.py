@@ -15,7 +15,6 @@ the same at every length (casts, sums in float32) is in the line: it is small be
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import MASKED_ATTENTION
-from memo_runtime.blocks.stopwatch import Beside, laps, typical
+from memo_runtime.blocks.stopwatch import Beside, typical
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.dims import shortened
 from memo_runtime.capture.rules import arguments_of, operator_name
@@ -57,8 +56,6 @@ logger = logging.getLogger("memo_runtime")
 _TIMED_TILES = {"cuda": 4, "cpu": 2}
 #: By name: its module takes a second to import where nothing is compiled.
 _COMPILER_ERROR = "TorchDynamoException"
-#: Runs of a chunk of queries before it is timed, and timed ones.
-_WARM, _SAMPLES = 2, 3
 #: Kernels are compared at this many tokens first, and those that take this much more than the fastest are left out.
 _COMPARED_TOKENS, _HOPELESS = 2**16, 1.5
 #: Queries of a chunk, and the share of the forward that chunks must save; less is no difference between two of them.
@@ -230,7 +227,8 @@ class _Attention:
             return
         found = {Kernel(name): self.seconds(inputs, Kernel(name)) for name in names}
         best = min(found, key=lambda kernel: sum(found[kernel]))
-        chunked = found | {kernel: (forward, found[best][1]) for kernel, forward in self._by_chunks(inputs, best)}
+        forward, backward = found[best]
+        chunked = found | {kernel: (share * forward, backward) for kernel, share in self._by_chunks(inputs, best)}
         chosen = best
         for kernel, times in chunked.items():
             if times[0] < (1.0 - _WORTH) * chunked[chosen][0] and kernel.name == best.name:
@@ -250,35 +248,32 @@ class _Attention:
         return [name for name in names if name in times and times[name] <= _HOPELESS * min(times.values())] or names
 
     def _by_chunks(self, inputs: Inputs, kernel: Kernel) -> Iterator[tuple[Kernel, float]]:
-        """(kernel, seconds of its forward for all heads) with queries in chunks.
+        """(kernel with queries in chunks, seconds of its forward by those of the whole).
 
-        The time of a chunk is a line by the keys before it: the second chunk and the last one are timed.
+        The time of a chunk is a line by the keys before it: the second chunk and the last one are timed. They are so
+        in rounds with the whole: a chunk that runs after a pause has a clock that the whole never has, and looks
+        faster by a tenth than it is in a step.
         """
-        tokens = inputs.query.shape[2]
-        for size in self._chunk_sizes(inputs, kernel.name):
-            starts = [start for start, stop in chunks(tokens, size) if stop - start == size]
-            second, last = (self._chunk_seconds(inputs, kernel.name, start, size) for start in (size, starts[-1]))
-            slope = (last - second) / (starts[-1] - size)
-            # The first chunk has a third of the pairs of the second: half of a square, and no rectangle.
-            whole = second / 3.0 + sum(second + slope * (start - size) for start in starts[1:])
-            rest = tokens - starts[-1] - size
-            whole += (second + slope * (tokens - rest - size)) * rest / size
-            yield Kernel(kernel.name, size), whole * self._times(inputs)
+        tokens, settings = inputs.query.shape[2], self._settings(inputs)
+        sizes = self._chunk_sizes(inputs, kernel.name)
+        if not sizes:
+            return
+        last = {size: (tokens // size - 1) * size for size in sizes}
+        runs: list[Callable[[], object]] = [lambda: attention_forward(inputs, settings, seed=0, kernel=kernel)]
+        runs += [
+            partial(last_queries, kernel.name, inputs, settings, start, size)
+            for size in sizes for start in (size, last[size])
+        ]  # fmt: skip
+        with torch.no_grad():
+            whole, *timed = typical(runs, inputs.query.device, range(len(runs)))
+        for number, size in enumerate(sizes):
+            forward = _line_of_chunks(tokens, size, timed[2 * number], timed[2 * number + 1])
+            yield Kernel(kernel.name, size), forward / whole
 
     def _chunk_sizes(self, inputs: Inputs, name: str) -> list[int]:
         """Those that are tried with kernel ``name``: of which there are three at least."""
         allowed = by_queries_allowed(name, inputs, self._settings(inputs))
         return [size for size in _CHUNKS if allowed and inputs.query.shape[2] >= 3 * size]
-
-    def _chunk_seconds(self, inputs: Inputs, name: str, start: int, size: int) -> float:
-        """Of the forward of one chunk, by the heads of ``inputs``, on a device that was at work until now."""
-        settings = self._settings(inputs)
-
-        def run() -> None:
-            last_queries(name, inputs, settings, start, size)
-
-        with torch.no_grad():
-            return statistics.median(laps([run] * (_WARM + _SAMPLES), inputs.query.device)[_WARM:])
 
     def _settings(self, inputs: Inputs) -> Settings:
         return Settings.of(arguments_of(self.node), inputs.query.shape[-1])
@@ -307,6 +302,16 @@ class _Attention:
         """How often ``inputs`` go into all heads of all sequences."""
         shapes = self._shapes(inputs.query.shape[2])
         return shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
+
+
+def _line_of_chunks(tokens: int, size: int, second: float, last: float) -> float:
+    """Seconds of all chunks of ``size`` queries, from those of the second and of the last whole one."""
+    starts = [start for start, stop in chunks(tokens, size) if stop - start == size]
+    slope = (last - second) / (starts[-1] - size)
+    # The first chunk has a third of the pairs of the second: half of a square, and no rectangle.
+    whole = second / 3.0 + sum(second + slope * (start - size) for start in starts[1:])
+    rest = tokens - starts[-1] - size
+    return whole + (second + slope * (tokens - rest - size)) * rest / size
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,3 +30,5 @@ def test_percentiles_lie_within_what_was_measured():
 def test_predictions_grow_with_square_and_length():
     # 7 steps of 4 times 2 s, and twice the 3 s beside them
     assert predicted_seconds(1024, 2.0, 3.0, tokens=2048, cap=None) == pytest.approx(7 * 8 + 6)
+    # One step is measured, and the one before it is rehearsed.
+    assert predicted_seconds(131_072, 2.0, 3.0, tokens=262_144, cap=None) == pytest.approx(8 + 6)

@@ -111,6 +111,24 @@ def test_a_measurement_says_what_was_measured(monkeypatch, make_job):
     assert row["recomputed_flops"] == 0
 
 
+def test_long_steps_are_warmed_up_by_a_rehearsal(monkeypatch, make_job):
+    replaced = []
+
+    class Attends(Scripted):
+        def step(self, on_gradients=None):
+            query = torch.randn(1, 1, 96, 4)
+            shown = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+            replaced.append(torch.equal(shown, query))  # a stand-in yields the values
+
+    monkeypatch.setitem(CONTENDERS, "unwrapped", lambda _: Attends({}))
+    out = io.StringIO()
+    walk(make_job("unwrapped", (131_072, 131_073)), out)
+    rows = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [row["warm_up"] for row in rows] == [1, 0]
+    # The last step of each is the one whose peak is counted on the CPU.
+    assert replaced == [False] * 3 + [True, False, False]
+
+
 def test_the_peak_of_checkpointing_is_lower(make_job):
     peaks = {}
     for name in ("unwrapped", "checkpoint"):

@@ -127,24 +127,27 @@ def causal_flops_of_each(runs: list[Callable[[], object]], device: torch.device)
 @pytest.mark.parametrize("tokens", [24, 29])
 def test_two_chunks_of_queries_tell_what_all_take(tokens, monkeypatch):
     """A FLOP takes a second: chunks have those of the whole, whose causal half they cut differently."""
-    monkeypatch.setattr(tiled_timing, "laps", causal_flops_of_each)
+    monkeypatch.setattr(stopwatch, "laps", causal_flops_of_each)
     monkeypatch.setattr(tiled_timing, "_CHUNKS", (16, 8, 4))
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(tokens),), {}))
     one = tiled_timing._Attention(captured, captured.attentions[0])
     found = dict(one._by_chunks(one.inputs(tokens), Kernel("cpu")))
     assert [kernel.queries for kernel in found] == [8, 4]  # of 16 there are fewer than three
-    for kernel, seconds in found.items():
-        inputs = one.inputs(tokens)
-        run = partial(attention.attention_forward, inputs, one._settings(inputs), seed=0, kernel=kernel)
-        whole = causal_flops_of_each([run], torch.device("cpu"))
+    inputs = one.inputs(tokens)
+    runs = [
+        partial(attention.attention_forward, inputs, one._settings(inputs), seed=0, kernel=kernel)
+        for kernel in (Kernel("cpu"), *found)
+    ]
+    whole, *chunked = causal_flops_of_each(runs, torch.device("cpu"))
+    for (kernel, share), flops in zip(found.items(), chunked, strict=True):
         rest = tokens % kernel.queries  # of a shorter last chunk all pairs are counted, as of a longer one
-        assert seconds == pytest.approx(whole[0] * one._times(inputs), rel=0.06 if rest else 1e-12)
+        assert share == pytest.approx(flops / whole, rel=0.06 if rest else 1e-12)
 
 
 @pytest.mark.parametrize(("chunked", "taken"), [(0.97, 16), (1.0, 0)])
 def test_chunks_are_taken_where_they_save_enough_and_the_longest_of_equals(chunked, taken, monkeypatch):
-    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: (1.0, 3.0))
+    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: (2.0, 6.0))
     forwards = [(Kernel("cpu", 16), chunked), (Kernel("cpu", 8), 0.995 * chunked)]
     monkeypatch.setattr(tiled_timing._Attention, "_by_chunks", lambda self, inputs, kernel: iter(forwards))
     monkeypatch.setattr(tiled_timing, "_CHUNKS", (8,))

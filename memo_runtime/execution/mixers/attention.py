@@ -296,9 +296,10 @@ def _forward_by_queries(kernel: Kernel, inputs: Inputs, settings: Settings) -> t
 
 
 def last_queries(name: str, inputs: Inputs, settings: Settings, start: int, size: int) -> torch.Tensor:
-    """Result of the chunk of ``size`` queries from ``start`` on, to be timed."""
+    """Result of the chunk of ``size`` queries from ``start`` on, to be timed: with the copy to its place."""
     attend = _attend(name, settings, [])
-    return chunk_of_queries(attend, inputs.query, inputs.key, inputs.value, (start, start + size))[0]
+    part, _ = chunk_of_queries(attend, inputs.query, inputs.key, inputs.value, (start, start + size))
+    return part.to(inputs.query.dtype)
 
 
 def _attend(name: str, settings: Settings, left: list[Saved]) -> Attend:

@@ -75,7 +75,8 @@ def _is_engine(kind: type) -> bool:
     return kind.__module__.startswith(_ENGINES) and all(base.__name__ != "FSDPModule" for base in kind.__mro__)
 
 
-def _is_generator(value: Any) -> bool:
+def is_generator(value: Any) -> bool:
+    """Of Python's, NumPy's or PyTorch's kind of random number generators."""
     if isinstance(value, (torch.Generator, random.Random)):
         return True
     numpy_random = sys.modules.get("numpy.random")
@@ -94,7 +95,7 @@ def reach(roots: Iterable[tuple[str, Any]]) -> Reach:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             found.tensors.append((label, value))
-        elif _is_generator(value):
+        elif is_generator(value):
             found.generators.append(value)
         elif isinstance(value, (tuple, frozenset)):
             if len(value) <= _MOST_MEMBERS:

@@ -78,6 +78,10 @@ class Captured:
         source: torch.Tensor = call.leaves[self.input_leaf]
         return int(source.shape[source.dim() - 2])
 
+    def holds(self, call: BlockCall) -> bool:
+        """It serves ``call``, whose key is its own: the length is allowed, and nothing outside has changed."""
+        return self.traced.allows(self.tokens(call)) and not self.traced.outside.changed()
+
     def read_states(self, block: nn.Module) -> list[torch.Tensor]:
         """The live parameters and buffers, in the order of ``states``."""
         return [_read(block, name) for _, name in self.states]

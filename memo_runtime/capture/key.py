@@ -1,8 +1,8 @@
 """When a capture holds: everything that a trace has frozen.
 
 A trace depends on the Python state of the block and on what kinds of arguments it is called with. Both are summed up in
-one key at each call; another key captures again. Not seen: globals, closures, attributes of classes, elements of arrays
-that are no tensors, and what lies more than ``_DEPTH`` objects deep.
+one key at each call; another key captures again. Not seen here: globals, closures and attributes of classes
+(``outside.py`` has them), elements of large arrays, and what lies more than ``_DEPTH`` objects deep.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from enum import Enum
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import registered_mixers
+from memo_runtime.blocks.places import PLAIN, is_small_array
 from memo_runtime.capture.copying import HOOK_TABLES
 from memo_runtime.capture.dims import token_dims
 
@@ -53,7 +53,6 @@ class Itself:
         return f"<{self._address:#x}>"
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 _SKIPPED = ("_parameters", "_buffers", "_modules", "__getstate__", "forward")
 _DEPTH = 4
 
@@ -68,7 +67,8 @@ def capture_key(block: nn.Module, call: BlockCall) -> Key:
     leaves = tuple(_leaf(leaf, dims.get(index, ())) for index, leaf in enumerate(call.leaves))
     device = call.leaves[next(iter(dims))].device
     precision = AutocastState.current(device.type).signature()
-    return (str(call.spec), leaves, registered_mixers(), precision, bool(hooks_of_all_modules()), state_key(block))
+    ambient = (precision, torch.get_default_dtype(), bool(hooks_of_all_modules()))
+    return (str(call.spec), leaves, registered_mixers(), ambient, state_key(block))
 
 
 def hooks_of_all_modules() -> list[Any]:
@@ -111,6 +111,18 @@ def state_key(block: nn.Module) -> Key:
     return tuple(found)
 
 
+def kinds_inside(block: nn.Module, call: BlockCall) -> set[type]:
+    """Classes of the objects that ``block`` and ``call`` hold; modules aside."""
+    seen: dict[int, tuple[Any, int, Any]] = {}
+    for module in block.modules():
+        for name, value in module.__dict__.items():
+            if name not in _SKIPPED:
+                _value(value, seen, _DEPTH)
+    for leaf in call.leaves:
+        _value(leaf, seen, _DEPTH)
+    return {type(value) for value, _, _ in seen.values() if not _opaque(value)}
+
+
 def difference(before: Key, after: Key, call: BlockCall) -> str:
     """Words for what makes the key ``after``, that of ``call``, another than ``before``, of the same block."""
     old, new = before[1], after[1]
@@ -138,7 +150,7 @@ def _value(value: Any, seen: dict[int, tuple[Any, int, Any]], depth: int) -> Any
     ``seen``: by address, an object, how deep it was looked into, and what was found. It holds what it knows: the
     address of an object that has gone is another's.
     """
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return (type(value), value)
     known = seen.get(id(value))
     if known is not None and known[1] >= depth:
@@ -146,10 +158,12 @@ def _value(value: Any, seen: dict[int, tuple[Any, int, Any]], depth: int) -> Any
     seen[id(value)] = (value, depth, ("seen", len(seen)))  # for cycles
     found: Any = Itself(value)
     if isinstance(value, Mapping) and depth:
-        found = tuple((_value(k, seen, 0), _value(v, seen, depth - 1)) for k, v in value.items())
+        found = tuple((_value(k, seen, 0), _value(v, seen, depth)) for k, v in value.items())
     elif isinstance(value, (list, tuple, set, frozenset, deque)) and depth:
-        items = [_value(item, seen, depth - 1) for item in value]
+        items = [_value(item, seen, depth) for item in value]
         found = tuple(sorted(items, key=str) if isinstance(value, (set, frozenset)) else items)
+    elif is_small_array(value):
+        found = (Itself(value), value.shape, value.dtype.str, value.tobytes())
     elif depth and not _opaque(value):
         inner = ((key, one) for key, one in _attributes(value) if not isinstance(one, torch.Tensor))
         found = (type(value), Itself(value), *((key, _value(one, seen, depth - 1)) for key, one in inner))

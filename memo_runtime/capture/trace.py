@@ -13,14 +13,16 @@ A module that was declared token-wise is one operator of the trace (``declared.p
 
 Note [What a trace cannot see]
 Custom backwards and tensor hooks leave no operator, and a hook of an inner module runs at trace time only. All three
-are refused here, by name. Python state is frozen into the graph: ``key.py`` captures again when it changes. What the
-block itself changes of it (a counter, an auxiliary loss that it stores) would be lost: that is refused too.
+are refused here, by name. Python state is frozen into the graph: where it changes, inside the block (``key.py``) or
+outside (``blocks/outside.py``), the block is captured again. What the block itself changes of it (a counter, an
+auxiliary loss that it stores, a random generator) would be lost: that is refused too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,19 +47,21 @@ from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import flatten
 from memo_runtime.blocks.declared import declared_in
+from memo_runtime.blocks.outside import Outside
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.capture.declaring import DeclaredCalls
 from memo_runtime.capture.dims import token_dims
 from memo_runtime.capture.flash import flash_stands_in
-from memo_runtime.capture.key import changed, hooks_of_all_modules, state_key
+from memo_runtime.capture.key import changed, hooks_of_all_modules, kinds_inside, state_key
 from memo_runtime.errors import CaptureRefusedError
 
 #: Meta entry of placeholders; traced values are detached.
 NEEDS_GRAD = "needs_grad"
 #: Backwards that belong to operators of libraries (``torch.library.register_autograd``): they go with the operator.
 _OF_OPERATORS = "GeneratedBackwardFor_"
+_CHANGES = "it changes when the block runs, which tiles would not do"
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -74,6 +78,7 @@ class Trace:
         guards: conditions on it that the block's own Python code has asked for.
         fake_mode: what the traced values belong to.
         declared: modules that were declared token-wise, and their calls.
+        outside: what the block reads beside itself and its arguments.
     """
 
     graph: fx.Graph
@@ -84,6 +89,7 @@ class Trace:
     guards: tuple[Any, ...]
     fake_mode: FakeTensorMode
     declared: DeclaredCalls
+    outside: Outside
 
     def allows(self, tokens: int) -> bool:
         """The trace holds for this number of tokens."""
@@ -117,9 +123,12 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
     declared.put_into(copied, TokenSymbol(symbol))
     runner = _Runner(copied, states, leaves, call)
     autocast = AutocastState.current(arguments[0].device.type).uncached()
+    look = partial(_look, block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, hint, declared=declared)
+    # First, so that what it finds to be written is undone before anything else runs. Declared modules are known later.
+    outside = None if declared.live else look()
     with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored(), flash_stands_in():
         module = _run_trace(runner, fakes, arguments)
-    _look_for_functions(block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, hint, declared=declared)
+    outside = outside or look()
     if shape_env.replacements.get(symbol) is not None or runner.output is None:
         raise CaptureRefusedError("forward", _only_length(shape_env, symbol))
     named_again(module.graph)
@@ -137,6 +146,7 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
         guards=tuple(guard.expr for guard in shape_env.guards),
         fake_mode=mode,
         declared=declared,
+        outside=outside,
     )
 
 
@@ -263,7 +273,7 @@ class _Runner:
         return leaves
 
 
-def _look_for_functions(
+def _look(
     block: nn.Module,
     call: BlockCall,
     states: Sequence[str],
@@ -271,26 +281,42 @@ def _look_for_functions(
     hint: int,
     *,
     declared: DeclaredCalls,
-) -> None:
-    """Run once with autograd, at one length, and look at the nodes of its graph and at what it has changed of itself.
+) -> Outside:
+    """Run with autograd, at one length, and look at the nodes of its graph and at what it reads and writes.
 
-    In a fake mode of its own: conditions that operators set on the length there are none of the trace's.
+    In a fake mode of its own: conditions that operators set on the length there are none of the trace's. Once more
+    where something was written, which may be a cache that the first run has filled.
     """
-    mode = FakeTensorMode()
-    copied, fakes = _fake_copy(block, mode, states)
-    declared.put_into(copied, None)
-    arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
-    before = state_key(copied)
-    try:
-        with mode, _NoTensorHooks(), torch.enable_grad(), flash_stands_in():
-            outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
-    except CaptureRefusedError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
-    after = state_key(copied)
-    if before != after:
-        raise CaptureRefusedError(changed(before, after), "it changes when the block runs, which tiles would not do")
+    kinds, runs = kinds_inside(block, call), []
+    for _ in range(2):
+        mode = FakeTensorMode()
+        copied, fakes = _fake_copy(block, mode, states)
+        declared.put_into(copied, None)
+        arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
+        before, outside = state_key(copied), Outside(copied, kinds)
+        runs.append(outside)
+        try:
+            with mode, _NoTensorHooks(), torch.enable_grad(), flash_stands_in():
+                with outside:
+                    outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
+                written = outside.written()
+            if before != (after := state_key(copied)):
+                raise CaptureRefusedError(changed(before, after), _CHANGES)
+            _refuse_functions(outputs)
+            if written and (outside is not runs[0] or outside.holds_fakes()):
+                raise CaptureRefusedError(written, _CHANGES)
+        except BaseException as error:
+            for run in reversed(runs):
+                run.put_back()
+            if isinstance(error, CaptureRefusedError) or not isinstance(error, Exception):
+                raise
+            raise _refusal(error) from error
+        if not written:
+            break
+    return outside.settle()
+
+
+def _refuse_functions(outputs: Sequence[Any]) -> None:
     pending: list[Any] = [out.grad_fn for out in outputs if isinstance(out, torch.Tensor)]
     seen = set()
     while pending:

@@ -109,7 +109,7 @@ class TiledBlock:
         #: Bytes that it left on the device.
         self.bytes_kept = 0
         #: The last one used comes last.
-        self._captures: dict[Key, Captured] = {}
+        self._captures: list[tuple[Key, Captured]] = []
         self._in_a_row = 0
         #: What is another at every call, so that each captures again; empty: nothing is.
         self.restless = ""
@@ -138,10 +138,14 @@ class TiledBlock:
         if any(call.caches()[1:]):
             raise CaptureRefusedError("arguments", "a key/value cache that holds tokens already")
         key = capture_key(self.block, call)
-        found = self._captures.pop(key, None)
-        tokens = found.tokens(call) if found is not None else 0
-        if found is not None and found.traced.allows(tokens):
-            self._captures[key], self._in_a_row, self.restless = found, 0, ""
+        serves = (pair for pair in reversed(self._captures) if pair[0] == key and pair[1].holds(call))
+        known = next(serves, None)
+        if known is not None:
+            found = known[1]
+            if known is not self._captures[-1]:
+                self._captures.remove(known)
+                self._captures.append(known)
+            self._in_a_row, self.restless = 0, ""
         else:
             with TRACING:
                 found = capture(self.block, call, self.forward)
@@ -157,12 +161,11 @@ class TiledBlock:
     def _remember(self, key: Key, captured: Captured, call: BlockCall) -> None:
         """Keep ``captured``; of many the oldest goes."""
         self._in_a_row += 1
-        last = next(reversed(self._captures), None)
-        if last is not None and self._in_a_row >= _RESTLESS:
-            self.restless = difference(last, key, call)
-        self._captures[key] = captured
-        if len(self._captures) > _MOST_CAPTURES:
-            del self._captures[next(iter(self._captures))]
+        if self._captures and self._in_a_row >= _RESTLESS:
+            last, other = self._captures[-1]
+            self.restless = other.traced.outside.changed() if last == key else difference(last, key, call)
+        self._captures.append((key, captured))
+        del self._captures[:-_MOST_CAPTURES]
 
     def run(self, captured: Captured, call: BlockCall, way: Way) -> Any:
         """One call through ``captured``."""

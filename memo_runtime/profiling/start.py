@@ -2,7 +2,8 @@
 
 A block is run some fifty times before its first step. Every run starts from the same state, as reruns in training do,
 and at the end everything is put back: attributes, containers and objects by reference, buffers and tensors that were
-written to by value, and the generators of PyTorch, Python and NumPy.
+written to by value, the generators of PyTorch, Python and NumPy, and what the first run leads to outside of the block
+(a global list to which it appends, an attribute of its class that it counts up).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.aside import is_aside
 from memo_runtime.blocks.operators import is_mutable, written_by
+from memo_runtime.blocks.outside import Outside
 from memo_runtime.blocks.reach import Reach, reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.blocks.state import MOST_CLONED_BYTES, LibraryRandom, shared_generators
@@ -43,7 +45,10 @@ class Start:
         self._found = reach(roots)
         self._torch = RandomState.current(device)
         self._random = LibraryRandom.current([*self._found.generators, *shared_generators()])
-        buffers = {id(b) for _, root in roots if isinstance(root, nn.Module) for b in root.buffers()}
+        modules = [root for _, root in roots if isinstance(root, nn.Module)]
+        self._unseen = modules
+        self._outside: list[Outside] = []
+        buffers = {id(buffer) for module in modules for buffer in module.buffers()}
         self._values: list[BufferState] = []
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._unwritten: dict[int, list[torch.Tensor]] = {}
@@ -81,6 +86,21 @@ class Start:
             self._found.cells[index].write(self._found.contents[index])
         self.drew = self.drew or self._random.advanced()
         self._random.set()
+        for outside in reversed(self._outside):
+            outside.put_back()
+
+    def first_run(self) -> contextlib.AbstractContextManager[object]:
+        """Around every run: the first one shows what runs may change outside of the block."""
+        unseen, self._unseen = self._unseen, []
+        stack = contextlib.ExitStack()
+        for module in unseen:
+            stack.enter_context(self.outside(module))
+        return stack
+
+    def outside(self, module: nn.Module) -> Outside:
+        """Around a run of ``module``, whose changes outside of it are put back too."""
+        self._outside.append(Outside(module))
+        return self._outside[-1]
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -121,7 +141,7 @@ class _FromHere:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.start.set()
-        with _FirstWrites(self.start):
+        with _FirstWrites(self.start), self.start.first_run():
             return self.forward(*args, **kwargs)
 
 

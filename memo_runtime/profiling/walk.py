@@ -51,6 +51,7 @@ class Walk(ABC):
     device: torch.device
     may_stop: bool = True
     _outputs: dict[object, bool] = field(default_factory=dict)
+    _start: Start = field(init=False)
 
     @abstractmethod
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -65,7 +66,8 @@ class Walk(ABC):
         # A root under FSDP reshards in a post-forward hook: it must run to its end.
         self.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
         roots = [(type(model).__name__, model), ("the batch", batch)]
-        with Start(roots, self.device, clone=True).kept(), torch.enable_grad():
+        self._start = Start(roots, self.device, clone=True)
+        with self._start.kept(), torch.enable_grad():
             with contextlib.suppress(_AllSeenError):
                 run(self)
             self.finish()
@@ -95,7 +97,7 @@ class Walk(ABC):
         # its graph (of a block that could not be profiled that is not known).
         walks = profile.inner_autograd or not profile.tokens
         hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
-        with torch.enable_grad(), hooks:
+        with torch.enable_grad(), hooks, self._start.outside(block.module):
             output = forward(*args, **kwargs)
         # What a block leaves elsewhere, blocks behind it may read: such a block is run each time.
         self._outputs[key] = not cut_graphs(before, roots) and (

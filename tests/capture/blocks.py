@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -33,6 +34,22 @@ class TensorHook(Attention):
         mixed = self.mix(x)
         mixed.register_hook(lambda grad: 2 * grad)
         return self.finish(x, mixed)
+
+
+LOSSES: list[Tensor] = []
+
+
+class AppendsALoss(Attention):
+    """Leaves something where the training loop looks for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOSSES.append(x.square().mean())
+        return super().forward(x)
+
+
+class DropsByPython(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if random.random() < 0.5 else x
 
 
 class WritesInput(Attention):

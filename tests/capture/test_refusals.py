@@ -19,6 +19,8 @@ REFUSED = {
     blocks.WritesView: ("aten.add_", "view"),
     blocks.Counts: ("aten.add_", "buffer"),
     blocks.CountsInPython: ("attribute 'calls'", "changes when the block runs"),
+    blocks.AppendsALoss: ("global 'LOSSES' of tests.capture.blocks", "changes when the block runs"),
+    blocks.DropsByPython: ("the state of a random generator of Python or NumPy", "changes when the block runs"),
     blocks.StoresALoss: ("attribute 'merge.loss'", "changes when the block runs"),
     hand_written.Spectrum: ("aten.fft_fft", "not known"),
     blocks.ByLength: ("aten.div", "number of tokens"),

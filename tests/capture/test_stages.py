@@ -44,7 +44,7 @@ def test_a_block_is_cut_at_its_mixer():
 def test_no_kernel_of_attention_is_asked_while_a_block_is_traced(monkeypatch):
     """Which kernel serves a size is a condition on it; on CUDA some of them held for one length only."""
     trace = importlib.import_module("memo_runtime.capture.trace")
-    monkeypatch.setattr(trace, "_look_for_functions", lambda *_, **__: None)
+    monkeypatch.setattr(trace, "_look", lambda *_, **__: None)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):  # which no CPU has: attention would raise
         found = capture(hand_written.Attention(), call_of())
     assert isinstance(found.stages.stages[1], Mixer)

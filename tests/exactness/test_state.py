@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import memo_runtime as memo
 from memo_runtime.errors import ReplayMismatchError, StateChangedError
-from tests.exactness.compare import Way, assert_gradients
+from tests.exactness.compare import Way, assert_gradients, take_gradients
 
 WIDTH = 16
 #: A swap of everything runs nothing again, so that little of the state matters.
@@ -363,3 +363,41 @@ def test_whatever_a_rerun_raises_names_its_block_and_has_its_cause(policy, alpha
     with pytest.raises(ReplayMismatchError, match=r"'layers\.2'.*KeyError") as caught:
         loss.backward()
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+LOSSES: list[Tensor] = []
+GENERATOR = random.Random(0)
+
+
+class LeavesOutside(Mlp):
+    """Collects in a global list, counts in its class, and draws from a generator of the process."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        LOSSES.append(x.square().mean())
+        return super().forward(x) * (1.0 + GENERATOR.random())
+
+
+def collected_step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], int]:
+    LOSSES.clear()
+    GENERATOR.seed(3)
+    seeded()
+    LeavesOutside.calls = 0
+    loss = model(sequence()) + sum(LOSSES)
+    calls = LeavesOutside.calls
+    loss.backward()
+    return loss.detach(), take_gradients(model), calls
+
+
+def test_a_first_step_leaves_nothing_outside_of_blocks():
+    """Runs of the profile are no calls: what a forward leaves in globals is that of the step alone."""
+    plain, wrapped = pair(LeavesOutside, "swap", None)
+    want = collected_step(plain)
+    for _ in range(2):
+        got = collected_step(wrapped)
+        assert torch.equal(got[0], want[0])
+        assert_close(got[1], want[1])
+        assert got[2] == want[2]
+    LOSSES.clear()

@@ -135,6 +135,41 @@ def test_switched_state_between_steps():
     assert len(tiled._captures) == 2
 
 
+class FromOutside(hand_written.Attention):
+    """Reads an attribute of its class, and a global."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return super().forward(self.factor * GAIN["by"] * x)
+
+
+GAIN = {"by": 1.0}
+
+
+def test_what_a_block_reads_outside_of_itself_changes_between_steps(monkeypatch):
+    """Each state has its own capture, and the first one serves again."""
+    block, x = double(FromOutside), hidden()
+    tiled = TiledBlock(block, tile=8)
+    assert_exact(call_of(block, x), tiled)
+    monkeypatch.setattr(FromOutside, "factor", 2.0)
+    assert_exact(call_of(block, x), tiled)
+    monkeypatch.setitem(GAIN, "by", 3.0)
+    assert_exact(call_of(block, x), tiled)
+    monkeypatch.undo()
+    assert_exact(call_of(block, x), tiled)
+    assert len(tiled._captures) == 3
+
+
+def test_a_global_that_is_another_at_every_call_is_named(monkeypatch):
+    monkeypatch.setattr(tiled_module, "_RESTLESS", 2)
+    tiled, call = TiledBlock(double(FromOutside), tile=8), BlockCall.of((hidden(),), {})
+    for step in (1.0, 2.0):
+        monkeypatch.setitem(GAIN, "by", step)
+        tiled.captured(call)
+    assert "global 'GAIN' of " in tiled.restless
+
+
 def test_lora_with_its_adapter_switched():
     peft = pytest.importorskip("peft")
     base = nn.Sequential(double(hand_written.Attention))

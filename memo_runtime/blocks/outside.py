@@ -1,0 +1,263 @@
+"""What a forward reads that neither its module nor its arguments hold: globals, attributes of classes, closures.
+
+A trace freezes all of it, and runs that only look must change none. While the block runs once, each function that
+starts is looked at: the names that its code spells lead from its globals and from the classes of the block to the
+places (``places.py``) that it may read. They are read before the function runs, so that what it writes is seen too.
+Functions of PyTorch and of the standard library are not looked into, but for layers of ``torch.nn``. Not seen:
+attributes by a name that no code spells (``getattr``), what lies more than ``_DEPTH`` objects deep, large containers
+and arrays, clocks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from operator import is_
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memo_runtime.blocks.places import (
+    CONTAINERS,
+    MOST_MEMBERS,
+    PLAIN,
+    Closed,
+    Elements,
+    Members,
+    Names,
+    Place,
+    is_small_array,
+)
+from memo_runtime.blocks.reach import is_generator, reach
+from memo_runtime.blocks.state import LibraryRandom, shared_generators
+
+_DEPTH = 4
+#: So many places are looked at; beyond, nothing is followed any more.
+_MOST_PLACES = 4096
+#: Packages whose functions are not looked into, beside the standard library and torch, of which layers are.
+_CLOSED = ("memo_runtime", "numpy", "sympy", "mpmath")
+_LAYERS = ("torch.nn.modules.", "torch.nn.functional")
+_MACHINERY = "torch.nn.modules.module"
+
+
+@lru_cache(maxsize=4096)
+def _is_closed(module: Any) -> bool:
+    if not isinstance(module, str):
+        return True
+    package = module.partition(".")[0]
+    if package == "torch":
+        return module == _MACHINERY or not module.startswith(_LAYERS)
+    return not package or package in _CLOSED or package in sys.stdlib_module_names
+
+
+class Outside:
+    """The places that one run of ``block`` leads to; ``kinds``: classes of the objects that it has.
+
+    A context manager around the run. Ask ``written`` in the surroundings of the run and ``settle`` outside of them.
+    """
+
+    def __init__(self, block: nn.Module, kinds: Iterable[type] = ()) -> None:
+        self._kinds = {one for one in (*map(type, block.modules()), *kinds) if not _is_closed(one.__module__)}
+        found = [one for one in reach([("", block)]).generators if not isinstance(one, torch.Generator)]
+        self._generators = {id(one): LibraryRandom.current([one]) for one in (*found, *shared_generators())}
+        self._places: dict[int, Place] = {}
+        #: What globals and classes have led to: what a run itself makes is not looked into.
+        self._known: dict[int, Any] = {}
+        self._seen: set[CodeType] = set()
+        #: Of functions that have variables of a closure: those that were met, and what these held when one started.
+        self._functions: dict[CodeType, dict[int, FunctionType]] = {}
+        self._closures: dict[CodeType, list[tuple[Any, ...]]] = {}
+        self._modules = [*block.modules()]
+        self._tracer: Any = None
+
+    def changed(self) -> str:
+        """Words for the first thing that is another than it was; empty if nothing is."""
+        return next((words for place in self._places.values() if (words := place.changed())), "")
+
+    # ---- around the run
+
+    def __enter__(self) -> Outside:
+        for kind in self._kinds:
+            self._see_class(kind, ("forward",), _DEPTH)
+        for module in self._modules:
+            for value in module.__dict__.values():
+                for one in value if isinstance(value, (list, tuple)) else (value,):
+                    self._meet(one)
+        self._tracer = sys.gettrace()
+        sys.settrace(self._started)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._tracer)
+        self._tracer = None
+        self._places.update((id(one.holder), one) for one in [*self._variables()])
+
+    def written(self) -> str:
+        """Words for what the run has changed; empty if nothing."""
+        if any(one.advanced() for one in self._generators.values()):
+            return "the state of a random generator of Python or NumPy"
+        return self.changed()
+
+    def holds_fakes(self) -> bool:
+        """The run has left fake tensors somewhere."""
+        changed = (place for place in self._places.values() if place.changed())
+        return any(isinstance(one, FakeTensor) for place in changed for one in place.now())
+
+    def put_back(self) -> None:
+        """Undo what the run has changed."""
+        for random in self._generators.values():
+            if random.advanced():
+                random.set()
+        for place in self._places.values():
+            place.put_back()
+
+    def settle(self) -> Outside:
+        """What is there now is what counts."""
+        for place in self._places.values():
+            place.renew()
+        self._known, self._seen, self._closures, self._generators = {}, set(), {}, {}
+        self._functions, self._modules = {}, []
+        return self
+
+    def _started(self, frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event != "call" or _is_closed(frame.f_globals.get("__name__")):
+            return
+        if code not in self._seen:
+            self._seen.add(code)
+            held, names = frame.f_globals, _spelled(code)
+            self._see_names(f"global '{{}}' of {held['__name__']}", held, names, _DEPTH)
+            for kind in self._kinds:
+                self._see_class(kind, names, _DEPTH)
+            if "environ" in code.co_names or "getenv" in code.co_names:
+                self._see_environment(code.co_consts)
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if id(first) in self._known:
+                self._follow(f"an object of {type(first).__name__}", first, _spelled(code), _DEPTH)
+        if code.co_freevars:
+            values = tuple(frame.f_locals.get(name) for name in code.co_freevars)
+            known = self._closures.setdefault(code, [])
+            if not any(all(map(is_, values, one)) for one in known):
+                known.append(values)
+
+    def _meet(self, value: Any) -> None:
+        """Take note of a function with a closure, and of those that it holds (what a decorator wraps)."""
+        function = getattr(value, "func", getattr(value, "__func__", value))
+        if isinstance(function, FunctionType) and function.__closure__:
+            met = self._functions.setdefault(function.__code__, {})
+            if id(function) not in met:
+                met[id(function)] = function
+                for cell in function.__closure__:
+                    self._meet(_content(cell))
+
+    def _variables(self) -> Iterator[Closed]:
+        """Of closures of functions that were met and have run; what they held is followed by the names of the code."""
+        for code, known in self._closures.items():
+            functions = [*self._functions.get(code, {}).values()]
+            for function in functions:
+                cells = function.__closure__ or ()
+                now = [_content(cell) for cell in cells]
+                before = next((values for values in known if all(map(is_, now, values))), None)
+                if before is None and len(functions) == len(known) == 1:
+                    before = known[0]  # it was written to; where a decorator has made many, it may be another that ran
+                for at, (name, cell) in enumerate(zip(code.co_freevars, cells, strict=True)):
+                    if before is not None and name != "__class__":
+                        label = f"'{name}' of the closure of {function.__qualname__}"
+                        self._follow(label, before[at], _spelled(code), _DEPTH)
+                        yield Closed(label, cell, before[at])
+
+    # ---- from one place to the next
+
+    def _follow(self, label: str, value: Any, names: Sequence[str], depth: int) -> None:
+        """Look at the places in ``value`` that ``names`` lead to."""
+        if depth <= 0 or isinstance(value, (*PLAIN, torch.Tensor)) or len(self._places) > _MOST_PLACES:
+            return
+        if isinstance(value, ModuleType):
+            if value.__name__.partition(".")[0] not in _CLOSED:
+                self._see_names(f"'{{}}' of module {value.__name__}", value.__dict__, names, depth)
+        elif isinstance(value, type):
+            self._see_class(value, names, depth)
+        elif isinstance(value, CONTAINERS):
+            self._see_members(label, value, names, depth)
+        elif isinstance(value, tuple):
+            for one in value[:MOST_MEMBERS]:
+                self._follow(label, one, names, depth - 1)
+        elif is_generator(value):
+            if not isinstance(value, torch.Generator) and id(value) not in self._generators:
+                self._generators[id(value)] = LibraryRandom.current([value])
+        elif is_small_array(value):
+            self._place(value, Elements, label)
+        else:
+            self._see_object(label, value, names, depth)
+
+    def _see_object(self, label: str, value: Any, names: Sequence[str], depth: int) -> None:
+        self._known[id(value)] = value
+        own, classes = getattr(value, "__dict__", None), type(value).__mro__
+        if isinstance(own, dict):
+            # What its class has it may come to have itself.
+            inherited = [name for name in names if any(name in one.__dict__ for one in classes)]
+            self._see_names(f"'{{}}' of {label}", own, names, depth, inherited)
+        self._meet(value)
+        if isinstance(value, FunctionType):
+            for one in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+                self._follow(f"a default of {value.__qualname__}", one, names, depth - 1)
+        else:
+            self._see_class(type(value), names, depth)
+
+    def _see_names(
+        self, label: str, holder: dict[str, Any], names: Sequence[str], depth: int, also: Sequence[str] = ()
+    ) -> None:
+        """Those of ``names`` that ``holder`` has, and ``also``, which it may come to have."""
+        for name in names:
+            if name in holder or name in also:
+                value = self._place(holder, Names, label).add(name)
+                self._follow(label.format(name), value, names, depth - 1)
+
+    def _see_class(self, kind: type, names: Sequence[str], depth: int) -> None:
+        """An attribute that one of its bases has may come to be hidden by another's."""
+        bases = [base for base in kind.__mro__ if not _is_closed(base.__module__)]
+        for name in names:
+            if any(name in base.__dict__ for base in bases):
+                for base in bases:
+                    label = f"attribute '{{}}' of class {base.__name__}"
+                    value = self._place(base, Names, label, base).add(name)
+                    self._follow(label.format(name), value, names, depth - 1)
+
+    def _see_members(self, label: str, value: Any, names: Sequence[str], depth: int) -> None:
+        if len(value) <= MOST_MEMBERS:
+            self._place(value, Members, label)
+            for one in [*value.values()] if isinstance(value, dict) else [*value]:
+                self._follow(f"a member of {label}", one, names, depth - 1)
+
+    def _see_environment(self, constants: Iterable[Any]) -> None:
+        """Variables that the code spells."""
+        held: Any = getattr(os.environ, "_data", None)
+        if isinstance(held, dict):
+            place = self._place(held, Names, "environment variable {}")
+            for name in constants:
+                if isinstance(name, str):
+                    place.add(os.fsencode(name))
+
+    def _place(self, holder: Any, kind: Any, label: str, owner: type | None = None) -> Any:
+        found = self._places.get(id(holder))
+        if found is None:
+            found = kind(label, holder) if owner is None else kind(label, holder.__dict__, owner)
+            self._places[id(holder)] = found
+        return found
+
+
+def _spelled(code: CodeType) -> tuple[str, ...]:
+    return tuple(name for name in code.co_names if name[:2] != "__")
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it
+        return None

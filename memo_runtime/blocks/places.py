@@ -1,0 +1,199 @@
+"""Places beside a block that its forward reads: names in a dictionary, members of a container, cells of closures.
+
+Each knows what it held, says whether it holds something else now, and can put back what it held. Numbers and strings
+are compared by value, other objects by identity. Once it is to be kept (``renew``) it holds tensors no more, and they
+stand for each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Collection
+from enum import Enum
+from operator import is_
+from types import CellType
+from typing import Any, Protocol
+
+import torch
+
+#: Told apart by value.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+#: Containers whose members are looked at, up to so many.
+CONTAINERS = (dict, list, set, deque)
+MOST_MEMBERS = 256
+_MOST_ELEMENTS = 1 << 16
+
+#: A trace has refused a tensor that it could have frozen, and others (what a step leaves somewhere) must not be held.
+_TENSOR = object()
+_ABSENT = object()
+
+
+def _held(value: Any) -> Any:
+    return _TENSOR if isinstance(value, torch.Tensor) else value
+
+
+def _alike(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    return type(now) is type(before) and isinstance(before, PLAIN) and bool(now == before)
+
+
+def _difference(now: Collection[Any], before: Collection[Any]) -> int | None:
+    """Where the first is, of as many; None: there is none."""
+    if all(map(is_, now, before)):
+        return None
+    pairs = enumerate(zip(now, before, strict=True))
+    return next((at for at, (one, other) in pairs if one is not other and not _alike(_held(one), other)), None)
+
+
+def is_small_array(value: Any) -> bool:
+    """A NumPy array whose elements can be looked at, at every call."""
+    numpy = sys.modules.get("numpy")
+    array = numpy is not None and isinstance(value, numpy.ndarray)
+    return array and value.size <= _MOST_ELEMENTS and not value.dtype.hasobject
+
+
+class Place(Protocol):
+    """See the module."""
+
+    holder: Any
+
+    def now(self) -> list[Any]:
+        """What is there."""
+
+    def renew(self) -> None:
+        """Take what is there now for what it held, and hold no tensor."""
+
+    def changed(self) -> str:
+        """Words for the first thing that is another now; empty if nothing is."""
+
+    def put_back(self) -> None:
+        """Make it hold again what it held; tensors cannot be."""
+
+
+class Names:
+    """Some names of ``holder``, a dictionary or a proxy of that of ``owner``; ``label`` has a place for a name."""
+
+    def __init__(self, label: str, holder: Any, owner: type | None = None) -> None:
+        self._label, self.holder, self._owner = label, holder, owner
+        self._values: dict[Any, Any] = {}
+
+    def add(self, name: Any) -> Any:
+        """Watch ``name`` too, and what it stands for; None where there is no such thing."""
+        value = self.holder.get(name, _ABSENT)
+        self._values.setdefault(name, value)
+        return None if value is _ABSENT else value
+
+    def now(self) -> list[Any]:
+        """See ``Place``."""
+        get = self.holder.get
+        return [get(name, _ABSENT) for name in self._values]
+
+    def renew(self) -> None:
+        """See ``Place``."""
+        self._values = dict(zip(self._values, map(_held, self.now()), strict=True))
+
+    def changed(self) -> str:
+        """See ``Place``."""
+        at = _difference(self.now(), self._values.values())
+        return "" if at is None else self._label.format([*self._values][at])
+
+    def put_back(self) -> None:
+        """See ``Place``."""
+        for name, value in self._values.items():
+            now = self.holder.get(name, _ABSENT)
+            if value is _TENSOR or now is value or _alike(_held(now), value):
+                continue
+            if self._owner is not None:
+                delattr(self._owner, name) if value is _ABSENT else setattr(self._owner, name, value)
+            elif value is _ABSENT:
+                del self.holder[name]
+            else:
+                self.holder[name] = value
+
+
+class Members:
+    """All members of a dict, list, set or deque."""
+
+    def __init__(self, label: str, holder: Any) -> None:
+        self._label, self.holder = label, holder
+        self._values = self.now()
+
+    def now(self) -> list[Any]:
+        """See ``Place``."""
+        held = self.holder
+        return [*held, *held.values()] if isinstance(held, dict) else [*held]
+
+    def renew(self) -> None:
+        """See ``Place``."""
+        self._values = [*map(_held, self.now())]
+
+    def changed(self) -> str:
+        """See ``Place``."""
+        held = self.holder
+        size = 2 * len(held) if isinstance(held, dict) else len(held)
+        same = size == len(self._values) and _difference(self.now(), self._values) is None
+        return "" if same else self._label
+
+    def put_back(self) -> None:
+        """See ``Place``."""
+        held, half = self.holder, len(self._values) // 2
+        if not self.changed() or any(one is _TENSOR for one in self._values):
+            return
+        held.clear()
+        if isinstance(held, dict):
+            held.update(zip(self._values[:half], self._values[half:], strict=True))
+        else:
+            (held.update if isinstance(held, set) else held.extend)(self._values)
+
+
+class Elements:
+    """The elements of a NumPy array."""
+
+    def __init__(self, label: str, holder: Any) -> None:
+        self._label, self.holder = label, holder
+        self.renew()
+
+    def now(self) -> list[Any]:
+        """See ``Place``."""
+        return [self.holder]
+
+    def renew(self) -> None:
+        """See ``Place``."""
+        self._values = self.holder.copy()
+
+    def changed(self) -> str:
+        """See ``Place``."""
+        return "" if self.holder.tobytes() == self._values.tobytes() else self._label
+
+    def put_back(self) -> None:
+        """See ``Place``."""
+        self.holder[...] = self._values
+
+
+class Closed:
+    """A variable of a closure, which held ``value``."""
+
+    def __init__(self, label: str, holder: CellType, value: Any) -> None:
+        self._label, self.holder, self._value = label, holder, value
+
+    def now(self) -> list[Any]:
+        """See ``Place``."""
+        try:
+            return [self.holder.cell_contents]
+        except ValueError:  # nothing is in it
+            return [None]
+
+    def renew(self) -> None:
+        """See ``Place``."""
+        self._value = _held(self.now()[0])
+
+    def changed(self) -> str:
+        """See ``Place``."""
+        return "" if _difference(self.now(), [self._value]) is None else self._label
+
+    def put_back(self) -> None:
+        """See ``Place``."""
+        if self.changed() and self._value is not _TENSOR:
+            self.holder.cell_contents = self._value

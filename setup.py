@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -86,8 +87,10 @@ class BuildSharedLibrary(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
-        """Builds what can be built; what cannot is dropped from the outputs in mode auto."""
-        self.extensions = [extension for extension in self.extensions if self.compile(extension)]
+        """Builds what can be built, side by side; what cannot is dropped from the outputs in mode auto."""
+        with ThreadPoolExecutor() as pool:
+            built = list(pool.map(self.compile, self.extensions))
+        self.extensions = [extension for extension, done in zip(self.extensions, built, strict=True) if done]
 
     def compile(self, extension: Extension) -> bool:
         """Compiles one library; False where that failed and mode is auto."""

@@ -123,10 +123,10 @@ class _Timer:
             return _median([self._without_pause(tokens, samples[-1])], samples)
         # Ranks of a distributed run may gather parameters in every run: all of them make as many, whatever their times.
         together = several_ranks()
-        samples = [self.sample(tokens), self.sample(tokens)]
-        while len(samples) < _MOST_SAMPLES and (together or not _steady(*samples[-2:])):
+        samples = [self.sample(tokens)]
+        while len(samples) < _MOST_SAMPLES and (together or len(samples) < 2 or not _steady(*samples[-2:])):
             samples.append(self.sample(tokens))
-        return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:], samples)
+        return _median(samples[-2:] if len(samples) < _MOST_SAMPLES else samples[1:] or samples, samples)
 
     def _without_pause(self, tokens: int, like: _Sample) -> _Sample:
         """The seconds of rounds that follow each other; those of writing are ``like``'s."""

@@ -14,6 +14,9 @@ from memo_runtime.wrapping import find_wrapped
 from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import assert_close, assert_nothing_held, step
 from tests.api.towers import HIDDEN, POLICIES, Block, signal
+from tests.tiny import few_samples
+
+__all__ = ["few_samples"]
 
 HEADS = 4
 

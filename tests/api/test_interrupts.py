@@ -138,6 +138,7 @@ def test_inside_a_block(kind: str, policy: str, where: str, block: int) -> None:
     assert_trains_as(memo.unwrap(model), plain, signal())
 
 
+@pytest.mark.anew
 @pytest.mark.parametrize("skip", [0, 1, 3, 6, 8])
 def test_ctrl_c_while_the_first_step_is_profiled(skip: int) -> None:
     (model, trap), (plain, _) = trapped(1), trapped(1)
@@ -152,6 +153,7 @@ def test_ctrl_c_while_the_first_step_is_profiled(skip: int) -> None:
     assert_nothing_held(model)
 
 
+@pytest.mark.anew
 @pytest.mark.parametrize("skip", [0, 2])
 def test_an_error_while_the_first_step_is_profiled_is_why_a_block_falls_back(skip: int) -> None:
     """Profiling finds out what a block cannot do by trying; the error is in the report."""

@@ -197,6 +197,7 @@ def test_an_unwrapped_model_lets_go_of_the_runtime() -> None:
     assert pool() is None
 
 
+@pytest.mark.anew
 def test_profiling_leaves_no_tensor_behind() -> None:
     model = tower()
     memo.profile(model, signal())

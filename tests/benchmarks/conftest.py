@@ -11,6 +11,10 @@ from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
 from benchmarks.harness.options import parse_options
 from benchmarks.harness.worker import walk
+from tests.sharing import shared_work
+from tests.tiny import few_samples
+
+__all__ = ["few_samples", "shared_work"]
 
 
 @pytest.fixture

@@ -242,6 +242,7 @@ def test_blocks_alike_share_programs():
 # ---- the check
 
 
+@pytest.mark.anew
 def test_a_wrong_capture_is_refused(monkeypatch):
     """What a frozen switch would be: the graph of another activation."""
 
@@ -257,6 +258,7 @@ def test_a_wrong_capture_is_refused(monkeypatch):
         TiledBlock(double(hand_written.Attention), tile=8)(hidden())
 
 
+@pytest.mark.anew
 def test_a_lost_gradient_is_refused(monkeypatch):
     def wrong(block, call, forward=None):
         found = capture(block, call)

@@ -158,6 +158,7 @@ def test_packed_documents():
     assert_exact(call_of(block, hidden(1), ends, 12), TiledBlock(block, tile=8))
 
 
+@pytest.mark.anew
 def test_a_library_with_other_arguments_is_refused(monkeypatch):
     monkeypatch.setattr(FlashAttnFunc.forward, "__signature__", _signature("q k v settings"))
     with pytest.raises(CaptureRefusedError, match="its arguments are not those of flash-attn 2"):

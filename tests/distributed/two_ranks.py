@@ -124,7 +124,7 @@ GROUPS = {
     "tiled": _TILED,
 }
 #: Seconds after which a process that waits for the other one has lost it.
-_PATIENCE = dict.fromkeys(GROUPS, 20) | {"tiled": 120}
+_PATIENCE = dict.fromkeys(GROUPS, 60) | {"tiled": 120}
 
 
 def _made(parallel: Callable[[Tower], nn.Module], case: Case) -> nn.Module:

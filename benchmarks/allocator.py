@@ -3,22 +3,17 @@
     python -m benchmarks.allocator --out benchmarks/results/allocator_h100.jsonl --commit HASH \\
         --geometry llama-8b --blocks 4 --lengths 64K --contenders checkpoint,selective --ways native,expandable,planned
 
-Each has a process of its own. ``planned`` records three steps, plans the last, empties the cache and enables the plan;
-the arena needs the allocator built (``python -m memo_runtime.allocator``). Peaks are those of the timed steps, so are
+Each contender has a process for each way, which walks the lengths, and rows are written as they come. ``planned``
+records the third step, plans it, empties the cache and enables the plan; the arena needs the allocator built
+(``python -m memo_runtime.allocator``). Peaks are those of the timed steps, so are
 ``retries`` (reorganisations), and ``device_allocs`` and ``device_frees`` (calls of the driver) a step. ``served_bytes``
 and ``served_requests`` are shares of the timed steps; ``planned_requests_served`` is without the requests that the plan
 leaves to PyTorch's allocator, ``reserved_over`` what is reserved over the arena and the bytes of those,
-``host_seconds`` one allocation and its end. ``gradients_digest`` is over the sum of every gradient of one more step, in
-float64.
+``host_seconds`` one allocation and its end. ``gradients_digest`` is over the sum of every gradient, in float64, of the
+step before those that are timed, the first by plan.
 
-Lengths such as 20000-128K are another one at every step, planned from a quarter and a half of the longest. What each
-takes on an H200, estimated:
-
-    --geometry llama-8b --blocks 4 --lengths 64K --contenders checkpoint                                       2 minutes
-    --geometry llama-8b --blocks 4 --lengths 64K,128K --contenders selective,memo-replay,memo-tiled           18 minutes
-    --geometry olmoe-1b-7b --blocks 4 --lengths 64K --contenders checkpoint                                    2 minutes
-    --geometry llama-8b --blocks 4 --lengths 20000-128K --contenders checkpoint --steps 8                      4 minutes
-    the same with --memory, 1 GiB above the arena and what is beside it in the row before                      4 minutes
+Lengths such as 20000-128K are another one at every step, planned from a quarter and a half of the longest; with
+``--memory``, 1 GiB above the arena and what is beside it in the row before, PyTorch's allocator may run out of memory.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,19 +36,21 @@ import torch
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
-from benchmarks.harness.memory import limit_memory
+from benchmarks.harness.memory import limit_memory, release
 from benchmarks.harness.provenance import gpu_facts, now, versions
+from benchmarks.harness.subject import OnGradients
 from benchmarks.harness.timing import percentiles
 from memo_runtime.allocator.library import Counts
+from memo_runtime.rehearsal.failure import ran_out
 from memo_runtime.units import parse_bytes, parse_tokens
 
 WAYS = ("native", "expandable", "planned")
-_WARM, _SETTLE, _SOLVER_SECONDS = 2, 2, 10.0
+_WARM, _SOLVER_SECONDS = 2, 10.0
 
 
-def _timed(contender: Contender) -> float:
+def _timed(contender: Contender, look: OnGradients | None = None) -> float:
     begun = time.perf_counter()
-    contender.step()
+    contender.step(look)
     torch.cuda.synchronize()
     return time.perf_counter() - begun
 
@@ -66,55 +63,69 @@ def _enable(contender: Contender) -> dict[str, Any]:
     from memo_runtime.traces.trace import Phase
 
     with AllocatorRecorder(measure=False) as recorder:
-        for _ in range(3):
-            recorder.begin(Phase.STEP)
-            contender.step()
-            recorder.end(Phase.STEP)
+        recorder.begin(Phase.STEP)
+        contender.step()
+        recorder.end(Phase.STEP)
     plan = plan_arena(recorder.trace(), recorder.stream_handles, 0, seconds=_SOLVER_SECONDS, threads=None)
-    enable(planned_allocator(), plan)
+    enable(planned_allocator(), plan, lambda: _long_lived(contender))
     return {
         "arena": plan.size, "bound": plan.lower_bound, "residents": plan.resident_bytes, "planned_requests":
         len(plan.rows), "plan_seconds": plan.seconds,
     }  # fmt: skip
 
 
-def _fixed(contender: Contender, job: Job, way: str) -> tuple[Callable[[], float], dict[str, Any]]:
-    """A step of the one length, when it is steady, and what the row says of its plan."""
+def _long_lived(contender: Contender) -> Iterator[torch.Tensor]:
+    """What ``memo.wrap`` would move together before the arena is made."""
+    from memo_runtime.arena.model import long_lived
+
+    subject = getattr(contender, "subject", None)  # the kernels alone have no model
+    return iter(()) if subject is None else long_lived(subject.model, subject.optimizer)
+
+
+Step = Callable[[OnGradients | None], float]
+
+
+def _fixed(contender: Contender, tokens: int, way: str) -> tuple[Step, dict[str, Any]]:
+    """A step of ``tokens``, when it is steady, and what the row says of its plan."""
     from memo_runtime.allocator.library import planned_allocator
 
-    contender.start(job.lengths[0])
+    contender.start(tokens)
     for _ in range(_WARM):
         contender.step()
-    facts = _enable(contender) if way == "planned" else {}
+    facts = {}
+    if way == "planned":
+        facts = _enable(contender)
+    else:
+        contender.step()  # as many as were recorded, so that weights are the same
 
-    def one() -> float:
+    def one(look: OnGradients | None = None) -> float:
         if way != "planned":
-            return _timed(contender)
+            return _timed(contender, look)
         planned_allocator().begin_step(0)
-        seconds = _timed(contender)
+        seconds = _timed(contender, look)
         planned_allocator().end_step(0)
         return seconds
 
-    for _ in range(_SETTLE):
-        one()
     return one, facts
 
 
-def _varied(contender: Contender, job: Job, way: str) -> tuple[Callable[[], float], dict[str, Any]]:
+def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, Any]]:
     """A step of another length each time, and what the row says of its plan; by the path that ``memo.wrap`` takes."""
     from memo_runtime.allocator.library import planned_allocator
     from memo_runtime.arena.steps import PlannedSteps
 
     shortest, longest = job.lengths
     draw, notes = random.Random(0), []
-    planned = PlannedSteps(planned_allocator(), 0, notes.append) if way == "planned" else None
+    planned = None
+    if way == "planned":
+        planned = PlannedSteps(planned_allocator(), 0, notes.append, long_lived=lambda: _long_lived(contender))
 
-    def step(tokens: int) -> float:
+    def step(tokens: int, look: OnGradients | None = None) -> float:
         contender.start(tokens)
         if planned is None:
-            return _timed(contender)
+            return _timed(contender, look)
         planned.begin("varied", tokens)
-        seconds = _timed(contender)
+        seconds = _timed(contender, look)
         planned.end()
         return seconds
 
@@ -131,7 +142,7 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Callable[[], floa
             "arena": report.planned_peak, "bound": report.lower_bound, "residents": report.resident_bytes,
             "plans": report.plans,
         }  # fmt: skip
-    return lambda: step(draw.randint(shortest, longest)), facts
+    return lambda look=None: step(draw.randint(shortest, longest), look), facts
 
 
 def _host_seconds(way: str) -> float:
@@ -152,11 +163,13 @@ def _host_seconds(way: str) -> float:
         found.append(time.perf_counter() - begun)
         if allocator is not None:
             allocator.end_step(0)
+    if allocator is not None:
+        allocator.disarm(0)
     return min(found) / times
 
 
-def work(job: Job, way: str, steps: int) -> dict[str, Any]:
-    """The measurement of one process."""
+def work(job: Job, way: str, steps: int, *, varied: bool) -> Iterator[dict[str, Any]]:
+    """The measurements of one process: one for each length, shortest first, or one where they vary."""
     from benchmarks.harness.contenders import CONTENDERS
     from memo_runtime.allocator.library import planned_allocator
 
@@ -165,20 +178,43 @@ def work(job: Job, way: str, steps: int) -> dict[str, Any]:
     if way == "planned":
         planned_allocator().install()  # before anything is allocated: what is resized later is ours too
     contender = CONTENDERS[job.contender](job)
-    one, facts = (_varied if len(job.lengths) > 1 else _fixed)(contender, job, way)
-    torch.cuda.reset_peak_memory_stats()
-    start = planned_allocator().statistics(0).total if way == "planned" else None
-    before = torch.cuda.memory_stats()
-    seconds = [one() for _ in range(steps)]
-    after = torch.cuda.memory_stats()
+    host_seconds = _host_seconds(way)
+    for tokens in job.lengths[-1:] if varied else job.lengths:
+        try:
+            one, facts = _varied(contender, job, way) if varied else _fixed(contender, tokens, way)
+            measured = _measured(one, steps, way, facts)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            oom = {"status": "oom", "error": str(error)[:600], "peak_reserved": torch.cuda.max_memory_reserved()}
+            yield {"seq_len": tokens, **oom}
+            return
+        yield {"seq_len": tokens, "status": "ok", "host_seconds": host_seconds, **measured}
+        contender.finish()
+        if way == "planned":
+            planned_allocator().disarm(0)
+        release(contender.device)
+
+
+def _measured(one: Step, steps: int, way: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """``facts`` and what ``steps`` of ``one`` take."""
+    from memo_runtime.allocator.library import planned_allocator
+
     digest = hashlib.sha256()
 
     def look(gradients: Mapping[str, torch.Tensor]) -> None:
         for gradient in gradients.values():
             digest.update(gradient.double().sum().cpu().numpy().tobytes())
 
+    one(look)
+    torch.cuda.reset_peak_memory_stats()
+    start = planned_allocator().statistics(0).total if way == "planned" else None
+    before = torch.cuda.memory_stats()
+    seconds = [one(None) for _ in range(steps)]
+    after = torch.cuda.memory_stats()
     facts |= {
         **percentiles(seconds),
+        "gradients_digest": digest.hexdigest()[:16],
         "peak_allocated": after["allocated_bytes.all.peak"],
         "peak_reserved": after["reserved_bytes.all.peak"],
         "device_allocs": (after["num_device_alloc"] - before["num_device_alloc"]) / steps,
@@ -191,9 +227,7 @@ def work(job: Job, way: str, steps: int) -> dict[str, Any]:
         facts |= {"last_step": asdict(found.last_step), "arena_bytes": found.arena_bytes}
         facts["reserved_over"] = facts["peak_reserved"] / (found.arena_bytes + facts["residents"])
         facts["arena_over_bound"] = facts["arena"] / max(1, facts["bound"])
-    contender.step(look)
-    facts["host_seconds"] = _host_seconds(way)
-    return facts | {"status": "ok", "gradients_digest": digest.hexdigest()[:16]}
+    return facts
 
 
 def _shares(before: Counts, after: Counts) -> dict[str, float]:
@@ -207,29 +241,30 @@ def _shares(before: Counts, after: Counts) -> dict[str, float]:
     }
 
 
-def measure(job: Job, way: str, steps: int) -> dict[str, Any]:
-    """The measurement, from a process of its own."""
+def measure(job: Job, way: str, steps: int, *, varied: bool) -> Iterator[dict[str, Any]]:
+    """The measurements, from a process of their own, as they come."""
     environment = dict(os.environ)
     if way == "expandable":
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     command = [sys.executable, "-m", "benchmarks.allocator", "--worker", way, "--steps", str(steps)]
-    done = subprocess.run(
-        command, input=job.to_json(), stdout=subprocess.PIPE, text=True, env=environment, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"status": "error", "error": f"exit code {done.returncode}"}
+    command += ["--varied"] * varied
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None, "a pipe"
+        assert process.stdout is not None, "a pipe"
+        process.stdin.write(job.to_json())
+        process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+    if process.returncode:
+        yield {"status": "error", "seq_len": job.lengths[-1], "error": f"exit code {process.returncode}"}
 
 
-def _worker(way: str, steps: int) -> int:
-    from benchmarks.harness.worker import ran_out
-
-    try:
-        facts = work(Job.from_json(sys.stdin.read()), way, steps)
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        facts = {"status": "oom", "error": str(error)[:600], "peak_reserved": torch.cuda.max_memory_reserved()}
-    print(json.dumps(facts))
+def _worker(way: str, steps: int, *, varied: bool) -> int:
+    for facts in work(Job.from_json(sys.stdin.read()), way, steps, varied=varied):
+        print(json.dumps(facts), flush=True)
     return 0
 
 
@@ -247,6 +282,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--varied", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -254,30 +290,37 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is asked for, a row each."""
     options = _options(arguments)
     if options.worker:
-        return _worker(options.worker, options.steps)
+        return _worker(options.worker, options.steps, varied=options.varied)
     memory = parse_bytes(options.memory) if options.memory else None
-    for lengths in (tuple(map(parse_tokens, text.split("-"))) for text in options.lengths.split(",")):
-        for contender in options.contenders.split(","):
-            settings = Settings(
-                geometry=options.geometry, scope=Scope(options.scope), blocks=options.blocks, device="cuda",
-                dtype="bfloat16", attention=options.attention, memory=memory,
-            )  # fmt: skip
-            for way in options.ways.split(","):
-                facts = measure(Job(contender=contender, settings=settings, lengths=lengths), way, options.steps)
+    varied = "-" in options.lengths
+    lengths = tuple(sorted(map(parse_tokens, options.lengths.replace("-", ",").split(","))))
+    settings = Settings(
+        geometry=options.geometry, scope=Scope(options.scope), blocks=options.blocks, device="cuda",
+        dtype="bfloat16", attention=options.attention, memory=memory,
+    )  # fmt: skip
+    for contender in options.contenders.split(","):
+        for way in options.ways.split(","):
+            job = Job(contender=contender, settings=settings, lengths=lengths)
+            for facts in measure(job, way, options.steps, varied=varied):
                 row = {
                     "contender": contender, "way": way, "geometry": options.geometry, "scope": options.scope,
-                    "blocks": options.blocks, "seq_len": lengths[-1], "shortest": lengths[0], "memory": memory,
-                    **facts, **gpu_facts(), "commit": options.commit,
+                    "blocks": options.blocks, "shortest": lengths[0] if varied else facts["seq_len"],
+                    "memory": memory, **facts, **gpu_facts(), "commit": options.commit,
                     "date": now(), "versions": versions(),
                 }  # fmt: skip
-                print(json.dumps({name: row.get(name) for name in (
-                    "contender", "way", "seq_len", "status", "step_seconds", "peak_allocated", "peak_reserved",
-                    "device_allocs", "device_frees", "served_requests", "served_bytes", "planned_requests_served",
-                    "reserved_over", "arena_over_bound", "host_seconds", "error")}), flush=True)  # fmt: skip
-                if options.out is not None:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                _write(row, options.out)
     return 0
+
+
+def _write(row: dict[str, Any], out: Path | None) -> None:
+    """Append ``row``, and print what of it is read first."""
+    print(json.dumps({name: row.get(name) for name in (
+        "contender", "way", "seq_len", "status", "step_seconds", "peak_allocated", "peak_reserved",
+        "device_allocs", "device_frees", "retries", "served_requests", "served_bytes", "planned_requests_served",
+        "reserved_over", "arena_over_bound", "host_seconds", "gradients_digest", "error")}), flush=True)  # fmt: skip
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

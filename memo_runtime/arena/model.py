@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,17 +38,9 @@ class StepMemory:
             if is_planned_for_others(index):
                 self._note(f"memory of device {index} is planned for another wrapped model, not for this one")
                 return
-            self._steps = PlannedSteps(planned_allocator(), index, self._note, long_lived=self._long_lived)
+            moved = partial(long_lived, self._model, self._optimizer)
+            self._steps = PlannedSteps(planned_allocator(), index, self._note, long_lived=moved)
         self._steps.begin(kind, tokens)
-
-    def _long_lived(self) -> Iterator[torch.Tensor]:
-        for parameter in self._model.parameters():
-            yield parameter
-            if parameter.grad is not None:
-                yield parameter.grad
-        yield from self._model.buffers()
-        for state in self._optimizer.state.values() if self._optimizer is not None else ():
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def end(self) -> None:
         """What follows is none of the step's."""
@@ -63,3 +56,14 @@ class StepMemory:
     def report(self) -> ArenaReport:
         """What the latest planned step got."""
         return ArenaReport(state="no step yet") if self._steps is None else self._steps.report()
+
+
+def long_lived(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[torch.Tensor]:
+    """What outlives the steps of ``model``: weights, gradients that are there, buffers, states of ``optimizer``."""
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
+    for state in optimizer.state.values() if optimizer is not None else ():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))

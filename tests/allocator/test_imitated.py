@@ -18,7 +18,7 @@ from tests.house.sources import ROOT
 from tests.native.building import compiler
 
 #: Those of tests/gpu/test_allocator.py that run no kernel whose result matters.
-WITHOUT_CONTENTS = "edges or statistics or history or refused or nobody or bytes_go"
+WITHOUT_CONTENTS = "edges or statistics or history or refused or nobody or bytes_go or bound"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def imitation(tmp_path_factory):
 
 
 def test_the_allocator_on_an_imitated_device(imitation):
-    files = [str(Path("tests") / "gpu" / name) for name in ("test_allocator.py", "test_allocator_edges.py")]
+    names = ("test_allocator.py", "test_allocator_edges.py", "test_allocator_beside.py")
+    files = [str(Path("tests") / "gpu" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", WITHOUT_CONTENTS, *files]
     done = subprocess.run(command, capture_output=True, text=True, env=imitation, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -62,3 +63,18 @@ def test_a_wrapped_model_plans_its_steps(imitation):
     assert planned["misses"] == [["resident", 1]]
     assert planned["served"] == planned["requests"] - 1 > 50
     assert planned["planned_peak"] == planned["bound"]
+
+
+def test_the_benchmark_measures_each_length_and_lengths_that_vary(imitation):
+    command = [sys.executable, "-m", "tests.allocator.benchmark_rows"]
+    done = subprocess.run(command, capture_output=True, text=True, env=imitation, cwd=ROOT, check=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["way"], row["varied"], row["seq_len"], row["status"]) for row in rows] == [
+        ("native", False, 16384, "ok"), ("native", False, 32768, "ok"),
+        ("planned", False, 16384, "ok"), ("planned", False, 32768, "ok"), ("planned", True, 32768, "ok"),
+    ], done.stderr[-6000:]  # fmt: skip
+    assert rows[0]["peak_allocated"] < rows[1]["peak_allocated"]
+    for row in rows[2:]:
+        assert row["served_bytes"] > (0.97 if row["varied"] else 0.99)  # each length brings its own batch
+        assert row["arena_over_bound"] <= 1.02 or row["varied"]
+        assert (row["device_allocs"], row["device_frees"], row["retries"]) == (0, 0, 0)

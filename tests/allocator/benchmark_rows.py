@@ -1,0 +1,54 @@
+"""What ``benchmarks.allocator`` measures of a stack without products, on an imitated device; prints it as JSON lines.
+
+    python -m tests.allocator.benchmark_rows
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks import allocator as benchmark
+from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.geometry import Scope
+from benchmarks.harness.job import Job, Settings
+from tests.allocator.wrapped_steps import Net
+
+
+class Contender:
+    """Trains the stack; of ``benchmarks.harness.contenders.base.Contender`` what is called."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, job: Job) -> None:
+        model = Net().cuda()
+        self.subject = SimpleNamespace(model=model, optimizer=None)
+
+    def start(self, tokens: int) -> None:
+        self.batch = torch.zeros(1, tokens, 64, device="cuda")
+
+    def step(self, look=None) -> None:
+        self.subject.model(self.batch).backward()
+        if look is not None:
+            look({name: p.grad for name, p in self.subject.model.named_parameters()})
+        self.subject.model.zero_grad(set_to_none=True)
+
+    def finish(self) -> None:
+        del self.batch
+
+
+def main() -> None:
+    CONTENDERS["stack"] = Contender
+    settings = Settings(
+        geometry="tiny", scope=Scope.BLOCKS, blocks=4, device="cuda", dtype="bfloat16", attention="auto"
+    )  # fmt: skip
+    job = Job(contender="stack", settings=settings, lengths=(16384, 32768))
+    for way, varied in (("native", False), ("planned", False), ("planned", True)):
+        for row in benchmark.work(job, way, 2, varied=varied):
+            print(json.dumps({"way": way, "varied": varied, **row}))
+
+
+if __name__ == "__main__":
+    main()

@@ -295,22 +295,24 @@ def _look(
         arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
         before, outside = state_key(copied), Outside(copied, kinds)
         runs.append(outside)
-        try:
-            with mode, _NoTensorHooks(), torch.enable_grad(), flash_stands_in():
-                with outside:
-                    outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
-                written = outside.written()
-            if before != (after := state_key(copied)):
-                raise CaptureRefusedError(changed(before, after), _CHANGES)
-            _refuse_functions(outputs)
-            if written and (outside is not runs[0] or outside.holds_fakes()):
-                raise CaptureRefusedError(written, _CHANGES)
-        except BaseException as error:
-            for run in reversed(runs):
-                run.put_back()
-            if isinstance(error, CaptureRefusedError) or not isinstance(error, Exception):
-                raise
-            raise _refusal(error) from error
+        # Around what puts back too, which would have a Function keep the stand-in that it had while it was read.
+        with flash_stands_in():
+            try:
+                with mode, _NoTensorHooks(), torch.enable_grad():
+                    with outside:
+                        outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
+                    written = outside.written()
+                if before != (after := state_key(copied)):
+                    raise CaptureRefusedError(changed(before, after), _CHANGES)
+                _refuse_functions(outputs)
+                if written and (outside is not runs[0] or outside.holds_fakes()):
+                    raise CaptureRefusedError(written, _CHANGES)
+            except BaseException as error:
+                for run in reversed(runs):
+                    run.put_back()
+                if isinstance(error, CaptureRefusedError) or not isinstance(error, Exception):
+                    raise
+                raise _refusal(error) from error
         if not written:
             break
     return outside.settle()

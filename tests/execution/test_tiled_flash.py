@@ -163,6 +163,7 @@ def test_a_library_with_other_arguments_is_refused(monkeypatch):
     monkeypatch.setattr(FlashAttnFunc.forward, "__signature__", _signature("q k v settings"))
     with pytest.raises(CaptureRefusedError, match="its arguments are not those of flash-attn 2"):
         TiledBlock(double(Flash), tile=8)(hidden())
+    assert "apply" not in vars(FlashAttnFunc)  # as it was
 
 
 def test_its_forward_runs_once_and_its_log_sum_exp_is_stashed():
@@ -183,3 +184,4 @@ def test_refused_by_name(options, reason):
     with pytest.raises(CaptureRefusedError, match=reason) as caught:
         TiledBlock(double(Flash, **options), tile=8)(hidden())
     assert caught.value.operator == "flash_attn.FlashAttnFunc"
+    assert "apply" not in vars(FlashAttnFunc)

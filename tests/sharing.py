@@ -229,6 +229,8 @@ def _capture(block: nn.Module, call: Any, forward: Any = None) -> Any:
     if not declared_in(block):
         arguments = call.original if call.original is not None else call.leaves
         key = _key_of([("", block), ("", arguments)], forward, call.leaves, str(call.spec), values=False)
+    if key in _captures and not _captures[key].holds(call):
+        del _captures[key]  # a global that it reads is another now
     return _captures.or_made(key, lambda: _CAPTURE(block, call, forward))
 
 

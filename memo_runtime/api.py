@@ -46,6 +46,7 @@ from memo_runtime.errors import (
     ProfileError,
 )
 from memo_runtime.execution.guard import refuse_other_optimisers
+from memo_runtime.output import file_path
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Plan, Profile, Report
@@ -100,7 +101,7 @@ def wrap(
     blocks: Any = None,
     keep_last: int | None = None,
     tile: int | None = None,
-    layout: str = "auto",
+    layout: str | os.PathLike[str] = "auto",
     loss: str = "auto",
     strict: bool = False,
     on_refusal: str = "stop",
@@ -124,8 +125,8 @@ def wrap(
         blocks: the blocks, if they should not be searched: modules, a ``ModuleList``, or names.
         keep_last: blocks at the end of each stack that stay on the device.
         tile: tokens of a tile, for ``tiled``.
-        layout: ``planned``: memory of steps is placed by a plan of their own, in one arena of the device
-            (docs/allocator.md). ``native`` and, for now, ``auto``: by PyTorch's allocator.
+        layout: ``planned``: memory of steps by plan, in an arena (docs/allocator.md). A file (``.json``, ``.json.gz``):
+            the same, and it keeps the plans for the next run. ``native``, and for now ``auto``: PyTorch's allocator.
         loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
         strict: a block that cannot take the policy is an error before the first step, and one whose rerun is found
             wrong in a step stays one (otherwise the next step runs it in a safer way).
@@ -139,14 +140,13 @@ def wrap(
         AlreadyWrappedError: wrapped already, with something else.
         AllocatorUnavailableError: ``layout='planned'`` without the planned allocator; says how to build it.
         OffloaderActiveError: gradient checkpointing or another offloader is on.
-        PlanFileError: the plan file cannot be read or holds what cannot be true.
-        PlanMismatchError: it plans blocks that the model does not have.
+        PlanFileError, PlanMismatchError: the plan file cannot be read or true, or plans blocks that the model lacks.
     """
     check_model(model, "wrap")
     check_optimizer(optimizer)
     if disk is not None:
         raise _not_built("disk", disk, "activations go to the device, the host, or are recomputed")
-    where = choose(Layout, "layout", layout)
+    where, kept = _layout(layout)
     loss_kind = choose(Loss, "loss", loss)
     refusal = choose(OnRefusal, "on_refusal", on_refusal)
     settings = make_settings(
@@ -159,6 +159,7 @@ def wrap(
     wrapped = make_wrapped(
         model, refs, settings, loss=loss_kind, optimizer=optimizer, plan=given, on_refusal=refusal, layout=where
     )
+    _keep_steps(wrapped, kept)
     if _is_wrapped_so(model, wrapped):
         return model
     refuse_other_optimisers(model, {id(ref.module) for ref in refs})
@@ -167,6 +168,18 @@ def wrap(
         planned_allocator().install()
     wrapped.install()
     return model
+
+
+def _layout(layout: str | os.PathLike[str]) -> tuple[Layout, Path | None]:
+    """What ``layout`` says, and the file that keeps its plans."""
+    if isinstance(layout, os.PathLike) or (isinstance(layout, str) and layout.endswith((".json", ".json.gz"))):
+        return Layout.PLANNED, file_path(layout)
+    return choose(Layout, "layout", layout), None
+
+
+def _keep_steps(wrapped: Wrapped, path: Path | None) -> None:
+    if path is not None and wrapped.memory is not None:
+        wrapped.memory.keep_in(path)
 
 
 def _is_wrapped_so(model: nn.Module, wanted: Wrapped) -> bool:

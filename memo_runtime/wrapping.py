@@ -119,7 +119,7 @@ class Wrapped:
         knobs = {name: getattr(asked, name) for name in ("alpha", "budget", "host_budget", "keep_last", "tile")}
         named += [f"{name}={value}" for name, value in knobs.items() if value is not None]
         named += ["strict=True"] if asked.strict else []
-        named += [f"layout='{self.layout}'"] if self.layout != Layout.AUTO else []
+        named += [f"layout='{self.memory or self.layout}'"] if self.layout != Layout.AUTO else []
         named += [f"loss='{self.loss}'"] if self.loss != Loss.AUTO else []
         named += [f"on_refusal='{self.on_refusal}'"] if self.on_refusal != OnRefusal.STOP else []
         return ", ".join([*named, f"{len(self.refs)} blocks"])
@@ -166,7 +166,7 @@ class Wrapped:
             self.settings == other.settings
             and self.loss == other.loss
             and self.on_refusal == other.on_refusal
-            and self.layout == other.layout
+            and (self.layout, str(self.memory)) == (other.layout, str(other.memory))
             and self.given_plan == other.given_plan
             and [ref.name for ref in self.refs] == [ref.name for ref in other.refs]
         )
@@ -266,7 +266,7 @@ class Wrapped:
     ) -> tuple[tuple[Any, ...], Shapes]:
         leaves = leaves_of((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        parameters = hash(tuple((p.dtype, p.requires_grad) for p in self.model.parameters()))
+        parameters = tuple((str(p.dtype), p.requires_grad) for p in self.model.parameters())
         key = (
             batch_signature(args, kwargs),
             self.model.training,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from memo_runtime.allocator.library import planned_allocator
 from memo_runtime.arena.steps import PlannedSteps, is_planned_for_others
-from memo_runtime.errors import AllocatorUnavailableError
+from memo_runtime.arena.steps_file import load_steps, save_steps
+from memo_runtime.errors import AllocatorUnavailableError, OutputError
 from memo_runtime.placement import ArenaReport
 
 
@@ -21,12 +24,21 @@ class StepMemory:
         self._name, self._model, self._optimizer = type(model).__name__, model, optimizer
         self._note = note
         self._steps: PlannedSteps | None = None
+        self._path: Path | None = None
+
+    def __str__(self) -> str:
+        return "planned" if self._path is None else str(self._path)
+
+    def keep_in(self, path: Path) -> None:
+        """Take the addresses of steps from file ``path``, if it is there, and write those of new ones to it."""
+        self._path = path
 
     def begin(self, kind: Hashable, device: torch.device, tokens: int = 0) -> None:
         """A step begins, of a kind that asks for the same memory as others of it with as many ``tokens``.
 
         Raises:
             AllocatorUnavailableError: the model is not on a CUDA device.
+        AllocatorPlanError: the file of earlier runs is of something else or not whole.
         """
         if device.type != "cuda":
             raise AllocatorUnavailableError(
@@ -38,9 +50,27 @@ class StepMemory:
             if is_planned_for_others(index):
                 self._note(f"memory of device {index} is planned for another wrapped model, not for this one")
                 return
-            moved = partial(long_lived, self._model, self._optimizer)
-            self._steps = PlannedSteps(planned_allocator(), index, self._note, long_lived=moved)
-        self._steps.begin(kind, tokens)
+            self._steps = self._start(index)
+        self._steps.begin(kind if self._path is None else _digest(repr(kind)), tokens)
+
+    def _start(self, device: int) -> PlannedSteps:
+        moved = partial(long_lived, self._model, self._optimizer)
+        if self._path is None:
+            return PlannedSteps(planned_allocator(), device, self._note, long_lived=moved)
+        name = torch.cuda.get_device_properties(device).name
+        known = load_steps(self._path, model=_model_digest(self._model), device=name)
+        return PlannedSteps(
+            planned_allocator(), device, self._note, long_lived=moved, known=known, on_placed=partial(self._save, name)
+        )
+
+    def _save(self, device: str) -> None:
+        if self._path is None or self._steps is None:
+            return
+        kinds = {str(name): placements for name, placements in self._steps.placements().items()}
+        try:
+            save_steps(self._path, kinds, model=_model_digest(self._model), device=device)
+        except OutputError as error:  # steps are served all the same
+            self._note(f"the addresses of steps are not kept for the next run: {error}")
 
     def end(self) -> None:
         """What follows is none of the step's."""
@@ -48,8 +78,11 @@ class StepMemory:
             self._steps.end()
 
     def close(self) -> None:
-        """Plan nothing any more."""
+        """Plan nothing any more; where plans are kept in a file, what is under way is finished for it first."""
         if self._steps is not None:
+            if self._path is not None:
+                self._steps.end()
+                self._steps.wait()
             self._steps.close()
             self._steps = None
 
@@ -67,3 +100,12 @@ def long_lived(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Ite
     yield from model.buffers()
     for state in optimizer.state.values() if optimizer is not None else ():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _model_digest(model: nn.Module) -> str:
+    """Of names, shapes and types of parameters."""
+    return _digest(repr([(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()]))

@@ -16,19 +16,19 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from memo_runtime.allocator.library import Counts, PlannedAllocator
-from memo_runtime.arena.lengths import Pair, Sample, fitted, longest_of_bucket, pair_of
-from memo_runtime.arena.plan import ArenaPlan, allowed_bytes, as_arena_plan, by_size, enable
-from memo_runtime.arena.solving import Solved, Solving
+from memo_runtime.arena.lengths import Pair, Sample, longest_of_bucket, pair_of
+from memo_runtime.arena.placing import Placement
+from memo_runtime.arena.plan import ArenaPlan, allowed_bytes, by_size, enable
+from memo_runtime.arena.solving import Solving
 from memo_runtime.errors import AllocatorPlanError, TraceError
 from memo_runtime.placement import ArenaReport
-from memo_runtime.recent import Recent
 from memo_runtime.recording.allocator import AllocatorRecorder
 from memo_runtime.traces.trace import Phase, Trace
 from memo_runtime.units import format_bytes
@@ -45,8 +45,6 @@ MOST_WEAK = 3
 MOST_TRIES = 3
 #: Kinds that are remembered; a run may have a new length at every step.
 MOST_KINDS = 16
-#: Lengths whose plans a placement remembers; others are made again from its addresses.
-_MOST_LENGTHS = 32
 #: Share of the device's memory that a step may need at least and is still tried without a plan: PyTorch's allocator
 #: takes up to a quarter more than what lives, and lengths that vary make it worse.
 _ROOMY = 0.7
@@ -76,34 +74,6 @@ class Recorder(Protocol):
 
 
 @dataclass(slots=True)
-class _Placement:
-    """Addresses for steps of ``tokens``, and where ``pair`` is there, of fewer ones too."""
-
-    tokens: int
-    sample: Sample
-    pair: Pair | None
-    solved: Solved
-    plans: Recent[ArenaPlan] = field(default_factory=lambda: Recent(_MOST_LENGTHS))
-
-    def serves(self, tokens: int) -> bool:
-        """Whether it has addresses for a step of ``tokens``."""
-        return tokens == self.tokens or (self.pair is not None and tokens < self.tokens)
-
-    def plan(self, tokens: int, device: int) -> ArenaPlan:
-        """That for steps of ``tokens``, made once.
-
-        Raises:
-            AllocatorPlanError: it places nothing.
-        """
-        plan = self.plans.get(tokens)
-        if plan is None:
-            trace = self.sample.trace if self.pair is None else self.pair.at(tokens)
-            plan = as_arena_plan(fitted(self.solved, trace), trace, self.sample.handles, device)
-            self.plans.put(tokens, plan)
-        return plan
-
-
-@dataclass(slots=True)
 class _Kind:
     """What is known of one kind of step.
 
@@ -120,13 +90,13 @@ class _Kind:
     lengths: Counter[int] = field(default_factory=Counter)
     tries: Counter[int] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
-    placements: list[_Placement] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
 
-    def placement(self, tokens: int) -> _Placement | None:
+    def placement(self, tokens: int) -> Placement | None:
         """The one that serves steps of ``tokens``."""
         return next((placement for placement in self.placements if placement.serves(tokens)), None)
 
-    def forget(self, placement: _Placement) -> None:
+    def forget(self, placement: Placement) -> None:
         """Its recordings are old."""
         self.placements.remove(placement)
         self.unlike += placement.pair is not None
@@ -166,6 +136,7 @@ class PlannedSteps:
     Args:
         note: tells the user, once, what is done otherwise than asked.
         long_lived: weights, optimizer states and the like, which are moved together before the arena is made.
+        known: placements of earlier runs, by kind. on_placed: is told when there is a new one.
     """
 
     def __init__(
@@ -175,6 +146,8 @@ class PlannedSteps:
         note: Callable[[str], None],
         *,
         long_lived: Callable[[], Iterable[torch.Tensor]] | None = None,
+        known: Mapping[Any, Sequence[Placement]] | None = None,
+        on_placed: Callable[[], None] = lambda: None,
         recorder: Callable[[int], Recorder] = _recorder,
         solver: Callable[..., Solving] = Solving,
     ) -> None:
@@ -184,9 +157,12 @@ class PlannedSteps:
         self._long_lived = long_lived
         self._make_recorder = recorder
         self._solver = solver
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._on_placed = on_placed
+        self._kinds: dict[Hashable, _Kind] = {
+            key: _Kind(placements=list(placements)) for key, placements in (known or {}).items()
+        }
         self._current: tuple[_Kind, int] | None = None
-        self._serving: _Placement | None = None
+        self._serving: Placement | None = None
         self._armed: ArenaPlan | None = None
         self._recording: Recorder | None = None
         self._solving: _Job | None = None
@@ -302,7 +278,7 @@ class PlannedSteps:
         trace = sample.trace if pair is None else pair.at(tokens)
         self._solving = _Job(kind, tokens, sample, pair, self._solver(by_size(trace), seconds=_SOLVER_SECONDS))
 
-    def _place_longer(self, kind: _Kind, tokens: int) -> _Placement | None:
+    def _place_longer(self, kind: _Kind, tokens: int) -> Placement | None:
         """A step longer than those that are placed: addresses from their recordings.
 
         Found while it runs natively, except where it might run out of memory so: then it waits, as long as the solver
@@ -327,7 +303,7 @@ class PlannedSteps:
             return
         self._solving = None
         try:
-            placement = _Placement(job.tokens, job.sample, job.pair, job.solving.result())
+            placement = Placement(job.tokens, job.sample, job.pair, job.solving.result())
             plan = placement.plan(job.tokens, self._device)
         except AllocatorPlanError as error:
             self._note(f"no memory is planned for some steps: {error}")
@@ -341,10 +317,11 @@ class PlannedSteps:
             "memo: %d requests of a step placed in an arena of %s (at least %s) in %.1f s",
             len(plan.rows), format_bytes(plan.size), format_bytes(plan.lower_bound), plan.seconds,
         )  # fmt: skip
+        self._on_placed()
 
     # ---- from plan to step
 
-    def _arm(self, placement: _Placement, tokens: int) -> bool:
+    def _arm(self, placement: Placement, tokens: int) -> bool:
         try:
             plan = placement.plan(tokens, self._device)
             if plan is self._armed:
@@ -357,7 +334,7 @@ class PlannedSteps:
         self._armed = plan
         return True
 
-    def _judge(self, kind: _Kind, tokens: int, placement: _Placement, plan: ArenaPlan) -> None:
+    def _judge(self, kind: _Kind, tokens: int, placement: Placement, plan: ArenaPlan) -> None:
         found = self._allocator.statistics(self._device)
         if found.given_back != self._given_back:
             reason = "memory ran out beside the arena, which was given back: the budget leaves no room for both"
@@ -385,7 +362,11 @@ class PlannedSteps:
         self._off, self._armed = reason, None
         self._allocator.disarm(self._device)
 
-    # ---- what the user sees
+    # ---- what the user sees, and the next run
+
+    def placements(self) -> dict[Hashable, tuple[Placement, ...]]:
+        """Those of each kind that has some."""
+        return {key: tuple(kind.placements) for key, kind in self._kinds.items() if kind.placements}
 
     def report(self) -> ArenaReport:
         """What the latest planned step got."""

@@ -44,13 +44,14 @@ def save_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
         OutputError: the file cannot be written; what was there is untouched.
     """
     target = file_path(path)
-    text = json.dumps(_content(trace), separators=(",", ":")).encode()
+    text = json.dumps(trace_content(trace), separators=(",", ":")).encode()
     # Without a time of its own, the same trace is the same file.
     data = gzip.compress(text, mtime=0) if target.suffix == ".gz" else text + b"\n"
     write_output(target, data)
 
 
-def _content(trace: Trace) -> dict[str, Any]:
+def trace_content(trace: Trace) -> dict[str, Any]:
+    """What a file holds of ``trace``."""
     lowers = [request.lower for request in trace.requests]
     measured = trace.measured
     return {
@@ -83,10 +84,19 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
         TraceFileError: no such file, not JSON, no trace, another schema version, or a field that is missing, unknown,
             of the wrong type, or cannot be true; the message names the file and the field.
     """
+    return trace_from(_read(path), str(path))
+
+
+def trace_from(content: Mapping[str, Any], where: str) -> Trace:
+    """The trace that a file holds as ``content``.
+
+    Raises:
+        TraceFileError: a field is missing, unknown, of the wrong type, or cannot be true; names ``where`` and it.
+    """
     try:
-        return _build(_read(path))
+        return _build(content)
     except _FieldError as error:
-        raise TraceFileError(f"{path}: {error}") from None
+        raise TraceFileError(f"{where}: {error}") from None
 
 
 class _FieldError(Exception):
@@ -116,7 +126,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _build(content: dict[str, Any]) -> Trace:
+def _build(content: Mapping[str, Any]) -> Trace:
     _same_names(content, _FIELDS, "")
     columns = _mapping(content, "requests", "")
     _same_names(columns, _COLUMNS, "requests.")

@@ -54,7 +54,7 @@ def test_a_wrapped_model_plans_its_steps(imitation):
     environment = {**imitation, "MEMO_NATIVE": "off"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    native, planned = json.loads(done.stdout.splitlines()[-1])
+    native, planned, written, read = json.loads(done.stdout.splitlines()[-1])
     assert "state" not in native
     assert planned["state"] == "planned", planned["notes"]
     # What the model asked for is what was in use, wherever it was served.
@@ -63,6 +63,11 @@ def test_a_wrapped_model_plans_its_steps(imitation):
     assert planned["misses"] == [["resident", 1]]
     assert planned["served"] == planned["requests"] - 1 > 50
     assert planned["planned_peak"] == planned["bound"]
+    # What a run keeps in a file serves the first steps of the next one.
+    assert written["served"] == planned["served"]
+    assert read["state"] == "planned", read["notes"]
+    assert read["served"] >= planned["served"] - 1
+    assert (written["notes"], read["notes"]) == (planned["notes"], planned["notes"])
 
 
 def test_the_benchmark_measures_each_length_and_lengths_that_vary(imitation):

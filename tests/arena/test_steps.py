@@ -258,6 +258,31 @@ def test_a_step_that_may_run_out_of_memory_waits_for_its_place(rig, lengths, mon
     assert lengths(2100) == ["disarm", "arm", "begin", "end"]
 
 
+def test_what_an_earlier_run_placed_serves_the_first_step_even_a_longer_one(rig, lengths, monkeypatch):
+    lengths(900, 900, 1000, 1200, 1300)
+    rig.steps.wait()
+    known = rig.steps.placements()
+    assert list(known) == ["a"]
+    rig.steps.close()
+    told = []
+    again = PlannedSteps(
+        rig.allocator, 0, rig.notes.append, known=known, on_placed=lambda: told.append(again.placements()),
+        recorder=lambda device: Recorder(rig.allocator.calls), solver=lambda trace, seconds: Solver(trace, seconds),
+    )  # fmt: skip
+    rig.allocator.calls.clear()
+    again.begin("a", 1100)
+    again.end()
+    assert rig.allocator.calls == ["disarm", "arm", "begin", "end"]
+    monkeypatch.setattr("memo_runtime.arena.steps._ROOMY", 1e-6)
+    rig.allocator.calls.clear()
+    again.begin("a", 2100)  # no step ran without a plan before it
+    again.end()
+    assert rig.allocator.calls == ["disarm", "arm", "begin", "end"]
+    assert [max(one.tokens for one in found["a"]) for found in told] == [2304]
+    again.close()
+    assert rig.notes == []
+
+
 def test_one_odd_step_changes_nothing(rig):
     planned(rig, "a")
     run(rig, "a", 2)
@@ -321,6 +346,35 @@ def test_a_child_process_that_fails_says_how():
 
 class Net(torch.nn.Module):
     pass
+
+
+def test_what_is_being_placed_is_finished_for_the_file(tmp_path, rig, monkeypatch):
+    monkeypatch.setattr("memo_runtime.arena.model.planned_allocator", lambda: rig.allocator)
+    monkeypatch.setattr("memo_runtime.arena.plan.compact", lambda tensors, device: 0)
+    rig.steps.close()
+    path, device = tmp_path / "steps.json", torch.device("cuda", 0)
+    memory = StepMemory(Net(), None, rig.notes.append)
+    memory.keep_in(path)
+    assert str(memory) == str(path)
+    memory._steps = memory._start(0)
+    memory._steps._make_recorder, memory._steps._solver = lambda device: Recorder([]), Solving
+    for _ in range(SETTLING + 1):
+        memory.begin("a", device)
+    assert not path.exists()
+    memory.close()
+    assert path.exists()
+    rig.allocator.calls.clear()
+    again = StepMemory(Net(), None, rig.notes.append)
+    again.keep_in(path)
+    again.begin("a", device)
+    again.close()
+    assert rig.allocator.calls == ["disarm", "arm", "begin", "end", "disarm"]
+    path.write_text("{}")
+    broken = StepMemory(Net(), None, rig.notes.append)
+    broken.keep_in(path)
+    with pytest.raises(AllocatorPlanError, match="holds no steps"):
+        broken.begin("a", device)
+    assert rig.notes == []
 
 
 def test_a_model_elsewhere_is_refused():

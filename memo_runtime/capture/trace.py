@@ -92,7 +92,10 @@ class Trace:
     outside: Outside
 
     def allows(self, tokens: int) -> bool:
-        """The trace holds for this number of tokens."""
+        """The trace holds for this number of tokens; also where somebody has asked a traced size for its number."""
+        fixed = self.fake_mode.shape_env.replacements.get(self.token.symbol)  # type: ignore[union-attr]
+        if fixed is not None and fixed != tokens:
+            return False
         return all(bool(guard.subs(self.token.symbol, tokens)) for guard in self.guards)
 
 

@@ -349,10 +349,9 @@ def moments(
     """(those of forward, those of backward), for sequences of ``tokens`` and longer; ``by_groups``: of heads."""
     device = captured.arguments[0][0].meta["val"].device
     over = overwritten(captured) if sole_holders(device.type) is not None else {}
-    weights = weight_bytes(captured)
     found = {index: grouping(captured, index) for index in range(len(captured.stages.stages) if by_groups else 0)}
     grouped = {index: how for index, how in found.items() if how is not None}
-    forward, backward = (_Walk(captured, needs, tokens, over, grouped, fixed=weights) for _ in range(2))
+    forward, backward = (_start(captured, needs, tokens, over, grouped) for _ in range(2))
     forward.forward()
     backward.backward()
     return tuple(forward.moments), tuple(backward.moments)
@@ -363,17 +362,26 @@ def result_moments(captured: Captured, needs: Needs, tokens: int) -> tuple[Momen
     index = result_stage(captured)
     if index is None:
         return ()
-    walk = _Walk(captured, needs, tokens, {}, {}, fixed=weight_bytes(captured), rebuilding=True)
+    walk = _start(captured, needs, tokens, {}, {})
+    walk.rebuilding = True
     walk.result(index)
     return tuple(walk.moments)
 
 
-def weight_bytes(captured: Captured) -> int:
-    """Bytes of what a block makes of its parameters once for each call."""
+def _start(
+    captured: Captured, needs: Needs, tokens: int, over: Mapping[fx.Node, fx.Node], grouped: Mapping[int, Grouping]
+) -> _Walk:
+    """A walk that finds what a block makes of its parameters, once for each call."""
+    walk = _Walk(captured, needs, tokens, over, grouped)
     given = {storage_key(node) for node, _ in captured.states}
-    made = {storage_key(node): tensor_bytes(node.meta["val"]) for node in captured.stages.weights
-            if isinstance(node.meta["val"], torch.Tensor)}  # fmt: skip
-    return sum(size for key, size in made.items() if key not in given)
+    tensors = (node for node in captured.stages.weights if isinstance(node.meta["val"], torch.Tensor))
+    for node in {storage_key(node): node for node in tensors if storage_key(node) not in given}.values():
+        # One that grows with tokens must not be asked for its bytes: its capture would hold for one length only.
+        if captured.traced.token.dims(node.meta["val"]):
+            walk.add("made of parameters", node)
+        else:
+            walk.fixed += tensor_bytes(node.meta["val"])
+    return walk
 
 
 def storage_key(node: fx.Node) -> int:

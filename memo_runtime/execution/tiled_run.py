@@ -188,7 +188,14 @@ class Run:
                 self._segment_forward(index, stage, values, keep=True)
                 if stage.by_rows:
                     self._drop_inputs(index, values)
-        return [values[one] if isinstance(one, fx.Node) else one for one in self.captured.outputs]
+        return [self._output(one, values) for one in self.captured.outputs]
+
+    def _output(self, one: Any, values: Values) -> Any:
+        """A value, a constant, or a size, which is no value of any stage."""
+        if not isinstance(one, fx.Node):
+            return one
+        given = one.meta["val"]
+        return values[one] if isinstance(given, torch.Tensor) else self.captured.size(given, self.tokens)
 
     def placeholders(self) -> list[fx.Node]:
         """Parameters and arguments."""

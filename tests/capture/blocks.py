@@ -36,6 +36,18 @@ class TensorHook(Attention):
         return self.finish(x, mixed)
 
 
+class LearnedPositions(Attention):
+    """Makes a value with tokens of a parameter, and yields the number of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(64, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, None]:
+        tokens = x.shape[1]
+        return super().forward(x + self.positions(tokens - 1 - torch.arange(tokens))), tokens, None
+
+
 LOSSES: list[Tensor] = []
 
 

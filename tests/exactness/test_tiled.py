@@ -18,7 +18,7 @@ from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasib
 from memo_runtime.execution import tiled_mixing
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
-from tests.capture.blocks import DocumentMask, StraightThrough
+from tests.capture.blocks import DocumentMask, LearnedPositions, StraightThrough
 from tests.exactness import hand_written
 from tests.exactness.compare import (
     TOLERANCE,
@@ -313,6 +313,29 @@ def test_lengths_and_batch_sizes_that_follow_each_other():
         batch = batch_of(tokens, rows)
         assert_close(run_step(model, batch, output_loss), run_step(plain, batch, output_loss))
         assert_trade(model)
+
+
+class FirstOfResults(hand_written.Stack):
+    """Blocks yield a number beside their result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, tokens, _ = block(x)
+            assert (type(tokens), tokens) == (int, x.shape[1])
+        return x
+
+
+def test_positions_that_are_made_of_a_parameter_have_the_length_of_each_call():
+    """Asked for its bytes, such a value once fixed its capture to the first length."""
+    torch.manual_seed(0)
+    model = FirstOfResults(LearnedPositions(), LearnedPositions()).double()
+    plain = copy.deepcopy(model)
+    memo.wrap(model, **TILED)
+    for tokens in (19, 20, 17):
+        assert_close(
+            run_step(model, batch_of(tokens), output_loss), run_step(plain, batch_of(tokens), output_loss)
+        )
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}
 
 
 class ChangesResults(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -219,6 +219,33 @@ def _apply(run: Run, block: nn.Module, call: BlockCall, way: Way) -> Any:
     return unflatten(list(results), captured.traced.output)
 
 
+_ONCE = (
+    "'{name}' runs by tiles, and the gradients of tiles cannot be differentiated again (create_graph=True). Would "
+    "work: policy='replay' or policy='swap'"
+)
+
+
+def _differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``backward`` without a graph; whoever goes back through what it yields is told.
+
+    Unlike with PyTorch's own also where the gradients that come in have no graph: what comes out depends on parameters
+    all the same, and a penalty on it would be taken for a constant.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        given = [one.detach().requires_grad_() if isinstance(one, torch.Tensor) else one for one in results]
+        refusal = torch._C._functions.DelayedError(_ONCE.format(name=ctx.run.owner or "a block").encode(), len(given))
+        told: tuple[Any, ...] = refusal(*given)
+        return told
+
+    return run
+
+
 class _TiledFunction(torch.autograd.Function):
     """One block call in autograd's graph."""
 
@@ -249,7 +276,7 @@ class _TiledFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         # Before anything here holds one of them.
         alone = sole_holders(ctx.run.device.type)

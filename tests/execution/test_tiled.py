@@ -200,6 +200,17 @@ def test_backward_twice_is_an_error():
         y.backward()
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_of_gradients_are_refused(power):
+    """Also where those that come in have no graph: a penalty would be a constant otherwise."""
+    block, x = double(hand_written.Attention), hidden()
+    tiled = TiledBlock(block, tile=8)
+    (grad,) = torch.autograd.grad(tiled(x).pow(power).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"by tiles, and the gradients.*policy='replay'"):
+        (grad.square().sum() + block.up.weight.sum()).backward()
+    assert_exact(call_of(block, x), tiled)
+
+
 def test_low_precision_weight_gradients_are_summed_in_float32():
     """Many tiles: sums in bfloat16 would lose what single tiles add."""
     torch.manual_seed(0)

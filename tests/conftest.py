@@ -17,11 +17,27 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
-def pytest_collection_finish(session):
-    # Modules and test items live to the end. Many tests collect garbage at every step, and looking through all that
-    # PyTorch and transformers define takes 0.4 s each time.
+def _freeze():
+    """What is there now lives to the end: modules, test items, what is cached.
+
+    Many tests collect garbage at every step, and looking through all that PyTorch and transformers define takes 0.4 s
+    each time.
+    """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish(session):
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    result = yield
+    # Tests import more as they go, compilers above all.
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+    return result
 
 
 def pytest_collection_modifyitems(config, items):

@@ -323,6 +323,8 @@ class BlockPlan:
         groups: by tiles, of heads, which go through attention one after another.
         from_below: by tiles, its input is not stashed, but made again from the stash of the block below, which is
             for_above then.
+        late: by tiles, what it has in host memory comes when it goes backward and not before, and inputs of a run of
+            blocks are made again one after another. passes: how many of them are made by way of its result.
         actions: one per group of the block's profile. resident: what its rerun starts from stays on the device.
         bytes_to_host, bytes_to_device: copied in one step. bytes_kept: stashed on the device.
         host_bytes: host memory occupied, with the alignment of every slot.
@@ -347,6 +349,8 @@ class BlockPlan:
     groups: int = 1
     from_below: bool = False
     for_above: bool = False
+    late: bool = False
+    passes: int = 0
 
     @property
     def alpha(self) -> float:

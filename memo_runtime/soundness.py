@@ -23,7 +23,7 @@ from typing import Any
 from memo_runtime.config import Policy
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.planning.chain import wrong_link
+from memo_runtime.planning.chain import wrong_late, wrong_link
 from memo_runtime.records import (
     BlockPlan,
     BlockProfile,
@@ -74,6 +74,7 @@ def find_deviation(plan: Plan) -> Fault | None:
             block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
             reason=planned.reason, tile=planned.tile, resident=planned.resident, sent=planned.sent,
             groups=planned.groups, from_below=planned.from_below, for_above=planned.for_above,
+            late=planned.late, passes=planned.passes,
         )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)
@@ -229,6 +230,9 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
         for wrong in [wrong_link(blocks, plan.blocks, index)] if len(plan.blocks) == len(blocks) else []:
             if wrong:
                 yield Fault(f"{where}.from_below", planned.from_below, wrong)
+        field, wrong = wrong_late(plan.blocks, index)
+        if wrong:
+            yield Fault(f"{where}.{field}", getattr(planned, field), wrong)
         if planned.for_above and not any(one.from_below for one in plan.blocks[index + 1 : index + 2]):
             yield Fault(f"{where}.for_above", True, "false: the block above does not say from_below")
         if tiled and block.tiled is None:

@@ -51,7 +51,7 @@ class Way:
     go through attention one by one. ``ended`` is called with each backward that is over. ``origin``: the call whose
     result the input is, from which it is made again instead of stashed (``tiled_chain.origin_of``). ``input_stays``: it
     is stashed on the device though the rest goes to the host. ``witness``: compares an input that is made again.
-    ``owner``: the block's name.
+    ``late``: what it has in host memory comes when it goes backward and not before. ``owner``: the block's name.
     """
 
     tile: int
@@ -64,6 +64,7 @@ class Way:
     origin: Any = None
     input_stays: bool = False
     witness: Witness | None = None
+    late: bool = False
     owner: str = ""
 
 
@@ -282,22 +283,11 @@ class _TiledFunction(torch.autograd.Function):
         alone = sole_holders(ctx.run.device.type)
         sole = [at for at in range(len(grads)) if alone is not None and holders(grads, at) == alone]
         run: Run = ctx.run
-        stored: list[Any] = list(ctx.saved_tensors)
-        if ctx.entry is not None:
-            for place, tensor in ctx.entry.take().items():
-                stored[place] = tensor
-        count, extra = ctx.counts
-        values: dict[fx.Node, Any] = dict(zip(run.placeholders(), stored[:count], strict=True))
-        values.update(zip(run.stash(), stored[count : count + extra], strict=True))
-        rest = iter(stored[count + extra :])
-        for state in run.mixing.saved.values():
-            state.tensors = tuple(next(rest) for _ in state.tensors)
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
         surroundings = Surroundings()
         try:
             with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
-                if ctx.input is not None:
-                    values[run.placeholders()[ctx.input.place]] = ctx.input.made()
+                values = _values(ctx)
                 if not run.retain:
                     hand_over(ctx)
                 found = run.backward(values, grads, sole, ctx.entry)
@@ -319,6 +309,29 @@ class _TiledFunction(torch.autograd.Function):
             grad = found.take(node)
             results.append(grad.to(node.meta["val"].dtype) if grad is not None else None)
         return tuple(results)
+
+
+def _values(ctx: Any) -> dict[fx.Node, Any]:
+    """What the call ``ctx`` computes its gradients of, on the device."""
+    run, made = ctx.run, None
+    if ctx.input is not None and ctx.input.late:
+        # Of what it is made of nothing is left when the block's own comes.
+        if ctx.entry is not None:
+            ctx.entry.started()
+        made = ctx.input.made()
+    stored: list[Any] = list(ctx.saved_tensors)
+    if ctx.entry is not None:
+        for place, tensor in ctx.entry.take().items():
+            stored[place] = tensor
+    if ctx.input is not None:
+        stored[ctx.input.place] = made if made is not None else ctx.input.made()
+    count, extra = ctx.counts
+    values: dict[fx.Node, Any] = dict(zip(run.placeholders(), stored[:count], strict=True))
+    values.update(zip(run.stash(), stored[count : count + extra], strict=True))
+    rest = iter(stored[count + extra :])
+    for state in run.mixing.saved.values():
+        state.tensors = tuple(next(rest) for _ in state.tensors)
+    return values
 
 
 def _products(captured: Captured, way: Way) -> Products | None:
@@ -345,7 +358,7 @@ def _left_out(run: Run, way: Way, stash: list[Any]) -> Input | None:
         return None
     place = _input_place(run.captured)
     tensor, stash[place] = stash[place], None
-    return linked(way.origin, Input(way.origin, place, tensor_bytes(tensor), witness=way.witness))
+    return linked(way.origin, Input(way.origin, place, tensor_bytes(tensor), witness=way.witness, late=way.late))
 
 
 def _input_place(captured: Captured) -> int:
@@ -381,7 +394,7 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
     for place in list(stay):
         kept += tensor_bytes(chosen.pop(place))
     run.bytes_kept = kept
-    entry = run.swap.store(chosen, kept=kept, products=run.products, made=ctx.input)
+    entry = run.swap.store(chosen, kept=kept, products=run.products, made=ctx.input, late=way.late)
     for place in chosen:
         stash[place] = None
     return entry

@@ -9,6 +9,9 @@ attention is not run again. All that a run has in host memory is fetched when it
 input that is made again stays until its own block has gone backward: of a run of two blocks that is one tensor, in the
 place of the one that would have been fetched.
 
+Where blocks are late, nothing is there ahead: an input is made when its block goes backward, from the first of its run
+on, and of every step of that way one input and what one block has stashed are there.
+
 That an input is the result of the block below is seen at every call: autograd says whose result a tensor is, and a
 change in place gives it another origin or version. What it is made again is compared with it in a few rows.
 """
@@ -82,6 +85,7 @@ class Input:
     Args:
         node: of the call below. place: of the input among what the call has saved.
         share: what it takes on the device, while it is there. witness: some of its rows, to compare.
+        late: neither it nor what it is made of is there before its block goes backward.
     """
 
     node: Any
@@ -89,6 +93,7 @@ class Input:
     size_bytes: int
     share: Share | None = None
     witness: Witness | None = None
+    late: bool = False
     _made: torch.Tensor | None = field(init=False, default=None)
 
     def fetch(self) -> None:
@@ -112,7 +117,7 @@ class Input:
         """
         if self._made is None:
             assert self.node is not None, "its block has not gone backward yet"
-            made: torch.Tensor = self.node.run.result_again(values_of(self.node))
+            made = self._made_late() if self.late else self.node.run.result_again(values_of(self.node))
             if self.witness is not None:
                 try:
                     self.witness.compare(0, made)
@@ -122,10 +127,30 @@ class Input:
                         "what it was given: something has written to it without autograd's knowledge (x.data), or "
                         "weights of the block below are others. No gradient of it was computed"
                     ) from error
-            self._made = made
-            if self.share is not None:
-                self.share.hold(self.size_bytes)
+            self.there(made)
+        assert self._made is not None
         return self._made
+
+    def there(self, made: torch.Tensor) -> None:
+        """It is on the device until ``done``."""
+        self._made = made
+        if self.share is not None:
+            self.share.hold(self.size_bytes)
+
+    def _made_late(self) -> torch.Tensor:
+        """Made by way of the inputs below it in its run, each of which goes when the next is there."""
+        way = [self]
+        while (lower := way[-1].node.input) is not None and lower._made is None:
+            way.append(lower)
+        for lower, one in zip([*way[1:], None][::-1], way[::-1], strict=True):
+            made: torch.Tensor = one.node.run.result_again(values_of(one.node))
+            if one is not self:
+                one.there(made)
+            if one.node.entry is not None:
+                one.node.entry.leave()
+            if lower is not None:
+                lower.done(retain=True)
+        return made
 
     def done(self, *, retain: bool) -> None:
         """Its block has gone backward; ``retain``: it will once more."""
@@ -137,7 +162,10 @@ class Input:
 
 
 def values_of(node: Any) -> dict[Any, Any]:
-    """Arguments and stash of the call ``node``, on the device. Its input is made again where that is not stashed."""
+    """Arguments and stash of the call ``node``, on the device. Its input is made again where that is not stashed.
+
+    Nothing that they hold is held by anything else but ``node``, its entry and its input.
+    """
     stored: list[Any] = list(node.saved_tensors)
     if node.entry is not None:
         for place, tensor in node.entry.landed().items():

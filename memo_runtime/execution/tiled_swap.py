@@ -53,13 +53,15 @@ class Entry:
     there until the block's backward is over. Where the step is given up, it goes with the entry, and so do tickets.
     ``products``: those of tiles that were sent; the fetch of the block below then waits until they are back.
     ``made``: the call's input, if that is made again from what the block below has, which is then fetched with this.
+    ``late``: nothing of it comes before the block goes backward, and nothing of other blocks with it.
     """
 
     def __init__(
         self, swap: TiledSwap, copies: Mapping[int, _Copy], share: Share, products: Products | None = None,
-        made: Input | None = None,
+        made: Input | None = None, *, late: bool = False,
     ) -> None:  # fmt: skip
         self._swap = swap
+        self._late = late
         self._products = products
         self._input = made
         self._copies = dict(copies)
@@ -89,12 +91,22 @@ class Entry:
 
     def fetch(self) -> None:
         """Start the copies back, once; where there are none, those of the next block below that has some."""
+        if not self._late:
+            self._fetch()
+
+    def _fetch(self) -> None:
         self.sent()
+        if self._late:
+            self._bring()
+            return
         lower = self._below()
         if self._input is not None:
             self._input.fetch()
         if not self._copies and lower is not None:
             lower.fetch()
+        self._bring()
+
+    def _bring(self) -> None:
         for copy in self._copies.values():
             if copy.target is None:
                 # Allocated on the compute stream, which owns it; the copy stream only writes once.
@@ -107,6 +119,8 @@ class Entry:
     @property
     def landing_bytes(self) -> int:
         """Device bytes that a fetch takes."""
+        if self._late:
+            return 0
         lower = self._below()
         if not self._copies and lower is not None:
             return int(lower.landing_bytes)
@@ -122,12 +136,20 @@ class Entry:
         Raises:
             StepGivenUpError: their memory was needed for another step.
         """
-        self._refuse_given_up()
-        self._swap.order.started(self)
-        self.fetch()
+        self.started()
+        self._fetch()
         if self._products is None:
             self._fetch_lower()
         return self.landed()
+
+    def started(self) -> None:
+        """The block goes backward.
+
+        Raises:
+            StepGivenUpError: its memory was needed for another step.
+        """
+        self._refuse_given_up()
+        self._swap.order.started(self)
 
     def _refuse_given_up(self) -> None:
         if self._given_up:
@@ -143,7 +165,7 @@ class Entry:
             StepGivenUpError: their memory was needed for another step.
         """
         self._refuse_given_up()
-        self.fetch()
+        self._fetch()
         found = {}
         for place, copy in self._copies.items():
             assert copy.target is not None, "the copy was fetched"
@@ -167,7 +189,7 @@ class Entry:
 
     def _fetch_lower(self) -> None:
         lower = self._below()
-        if self._copies and lower is not None:
+        if self._copies and lower is not None and not self._late:
             lower.fetch()
 
     def give_back(self) -> None:
@@ -178,10 +200,7 @@ class Entry:
 
     def done(self, *, retain: bool) -> None:
         """Backward is over: what it fetched goes, and host memory too unless another backward is to come."""
-        for copy in self._copies.values():
-            if copy.target is not None:
-                copy.target = None
-                self._share.hold(-copy.size_bytes)
+        self.leave()
         if self._input is not None:
             self._input.done(retain=retain)
         if self._products is not None:
@@ -189,6 +208,14 @@ class Entry:
         if not retain:
             self._copies.clear()
             self._share.clear()
+
+
+    def leave(self) -> None:
+        """What was fetched goes from the device, and can be fetched again."""
+        for copy in self._copies.values():
+            if copy.target is not None:
+                copy.target = None
+                self._share.hold(-copy.size_bytes)
 
 
 class Order(Protocol):
@@ -280,12 +307,13 @@ class TiledSwap:
         kept: int = 0,
         products: Products | None = None,
         made: Input | None = None,
+        late: bool = False,
     ) -> Entry:
         """Start the copies of one call to the host; an empty one still takes part in the order of blocks.
 
         Args:
             tensors: what is copied. kept: bytes that stay on the device beside it. products: that were sent before.
-            made: the input, where it is made again.
+            made: the input, where it is made again. late: what is copied comes back when the block goes backward.
 
         Raises:
             HostLimitError: the host budget has no room; nothing was copied.
@@ -302,7 +330,7 @@ class TiledSwap:
             flat = one.as_strided((one.numel(),), (1,)).view(1, -1, 1)
             copies[place].out = self.transfer.to_host(flat, copies[place].memory())
             self.counters.bytes_to_host += copies[place].size_bytes
-        entry = Entry(self, copies, share, products, made)
+        entry = Entry(self, copies, share, products, made, late=late)
         if self.device.type == "cpu":
             entry.sent()  # nothing to gain from waiting later: the caller's cores make the copies
         self.order.stored(entry)

@@ -136,7 +136,7 @@ def _backward(step: _Step, blocks: _Blocks, kept: list[int | None]) -> list[int 
         if index not in landing and held.copies:
             landing[index] = step.allocate(f"landing {name}", held.landing)
         below = next((i for i in range(index - 1, -1, -1) if blocks[i][2].copies), None)
-        if below is not None and below not in landing:
+        if below is not None and below not in landing and not blocks[below][2].late:
             landing[below] = step.allocate(f"landing {blocks[below][0]}", blocks[below][2].landing)
         rebuilt = step.allocate(f"rebuilt {name}", held.full - held.landing)
         with step.span(Phase.BACKWARD, name):

@@ -131,6 +131,8 @@ def plan_block(
     groups: int = 1,
     from_below: bool = False,
     for_above: bool = False,
+    late: bool = False,
+    passes: int = 0,
 ) -> BlockPlan:
     """The exact plan of one block.
 
@@ -142,12 +144,15 @@ def plan_block(
         resident: what a rerun starts from and autograd saved stays on the device.
         sent: the last of the kept rows whose products go to the host. groups: of heads, for ``TILED``.
         from_below: its input is made again from the stash of the block below. for_above: that of the block above from
-            its own.
+            its own. late, passes: see ``BlockPlan``.
     """
     if executor is Executor.TILED:
         plan = _plan_tiled(block, tokens, (prefix, sent), device_rows, tile, from_below=from_below)
+        if late:
+            # For every result that is made again its own stash comes once more.
+            plan = replace(plan, late=True, passes=passes, bytes_to_device=(1 + passes) * plan.bytes_to_device)
         if for_above and block.tiled is not None:
-            more = block.tiled.result_flops.at(tokens)
+            more = (passes if late else 1) * block.tiled.result_flops.at(tokens)
             plan = replace(plan, for_above=True, recomputed_flops=plan.recomputed_flops + more)
         return plan if groups == 1 or block.tiled is None else _by_groups(plan, block.tiled, groups)
     if executor in (Executor.KEEP, Executor.NATIVE):

@@ -2,6 +2,10 @@
 
 Blocks of one stack that follow each other, run by tiles and are handed each other's results form a chain. Of ``every``
 blocks of a chain the first stashes its input.
+
+Where they are *late*, nothing of a run is on the device but what the block at hand needs: the inputs of its run are made
+one after another, from the first on, and each goes when the next is there. So the block ``n`` above the first of its run
+takes ``n`` segments, and a run may be as long as a chain.
 """
 
 from __future__ import annotations
@@ -29,8 +33,12 @@ def longest_chain(blocks: Sequence[BlockProfile]) -> int:
     return longest
 
 
-def in_runs(blocks: Sequence[BlockProfile], choices: Sequence[Choice], every: int) -> tuple[Choice, ...]:
+def in_runs(
+    blocks: Sequence[BlockProfile], choices: Sequence[Choice], every: int, *, late: bool = False
+) -> tuple[Choice, ...]:
     """``choices`` where of ``every`` blocks of a chain only the first stashes its input."""
+    if late:
+        choices = [replace(one, late=True) if one.executor is Executor.TILED else one for one in choices]
     wanted, length = [], 0
     for index in range(len(blocks)):
         length = length + 1 if _follows(blocks, choices, index) else 0
@@ -51,16 +59,20 @@ def _follows(blocks: Sequence[BlockProfile], choices: Sequence[Choice], index: i
 
 
 def _agreed(choices: Sequence[Choice], wanted: Sequence[bool]) -> tuple[Choice, ...]:
-    above = [*wanted[1:], False]
-    return tuple(
-        replace(one, from_below=below, for_above=up) if (one.from_below, one.for_above) != (below, up) else one
-        for one, below, up in zip(choices, wanted, above, strict=True)
-    )
+    found: list[Choice] = []
+    following = 0  # blocks above in the same run
+    for one, below in reversed(list(zip(choices, wanted, strict=True))):
+        link = {"from_below": below, "for_above": following > 0, "passes": following if one.late else 0}
+        found.append(replace(one, **link))
+        following = following + 1 if below else 0
+    return tuple(reversed(found))
 
 
 def wrong_link(blocks: Sequence[BlockProfile], plans: Sequence[BlockPlan], index: int) -> str:
     """What is expected of ``from_below`` of block ``index``; empty where it can be so."""
     planned, lower = plans[index], plans[index - 1] if index else None
+    if planned.from_below and lower is not None and lower.late != planned.late:
+        return "false: of it and the block below only one is late"
     if not planned.from_below:
         return "" if lower is None or not lower.for_above else "true: the block below says for_above"
     if lower is None or lower.executor is not Executor.TILED or planned.executor is not Executor.TILED:
@@ -72,3 +84,16 @@ def wrong_link(blocks: Sequence[BlockProfile], plans: Sequence[BlockPlan], index
     if lower.device_rows and not planned.device_rows:
         return "false: the stash of the block below stays on the device, and that of this one does not"
     return ""
+
+
+def wrong_late(plans: Sequence[BlockPlan], index: int) -> tuple[str, str]:
+    """(field of block ``index``, what is expected of it) where what it says of a late run cannot be; else empty."""
+    planned = plans[index]
+    if planned.late and planned.executor is not Executor.TILED:
+        return "late", f"false for executor {planned.executor}"
+    if planned.late and planned.sent:
+        return "late", "false: products come back from host memory"
+    following = 0
+    while planned.late and index + following + 1 < len(plans) and plans[index + following + 1].from_below:
+        following += 1
+    return ("passes", f"{following}, the blocks above it in its run") if planned.passes != following else ("", "")

@@ -129,6 +129,8 @@ def _choice(planned: BlockPlan) -> Choice:
             groups=planned.groups,
             from_below=planned.from_below,
             for_above=planned.for_above,
+            late=planned.late,
+            passes=planned.passes,
         )
     return Choice(planned.executor, reason=planned.reason)
 

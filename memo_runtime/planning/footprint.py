@@ -54,7 +54,9 @@ class Footprint:
         sent: products that go to the host.
         entry: of what it keeps on the device, its input: the caller's tensor, which was there before.
         from_below: its input is made again, which is of ``full``, and what that takes is fetched with it. passing:
-            seconds to make that of the block above, and ``passing_peak`` transient bytes meanwhile.
+            seconds to make that of the block above, and ``passing_peak`` transient bytes meanwhile. result: bytes of
+            what it yields, where an input is made again from it.
+        late: nothing is fetched before its backward; ``to_device`` and ``passing`` are of all that its run does with it.
     """
 
     skeletal: int
@@ -84,6 +86,8 @@ class Footprint:
     from_below: bool = False
     passing: float = 0.0
     passing_peak: int = 0
+    result: int = 0
+    late: bool = False
 
 
 def copy_seconds(size_bytes: float, rate: float) -> float:
@@ -162,7 +166,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     timed = takes if takes.seconds_per_flop else block
     stretches = _stretches(takes, plan, products)
     rate = takes.seconds_per_flop or _seconds_per_flop(block, tokens)
-    passing = takes.result_flops.at(tokens) * rate if plan.for_above else 0.0
+    times = plan.passes if plan.late else int(plan.for_above)
     return Footprint(
         skeletal=stash + takes.resident.at(tokens) + products,
         outgoing=swapped,
@@ -176,7 +180,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         backward=timed.backward_seconds.exact(tokens),
         again=_again_seconds(block, takes, plan),
         to_host=copy_seconds(swapped, link.to_host),
-        to_device=copy_seconds(swapped, link.to_device),
+        to_device=copy_seconds((1 + plan.passes) * swapped, link.to_device),
         forward_peak=_highest(_forward_moments(takes, plan), plan, backward=False) - products,
         backward_peak=max(peak for _, peak, _ in stretches),
         end_peak=0,
@@ -187,8 +191,11 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         sent=_sent_products(takes, plan, link) if plan.sent else NO_PRODUCTS,
         entry=takes.stash[0].at(min(tokens, block.tokens)) if plan.device_rows and not plan.from_below else 0,
         from_below=plan.from_below,
-        passing=passing,
+        passing=times * takes.result_flops.at(tokens) * rate,
         passing_peak=_highest(takes.result, plan, backward=False) - products if plan.for_above else 0,
+        # What is handed on is as large as what it is handed.
+        result=takes.stash[0].at(tokens) if plan.for_above else 0,
+        late=plan.late,
     )
 
 
@@ -235,7 +242,7 @@ def _sent_products(takes: TiledProfile, plan: BlockPlan, link: Link) -> SentProd
 def _again_seconds(block: BlockProfile, takes: TiledProfile, plan: BlockPlan) -> float:
     """Seconds of what is run again; products that are kept save what was measured, which is less than their FLOPs."""
     if not takes.seconds_per_flop:
-        passing = takes.result_flops.at(plan.tokens) if plan.for_above else 0
+        passing = (plan.passes if plan.late else int(plan.for_above)) * takes.result_flops.at(plan.tokens)
         return (plan.recomputed_flops - passing) * _seconds_per_flop(block, plan.tokens)
     all_again = takes.again_flops.at(plan.tokens) + (plan.groups - 1) * takes.group_flops.at(plan.tokens)
     return all_again * takes.seconds_per_flop - takes.saved_seconds.exact(plan.prefix)

@@ -192,7 +192,11 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
     there = gradients_above(around, blocks)
     for index in reversed(range(len(blocks))):
         block, stash = blocks[index], stashes[index]
-        if passing := _passing_peak(blocks, index):
+        if block.late:
+            for held, peak in _passed(blocks, index):
+                held_stash = stash - block.full + held
+                yield _Point(held_stash, transient * peak, there[index], index, "input made again")
+        elif passing := _passing_peak(blocks, index):
             yield _Point(stash + block.sent.first, transient * passing, there[index], index, "input made again")
         if block.rerun_peak or block.spent:
             yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
@@ -214,12 +218,17 @@ def _fetched_and_stashed(blocks: Sequence[Footprint]) -> tuple[list[int], list[i
 
     Blocks that make their input again have with them all that those below them, down to the first that does not, have
     in host memory and make again; the fetch for the next ones starts with that first one, or, where it has nothing in
-    host memory, with theirs.
+    host memory, with theirs. Late blocks have with them what they need themselves.
     """
     fetched, stashes = [], []
     kept = landing = run = passed_on = 0
     for block in blocks:
         kept += block.kept
+        if block.late:
+            fetched.append(0)
+            stashes.append(kept + block.full)
+            run = passed_on = landing = 0
+            continue
         if block.from_below:
             fetched.append(passed_on)
             stashes.append(kept + block.full + run + passed_on)
@@ -241,6 +250,14 @@ def _passing_peak(blocks: Sequence[Footprint], index: int) -> int:
         index -= 1
         peak = max(peak, blocks[index].passing_peak)
     return peak
+
+
+def _passed(blocks: Sequence[Footprint], index: int) -> Iterator[tuple[int, int]]:
+    """(what is there of the stash, transient bytes) at each step to the input of late block ``index``, from below."""
+    while blocks[index].from_below:
+        index -= 1
+        lower = blocks[index]
+        yield lower.full + lower.result, lower.passing_peak
 
 
 def put_off(block: Footprint, landing: int) -> bool:
@@ -275,6 +292,9 @@ def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
         exposed += max(0.0, block.to_host + block.sent.left - cover) + block.sent.waits
     together = 0.0
     for index, block in enumerate(blocks):
+        if block.late:
+            exposed += block.to_device
+            continue
         # What inputs are made again of comes with those.
         together = block.to_device + (together if block.from_below else 0.0)
         if not any(above.from_below for above in blocks[index + 1 : index + 2]):

@@ -34,6 +34,8 @@ class Choice:
     groups: int = 1
     from_below: bool = False
     for_above: bool = False
+    late: bool = False
+    passes: int = 0
 
 
 #: The choice that leaves a block alone.
@@ -123,6 +125,8 @@ class Sheet:
                 groups=choice.groups,
                 from_below=choice.from_below,
                 for_above=choice.for_above,
+                late=choice.late,
+                passes=choice.passes,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

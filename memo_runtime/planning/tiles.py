@@ -11,6 +11,9 @@
 
 For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
 those of the lower blocks in host memory, and the fastest is taken.
+
+Where nothing of that fits, blocks are *late*: each fetches what it needs when it goes backward, which nothing hides, and
+inputs are made again one after another. Of all runs and groups the fastest that fits is taken.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ _ESTIMATED = "step time by tiles is estimated from that of the blocks as they ar
 #: backward, so long ones leave no room there.
 _RUNS = (2, 4, 8)
 _MOST_RESIDENTS = 12
+_LATE = (
+    "memory is short: each block by tiles fetches what it needs when it goes backward, which nothing hides, and inputs are "
+    "made again one after another"
+)
 #: Alpha moves by this part at most, and by whole tiles.
 _ALPHA_STEPS = 64
 
@@ -54,6 +61,7 @@ class ByTiles(Strategy):
                 for groups in _groups(sheet):
                     for resident in self._residents(sheet)[:: -1 if self.keep_last is None else 1]:
                         yield by_tiles(sheet, self.alpha or 0.0, resident, tile, groups=groups, every=every)
+        yield from self._late(sheet, self._tiles(sheet)[-1], _groups(sheet)[-1:])
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
         """The fastest within ``budgets``, of the shortest runs and at the largest tile at which any fits.
@@ -65,7 +73,18 @@ class ByTiles(Strategy):
             best = self._best(sheet, budgets, every)
             if best is not None:
                 return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
+        for tile in self._tiles(sheet):
+            best = fastest(sheet, budgets, list(self._late(sheet, tile, _groups(sheet))))
+            if best is not None:
+                return Decision(best, (_LATE, *(() if _timed(sheet) else (_ESTIMATED,))))
         return None
+
+    def _late(self, sheet: Sheet, tile: int, some_groups: Sequence[int]) -> Iterator[Choices]:
+        """All blocks late, with runs of every length."""
+        for every in _late_runs(sheet):
+            for groups in some_groups:
+                for resident in self._residents(sheet):
+                    yield by_tiles(sheet, self.alpha or 0.0, resident, tile, groups=groups, every=every, late=True)
 
     def _best(self, sheet: Sheet, budgets: Budgets, every: int) -> Choices | None:
         for tile in self._tiles(sheet):
@@ -153,6 +172,12 @@ def _runs(sheet: Sheet) -> list[int]:
     return [1, *(every for every in _RUNS if every <= longest)]
 
 
+def _late_runs(sheet: Sheet) -> list[int]:
+    """Likewise where blocks are late: up to the whole chain."""
+    longest = longest_chain(sheet.blocks)
+    return [1 << power for power in range((longest - 1).bit_length() + 1)]
+
+
 def _groups(sheet: Sheet) -> list[int]:
     """Numbers of groups of heads that some block can run in, the fewest first."""
     heads = {block.tiled.heads for block in sheet.blocks if block.tiled is not None}
@@ -169,13 +194,14 @@ def _timed(sheet: Sheet) -> bool:
 
 
 def by_tiles(
-    sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0, groups: int = 1, every: int = 1
-) -> Choices:
+    sheet: Sheet, alpha: float, resident: int, tile: int, *, sent: float = 0.0, groups: int = 1, every: int = 1,
+    late: bool = False,
+) -> Choices:  # fmt: skip
     """Every block that can by tiles; the others are run again as a whole, or as much of them as has to be.
 
     ``sent``: alpha of the blocks whose stash does not stay, where they keep their products in host memory. ``groups``:
     of heads, as far as a block can be divided so, and not so few that its tensors are too large for a kernel.
-    ``every``: of so many blocks of a chain the first alone stashes its input.
+    ``every``: of so many blocks of a chain the first alone stashes its input. ``late``: see ``chain.py``.
     """
     most = Counter(block.stack for block in sheet.blocks)
     kept = kept_blocks(sheet, min(resident, min(most.values(), default=0)))
@@ -199,7 +225,7 @@ def by_tiles(
                 groups=block.tiled.groups_at(tokens, groups),
             )
         )  # fmt: skip
-    return in_runs(sheet.blocks, found, every) if every > 1 else tuple(found)
+    return in_runs(sheet.blocks, found, every, late=late) if every > 1 or late else tuple(found)
 
 
 def floor(sheet: Sheet, settings: Settings) -> Choices:

@@ -2,7 +2,7 @@
 
 Forwards follow one another; copies to the host begin when a block's forward is over; the fetch of a block begins with
 the backward of the nearest block above that fetches or is kept, and its backward waits for it. Blocks that make their
-input again have it fetched with what that takes. Products of tiles go while their block's forward runs, and come back
+input again have it fetched with what that takes; late ones fetch when they go backward. Products of tiles go while their block's forward runs, and come back
 while its backward does.
 """
 
@@ -50,8 +50,9 @@ def lanes_of(plan: Plan) -> list[Bar]:
         products = _products(profiled, block)
         # What inputs are made again of is fetched for the top block.
         above = pairs[index + 1][1].from_below if index + 1 < len(pairs) else False
-        if seconds := _seconds(0 if above else _of_run(pairs, index), plan.profile.link.to_device):
-            fetched = max(fetched, began) + seconds
+        fetch = block.bytes_to_device if block.late else 0 if above else _of_run(pairs, index)
+        if seconds := _seconds(fetch, plan.profile.link.to_device):
+            fetched = max(fetched, now if block.late else began) + seconds
             bars.append(Bar("to device", block.name, "fetch", fetched - seconds, fetched))
             now = max(now, fetched)
         began = now

@@ -34,9 +34,9 @@ def profile() -> memo.Profile:
     return memo.profile(model_of(), batch_of(), tiles=True)
 
 
-def planned(profile: memo.Profile, every: int, **changes: Any) -> Plan:
+def planned(profile: memo.Profile, every: int, *, late: bool = False, **changes: Any) -> Plan:
     wanted = {"policy": "tiled", "tile": 8, "alpha": 0.5, "keep_last": 0} | changes
-    return with_runs(memo.plan(profile, **wanted), every)
+    return with_runs(memo.plan(profile, **wanted), every, late=late)
 
 
 @contextmanager
@@ -72,6 +72,26 @@ def test_runs_of_blocks(profile, every, keep_last, alpha):
         assert_as_planned(model)
 
 
+@pytest.mark.parametrize(
+    ("every", "keep_last", "alpha"), [(4, 1, 0.3), slow(1, 0, 0.0), slow(2, 0, 0.5), slow(4, 0, 0.0), slow(4, 2, 1.0)]
+)
+def test_late_runs_of_blocks(profile, every, keep_last, alpha):
+    """Inputs are made one after another; what they are made of comes once for each block above it in the run."""
+    plan = planned(profile, every, keep_last=keep_last, alpha=alpha, late=True)
+    following = [min(BLOCKS, (number // every + 1) * every) - number - 1 for number in range(BLOCKS)]
+    assert [block.passes for block in plan.blocks] == following
+    model, batch = model_of(), batch_of()
+    want = run_step(model, batch, output_loss)
+    with wrapped(model, plan):
+        for _ in range(2):
+            assert_close(run_step(model, batch, output_loss), want)
+        assert_as_planned(model)
+    if every == BLOCKS + 1 and not keep_last:
+        early = planned(profile, every, alpha=alpha)
+        assert plan.forecast.host_bytes == early.forecast.host_bytes
+        assert plan.forecast.stash_peak_bytes < early.forecast.stash_peak_bytes
+
+
 def test_what_it_saves_in_host_memory(profile):
     """Of x, o and the log-sum-exp of three blocks the x of one, or of two."""
     x = 3 * 17 * hand_written.WIDTH * 8
@@ -80,12 +100,15 @@ def test_what_it_saves_in_host_memory(profile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "every"), [("llama", 4), ("gpt-neox", 2), ("phi3", 2)])
-def test_families(name, every):
+@pytest.mark.parametrize(
+    ("name", "every", "late"),
+    [("llama", 4, False), ("gpt-neox", 2, False), ("phi3", 2, False), ("llama", 4, True)],
+)
+def test_families(name, every, late):
     family = (FAMILIES | _MORE)[name]
     model, batch = family.make(num_hidden_layers=4), family.batch(rows=2, tokens=13)
     want = run_step(model, batch, model_loss)
-    plan = planned(memo.profile(model, batch, tiles=True), every)
+    plan = planned(memo.profile(model, batch, tiles=True), every, late=late)
     assert sum(block.from_below for block in plan.blocks) == 4 - 4 // every
     with wrapped(model, plan):
         assert_close(run_step(model, batch, model_loss), want)
@@ -149,12 +172,16 @@ def test_a_model_that_does_something_between_its_blocks():
         assert not any(block.from_below for block in planned(profile, 2).blocks)
 
 
-@pytest.mark.parametrize("what", [written_without_grad, slow(double), slow(torch.clone), slow(lambda x: x.view_as(x))])
-def test_what_comes_between_later(what):
+@pytest.mark.parametrize(
+    ("what", "late"),
+    [(written_without_grad, False), slow(written_without_grad, True), slow(double, False), slow(torch.clone, False),
+     slow(lambda x: x.view_as(x), True)],
+)  # fmt: skip
+def test_what_comes_between_later(what, late):
     """Planned for results that are handed on as they are; the next step is planned anew, within the plan's limits."""
     torch.manual_seed(0)
     model, batch = Between(*(hand_written.Attention() for _ in range(3))).double(), batch_of()
-    plan = planned(memo.profile(model, batch, tiles=True), 2)
+    plan = planned(memo.profile(model, batch, tiles=True), 2, late=late)
     assert [block.from_below for block in plan.blocks] == [False, True, False]
     model.what = what
     want = run_step(model, batch, output_loss)
@@ -180,9 +207,10 @@ def test_hooks_on_a_block_that_change_its_result(profile):
             assert_close(run_step(model, batch, output_loss), want)
 
 
-def test_what_autograd_does_not_see_is_an_error(profile):
+@pytest.mark.parametrize("late", [False, True])
+def test_what_autograd_does_not_see_is_an_error(profile, late):
     model = model_of()
-    with wrapped(model, planned(profile, 2)):
+    with wrapped(model, planned(profile, 2, late=late)):
         model.blocks[0].register_forward_hook(lambda module, args, output: _spoil(output))
         with pytest.raises(ReplayMismatchError, match="is not what it was given"):
             run_step(model, batch_of(), output_loss)
@@ -204,12 +232,13 @@ class Branch(hand_written.Stack):
         return self.blocks[2](middle), middle
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("order", ["lower first", slow("twice"), slow("two steps"), slow("accumulated")])
-def test_several_backward_passes(order):
+def test_several_backward_passes(order, late):
     """The lower blocks go backward before the ones above; or all of them twice; or two forwards before both."""
     torch.manual_seed(0)
     model, batch = Branch(*(hand_written.Attention() for _ in range(3))).double(), batch_of()
-    plan = planned(memo.profile(model, batch, tiles=True), 4)
+    plan = planned(memo.profile(model, batch, tiles=True), 4, late=late)
     assert [block.from_below for block in plan.blocks] == [False, True, True]
 
     def step() -> list[Tensor]:
@@ -243,12 +272,13 @@ def test_several_backward_passes(order):
 
 
 @pytest.mark.slow
-def test_frozen_weights(profile):
+@pytest.mark.parametrize("late", [False, True])
+def test_frozen_weights(late):
     model, batch = model_of(), batch_of()
     for name, one in model.named_parameters():
         one.requires_grad_("up" in name)
     batch["x"].requires_grad_()
     want = run_step(model, batch, output_loss)
-    with wrapped(model, planned(memo.profile(copy.deepcopy(model), batch, tiles=True), 4)):
+    with wrapped(model, planned(memo.profile(copy.deepcopy(model), batch, tiles=True), 4, late=late)):
         assert_close(run_step(model, batch, output_loss), want)
         assert_as_planned(model)

@@ -96,6 +96,7 @@ class Case:
 
     ``held``: somebody keeps the gradient of the last block's result. ``sent``: of the kept tiles of swapped blocks, the
     last ones whose products go to the host. ``groups``: of heads. ``every``: of so many blocks one stashes its input.
+    ``late``: nothing of a run comes ahead.
     """
 
     kind: Kind
@@ -106,6 +107,7 @@ class Case:
     sent: int = 0
     groups: int = 1
     every: int = 1
+    late: bool = False
 
 
 def bytes_of(*tensors):
@@ -141,7 +143,8 @@ class Stack:
             sent = 0 if rows else prefix - max(0, case.keep - case.sent) * case.tile
             plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile, sent=sent,
                               groups=case.groups, from_below=index % case.every > 0,
-                              for_above=index + 1 < self.kind.blocks and (index + 1) % case.every > 0)  # fmt: skip
+                              for_above=index + 1 < self.kind.blocks and (index + 1) % case.every > 0,
+                              late=case.late, passes=self.passes(index, case) if case.late else 0)  # fmt: skip
             one = footprint(block, plan, Link(to_host=1.0, to_device=1.0))
             prints.append(replace(one, outgoing=0, sent=replace(one.sent, under_way=0)))
         around = Surroundings(
@@ -151,11 +154,15 @@ class Stack:
         )  # fmt: skip
         return around.base_bytes + run_course(around, prints).device_peak
 
+    def passes(self, index, case):
+        """Blocks above it in its run."""
+        return min(self.kind.blocks, (index // case.every + 1) * case.every) - index - 1
+
     def measure(self, case):
         """Most bytes alive in a step, beside what is behind the last block."""
         tools = Tools(CPU, 1 << 30)
         swap = TiledSwap(CPU, tools.pool, tools.engine)
-        way = Way(tile=case.tile, alpha=case.keep / -(-TOKENS // case.tile), swap=swap, groups=case.groups)
+        way = Way(tile=case.tile, alpha=case.keep / -(-TOKENS // case.tile), swap=swap, groups=case.groups, late=case.late)
         for layer in self.layers:
             layer.zero_grad()
         self.source.grad = None
@@ -217,6 +224,11 @@ LONGER_RUNS = [
     *(Case(FOUR, keep=keep, swapped=swapped, every=every)
       for keep, swapped, every in ((0, 4, 2), (6, 4, 4), (0, 3, 4))),
 ]  # fmt: skip
+LATE = [
+    Case(Kind(shared=2, wide=4, blocks=4), swapped=3, groups=2, every=4, late=True),
+    *(Case(FOUR, keep=keep, swapped=swapped, every=every, late=True)
+      for keep, swapped, every in ((0, 4, 4), (6, 4, 4), (0, 4, 1), (0, 2, 2))),
+]  # fmt: skip
 MORE = [
     Case(GROUPED, tile=7, keep=1, swapped=1),
     Case(ADAPTED, tile=20),
@@ -230,9 +242,9 @@ MORE = [
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *SENDING[1::2], *BY_GROUPS[::2], *IN_RUNS[::2],
+    [*CASES, *SENDING[1::2], *BY_GROUPS[::2], *IN_RUNS[::2], LATE[0],
      *(pytest.param(one, marks=pytest.mark.slow)
-       for one in [*SENDING[::2], *BY_GROUPS[1::2], *IN_RUNS[1::2], *LONGER_RUNS, *MORE])],
+       for one in [*SENDING[::2], *BY_GROUPS[1::2], *IN_RUNS[1::2], *LONGER_RUNS, *LATE[1:], *MORE])],
     ids=str,
 )  # fmt: skip
 def test_the_peak_of_a_step(case):

@@ -65,6 +65,29 @@ def test_a_run_is_on_the_device_as_a_whole():
     assert more[1] < more[2] <= 5 * row + 3 * 64 * TOKENS
 
 
+def test_beyond_that_blocks_are_late():
+    """Nothing lands ahead, and a run is as long as it must be; where something else fits it is not taken."""
+    profile = chained()
+    limits = {"budget": "79GiB", "keep_last": 0, "alpha": 0.0}
+    early = plan(profile, **limits, host_budget="90GiB")
+    assert not any(block.late for block in early.blocks)
+    late = plan(profile, budget="52GiB", keep_last=0, alpha=0.0, host_budget="74GiB")
+    assert all(block.late for block in late.blocks)
+    assert inputs(late) == 14
+    assert [block.passes for block in late.blocks] == [7, 6, 5, 4, 3, 2, 1, 0] * 2
+    assert late.forecast.peak_bytes <= 52 * GiB
+    assert late.forecast.bytes_to_device > late.forecast.bytes_to_host
+    assert any("memory is short" in note for note in late.notes)
+    assert find_fault(late) is None
+    assert find_deviation(late) is None
+    blocks = (replace(late.blocks[0], passes=1), *late.blocks[1:])
+    fault = find_fault(replace(late, blocks=blocks))
+    assert fault is not None
+    assert (fault.where, fault.expected) == ("blocks[0].passes", "7, the blocks above it in its run")
+    blocks = (*late.blocks[:3], replace(late.blocks[3], late=False, passes=0), *late.blocks[4:])
+    assert "only one is late" in find_fault(replace(late, blocks=blocks)).expected
+
+
 def test_what_nothing_hands_on_is_never_left_out():
     profile = chained()
     blocks = (replace(one, tiled=replace(one.tiled, chained=False)) for one in profile.blocks)

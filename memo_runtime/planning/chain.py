@@ -3,9 +3,9 @@
 Blocks of one stack that follow each other, run by tiles and are handed each other's results form a chain. Of ``every``
 blocks of a chain the first stashes its input.
 
-Where they are *late*, nothing of a run is on the device but what the block at hand needs: the inputs of its run are made
-one after another, from the first on, and each goes when the next is there. So the block ``n`` above the first of its run
-takes ``n`` segments, and a run may be as long as a chain.
+Where they are *late*, nothing of a run is on the device but what the block at hand needs: the inputs of its run are
+made one after another, from the first on, and each goes when the next is there. So the block ``n`` above the first of
+its run takes ``n`` segments, and a run may be as long as a chain.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _agreed(choices: Sequence[Choice], wanted: Sequence[bool]) -> tuple[Choice, 
     found: list[Choice] = []
     following = 0  # blocks above in the same run
     for one, below in reversed(list(zip(choices, wanted, strict=True))):
-        link = {"from_below": below, "for_above": following > 0, "passes": following if one.late else 0}
-        found.append(replace(one, **link))
+        passes = following if one.late else 0
+        found.append(replace(one, from_below=below, for_above=following > 0, passes=passes))
         following = following + 1 if below else 0
     return tuple(reversed(found))
 

@@ -56,7 +56,8 @@ class Footprint:
         from_below: its input is made again, which is of ``full``, and what that takes is fetched with it. passing:
             seconds to make that of the block above, and ``passing_peak`` transient bytes meanwhile. result: bytes of
             what it yields, where an input is made again from it.
-        late: nothing is fetched before its backward; ``to_device`` and ``passing`` are of all that its run does with it.
+        late: nothing is fetched before its backward; ``to_device`` and ``passing`` are of all that its run does with
+            it.
     """
 
     skeletal: int

@@ -12,8 +12,8 @@
 For every number of blocks the largest alpha within both budgets is forecast, with all products on the device and with
 those of the lower blocks in host memory, and the fastest is taken.
 
-Where nothing of that fits, blocks are *late*: each fetches what it needs when it goes backward, which nothing hides, and
-inputs are made again one after another. Of all runs and groups the fastest that fits is taken.
+Where nothing of that fits, blocks are *late*: each fetches what it needs when it goes backward, which nothing hides,
+and inputs are made again one after another. Of all runs and groups the fastest that fits is taken.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _ESTIMATED = "step time by tiles is estimated from that of the blocks as they ar
 _RUNS = (2, 4, 8)
 _MOST_RESIDENTS = 12
 _LATE = (
-    "memory is short: each block by tiles fetches what it needs when it goes backward, which nothing hides, and inputs are "
-    "made again one after another"
+    "memory is short: each block by tiles fetches what it needs when it goes backward, which nothing hides, and inputs "
+    "are made again one after another"
 )
 #: Alpha moves by this part at most, and by whole tiles.
 _ALPHA_STEPS = 64

@@ -2,8 +2,8 @@
 
 Forwards follow one another; copies to the host begin when a block's forward is over; the fetch of a block begins with
 the backward of the nearest block above that fetches or is kept, and its backward waits for it. Blocks that make their
-input again have it fetched with what that takes; late ones fetch when they go backward. Products of tiles go while their block's forward runs, and come back
-while its backward does.
+input again have it fetched with what that takes; late ones fetch when they go backward. Products of tiles go while
+their block's forward runs, and come back while its backward does.
 """
 
 from __future__ import annotations

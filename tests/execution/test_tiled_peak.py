@@ -162,7 +162,8 @@ class Stack:
         """Most bytes alive in a step, beside what is behind the last block."""
         tools = Tools(CPU, 1 << 30)
         swap = TiledSwap(CPU, tools.pool, tools.engine)
-        way = Way(tile=case.tile, alpha=case.keep / -(-TOKENS // case.tile), swap=swap, groups=case.groups, late=case.late)
+        alpha = case.keep / -(-TOKENS // case.tile)
+        way = Way(tile=case.tile, alpha=alpha, swap=swap, groups=case.groups, late=case.late)
         for layer in self.layers:
             layer.zero_grad()
         self.source.grad = None

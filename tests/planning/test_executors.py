@@ -246,9 +246,9 @@ def test_heads_go_in_groups_where_nothing_fits_without():
     least = {"policy": "tiled", "alpha": 0.0, "keep_last": 0, "tile": 8192}
     whole, profile = tried(llama_profile()), in_groups(tried(llama_profile()))
     budget = plan(whole, **least, budget="500GiB").forecast.peak_bytes - 1
-    with pytest.raises(PlanInfeasibleError):
-        plan(whole, **least, budget=budget)
+    assert all(block.late for block in plan(whole, **least, budget=budget).blocks)
     found = plan(profile, **least, budget=budget)
+    assert not any(block.late for block in found.blocks)
     assert {block.groups for block in found.blocks} == {2}
     assert found.forecast.peak_bytes <= budget
     assert "cudnn, 2 groups" in str(found)

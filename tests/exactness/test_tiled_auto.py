@@ -45,9 +45,9 @@ def test_tiles_where_replay_does_not_fit():
     one = batch_of(TOKENS, rows=1)
     assert_close(run_step(model, one, output_loss), run_step(plain, one, output_loss))
     assert memo.report(model).blocks[0].executor is Executor.KEEP
-    with pytest.raises(PlanInfeasibleError, match="tokens instead of 2048") as error:
+    with pytest.raises(PlanInfeasibleError, match="tokens instead of 2,048") as error:
         model(**batch_of(2048))
-    fits = re.search(r"(\d+) tokens instead of 2048", str(error.value))
+    fits = re.search(r"(\d+) tokens instead of 2,048", str(error.value))
     assert fits is not None
     longest = batch_of(int(fits[1]))
     assert_close(run_step(model, longest, output_loss), run_step(plain, longest, output_loss))

@@ -33,7 +33,7 @@ from memo_runtime.execution.mixers.attention import (
     attention_forward,
 )
 from memo_runtime.execution.mixers.by_graph import run_with_graph
-from memo_runtime.execution.mixers.by_queries import merge_bytes
+from memo_runtime.execution.mixers.merging import merge_bytes
 from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_costs import tensor_bytes
@@ -298,7 +298,8 @@ def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: Kernel | None) -
     used, merging = saved.kernel, 0
     if kernel is not None and kernel.queries and kernel.name == used.name:
         used = kernel
-        merging = merge_bytes((query.shape[0], query.shape[1], value.shape[-1]), kernel.queries, dtype)
+        shape = (query.shape[0], query.shape[1], value.shape[-1])
+        merging = merge_bytes(shape, kernel.queries, dtype, device.type)
     return _Tried(used, tuple(growths), (forward / length, backward / length), merging)
 
 

@@ -2,8 +2,9 @@
 
 Shapes, strides and what a kernel allocates inside (cuDNN says to nobody how large its workspace is) differ between
 kernels and releases. So the real kernel is run at two short lengths with all its heads, and every size is continued on
-a line. Both lengths have the remainder of the asked one, so that what is rounded up is rounded alike. A call that is
-no longer than these is learned at its own length.
+a line. Both lengths have the remainder of the asked one, so that what is rounded up is rounded alike; where queries
+and keys are not as many (a chunk of queries and the keys before it), that holds for both, in the same proportion. A
+call that is no longer than these is learned at its own length.
 
 On CUDA what is allocated inside is what PyTorch's allocator counted during the call, less the results. On the CPU,
 where no allocator counts, it is left out: buffers of each thread, the same at any length.
@@ -11,6 +12,7 @@ where no allocator counts, it is left out: buffers of each thread, the same at a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +29,15 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 Samples = Sequence[tuple[Sequence[Any], int]]
 
 
-def lengths(device_type: str, tokens: int) -> tuple[int, ...]:
-    """Lengths at which a call of ``tokens`` is learned."""
+def lengths(device_type: str, queries: int, keys: int) -> tuple[int, ...]:
+    """Lengths, of the longer one, at which a call with so many ``queries`` and ``keys`` is learned."""
     short, long, step = _LENGTHS[device_type]
-    rest = tokens % step
-    return (short + rest, long + rest) if tokens > long + rest else (tokens,)
+    tokens = max(queries, keys)
+    # As the longer one loses this many, the shorter one loses a multiple of the step as well.
+    step *= tokens // math.gcd(queries, keys)
+    first = -(-short // step) * step + tokens % step
+    second = first + -(-(long - short) // step) * step
+    return (first, second) if tokens > second else (tokens,)
 
 
 def _on_line(sizes: Sequence[int], at: Sequence[int], tokens: int) -> int:

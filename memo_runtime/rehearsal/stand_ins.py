@@ -203,7 +203,8 @@ class _Fused:
         settings = (_layout(first_of(named, MASKS)), named["dropout_p"], named["is_causal"])
         key = (self.kernel.name, layouts, settings, named.get("compute_log_sumexp"), more)
         device = self.stand_ins.device
-        return self.stand_ins.law(key, lambda: learn(prepare, lengths(device.type, _tokens(named)), device))
+        rows = (int(named[name].shape[2]) for name in ("query", "key"))
+        return self.stand_ins.law(key, lambda: learn(prepare, lengths(device.type, *rows), device))
 
     def _backward_law(self, keyset: Any, named: Named, grad: Layout, wanted: list[bool] | None) -> Law:
         """The law of a backward whose forward has the arguments ``named``."""

@@ -47,6 +47,10 @@ CASES = [
     (inputs(2, 200, 2, fused=True), {"is_causal": True}),
     (inputs(2, 100, 4, keys=200), {}),
     (inputs(2, 200, 4, keys=100), {}),
+    # As chunks of queries meet the keys before them: shares that are no line of rounded lengths.
+    (inputs(1, 128, 4, keys=384), {}),
+    (inputs(1, 96, 2, keys=672), {}),
+    (inputs(1, 100, 2, keys=777), {}),
     (inputs(2, 100, 4), {"attn_mask": torch.zeros(100, 100)}),
 ]
 
@@ -76,8 +80,11 @@ def test_every_token_sees_itself_and_forward_and_backward_belong_together():
 
 
 def test_lengths_have_the_remainder_of_the_one_that_is_asked():
-    assert lengths("cuda", 1_000_001) == (2048 + 577, 4096 + 577)
-    assert lengths("cuda", 4096) == (4096,)
+    assert lengths("cuda", 1_000_001, 1_000_001) == (2048 + 577, 4096 + 577)
+    assert lengths("cuda", 4096, 4096) == (4096,)
+    # 32,768 queries and three times as many keys: 1,024 and 2,048 queries.
+    assert lengths("cuda", 32_768, 98_304) == (3072, 6144)
+    assert lengths("cuda", 98_305, 32_768) == (98_305,)  # no shorter ones have their remainders
     # Rows of a fused projection keep their gaps; heads in front of tokens are as far apart as tokens are many.
     assert short_layout(((2, 4, 100, 8), (9600, 8, 96, 1)), 10, 100) == ((2, 4, 10, 8), (960, 8, 96, 1))
     assert short_layout(((2, 4, 100, 8), (3200, 800, 8, 1)), 10, 100) == ((2, 4, 10, 8), (320, 80, 8, 1))

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from memo_runtime.blocks.operators import MASKED_ATTENTION
-from memo_runtime.execution.mixers.by_queries import Attend, chunk_of_queries, forward_by_queries
+from memo_runtime.execution.mixers.by_queries import Attend, forward_by_queries, own_part, part_before
 from memo_runtime.execution.mixers.by_rows import RowsAttention
+from memo_runtime.execution.mixers.merging import Part, merge_into
 from memo_runtime.records import attention_text
 
 aten = torch.ops.aten
@@ -296,10 +297,13 @@ def _forward_by_queries(kernel: Kernel, inputs: Inputs, settings: Settings) -> t
 
 
 def last_queries(name: str, inputs: Inputs, settings: Settings, start: int, size: int) -> torch.Tensor:
-    """Result of the chunk of ``size`` queries from ``start`` on, to be timed: with the copy to its place."""
-    attend = _attend(name, settings, [])
-    part, _ = chunk_of_queries(attend, inputs.query, inputs.key, inputs.value, (start, start + size))
-    return part.to(inputs.query.dtype)
+    """Result of the chunk of ``size`` queries from ``start`` on, which is not the first, to be timed."""
+    attend, where = _attend(name, settings, []), (start, start + size)
+    own = own_part(attend, inputs.query, inputs.key, inputs.value, where)
+    before = part_before(attend, inputs.query, inputs.key, inputs.value, where)
+    place = Part(torch.empty_like(own.output), torch.empty_like(own.lse))
+    merge_into(place, own, before)
+    return place.output
 
 
 def _attend(name: str, settings: Settings, left: list[Saved]) -> Attend:

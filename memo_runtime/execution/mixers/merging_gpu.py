@@ -28,7 +28,7 @@ def _elements_of(output: Any, strides: Any, where: Any, column: Any) -> Any:
 
 @triton.jit
 def _merge(own: Any, before: Any, place: Any, sizes: Any, block: tl.constexpr) -> None:
-    """One block of rows; each part is (result, log-sum-exp, strides of both); ``sizes``: heads, rows, size of a head."""
+    """One block of rows. A part: result, log-sum-exp, strides of both. ``sizes``: heads, rows, size of a head."""
     heads, rows, depth = sizes
     # A tensor may have more elements than 32 bits count.
     row = tl.program_id(0).to(tl.int64) * block[0] + tl.arange(0, block[0])

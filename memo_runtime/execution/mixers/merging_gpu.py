@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,19 +13,19 @@ Both = tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit
-def _rows_of(lse: Any, strides: Any, where: Any) -> Any:
+def _rows_of(lse: tl.tensor, strides: tl.tuple, where: tl.tuple) -> tl.tensor:
     batch, head, row = where
     return lse + batch * strides[0] + head * strides[1] + row * strides[2]
 
 
 @triton.jit
-def _elements_of(output: Any, strides: Any, where: Any, column: Any) -> Any:
+def _elements_of(output: tl.tensor, strides: tl.tuple, where: tl.tuple, column: tl.tensor) -> tl.tensor:
     batch, head, row = where
     return output + batch * strides[0] + head * strides[1] + row[:, None] * strides[2] + column[None, :] * strides[3]
 
 
 @triton.jit
-def _merge(own: Any, before: Any, place: Any, sizes: Any, block: tl.constexpr) -> None:
+def _merge(own: tl.tuple, before: tl.tuple, place: tl.tuple, sizes: tl.tuple, block: tl.constexpr) -> None:
     """One block of rows. A part: result, log-sum-exp, strides of both. ``sizes``: heads, rows, size of a head."""
     heads, rows, depth = sizes
     # A tensor may have more elements than 32 bits count.

@@ -101,12 +101,13 @@ class Shape:
             parameters=parameters, layers=self.blocks, attention_width=self.attention_width, tokens=tokens
         )
 
-    def rerun_flops(self, tokens: int, *, attention: bool) -> int:
+    def rerun_flops(self, tokens: int, *, attention: bool, last: bool = False) -> int:
         """FLOPs of running every block once more for its backward, with or without its attention.
 
-        The last product is not repeated: nobody saved its output, and PyTorch's checkpoint stops before it.
+        Without ``last`` the last product is not repeated: nobody saved its output, and PyTorch's checkpoint stops
+        before it.
         """
-        products = sum(2 * linear.size for linear in self.linears if linear.name != "down_proj")
+        products = sum(2 * linear.size for linear in self.linears if last or linear.name != "down_proj")
         repeated = products * tokens + (2 * self.attention_width * tokens * tokens if attention else 0)
         return self.blocks * repeated
 

@@ -27,6 +27,9 @@ ATTENTION_AGAIN = {
     "liger": True,
     "hf-offload+liger": True,
     "deepspeed": True,
+    "megatron-full": True,
+    "megatron-selective": False,
+    "megatron-mlp-chunks": True,
     "memory-budget": False,
     "trainstream": False,
 }

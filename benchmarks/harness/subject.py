@@ -41,15 +41,22 @@ class BlockStack(nn.Module):
     def __init__(self, layers: nn.ModuleList, rotary: nn.Module) -> None:
         super().__init__()
         self.layers = layers
-        self.rotary = rotary
+        self.rotary_emb = rotary
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [1, tokens, hidden] through every block, causally."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        tables = self.rotary(hidden, positions)
+        tables = self.rotary_emb(hidden, positions)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=None, position_embeddings=tables)
         return hidden
+
+
+class _NoTables(nn.Module):
+    """In the place of rotary tables that nothing reads."""
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        """None."""
 
 
 class Subject:
@@ -91,6 +98,20 @@ class Subject:
             # Never stepped: it says that there are no states, where AdamW's would be assumed.
             return torch.optim.SGD(parameters, lr=0.0)
         return torch.optim.AdamW(parameters, lr=self.settings.learning_rate, fused=self.device.type == "cuda")
+
+    @property
+    def stack(self) -> nn.Module:
+        """The module that calls the blocks: its ``layers`` are these, its ``rotary_emb`` makes their rotary tables."""
+        found = self.model.base_model if self.settings.scope == Scope.STEP else self.model
+        assert isinstance(found, nn.Module), "it is the model, or a part of it"
+        return found
+
+    def replace_blocks(self, whole: nn.Module) -> None:
+        """Run ``whole`` in the place of all blocks, and train its parameters; it makes its own rotary tables."""
+        self.stack.layers = nn.ModuleList([whole])
+        self.stack.rotary_emb = _NoTables()
+        self.layers = [whole]
+        self.optimizer = self._optimizer()
 
     def tile_loss(self) -> None:
         """Head and loss by tiles, as ``memo.wrap`` arranges it, for contenders that do not wrap."""

@@ -5,6 +5,7 @@ import json
 from typing import ClassVar
 
 import pytest
+from torch import distributed
 
 from benchmarks.harness import runner
 from benchmarks.harness.geometry import Scope
@@ -19,15 +20,32 @@ __all__ = ["few_samples", "shared_work"]
 
 @pytest.fixture
 def make_job():
-    """A job on the tiny geometry."""
+    """A job, on the tiny geometry unless told otherwise."""
 
     def make(contender, lengths=(64,), *, blocks=2, scope=Scope.BLOCKS, dtype="float32", attention="auto", **job):
         settings = Settings(
-            geometry="tiny", scope=scope, blocks=blocks, device="cpu", dtype=dtype, attention=attention, steps=1
+            geometry=job.pop("geometry", "tiny"),
+            scope=scope,
+            blocks=blocks,
+            device="cpu",
+            dtype=dtype,
+            attention=attention,
+            steps=1,
         )
         return Job(contender=contender, settings=settings, lengths=tuple(lengths), **job)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_group_left():
+    """A contender of Megatron's makes a process group, for a process that is its own."""
+    yield
+    if distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        distributed.destroy_process_group()
 
 
 class InProcess:

@@ -6,25 +6,30 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.contenders.megatron import WAYS
 from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.contenders.selective import ATTENTION
 from benchmarks.harness.geometry import Scope
 
 #: The compiler takes half a minute on the CPU.
 SLOW = {"memory-budget"}
-#: Norms are in float32 whatever the model is, and compiled ones round otherwise: relative L2 distance.
-ROUNDING = {"memory-budget": 1e-6}
+#: Norms are in float32 whatever the model is. Compiled ones round otherwise, and Megatron's are not: relative L2.
+ROUNDING = {"memory-budget": 1e-6, **dict.fromkeys(WAYS, 1e-6)}
 TRAINING = [name for name in CONTENDERS if name != "kernels"]
 CASES = [(name, Scope.BLOCKS) for name in TRAINING]
-CASES += [(name, Scope.STEP) for name in ("selective", "memo-auto", "axolotl", "deepspeed")]
+CASES += [(name, Scope.STEP) for name in ("selective", "memo-auto", "axolotl", "deepspeed", "megatron-full")]
+
+
+def made(job):
+    try:
+        return CONTENDERS[job.contender](job)
+    except SkippedError as error:
+        pytest.skip(str(error))
 
 
 def gradients(job):
     found = {}
-    try:
-        contender = CONTENDERS[job.contender](job)
-    except SkippedError as error:
-        pytest.skip(str(error))
+    contender = made(job)
     contender.start(job.lengths[0])
     contender.step(lambda given: found.update({name: tensor.clone() for name, tensor in given.items()}))
     return found
@@ -66,7 +71,7 @@ class Calls(TorchDispatchMode):
 
 
 def calls(job):
-    contender = CONTENDERS[job.contender](job)
+    contender = made(job)
     contender.start(job.lengths[0])
     contender.step()
     with Calls() as mode:
@@ -76,7 +81,16 @@ def calls(job):
 
 @pytest.mark.parametrize(
     ("name", "times"),
-    [("unwrapped", 1), ("checkpoint", 2), ("save_on_cpu", 2), ("selective", 1), ("axolotl", 1)],
+    [
+        ("unwrapped", 1),
+        ("checkpoint", 2),
+        ("save_on_cpu", 2),
+        ("selective", 1),
+        ("axolotl", 1),
+        ("megatron-full", 2),
+        ("megatron-selective", 1),
+        ("megatron-mlp-chunks", 2),
+    ],
 )
 def test_attention_runs_again_or_does_not(make_job, name, times):
     counts = calls(make_job(name))

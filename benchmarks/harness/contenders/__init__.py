@@ -12,6 +12,7 @@ from benchmarks.harness.contenders.deepspeed import DeepSpeed
 from benchmarks.harness.contenders.hf_offload import HfOffload
 from benchmarks.harness.contenders.kernels import Kernels
 from benchmarks.harness.contenders.liger import Liger
+from benchmarks.harness.contenders.megatron import WAYS, Megatron
 from benchmarks.harness.contenders.memo import Memo
 from benchmarks.harness.contenders.memory_budget import MemoryBudget
 from benchmarks.harness.contenders.save_on_cpu import SaveOnCpu
@@ -35,6 +36,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "liger": partial(Liger, False),
     "hf-offload+liger": partial(Liger, True),
     "deepspeed": DeepSpeed,
+    **{name: partial(Megatron, name) for name in WAYS},
     "memory-budget": MemoryBudget,
     "trainstream": TrainStream,
     **{f"memo-{way}": partial(Memo, policy, alpha) for way, (policy, alpha) in MEMO_WAYS.items()},

@@ -15,26 +15,32 @@ class SkippedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A distribution that is imported, and the version that the adapter was written for."""
+    """A distribution that is imported, and the version that the adapter was written for; None: any."""
 
     module: str
     name: str
-    version: str
+    version: str | None
 
     @property
     def requirement(self) -> str:
         """As pip takes it."""
-        return f"{self.name}=={self.version}"
+        return self.name if self.version is None else f"{self.name}=={self.version}"
 
     @property
     def is_there(self) -> bool:
-        """Whether it can be imported; it is not."""
-        return importlib.util.find_spec(self.module) is not None
+        """Whether it can be imported; it is not, but for packages that it is in."""
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:
+            return False
 
 
 DEEPSPEED = Package("deepspeed", "deepspeed", "0.19.8")
 LIGER = Package("liger_kernel", "liger-kernel", "0.8.5")
+MEGATRON = Package("megatron.core", "megatron-core", "0.19.2")
 TRAINSTREAM = Package("trainstream", "trainstream", "0.4.1")
+#: PyTorch brings the one that belongs to it where there is a GPU; Megatron-core imports it anywhere.
+TRITON = Package("triton", "triton", None)
 TRL = Package("trl", "trl", "1.16.0")
 
 

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from benchmarks.harness.contenders import CONTENDERS
-from benchmarks.harness.contenders.megatron import WAYS
 from benchmarks.harness.contenders.megatron_weights import joined
 from benchmarks.harness.contenders.packages import MEGATRON, TRITON, SkippedError
 from benchmarks.harness.geometry import Scope
@@ -66,7 +65,7 @@ def gradients(contender):
 
 
 @needs_megatron
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ["megatron-full", "megatron-mlp-chunks"])
 def test_layers_with_biases_and_layer_norms_at_two_lengths(make_job, geometry, name):
     made = []
     for one in ("unwrapped", name):
@@ -122,3 +121,9 @@ def test_checkpoints_do_not_stop_before_the_last_product(make_job):
 def test_layers_that_it_does_not_have_are_refused(make_job):
     with pytest.raises(SkippedError, match="megatron-full has layers like those of llama and starcoder2, not qwen3"):
         CONTENDERS["megatron-full"](make_job("megatron-full", geometry="qwen3-tiny"))
+
+
+@needs_megatron
+def test_a_checkpoint_that_would_never_end_is_refused(make_job, geometry):
+    with pytest.raises(SkippedError, match="megatron-selective is for layers without biases"):
+        CONTENDERS["megatron-selective"](make_job("megatron-selective", geometry=geometry))

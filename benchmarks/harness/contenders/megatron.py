@@ -56,6 +56,11 @@ class Megatron(Training):
                 f"{self.name} has layers like those of {' and '.join(_MODELS)}, not {subject.config.model_type}: "
                 "choose another --geometry"
             )
+        if self.options is _SELECTIVE and not subject.shape.gated:
+            raise SkippedError(
+                f"{self.name} is for layers without biases: Megatron's checkpoint of an MLP returns its bias, whose "
+                "gradient then asks for the checkpoint's again, without end. megatron-full has no such checkpoint"
+            )
         super().install()
         found = joined(subject.layers[0], gated=subject.shape.gated, kv_heads=subject.shape.kv_heads)
         self._joined = {one.name: one for one in found}

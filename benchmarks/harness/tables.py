@@ -116,7 +116,7 @@ def _chosen(found: Sequence[Comparison], given: argparse.Namespace) -> list[Comp
 
 def _known(what: str, value: object, there: Sequence[object]) -> None:
     if value not in there:
-        listed = ", ".join(str(one) for one in dict.fromkeys(there))
+        listed = ", ".join("none, on a CPU" if one is None else str(one) for one in dict.fromkeys(there))
         raise RowError(f"there are no rows of {what} {value!r}; there are: {listed}")
 
 

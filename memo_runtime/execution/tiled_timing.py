@@ -3,7 +3,6 @@
     run of some tiles  -  attention at its length         =  the segments, on a line
     the same with their products kept                     =  what a kept token saves
     attention at the full length: few groups of heads, times the groups
-    the same with queries in chunks: the second and the last chunk, and those between on a line
 
 Attention is timed in rounds with as much of the rest as a step has (``blocks/stopwatch.py`` says why). Gradients are
 random numbers: over ones, kernels draw less power and run faster than in a step (cuDNN's backward of attention over
@@ -15,7 +14,7 @@ the same at every length (casts, sums in float32) is in the line: it is small be
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,9 +42,7 @@ from memo_runtime.execution.mixers.attention import (
     attention_forward,
     by_queries_allowed,
     kernels_for,
-    last_queries,
 )
-from memo_runtime.execution.mixers.by_queries import chunks
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.records import Growth
 from memo_runtime.units import format_seconds
@@ -60,6 +57,8 @@ _COMPILER_ERROR = "TorchDynamoException"
 _COMPARED_TOKENS, _HOPELESS = 2**16, 1.5
 #: Queries of a chunk, and the share of the forward that chunks must save; less is no difference between two of them.
 _CHUNKS, _WORTH = (2**16, 2**15, 2**14), 0.01
+#: Chunks and the whole are compared at this many tokens at most: what is faster there is so beyond.
+_CHUNKED_TOKENS = 2**18
 #: Query rows (heads times tokens) that keep a device busy: fewer groups of heads are not timed.
 _BUSY_ROWS = {"cuda": 2**20, "cpu": 2**8}
 
@@ -222,21 +221,19 @@ class _Attention:
         """Tell ``kernels`` the fastest one at ``tokens`` tokens."""
         inputs = self.inputs(tokens)
         names = self._promising(tokens, list(kernels_for(inputs, self._settings(inputs))))
-        if len(names) == 1 and not self._chunk_sizes(inputs, names[0]):
-            kernels[self.key] = Kernel(names[0])
-            return
-        found = {Kernel(name): self.seconds(inputs, Kernel(name)) for name in names}
-        best = min(found, key=lambda kernel: sum(found[kernel]))
-        forward, backward = found[best]
-        chunked = found | {kernel: (share * forward, backward) for kernel, share in self._by_chunks(inputs, best)}
-        chosen = best
-        for kernel, times in chunked.items():
-            if times[0] < (1.0 - _WORTH) * chunked[chosen][0] and kernel.name == best.name:
+        found = {Kernel(name): self.seconds(inputs, Kernel(name)) for name in names} if len(names) > 1 else {}
+        chosen = min(found, key=lambda kernel: sum(found[kernel])) if found else Kernel(names[0])
+        chunked = self._by_chunks(chosen, tokens, found)
+        for kernel, forward in chunked.items():
+            if forward < (1.0 - _WORTH) * chunked[chosen]:
                 chosen = kernel
         kernels[self.key] = chosen
-        if len(chunked) > 1:
-            listed = ", ".join(f"{kernel.text()} {format_seconds(sum(one))}" for kernel, one in chunked.items())
+        listed = ", ".join(f"{kernel.text()} {format_seconds(sum(one))}" for kernel, one in found.items())
+        forwards = ", ".join(f"{kernel.text()} {format_seconds(one)}" for kernel, one in chunked.items())
+        if found:
             logger.info("memo: attention over %d tokens, forward and backward: %s", tokens, listed)
+        if chunked:
+            logger.info("memo: attention over %d tokens, forward: %s", min(tokens, _CHUNKED_TOKENS), forwards)
 
     def _promising(self, tokens: int, names: list[str]) -> list[str]:
         """Those of ``names`` that may be the fastest at ``tokens`` tokens, by their times at fewer."""
@@ -247,28 +244,19 @@ class _Attention:
         times = {name: sum(self.seconds(inputs, Kernel(name))) for name in allowed}
         return [name for name in names if name in times and times[name] <= _HOPELESS * min(times.values())] or names
 
-    def _by_chunks(self, inputs: Inputs, kernel: Kernel) -> Iterator[tuple[Kernel, float]]:
-        """(kernel with queries in chunks, seconds of its forward by those of the whole).
+    def _by_chunks(
+        self, kernel: Kernel, tokens: int, found: Mapping[Kernel, tuple[float, float]]
+    ) -> dict[Kernel, float]:
+        """Seconds of the forward whole and with queries in chunks; empty: it does not go in chunks.
 
-        The time of a chunk is a line by the keys before it: the second chunk and the last one are timed. They are so
-        in rounds with the whole: a chunk that runs after a pause has a clock that the whole never has, and looks
-        faster by a tenth than it is in a step.
+        Each is timed as a whole and with its backward, like kernels: alone and after a pause a chunk has a clock that
+        the whole never has, and looks faster by a tenth than it is in a step. ``found``: what was timed at ``tokens``.
         """
-        tokens, settings = inputs.query.shape[2], self._settings(inputs)
+        inputs = self.inputs(min(tokens, _CHUNKED_TOKENS))
         sizes = self._chunk_sizes(inputs, kernel.name)
-        if not sizes:
-            return
-        last = {size: (tokens // size - 1) * size for size in sizes}
-        runs: list[Callable[[], object]] = [lambda: attention_forward(inputs, settings, seed=0, kernel=kernel)]
-        runs += [
-            partial(last_queries, kernel.name, inputs, settings, start, size)
-            for size in sizes for start in (size, last[size])
-        ]  # fmt: skip
-        with torch.no_grad():
-            whole, *timed = typical(runs, inputs.query.device, range(len(runs)))
-        for number, size in enumerate(sizes):
-            forward = _line_of_chunks(tokens, size, timed[2 * number], timed[2 * number + 1])
-            yield Kernel(kernel.name, size), forward / whole
+        candidates = [kernel, *(Kernel(kernel.name, size) for size in sizes)] if sizes else []
+        known = found if tokens <= _CHUNKED_TOKENS else {}
+        return {one: (known.get(one) or self.seconds(inputs, one))[0] for one in candidates}
 
     def _chunk_sizes(self, inputs: Inputs, name: str) -> list[int]:
         """Those that are tried with kernel ``name``: of which there are three at least."""
@@ -302,16 +290,6 @@ class _Attention:
         """How often ``inputs`` go into all heads of all sequences."""
         shapes = self._shapes(inputs.query.shape[2])
         return shapes["query"][0] * shapes["key"][1] / inputs.key.shape[1]
-
-
-def _line_of_chunks(tokens: int, size: int, second: float, last: float) -> float:
-    """Seconds of all chunks of ``size`` queries, from those of the second and of the last whole one."""
-    starts = [start for start, stop in chunks(tokens, size) if stop - start == size]
-    slope = (last - second) / (starts[-1] - size)
-    # The first chunk has a third of the pairs of the second: half of a square, and no rectangle.
-    whole = second / 3.0 + sum(second + slope * (start - size) for start in starts[1:])
-    rest = tokens - starts[-1] - size
-    return whole + (second + slope * (tokens - rest - size)) * rest / size
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,15 @@ def assert_as_planned(model: nn.Module) -> None:
     assert_clean(model)
 
 
+def assert_steps_as_planned(plan: Plan) -> None:
+    model, batch = model_of(), batch_of()
+    want = run_step(model, batch, output_loss)
+    with wrapped(model, plan):
+        for _ in range(2):
+            assert_close(run_step(model, batch, output_loss), want)
+        assert_as_planned(model)
+
+
 def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -64,12 +73,7 @@ def slow(*values: Any) -> Any:
 def test_runs_of_blocks(profile, every, keep_last, alpha):
     plan = planned(profile, every, keep_last=keep_last, alpha=alpha)
     assert [block.from_below for block in plan.blocks] == [bool(number % every) for number in range(BLOCKS)]
-    model, batch = model_of(), batch_of()
-    want = run_step(model, batch, output_loss)
-    with wrapped(model, plan):
-        for _ in range(2):
-            assert_close(run_step(model, batch, output_loss), want)
-        assert_as_planned(model)
+    assert_steps_as_planned(plan)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +84,7 @@ def test_late_runs_of_blocks(profile, every, keep_last, alpha):
     plan = planned(profile, every, keep_last=keep_last, alpha=alpha, late=True)
     following = [min(BLOCKS, (number // every + 1) * every) - number - 1 for number in range(BLOCKS)]
     assert [block.passes for block in plan.blocks] == following
-    model, batch = model_of(), batch_of()
-    want = run_step(model, batch, output_loss)
-    with wrapped(model, plan):
-        for _ in range(2):
-            assert_close(run_step(model, batch, output_loss), want)
-        assert_as_planned(model)
+    assert_steps_as_planned(plan)
     if every == BLOCKS + 1 and not keep_last:
         early = planned(profile, every, alpha=alpha)
         assert plan.forecast.host_bytes == early.forecast.host_bytes
@@ -102,7 +101,7 @@ def test_what_it_saves_in_host_memory(profile):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "every", "late"),
-    [("llama", 4, False), ("gpt-neox", 2, False), ("phi3", 2, False), ("llama", 4, True)],
+    [("llama", 4, False), ("gpt-neox", 2, False), ("phi3", 2, False), ("llama", 4, True), ("qwen3", 4, True)],
 )
 def test_families(name, every, late):
     family = (FAMILIES | _MORE)[name]

@@ -125,32 +125,34 @@ def causal_flops_of_each(runs: list[Callable[[], object]], device: torch.device)
 
 
 @pytest.mark.parametrize("tokens", [24, 29])
-def test_two_chunks_of_queries_tell_what_all_take(tokens, monkeypatch):
-    """A FLOP takes a second: chunks have those of the whole, whose causal half they cut differently."""
+def test_chunks_are_timed_as_they_run(tokens, monkeypatch):
+    """A FLOP takes a second: each candidate has those of all its chunks, whose causal half they cut differently."""
     monkeypatch.setattr(stopwatch, "laps", causal_flops_of_each)
     monkeypatch.setattr(tiled_timing, "_CHUNKS", (16, 8, 4))
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(tokens),), {}))
     one = tiled_timing._Attention(captured, captured.attentions[0])
-    found = dict(one._by_chunks(one.inputs(tokens), Kernel("cpu")))
-    assert [kernel.queries for kernel in found] == [8, 4]  # of 16 there are fewer than three
+    found = one._by_chunks(Kernel("cpu"), tokens, {})
+    assert [kernel.queries for kernel in found] == [0, 8, 4]  # of 16 there are fewer than three
     inputs = one.inputs(tokens)
-    runs = [
-        partial(attention.attention_forward, inputs, one._settings(inputs), seed=0, kernel=kernel)
-        for kernel in (Kernel("cpu"), *found)
-    ]
-    whole, *chunked = causal_flops_of_each(runs, torch.device("cpu"))
-    for (kernel, share), flops in zip(found.items(), chunked, strict=True):
-        rest = tokens % kernel.queries  # of a shorter last chunk all pairs are counted, as of a longer one
-        assert share == pytest.approx(flops / whole, rel=0.06 if rest else 1e-12)
+    for kernel, seconds in found.items():
+        run = partial(attention.attention_forward, inputs, one._settings(inputs), seed=0, kernel=kernel)
+        (whole,) = causal_flops_of_each([run], torch.device("cpu"))
+        assert seconds == whole * one._times(inputs)
+    # What was timed at this length is not timed again, and longer sequences are compared at this one.
+    whole = {Kernel("cpu"): (1.0, 2.0)}
+    assert one._by_chunks(Kernel("cpu"), tokens, whole) == found | {Kernel("cpu"): 1.0}
+    monkeypatch.setattr(tiled_timing, "_CHUNKED_TOKENS", tokens)
+    assert one._by_chunks(Kernel("cpu"), 4 * tokens, whole) == found
 
 
 @pytest.mark.parametrize(("chunked", "taken"), [(0.97, 16), (1.0, 0)])
 def test_chunks_are_taken_where_they_save_enough_and_the_longest_of_equals(chunked, taken, monkeypatch):
-    monkeypatch.setattr(tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: (2.0, 6.0))
-    forwards = [(Kernel("cpu", 16), chunked), (Kernel("cpu", 8), 0.995 * chunked)]
-    monkeypatch.setattr(tiled_timing._Attention, "_by_chunks", lambda self, inputs, kernel: iter(forwards))
-    monkeypatch.setattr(tiled_timing, "_CHUNKS", (8,))
+    forwards = {0: 2.0, 16: 2.0 * chunked, 8: 1.99 * chunked}
+    monkeypatch.setattr(
+        tiled_timing._Attention, "seconds", lambda self, inputs, kernel, _=None: (forwards[kernel.queries], 6.0)
+    )
+    monkeypatch.setattr(tiled_timing._Attention, "_chunk_sizes", lambda self, inputs, name: [16, 8])
     tiles = TiledBlock(double(hand_written.Attention), tile=8)
     captured = tiles.captured(BlockCall.of((hidden(),), {}))
     one = tiled_timing._Attention(captured, captured.attentions[0])

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from memo_runtime.blocks.operators import MASKED_ATTENTION
-from memo_runtime.execution.mixers.by_queries import Attend, forward_by_queries, own_part, part_before
+from memo_runtime.execution.mixers.by_queries import Attend, forward_by_queries
 from memo_runtime.execution.mixers.by_rows import RowsAttention
-from memo_runtime.execution.mixers.merging import Part, merge_into
 from memo_runtime.records import attention_text
 
 aten = torch.ops.aten
@@ -294,16 +293,6 @@ def _forward_by_queries(kernel: Kernel, inputs: Inputs, settings: Settings) -> t
         lse = torch.nn.functional.pad(lse, (0, -tokens % 32), value=float("inf"))
     # The numbers are the longest sequences of queries and keys.
     return output, Saved(kernel, (lse, *part.tensors[1:]), (tokens,) * len(part.numbers))
-
-
-def last_queries(name: str, inputs: Inputs, settings: Settings, start: int, size: int) -> torch.Tensor:
-    """Result of the chunk of ``size`` queries from ``start`` on, which is not the first, to be timed."""
-    attend, where = _attend(name, settings, []), (start, start + size)
-    own = own_part(attend, inputs.query, inputs.key, inputs.value, where)
-    before = part_before(attend, inputs.query, inputs.key, inputs.value, where)
-    place = Part(torch.empty_like(own.output), torch.empty_like(own.lse))
-    merge_into(place, own, before)
-    return place.output
 
 
 def _attend(name: str, settings: Settings, left: list[Saved]) -> Attend:

@@ -8,10 +8,13 @@ and writes the result to its place; operator by operator, what chunks save would
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+logger = logging.getLogger("memo_runtime")
 
 #: What the GPU's kernel takes.
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,6 +36,8 @@ def merge_into(place: Part, own: Part, before: Part) -> None:
         tensors = ((one.output, one.lse.reshape(own.output.shape[:3])) for one in (own, before))
         merge_on_gpu((place.output, place.lse.view(own.output.shape[:3])), *tensors)
         return
+    if own.output.device.type == "cuda" and own.output.dtype in _KERNEL_DTYPES:
+        _say_that_it_is_slow()
     wide = torch.promote_types(own.output.dtype, torch.float32)
     share = torch.sigmoid(before.lse.to(wide) - own.lse.to(wide)).reshape(*own.output.shape[:3], 1)
     place.output.copy_(own.output.to(wide).lerp_(before.output.to(wide), share))
@@ -50,6 +55,11 @@ def merge_bytes(shape: tuple[int, int, int], size: int, dtype: torch.dtype, devi
 
 def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cuda" and dtype in _KERNEL_DTYPES and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _say_that_it_is_slow() -> None:
+    logger.warning("memo: chunks of attention are merged operator by operator, since Triton compiles nothing here")
 
 
 @lru_cache(maxsize=1)

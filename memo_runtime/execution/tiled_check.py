@@ -8,6 +8,8 @@ one more copy of the block's parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -200,7 +202,21 @@ class _GivenDropout(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._attention(func, *args, **kwargs)
+        if isinstance(func, FunctionType) and func.__globals__ is vars(functional):
+            # One that asks modes first, as that of nn.MultiheadAttention: its own calls would not come by here.
+            func = self._inside(func)
         return func(*args, **kwargs)
+
+    def _inside(self, func: FunctionType) -> FunctionType:
+        """``func`` of ``torch.nn.functional``, whose own calls of dropout and attention come here."""
+        ours = {
+            "dropout": self._dropout,
+            "scaled_dot_product_attention": partial(self._attention, functional.scaled_dot_product_attention),
+        }
+        names = vars(functional) | ours
+        inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        inside.__kwdefaults__ = func.__kwdefaults__
+        return inside
 
     def _dropout(self, source: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         if not training or p == 0.0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.capture.dims import Reading, may_be_front, may_be_square, token_dims
 from memo_runtime.capture.functional import Draw, make_functional
-from memo_runtime.capture.rules import arguments_of
-from memo_runtime.capture.split import Mixer, Segment, Stages, split
-from memo_runtime.capture.trace import Trace, trace
+from memo_runtime.capture.rules import arguments_of, operator_name
+from memo_runtime.capture.split import DROPOUT, MIXERS, PRODUCTS, Mixer, Segment, Stages, split
+from memo_runtime.capture.trace import ARGUMENTS, FORWARD, Trace, trace
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.records import TokenAxis
 
 #: Held while graphs are traced or asked for symbolic sizes: what PyTorch's tracer writes to belongs to the process, and
 #: two threads may train two models. Not while anything goes backward, which on a GPU is another thread's.
@@ -36,6 +39,8 @@ class Captured:
         arguments: (placeholder, leaf index) of each tensor argument that is used.
         signature: equal for blocks whose programs may be shared.
         input_leaf: leaf of the input hidden state.
+        token_dim: dimension of its tokens.
+        reading: how the tokens of arguments are found.
     """
 
     traced: Trace
@@ -46,6 +51,8 @@ class Captured:
     arguments: tuple[tuple[fx.Node, int], ...]
     signature: str
     input_leaf: int
+    token_dim: int
+    reading: Reading
 
     @property
     def mixers(self) -> int:
@@ -76,7 +83,7 @@ class Captured:
     def tokens(self, call: BlockCall) -> int:
         """The number of tokens of ``call``."""
         source: torch.Tensor = call.leaves[self.input_leaf]
-        return int(source.shape[source.dim() - 2])
+        return int(source.shape[self.token_dim])
 
     def holds(self, call: BlockCall) -> bool:
         """It serves ``call``, whose key is its own: the length is allowed, and nothing outside has changed."""
@@ -103,7 +110,70 @@ def capture(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | Non
     Raises:
         CaptureRefusedError: it cannot be executed by tiles; names the operator or object that stands against it.
     """
-    traced = trace(block, call, forward)
+    try:
+        found = _one_way(block, call, forward, front=False)
+        if not (may_be_front(call) and _goes_across(found)):
+            return found
+    except CaptureRefusedError as error:
+        if not may_be_front(call) or error.operator not in (ARGUMENTS, FORWARD, DROPOUT, *MIXERS):
+            raise
+        try:
+            front = _one_way(block, call, forward, front=True)
+        except CaptureRefusedError:
+            raise error from None
+        if not front.mixers:
+            raise
+        return front
+    try:
+        front = _one_way(block, call, forward, front=True)
+    except CaptureRefusedError as error:
+        raise CaptureRefusedError(error.operator, f"{error.reason}{_IN_FRONT}") from error
+    return front if front.mixers else found
+
+
+_IN_FRONT = (
+    " (its attention goes along the first dimension of its input, so its tokens are taken to be there; with batches in "
+    "front, batch_first=True, they are in the second)"
+)
+
+
+def _goes_across(captured: Captured) -> bool:
+    """Attention is in it, and each one's tokens are no tokens of ours but sequences beside each other."""
+    return not captured.mixers and any(
+        _is_across(node, captured.stages.axes) for segment in captured.segments for node in segment.nodes
+    )
+
+
+def _is_across(node: fx.Node, axes: Mapping[fx.Node, Any]) -> bool:
+    """``node`` makes products of queries and keys whose tokens are neither rows nor columns of them."""
+    name = operator_name(node)
+    if name not in (*MIXERS, *PRODUCTS):
+        return False
+    named = arguments_of(node)
+    first, second = list(named)[:2] if name != "aten.baddbmm" else ("batch1", "batch2")
+    pairs = ((axes.get(named[one]), named[one].meta["val"].dim()) for one in (first, second))
+    return all(isinstance(axis, TokenAxis) and axis.dim < count - 2 for axis, count in pairs)
+
+
+def _one_way(
+    block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None, *, front: bool
+) -> Captured:
+    """The capture with tokens where they usually are, or in ``front``."""
+    try:
+        return _capture(block, call, forward, Reading(front))
+    except CaptureRefusedError as error:
+        if not may_be_square(call, front):
+            raise
+        try:
+            return _capture(block, call, forward, Reading(front, square=True))
+        except CaptureRefusedError:
+            raise error from None
+
+
+def _capture(
+    block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None, reading: Reading
+) -> Captured:
+    traced = trace(block, call, forward, reading)
     draws = make_functional(traced)
     stages = split(traced.graph, traced.token, draws)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder" and node.name[:5] != "mask_"]
@@ -118,6 +188,8 @@ def capture(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | Non
         arguments=_used(placeholders[count:], traced.leaves),
         signature=_signature(traced, stages),
         input_leaf=call.input_leaf or 0,
+        token_dim=token_dims(call, reading)[1][call.input_leaf or 0][0],
+        reading=reading,
     )
 
 

@@ -22,7 +22,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.operators import registered_mixers
 from memo_runtime.blocks.places import PLAIN, is_small_array
 from memo_runtime.capture.copying import HOOK_TABLES
-from memo_runtime.capture.dims import token_dims
+from memo_runtime.capture.dims import USUAL, Reading, token_dims
 
 Key = tuple[Any, ...]
 
@@ -57,17 +57,17 @@ _SKIPPED = ("_parameters", "_buffers", "_modules", "__getstate__", "forward")
 _DEPTH = 4
 
 
-def capture_key(block: nn.Module, call: BlockCall) -> Key:
-    """The key of ``call`` of ``block``; hashable, equal where one capture serves both.
+def capture_key(block: nn.Module, call: BlockCall, reading: Reading = USUAL) -> Key:
+    """The key of ``call`` of ``block``; hashable, equal where one capture under ``reading`` serves both.
 
     Raises:
         CaptureRefusedError: the call has no input with tokens.
     """
-    _, dims = token_dims(call)
+    _, dims = token_dims(call, reading)
     leaves = tuple(_leaf(leaf, dims.get(index, ())) for index, leaf in enumerate(call.leaves))
     device = call.leaves[next(iter(dims))].device
     precision = AutocastState.current(device.type).signature()
-    ambient = (precision, torch.get_default_dtype(), bool(hooks_of_all_modules()))
+    ambient = (reading, precision, torch.get_default_dtype(), bool(hooks_of_all_modules()))
     return (str(call.spec), leaves, registered_mixers(), ambient, state_key(block))
 
 

@@ -39,8 +39,9 @@ _SIZED = (
     "reshape", "view", "expand", "flatten", "unflatten", "slice", "zeros", "ones", "full", "new_zeros", "new_ones",
     "new_full", "broadcast_to", "split", "split_with_sizes", "narrow",
 )  # fmt: skip
-_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
+PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
 MIXERS = ("aten.scaled_dot_product_attention",)
+DROPOUT = "aten.dropout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ class _Splitter:
         if axis is SQUARE:
             self.row_axes[node] = at(node.meta["val"].dim() - 2)
         elif axis is None:
-            raise CaptureRefusedError("aten.dropout", "it drops elements of a value without tokens")
+            raise CaptureRefusedError(DROPOUT, "it drops elements of a value without tokens")
 
     def _is_moving(self, node: fx.Node) -> bool:
         """An argument with one token dimension, which tiles take their rows of."""
@@ -182,7 +183,8 @@ class _Splitter:
                 return tuple(self.token.plain_axis(one) for one in value)
             return self.token.plain_axis(value)
         except NotTokenWiseError as error:
-            raise CaptureRefusedError(operator_name(node), str(error)) from error
+            name = DROPOUT if node in self.draws else operator_name(node)
+            raise CaptureRefusedError(name, str(error)) from error
 
     def _place_whole(self, node: fx.Node) -> None:
         self.axes[node] = self._plain(node)
@@ -231,7 +233,7 @@ class _Splitter:
             self.whole.add(node)
         elif _is_by_graph(node):
             self._place_registered(node)
-        elif name in _PRODUCTS and len(self.token.dims(node.meta["val"])) == 2:
+        elif name in PRODUCTS and len(self.token.dims(node.meta["val"])) == 2:
             self._start_rows(node, reason)
         else:
             raise CaptureRefusedError(name, reason)
@@ -255,7 +257,9 @@ class _Splitter:
 
     def _place_attention(self, node: fx.Node, reason: str) -> None:
         named = arguments_of(node)
-        for name in ("query", "key", "value"):
+        # Of other tokens than the queries, which are as many in every call of this kind.
+        others = self.axes[named["key"]] is None and self.axes[named["value"]] is None and not named["is_causal"]
+        for name in ("query",) if others else ("query", "key", "value"):
             axis = self.axes[named[name]]
             count = named[name].meta["val"].dim()
             if not isinstance(axis, TokenAxis) or axis.dim != count - 2 or axis.outer * axis.inner != 1:

@@ -52,11 +52,13 @@ from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.capture.declaring import DeclaredCalls
-from memo_runtime.capture.dims import token_dims
+from memo_runtime.capture.dims import USUAL, Reading, token_dims
 from memo_runtime.capture.flash import flash_stands_in
 from memo_runtime.capture.key import changed, hooks_of_all_modules, kinds_inside, state_key
 from memo_runtime.errors import CaptureRefusedError
 
+#: What is named where a call, or a block as a whole, cannot be traced.
+ARGUMENTS, FORWARD = "arguments", "forward"
 #: Meta entry of placeholders; traced values are detached.
 NEEDS_GRAD = "needs_grad"
 #: Backwards that belong to operators of libraries (``torch.library.register_autograd``): they go with the operator.
@@ -99,21 +101,24 @@ class Trace:
         return all(bool(guard.subs(self.token.symbol, tokens)) for guard in self.guards)
 
 
-def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None = None) -> Trace:
+def trace(
+    block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None = None, reading: Reading = USUAL
+) -> Trace:
     """Trace ``block`` for calls like ``call``.
 
     Args:
         block: the module; it is not run and not changed.
         call: arguments of one call; only their shapes, dtypes and non-tensor values matter.
         forward: the block's own forward where another is installed over it; it must be its class's.
+        reading: where the tokens of its arguments are.
 
     Raises:
         CaptureRefusedError: something in it cannot be traced; names it.
     """
     refuse_by_sight(block, forward)
-    tokens, dims = token_dims(call)
+    tokens, dims = token_dims(call, reading)
     if tokens < 2:
-        raise CaptureRefusedError("arguments", f"{tokens} token is not enough to tell what grows with tokens")
+        raise CaptureRefusedError(ARGUMENTS, f"{tokens} token is not enough to tell what grows with tokens")
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env)
     states = _state_names(block)
@@ -133,7 +138,7 @@ def trace(block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None 
         module = _run_trace(runner, fakes, arguments)
     outside = outside or look()
     if shape_env.replacements.get(symbol) is not None or runner.output is None:
-        raise CaptureRefusedError("forward", _only_length(shape_env, symbol))
+        raise CaptureRefusedError(FORWARD, _only_length(shape_env, symbol))
     named_again(module.graph)
     inputs = (node for node in module.graph.nodes if node.op == "placeholder")
     for node, fake in zip(inputs, [*fakes, *arguments], strict=True):
@@ -157,7 +162,7 @@ def refuse_by_sight(block: nn.Module, forward: Callable[..., Any] | None) -> Non
     """Refuse what can be seen without running anything; see Note [What a trace cannot see]."""
     own = forward if forward is not None else block.forward
     if getattr(own, "__func__", None) is not type(block).forward:
-        raise CaptureRefusedError("forward", "it was replaced on the instance")
+        raise CaptureRefusedError(FORWARD, "it was replaced on the instance")
     for hook in hooks_of_all_modules():
         raise CaptureRefusedError(f"hook '{_called(hook)}' of all modules", "it would not run on tiles")
     for name, module in block.named_modules():
@@ -362,7 +367,7 @@ def _refusal(error: Exception) -> CaptureRefusedError:
         return CaptureRefusedError(str(getattr(error, "func", "a size")), f"it depends on data: {text}")
     if isinstance(error, UnsupportedOperatorException):
         return CaptureRefusedError(str(error.func), "it has no rule for shapes")
-    return CaptureRefusedError("forward", f"it cannot be traced: {type(error).__name__}: {text}")
+    return CaptureRefusedError(FORWARD, f"it cannot be traced: {type(error).__name__}: {text}")
 
 
 def _refuse_sizes_from_data(node: fx.Node, symbol: Any) -> None:

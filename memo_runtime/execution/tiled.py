@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -138,8 +138,8 @@ class TiledBlock:
         """
         if any(call.caches()[1:]):
             raise CaptureRefusedError("arguments", "a key/value cache that holds tokens already")
-        key = capture_key(self.block, call)
-        serves = (pair for pair in reversed(self._captures) if pair[0] == key and pair[1].holds(call))
+        keys = cache(partial(capture_key, self.block, call))
+        serves = (pair for pair in reversed(self._captures) if pair[0] == keys(pair[1].reading) and pair[1].holds(call))
         known = next(serves, None)
         if known is not None:
             found = known[1]
@@ -156,7 +156,7 @@ class TiledBlock:
                 with RealKernels():
                     check(found, self.block, call, partial(_checked_run, found, self.programs.eager()))
                 self.programs.checked.add(found.signature)
-            self._remember(key, found, call)
+            self._remember(keys(found.reading), found, call)
         return found
 
     def _remember(self, key: Key, captured: Captured, call: BlockCall) -> None:

@@ -167,7 +167,7 @@ class TiledForward:
             return replace(way, input_stays=True)
         witness = None
         if session.asks_for_witness(name, plan):
-            witness = Witness(name, prefix=0, tokens=source.shape[source.dim() - 2])
+            witness = Witness(name, prefix=0, tokens=source.shape[captured.token_dim])
             witness.see(0, source.detach(), input_axis(captured))
         return replace(way, origin=origin, witness=witness)
 

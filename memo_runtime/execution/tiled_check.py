@@ -88,7 +88,7 @@ def _short_call(captured: Captured, call: BlockCall) -> BlockCall:
     """The first tokens of ``call``, with random numbers for what needs a gradient."""
     tokens = captured.tokens(call)
     allowed = [n for n in _LENGTHS if n <= tokens and captured.traced.allows(n)]
-    short = shortened(call, allowed[0] if allowed else tokens)
+    short = shortened(call, allowed[0] if allowed else tokens, captured.reading)
     fresh = {}
     for index, leaf in short.tensors():
         if index == captured.input_leaf or leaf.requires_grad:

@@ -104,7 +104,7 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
             attentions, kernels = [_Attention(captured, node) for node in mixers], tiles.programs.kernels
             for one in attentions:
                 one.choose(kernels, tokens)
-            some = shortened(call, length)
+            some = shortened(call, length, captured.reading)
             runs = _runs(tiles, captured, some, Way(tile=tile))
             block = _forward_and_backward(runs, device)
             saved = _saved(tiles, captured, some, tile, sum(block))

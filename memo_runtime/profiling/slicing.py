@@ -30,6 +30,9 @@ from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
 logger = logging.getLogger("memo_runtime")
 
 _MAX_ROUNDS = 8
+_ATTENTION = "scaled_dot_product"
+#: The first dimension of what attention yields, [B, H, S, D], that is no other sequence.
+_HEADS = 1
 
 #: Operators that only make room: what is wrong in their result was written by somebody else.
 _UNFILLED = ("empty", "new_empty", "zeros", "new_zeros", "ones", "new_ones", "full", "new_full")
@@ -47,9 +50,17 @@ class Slicing:
     reason: str = ""
 
     @property
-    def mixers(self) -> int:
-        """Number of pinned operators that mix tokens."""
-        return sum(kind == PinKind.MIXER for kind in self.pins.values())
+    def mixes(self) -> bool:
+        """An operator mixes tokens of the dimension that was sliced.
+
+        Attention of sequences beside each other is pinned as well, and mixes other tokens than these.
+        """
+        return any(kind == PinKind.MIXER and not self._is_beside(key) for key, kind in self.pins.items())
+
+    def _is_beside(self, key: PinKey) -> bool:
+        axis = self.axes.get((key, 0))
+        return _ATTENTION in key[0] and axis is not None and axis.dim < _HEADS
+
 
 
 def named_pins(observation: Observation) -> dict[PinKey, PinKind]:

@@ -123,7 +123,7 @@ def search(subject: Subject) -> tuple[Trial | None, str]:
             if trial.slicing.reason:
                 reason = reason or trial.slicing.reason
                 continue
-            if trial.slicing.mixers:
+            if trial.slicing.mixes:
                 return trial, ""
             best = best or trial
             break

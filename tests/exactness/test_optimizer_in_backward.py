@@ -90,7 +90,7 @@ def test_blocks_that_share_a_parameter(policy: str, every: int) -> None:
     assert {block.executor for block in memo.report(model).blocks} <= executors
 
 
-@pytest.mark.parametrize("policy", ["tiled", "replay"])
+@pytest.mark.parametrize("policy", [pytest.param("tiled", marks=pytest.mark.slow), "replay"])
 def test_a_tied_head_whose_loss_goes_by_tiles(policy: str) -> None:
     """Embedding and head are one parameter; the head's gradient is made with the loss."""
     family = FAMILIES["llama"]

@@ -43,8 +43,11 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.anew
-@pytest.mark.parametrize(("norm_first", "activation"), [(True, "gelu"), (False, "relu")])
-@pytest.mark.parametrize("mask", ["none", "padding", "causal"])
+@pytest.mark.parametrize(("norm_first", "activation", "mask"), [
+    (True, "gelu", "padding"), (False, "relu", "causal"),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        (True, "gelu", "none"), (True, "relu", "causal"), (False, "gelu", "padding"), (False, "relu", "none"))),
+])  # fmt: skip
 def test_dropout_is_that_of_given_masks(norm_first: bool, activation: str, mask: str) -> None:
     block = layer(norm_first=norm_first, activation=activation)
     tiled = TiledBlock(block, tile=8, alpha=0.5)
@@ -71,7 +74,7 @@ def slope(model: nn.Module, batch: dict[str, Any], along: dict[str, Tensor], ste
     return (found[0] - found[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_model_in_training(norm_first: bool) -> None:
     """Its gradients are those of the loss that it yields, as differences of that loss say."""
     model = nn.TransformerEncoder(layer(norm_first=norm_first, activation="gelu"), 2, enable_nested_tensor=False)

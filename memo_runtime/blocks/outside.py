@@ -2,10 +2,10 @@
 
 A trace freezes all of it, and runs that only look must change none. While the block runs once, each function that
 starts is looked at: the names that its code spells lead from its globals and from the classes of the block to the
-places (``places.py``) that it may read. They are read before the function runs, so that what it writes is seen too.
-Functions of PyTorch and of the standard library are not looked into, but for layers of ``torch.nn``. Not seen:
-attributes by a name that no code spells (``getattr``), what lies more than ``_DEPTH`` objects deep, large containers
-and arrays, clocks.
+places (``places.py``) that it may read; of what code reaches that computes names (``spelled.py``) all are looked at.
+They are read before the function runs, so that what it writes is seen too. Functions of PyTorch and of the standard
+library are not looked into, but for layers of ``torch.nn``. Not seen: what lies more than ``_DEPTH`` objects deep,
+large namespaces, containers and arrays, clocks.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from memo_runtime.blocks.places import (
     is_small_array,
 )
 from memo_runtime.blocks.reach import is_generator, reach
+from memo_runtime.blocks.spelled import ANY, spelled
 from memo_runtime.blocks.state import LibraryRandom, shared_generators
 
 _DEPTH = 4
@@ -41,6 +42,7 @@ _DEPTH = 4
 _MOST_PLACES = 4096
 #: Packages whose functions are not looked into, beside the standard library and torch, of which layers are.
 _CLOSED = ("memo_runtime", "numpy", "sympy", "mpmath")
+_NAMESPACES = ("types.SimpleNamespace", "argparse.Namespace")
 _LAYERS = ("torch.nn.modules.", "torch.nn.functional")
 _MACHINERY = "torch.nn.modules.module"
 
@@ -130,8 +132,10 @@ class Outside:
             return
         if code not in self._seen:
             self._seen.add(code)
-            held, names = frame.f_globals, _spelled(code)
+            held, names = frame.f_globals, spelled(code)
             self._see_names(f"global '{{}}' of {held['__name__']}", held, names, _DEPTH)
+            if "globals" in names:
+                self._see_all(f"global '{{}}' of {held['__name__']}", held)
             for kind in self._kinds:
                 self._see_class(kind, names, _DEPTH)
             if "environ" in code.co_names or "getenv" in code.co_names:
@@ -139,7 +143,7 @@ class Outside:
         if code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
             if id(first) in self._known:
-                self._follow(f"an object of {type(first).__name__}", first, _spelled(code), _DEPTH)
+                self._follow(f"an object of {type(first).__name__}", first, spelled(code), _DEPTH)
         if code.co_freevars:
             values = tuple(frame.f_locals.get(name) for name in code.co_freevars)
             known = self._closures.setdefault(code, [])
@@ -169,7 +173,7 @@ class Outside:
                 for at, (name, cell) in enumerate(zip(code.co_freevars, cells, strict=True)):
                     if before is not None and name != "__class__":
                         label = f"'{name}' of the closure of {function.__qualname__}"
-                        self._follow(label, before[at], _spelled(code), _DEPTH)
+                        self._follow(label, before[at], spelled(code), _DEPTH)
                         yield Closed(label, cell, before[at])
 
     # ---- from one place to the next
@@ -181,6 +185,8 @@ class Outside:
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] not in _CLOSED:
                 self._see_names(f"'{{}}' of module {value.__name__}", value.__dict__, names, depth)
+                if ANY in names and not _is_closed(value.__name__):
+                    self._see_all(f"'{{}}' of module {value.__name__}", value.__dict__)
         elif isinstance(value, type):
             self._see_class(value, names, depth)
         elif isinstance(value, CONTAINERS):
@@ -203,6 +209,8 @@ class Outside:
             # What its class has it may come to have itself.
             inherited = [name for name in names if any(name in one.__dict__ for one in classes)]
             self._see_names(f"'{{}}' of {label}", own, names, depth, inherited)
+            if ANY in names and _is_open(type(value)):
+                self._see_all(f"'{{}}' of {label}", own)
         self._meet(value)
         if isinstance(value, FunctionType):
             for one in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
@@ -222,12 +230,22 @@ class Outside:
     def _see_class(self, kind: type, names: Sequence[str], depth: int) -> None:
         """An attribute that one of its bases has may come to be hidden by another's."""
         bases = [base for base in kind.__mro__ if not _is_closed(base.__module__)]
+        for base in bases if ANY in names else ():
+            self._see_all(f"attribute '{{}}' of class {base.__name__}", base.__dict__, base)
         for name in names:
             if any(name in base.__dict__ for base in bases):
                 for base in bases:
                     label = f"attribute '{{}}' of class {base.__name__}"
                     value = self._place(base, Names, label, base).add(name)
                     self._follow(label.format(name), value, names, depth - 1)
+
+    def _see_all(self, label: str, holder: Any, owner: type | None = None) -> None:
+        """All names of ``holder``, a namespace, and members of what they stand for; not of one with very many."""
+        if len(holder) > MOST_MEMBERS or len(self._places) > _MOST_PLACES:
+            return
+        place = self._place(holder if owner is None else owner, Names, label, owner)
+        for name in place.add_all():
+            self._follow(label.format(name), holder[name], (), 1)
 
     def _see_members(self, label: str, value: Any, names: Sequence[str], depth: int) -> None:
         if len(value) <= MOST_MEMBERS:
@@ -252,8 +270,9 @@ class Outside:
         return found
 
 
-def _spelled(code: CodeType) -> tuple[str, ...]:
-    return tuple(name for name in code.co_names if name[:2] != "__")
+def _is_open(kind: type) -> bool:
+    """Objects of ``kind`` hold what somebody has put there: no library's own state."""
+    return not _is_closed(kind.__module__) or f"{kind.__module__}.{kind.__name__}" in _NAMESPACES
 
 
 def _content(cell: CellType) -> Any:

@@ -78,6 +78,23 @@ class Names:
     def __init__(self, label: str, holder: Any, owner: type | None = None) -> None:
         self._label, self.holder, self._owner = label, holder, owner
         self._values: dict[Any, Any] = {}
+        #: Names that it has, where others matter too.
+        self._there: set[Any] | None = None
+
+    def add_all(self) -> list[str]:
+        """Watch all that it has, and that no other comes; yields their names."""
+        found = self._names()
+        if self._there is None:
+            self._there = {*found}
+        for name in found:
+            self.add(name)
+        return found
+
+    def _names(self) -> list[str]:
+        return [name for name in self.holder if isinstance(name, str) and name[:2] != "__"]
+
+    def _new(self) -> list[str]:
+        return [name for name in self._names() if name not in self._there] if self._there is not None else []
 
     def add(self, name: Any) -> Any:
         """Watch ``name`` too, and what it stands for; None where there is no such thing."""
@@ -92,16 +109,20 @@ class Names:
 
     def renew(self) -> None:
         """See ``Place``."""
+        if self._there is not None:
+            self._there = None
+            self.add_all()
         self._values = dict(zip(self._values, map(_held, self.now()), strict=True))
 
     def changed(self) -> str:
         """See ``Place``."""
         at = _difference(self.now(), self._values.values())
-        return "" if at is None else self._label.format([*self._values][at])
+        name = next(iter(self._new()), None) if at is None else [*self._values][at]
+        return "" if name is None else self._label.format(name)
 
     def put_back(self) -> None:
         """See ``Place``."""
-        for name, value in self._values.items():
+        for name, value in [*self._values.items(), *((name, _ABSENT) for name in self._new())]:
             now = self.holder.get(name, _ABSENT)
             if value is _TENSOR or now is value or _alike(_held(now), value):
                 continue

@@ -42,6 +42,10 @@ _RESTLESS = (
     "blocks that run by tiles are captured anew at every call, which may take longer than the call: {what} is another "
     "each time. Would work: give blocks the same object every time, and numbers that change as tensors"
 )
+_ELSEWHERE = (
+    "tiles would be of the {tokens:,} tokens in dimension {dim} of its input, and its profile is of the {others:,} in "
+    "dimension {other}"
+)
 _HELD = (
     "the gradient of its result is held elsewhere too (a hook that keeps it, a sum behind the block), so its backward "
     "takes one tensor of full length more than planned"
@@ -97,6 +101,8 @@ class TiledForward:
     def __init__(self, owner: BlockForward) -> None:
         self._owner = owner
         self._tiles: TiledBlock | None = None
+        #: (dimension of its input where it has its tiles, how many tokens these are of), once it is profiled.
+        self.along = (0, 0)
 
     def _block(self) -> TiledBlock:
         if self._tiles is None:
@@ -109,6 +115,7 @@ class TiledForward:
         """(what the block takes by tiles, why it cannot run so); ``tile``: as the user has fixed it."""
         try:
             captured = self._block().captured(call)
+            self.along = captured.token_dim, captured.tokens(call)
             key = (captured.signature, captured.tokens(call))
             known = self._owner.session.tiled_profiles
             if key not in known:
@@ -186,6 +193,7 @@ class Tiling:
     def __init__(self, tile: int | None = None) -> None:
         self._tile = tile
         self._found: dict[str, tuple[TiledProfile | None, str]] = {}
+        self._along: dict[str, tuple[int, int]] = {}
         #: By block, the one whose result is its input.
         self._below: dict[str, str] = {}
         #: The last result, which only its pass holds: what is in use afterwards is measured.
@@ -202,6 +210,7 @@ class Tiling:
                     self._below[block.name] = name
             empty = (None, "its input is empty")
             self._found[block.name] = empty if call.is_empty else block.tiles.profile(call, self._tile)
+            self._along[block.name] = block.tiles.along
 
     def made(self, block: BlockForward, output: Any) -> Any:
         """Take note of what the call of ``block`` yields, as an object of its own: it stands for the result."""
@@ -223,8 +232,17 @@ class Tiling:
             if takes is not None and block.name in self._found:
                 lower = blocks[-1].name if blocks else ""
                 takes = replace(takes, chained=self._below.get(block.name) == lower)
+                reason = self._elsewhere(block)
+                takes = None if reason else takes
             blocks.append(replace(block, tiled=takes, tiled_reason=reason))
         return replace(profile, blocks=tuple(blocks))
+
+    def _elsewhere(self, block: BlockProfile) -> str:
+        """Why nothing can be planned for tiles of ``block``: its profile is of other tokens; empty: it is of these."""
+        dim, tokens = self._along[block.name]
+        if not block.tokens or dim == block.token_dim or tokens == block.tokens:
+            return ""
+        return _ELSEWHERE.format(tokens=tokens, dim=dim, others=block.tokens, other=block.token_dim)
 
 
 def give_up_tiles(session: Session, block: BlockForward, error: CaptureRefusedError) -> None:

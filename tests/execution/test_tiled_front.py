@@ -103,6 +103,16 @@ def test_where_tokens_are_is_what_attention_says(kind: type[nn.Module], dim: int
     assert (captured.token_dim, captured.mixers) == (dim, mixers)
 
 
+def test_a_block_whose_tiles_are_of_other_tokens_than_its_profile_is_refused() -> None:
+    """Nothing could be planned for it: three sequences of 29 tokens, of which none meets another."""
+    model = nn.Sequential(AmongHeads(), AmongHeads())
+    memo.wrap(model, policy="tiled", tile=8, keep_last=0, loss="native", blocks=["0", "1"])
+    model(torch.randn(TOKENS, 3, WIDTH, dtype=torch.float64)).sum().backward()
+    for block in memo.report(model).blocks:
+        assert block.executor == Executor.REPLAY
+        assert "the 3 tokens in dimension 1 of its input, and its profile is of the 29 in dimension 0" in block.reason
+
+
 def test_a_mask_that_cannot_be_told_apart_is_refused() -> None:
     """As many sequences as tokens: which dimension of the padding is which no size says."""
     given = inputs("padding", rows=21, tokens=21, batch_first=False)

@@ -114,7 +114,7 @@ def test_a_family_is_exact_by_groups_of_heads(name):
         tiled = TiledBlock(call.block, tile=8, alpha=0.5)
         tiled.way = lambda: Way(tile=8, alpha=0.5, groups=2)
         assert_exact(call, tiled)
-        found = [grouping(captured, at) for captured in tiled._captures.values()
+        found = [grouping(captured, at) for _, captured in tiled._captures
                  for at in range(len(captured.stages.stages))]  # fmt: skip
         heads = [how.heads for how in found if how is not None]
         assert ["groups" in kernel for kernel in tiled.kernels].count(True) == sum(one % 2 == 0 for one in heads)

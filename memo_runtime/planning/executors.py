@@ -64,6 +64,11 @@ class EitherExecutor(Strategy):
         if some_by_tiles(sheet):
             yield from _BY_TILES.stand_bys(sheet)
 
+    def is_feasible(self, sheet: Sheet, budgets: Budgets) -> bool:
+        """Whether one of the two is."""
+        by_tiles = some_by_tiles(sheet) and _BY_TILES.is_feasible(sheet, budgets)
+        return by_tiles or Auto().is_feasible(sheet, budgets)
+
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
         """The plan with the shorter step, and why the other is not taken."""
         by_replay = Auto().decide(sheet, budgets)

@@ -70,7 +70,7 @@ class ByTiles(Strategy):
         """
         _refuse_unseen(sheet)
         for every in _runs(sheet):
-            best = self._best(sheet, budgets, every)
+            best = self._best(sheet, budgets, every) if self._some_fits(sheet, budgets, every) else None
             if best is not None:
                 return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
         for tile in self._tiles(sheet):
@@ -78,6 +78,24 @@ class ByTiles(Strategy):
             if best is not None:
                 return Decision(best, (_LATE, *(() if _timed(sheet) else (_ESTIMATED,))))
         return None
+
+    def is_feasible(self, sheet: Sheet, budgets: Budgets) -> bool:
+        """Whether ``decide`` finds a plan. Late blocks need least, but where alpha is fixed others may send products."""
+        if any(self._some_fits(sheet, budgets, every, late=True) for every in _late_runs(sheet)):
+            return True
+        _refuse_unseen(sheet)
+        return self.alpha is not None and any(self._some_fits(sheet, budgets, every) for every in _runs(sheet))
+
+    def _some_fits(self, sheet: Sheet, budgets: Budgets, every: int, *, late: bool = False) -> bool:
+        """Whether anything with such runs fits, by what needs least: the shortest tile, the fewest or most groups."""
+        tile, groups, alpha = self._tiles(sheet)[-1], _groups(sheet), self.alpha or 0.0
+        least = alpha or 1 / _ALPHA_STEPS
+        return any(
+            fits(sheet, budgets, by_tiles(sheet, keeps, one, tile, sent=sent, groups=count, every=every, late=late))
+            for count in dict.fromkeys((groups[-1], groups[0]))
+            for one in self._residents(sheet)
+            for keeps, sent in ((alpha, 0.0), *(() if late else ((alpha, least),)))
+        )
 
     def _late(self, sheet: Sheet, tile: int, some_groups: Sequence[int]) -> Iterator[Choices]:
         """All blocks late, with runs of every length."""
@@ -128,8 +146,8 @@ class ByTiles(Strategy):
         if self.alpha is not None:
             yield how.at(sheet, self.alpha, sent=self.alpha)
             return
-        sent = largest(lambda steps: fits(sheet, budgets, at(steps, 0)), _ALPHA_STEPS + 1)
-        if sent:
+        if fits(sheet, budgets, at(1, 0)):
+            sent = largest(lambda steps: fits(sheet, budgets, at(steps, 0)), _ALPHA_STEPS + 1)
             yield at(sent, largest(lambda steps: fits(sheet, budgets, at(sent, steps)), _ALPHA_STEPS + 1))
 
     def _tiles(self, sheet: Sheet) -> list[int]:

@@ -9,7 +9,11 @@ from memo_runtime.config import make_settings
 from memo_runtime.errors import HostLimitError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.planning.chain import longest_chain
+from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.policies import strategy_for
+from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.suggest import is_feasible
 from memo_runtime.records import Growth, Moment
 from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import GiB
@@ -86,6 +90,25 @@ def test_beyond_that_blocks_are_late():
     assert (fault.where, fault.expected) == ("blocks[0].passes", "7, the blocks above it in its run")
     blocks = (*late.blocks[:3], replace(late.blocks[3], late=False, passes=0), *late.blocks[4:])
     assert "only one is late" in find_fault(replace(late, blocks=blocks)).expected
+
+
+@pytest.mark.parametrize("wanted", [{}, {"keep_last": 2}, {"alpha": 0.3}, {"alpha": 0.3, "keep_last": 0}], ids=str)
+def test_what_is_said_to_fit_is_planned_and_nothing_else(wanted):
+    """Whether something fits is asked of what needs least; whole plans, of everything that there is."""
+    profile = chained(5, tokens=1 << 18)
+    answers = set()
+    for device in (9, 10, 12, 14, 18, 24, 40):
+        for host in (0, 2, 4, 8, 16):
+            limits = {"budget": f"{device}GiB", "host_budget": f"{host}GiB"}
+            settings = make_settings(policy="tiled", **limits, **wanted)
+            sheet = Sheet(profile, lengths_of(profile, None))
+            budgets, (strategy, _) = Budgets.of(sheet, settings), strategy_for(settings, Budgets.of(sheet, settings))
+            stands = any(fits(sheet, budgets, one) for one in strategy.stand_bys(sheet))
+            found = strategy.decide(sheet, budgets)
+            assert is_feasible(sheet, settings) == (found is not None)
+            assert found is not None or not stands
+            answers.add(found is not None)
+    assert answers == {True, False}
 
 
 def test_what_nothing_hands_on_is_never_left_out():

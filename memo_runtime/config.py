@@ -166,8 +166,12 @@ def choose(kind: type[_Choice], name: str, value: object) -> _Choice:
     return chosen
 
 
-def _size(name: str, value: int | str | None) -> int | None:
-    """Bytes of argument ``name``."""
+def read_size(name: str, value: int | str | None) -> int | None:
+    """Bytes of the argument, or option, called ``name``.
+
+    Raises:
+        ArgumentError: no size, or one whose unit was forgotten. ArgumentTypeError: neither text nor number.
+    """
     if value is None:
         return None
     try:
@@ -203,7 +207,7 @@ def make_settings(
     Raises:
         ArgumentError: an unknown policy, a size that is none, or knobs that do not go together.
     """
-    device_bytes = _size("budget", budget)
+    device_bytes = read_size("budget", budget)
     if device_bytes == 0:
         raise ArgumentError(
             f"budget={show_value(budget)} leaves no memory for the model itself: give a size such as '70GiB', or leave "
@@ -213,7 +217,7 @@ def make_settings(
         policy=choose(Policy, "policy", policy),
         alpha=float(alpha) if isinstance(alpha, Real) and not isinstance(alpha, (int, float)) else alpha,
         budget=device_bytes,
-        host_budget=_size("host_budget", host_budget),
+        host_budget=read_size("host_budget", host_budget),
         keep_last=keep_last,
         strict=strict,
         tile=tile,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memo_runtime.config import Settings, make_settings
+from memo_runtime.config import Settings, make_settings, read_size
 from memo_runtime.errors import ArgumentError
 from memo_runtime.machines.catalogue import find_machine
 from memo_runtime.machines.machine import Machine
@@ -36,7 +36,8 @@ OptimizerName = Annotated[
     str | None,
     typer.Option(
         "--optimizer",
-        help="adamw, adamw-bf16, adamw-fp32, adamw-8bit, adafactor, sgd-momentum, sgd or none; adamw is assumed.",
+        help="adamw, adamw-foreach, adamw-bf16, adamw-fp32, adamw-8bit, adafactor, sgd-momentum, sgd or none; adamw is "
+        "assumed.",
     ),
 ]
 Lora = Annotated[int | None, typer.Option(help="Train adapters of this rank beside every linear module of the blocks.")]
@@ -100,7 +101,10 @@ def read_request(
         ArgumentError: an option that cannot be used as given. OutputError: the output cannot be written.
     """
     machine = find_machine(gpu)
-    settings = make_settings(policy=policy, alpha=alpha, budget=budget, host_budget=host_memory, keep_last=keep_last)
+    settings = make_settings(
+        policy=policy, alpha=alpha, budget=read_size("--budget", budget),
+        host_budget=read_size("--host-memory", host_memory), keep_last=keep_last,
+    )  # fmt: skip
     if settings.budget is not None and settings.budget > machine.memory_bytes:
         raise ArgumentError(
             f"--budget {format_bytes(settings.budget)} is more than the {format_bytes(machine.memory_bytes)} of one "

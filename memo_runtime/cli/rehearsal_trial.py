@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from memo_runtime.rehearsal.record import Rehearsal
 
 #: Of optimizers that are named; the others need a library, or a master copy of the parameters.
-REHEARSED = ("adamw", "adamw-bf16", "adafactor", "sgd-momentum", "sgd", "none")
+REHEARSED = ("adamw", "adamw-foreach", "adamw-bf16", "adafactor", "sgd-momentum", "sgd", "none")
 _RATE = 1e-6
 
 
@@ -79,6 +79,8 @@ def _optimizer(name: str, model: nn.Module, device: torch.device) -> torch.optim
     import torch
 
     parameters = [one for one in model.parameters() if one.requires_grad]
+    if name == "adamw-foreach":
+        return torch.optim.AdamW(parameters, lr=_RATE, foreach=True)
     if name in ("adamw", "adamw-bf16"):
         return torch.optim.AdamW(parameters, lr=_RATE, fused=device.type == "cuda")
     if name == "adafactor":

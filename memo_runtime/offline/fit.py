@@ -18,6 +18,7 @@ from memo_runtime.offline.profile import Study
 from memo_runtime.planning.rounding import GRANULE_TOKENS
 from memo_runtime.planning.search import largest
 from memo_runtime.records import Plan
+from memo_runtime.units import format_bytes
 
 #: Granules of the shortest sequence that is tried, and of the longest, of each GPU.
 _FEWEST, _MOST = 8, 1 << 20
@@ -194,6 +195,10 @@ def _with_optimizers(search: _Search) -> PlanInfeasibleError:
             for one in OPTIMIZERS.values()
             if one.name != asked and replace(search, study=replace(study, optimizer=one)).fits(shortest)
         ]
-        said = f"--optimizer {', '.join(fitting)} instead of {asked}" if fitting else "no other optimizer either"
+        said = f"--optimizer {', '.join(fitting)} instead of {asked}"
+        if not fitting:
+            alone = format_bytes((study.states.parameters + study.states.gradients) // study.ranks.gpus)
+            cures = "--lora or --trainable freezes most of them, more --gpus share them"
+            said = f"no other either: parameters and gradients are {alone}; {cures}"
         return type(error)(f"{error}\n  optimizer  {said}, at {shortest * search.unit:,} tokens")
     raise AssertionError("what is feasible was planned")

@@ -7,7 +7,8 @@
 What runs inside a block is what it did on meta at the planned length. Between its forward and its backward there is
 what the plan keeps, sources of copies until the next block's forward is over, buffers of a fetch from the block above
 on, and in backward all that it needs. A block by tiles is one request in forward, and in backward one for each stretch,
-of what it takes at most. Head and loss are one request. Weights and optimizer states are no part of it.
+of what it takes at most. Head and loss are one request, temporaries of the optimizer's step another. Weights and
+optimizer states are no part of it.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
         gradients.append(step.allocate("gradients of embeddings", around.last_gradients))
         step.free(embedded)
         step.free(across)
+        step.passing("optimizer's step", around.stepping)
         for gradient in gradients:
             step.free(gradient)
     return step.builder.build(provenance={"recorder": "plan"}), step.names

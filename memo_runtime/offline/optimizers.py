@@ -1,15 +1,17 @@
-"""Optimizers by name, and the bytes of their states."""
+"""Optimizers by name, the bytes of their states, and what their steps take besides."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from memo_runtime.errors import ArgumentError
 from memo_runtime.profiling.states import measure_states
+from memo_runtime.profiling.stepping import stepping_of
 from memo_runtime.records import ModelStates
 
 #: 8-bit states have a scale in float32 for each block of so many (bitsandbytes' block-wise quantisation).
@@ -18,17 +20,26 @@ _QUANTISED_BLOCK = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
-    """One optimizer: ``about``: what it keeps for each trained parameter. size: bytes of that."""
+    """One optimizer.
+
+    Attributes:
+        about: what it keeps for each trained parameter, and ``size`` the bytes of that.
+        made: the one of PyTorch whose step has temporaries; None: it steps by kernels that need no room.
+    """
 
     name: str
     about: str
     size: Callable[[nn.Parameter], float]
+    made: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def states(self, model: nn.Module) -> ModelStates:
         """The states of ``model`` when this optimizer has stepped, without its step counters."""
-        total = round(sum(self.size(p) for p in model.parameters() if p.requires_grad))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        total = round(sum(self.size(p) for p in trained))
         found = measure_states(model, None, "cuda")
-        return replace(found, optimizer=total, optimizer_name=self.name, assumed=False)
+        step = None if self.made is None or not trained else stepping_of(self.made(trained), "cuda")
+        stepping = 0 if step is None else step.temporaries
+        return replace(found, optimizer=total, optimizer_name=self.name, assumed=False, stepping=stepping)
 
 
 def _with_master(parameter: nn.Parameter) -> float:
@@ -46,7 +57,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
     one.name: one
     for one in (
         Optimizer(
-            name="adamw", about="two states in the parameters' dtype, no master copy", size=lambda p: 2.0 * p.nbytes
+            name="adamw", about="two states in the parameters' dtype, no master copy, fused=True",
+            size=lambda p: 2.0 * p.nbytes,
+        ),
+        Optimizer(
+            name="adamw-foreach", about="likewise, with PyTorch's default step: temporaries as large as the parameters",
+            size=lambda p: 2.0 * p.nbytes, made=lambda trained: torch.optim.AdamW(trained, foreach=True),
         ),
         Optimizer(name="adamw-bf16", about="two states in bf16", size=lambda p: 4.0 * p.numel()),
         Optimizer(
@@ -57,7 +73,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
             name="adamw-8bit", about="two states of 8 bits, and their scales",
             size=lambda p: p.numel() * (2.0 + 8.0 / _QUANTISED_BLOCK),
         ),
-        Optimizer(name="adafactor", about="a row and a column for each matrix, in float32", size=_factored),
+        Optimizer(
+            name="adafactor", about="a row and a column for each matrix, in float32", size=_factored,
+            made=torch.optim.Adafactor,
+        ),
         Optimizer(name="sgd-momentum", about="one state in the parameters' dtype", size=lambda p: 1.0 * p.nbytes),
         Optimizer(name="sgd", about="nothing", size=lambda p: 0.0),
         Optimizer(name="none", about="nothing: gradients alone", size=lambda p: 0.0),

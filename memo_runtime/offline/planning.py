@@ -75,10 +75,16 @@ def plan_at(offline: Offline, settings: Settings) -> Plan:
                 return finished(plan, offline)
         except PlanInfeasibleError as error:
             if not tiles_are_worth_trying(sheet, settings, None):
-                if settings.policy is not Policy.AUTO:
+                if settings.policy is not Policy.AUTO or not _shorter_is_worth_trying(sheet, settings):
                     raise
                 raise type(error)(f"{error}\n{_BY_REPLAY}") from None
     return finished(make_plan(offline.with_tiles().profile, settings, words=words), offline)
+
+
+def _shorter_is_worth_trying(sheet: Sheet, settings: Settings) -> bool:
+    """Whether tiles may go further at any length: not where what is there before any activation is too much."""
+    shortest = sheet.at(tuple(min(1, length) for length in sheet.lengths))
+    return tiles_are_worth_trying(shortest, settings, None)
 
 
 def is_feasible_at(offline: Offline, settings: Settings) -> bool:

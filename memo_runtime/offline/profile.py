@@ -63,6 +63,7 @@ class Study:
     examples: Mapping[str, Kind]
     optimizer: Optimizer | None
     _tiles: dict[str, tuple[TiledProfile | None, str]] = field(default_factory=dict)
+    _states: dict[str, ModelStates] = field(default_factory=dict)
 
     def tiles(self, kind: str) -> tuple[TiledProfile | None, str]:
         """What the block called ``kind`` takes by tiles, and why it cannot run so; looked at once."""
@@ -70,6 +71,15 @@ class Study:
             (ref,) = (ref for ref in self.refs if ref.name == kind)
             self._tiles[kind] = tiles_of(ref, self.calls.of[kind], self.machine)
         return self._tiles[kind]
+
+    @property
+    def states(self) -> ModelStates:
+        """Those of the whole model with its optimizer; worked out once for each."""
+        model, made = self.subject.model, self.optimizer
+        name = "" if made is None else made.name
+        if name not in self._states:
+            self._states[name] = measure_states(model, None, "cuda") if made is None else made.states(model)
+        return self._states[name]
 
     def at(self, tokens: int, *, host_bytes: int | None = None, tiles: bool = False) -> Offline:
         """The profile of one rank for a step on ``tokens`` tokens.
@@ -212,7 +222,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     inside = _inside(model, blocks)
     # Of a model that is known: its embeddings are called before the first block, and nowhere else.
     last = _embeddings(model, inside) if subject.tiled_loss else 0
-    states = _sharded(replace(_states(study), gradients_last=last), gpus)
+    states = _sharded(replace(study.states, gradients_last=last), gpus)
     root = [p for p in model.parameters() if id(p) not in inside]
     root_bytes = sum(p.numel() * p.element_size() for p in root)
     block_bytes = max(_bytes(model.get_submodule(block.name)) for block in blocks)
@@ -251,11 +261,6 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     )
 
 
-def _states(study: Study) -> ModelStates:
-    model = study.subject.model
-    return measure_states(model, None, "cuda") if study.optimizer is None else study.optimizer.states(model)
-
-
 def _inside(model: nn.Module, blocks: Sequence[BlockProfile]) -> set[int]:
     """Parameters of blocks, by id."""
     return {id(p) for block in blocks for p in model.get_submodule(block.name).parameters()}
@@ -272,7 +277,7 @@ def _sharded(states: ModelStates, gpus: int) -> ModelStates:
     return replace(
         states,
         parameters=share(states.parameters), gradients=share(states.gradients), optimizer=share(states.optimizer),
-        gradients_last=share(states.gradients_last),
+        gradients_last=share(states.gradients_last), stepping=share(states.stepping),
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def _config_file(name: str) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError(f"cannot read {name}: {error.strerror or error}; give the path of a config.json") from error
+        raise ArgumentError(f"cannot read {path}: {error.strerror or error}; give the path of a config.json") from error
     except ValueError as error:
         raise ArgumentError(f"{name} is not a config.json: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -80,9 +81,20 @@ def _matching(model: nn.Module, trainable: str) -> list[nn.Parameter]:
     return found
 
 
+def _linears(subject: Subject) -> Iterator[nn.Linear]:
+    for ref in find_blocks(subject.model):
+        yield from (module for module in ref.module.modules() if isinstance(module, nn.Linear))
+
+
 def _add_adapters(subject: Subject, rank: int) -> None:
     check_rank(rank)
     count = 0
+    widest = max((min(one.in_features, one.out_features) for one in _linears(subject)), default=rank)
+    if rank > widest:
+        raise ArgumentError(
+            f"--lora {rank} is more than full rank: the blocks of {subject.name} have no nn.Linear of a rank above "
+            f"{widest:,}; give less, such as 16"
+        )
     for ref in find_blocks(subject.model):
         linears = [name for name, module in ref.module.named_modules() if isinstance(module, nn.Linear) and name]
         for name in linears:

@@ -14,7 +14,8 @@ rerun reads is gone then.
 
 On a device with an allocator, gradients come as backward walks down: those outside the blocks (head, embedding)
 with the head, a block's own within its ``backward_peak``, those of the blocks above while a block goes backward,
-all of them at the end. In a step that starts with gradients (accumulation) all are there at every point.
+all of them at the end. In a step that starts with gradients (accumulation) all are there at every point. Behind that,
+with all gradients and nothing of the blocks, the optimizer's step has its temporaries.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Course:
 
     ``stash_peak`` counts what the runtime holds; ``device_peak`` adds what blocks, head and loss need while
     they run and gradients, and was reached in ``phase`` ("forward", "end of forward", "rerun", "backward",
-    "head and loss", "end of backward") of block ``index``. ``gradients`` are the bytes of gradients there.
+    "head and loss", "end of backward", "optimizer's step") of block ``index``. ``gradients`` are the bytes of
+    gradients there.
     """
 
     gradients: int
@@ -80,7 +82,8 @@ class Surroundings:
             accounted, they are reserved at every point.
         outside_gradients: of parameters outside the blocks, from the head's backward on, and ``last_gradients``, when
             all blocks have gone backward; 0 if not gradual.
-        outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU).
+        outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU). stepping: likewise, of
+            the optimizer's step.
     """
 
     asynchronous: bool
@@ -90,6 +93,7 @@ class Surroundings:
     last_gradients: int
     outside_peak: int
     outside_seconds: float
+    stepping: int = 0
 
     @classmethod
     def of(cls, profile: Profile, tokens: int, *, accumulating: bool = False) -> Surroundings:
@@ -122,6 +126,7 @@ class Surroundings:
             last_gradients=last,
             outside_peak=peak if asynchronous else 0,
             outside_seconds=profile.outside_seconds.exact(tokens),
+            stepping=states.stepping if asynchronous else 0,
         )
 
     def forecast(self, plans: Sequence[BlockPlan], footprints: Sequence[Footprint]) -> Forecast:
@@ -211,6 +216,7 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
         if not block.stretches:
             yield _Point(stash - block.spent, transient * (block.backward_peak + held), there[index], index, "backward")
     yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
+    yield _Point(0, around.stepping, all_gradients(around, blocks), 0, "optimizer's step")
 
 
 def _fetched_and_stashed(blocks: Sequence[Footprint]) -> tuple[list[int], list[int]]:

@@ -22,6 +22,10 @@ from memo_runtime.planning.tiles import floor
 from memo_runtime.planning.words import PYTHON, PythonWords
 from memo_runtime.units import format_bytes
 
+_STEP = "optimizer's step"
+#: Phases of a step that are in no block.
+_OUTSIDE = ("head and loss", "end of backward", _STEP)
+
 
 def infeasible(sheet: Sheet, settings: Settings, words: PythonWords = PYTHON) -> PlanInfeasibleError:
     """The error for a request of which no stand-by fits: about the device first, then about the host.
@@ -46,7 +50,7 @@ def _device_error(
     needed = sheet.peak_bytes(choices)
     course = sheet.course(choices)
     name = sheet.blocks[course.index].name if sheet.blocks else "the model"
-    where = course.phase if course.phase in ("head and loss", "end of backward") else f"{name}, {course.phase}"
+    where = course.phase if course.phase in _OUTSIDE else f"{name}, {course.phase}"
     device = sheet.profile.device_name or sheet.profile.device_type
     allowed = f"{format_bytes(budgets.device or 0)} on {device} ({budgets.device_source})"
     lines = [
@@ -55,6 +59,7 @@ def _device_error(
         f"  at         {where}, policy '{settings.policy}'{f', tile={settings.tile}' if settings.tile else ''}",
         _floor_line(sheet, settings),
         *_accumulation_line(sheet, settings),
+        *([_stepping_line(sheet)] if course.phase == _STEP else []),
         *_suggestions(suggest.for_device(sheet, settings, tried, words), _no_length(sheet)),
         *_footing_line(words),
     ]
@@ -93,6 +98,15 @@ def _accumulation_line(sheet: Sheet, settings: Settings) -> list[str]:
     ]
 
 
+def _stepping_line(sheet: Sheet) -> str:
+    """The cure for what only the optimizer's step makes too large."""
+    states = sheet.profile.states
+    return (
+        f"  since      the step of {states.optimizer_name} makes temporaries of {format_bytes(states.stepping)}: with "
+        "fused=True, where its class has that, it makes none, and with foreach=False those of one parameter at a time"
+    )
+
+
 def _suggestions(found: Sequence[suggest.Suggestion], otherwise: str) -> list[str]:
     texts = [str(suggestion) for suggestion in found] or [otherwise]
     return [f"  {'would fit' if not number else '':9}  {text}" for number, text in enumerate(texts)]
@@ -128,5 +142,7 @@ def _floor_parts(sheet: Sheet, choices: Choices, total: int) -> dict[str, int]:
         # What else was alive in the profiled process; what the profile calls present is part of it.
         there = sheet.around.base_bytes + (gradients if sheet.around.gradual else 0)
         parts["other tensors"] = max(0, there - sum(parts.values()))
+    if sheet.course(choices).phase == _STEP:
+        parts["temporaries of its step"] = states.stepping
     parts["activations and workspace there"] = max(0, total - sum(parts.values()))
     return parts

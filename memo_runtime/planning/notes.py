@@ -18,9 +18,15 @@ def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
     """What the plan assumes about the model and the lengths."""
     states = sheet.profile.states
     if states.assumed:
-        yield f"optimizer state is assumed: {states.optimizer_name}, reserved in full from the first step on"
+        by_default = format_bytes(states.optimizer // 2)
+        more = f", and a fused step, where foreach=True, PyTorch's default, takes {by_default} more behind backward"
+        yield (
+            f"optimizer state is assumed: {states.optimizer_name}, reserved in full from the first step on"
+            f"{more if sheet.around.asynchronous and states.optimizer else ''}"
+        )
     else:
-        yield f"optimizer state is that of {states.optimizer_name}, reserved in full from the first step on"
+        stepping = f"; its step takes {format_bytes(states.stepping)} besides" if sheet.around.stepping else ""
+        yield f"optimizer state is that of {states.optimizer_name}, reserved in full from the first step on{stepping}"
     moved = [
         (block, tokens)
         for block, tokens, choice in zip(sheet.blocks, sheet.lengths, choices, strict=True)

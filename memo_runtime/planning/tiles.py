@@ -80,7 +80,7 @@ class ByTiles(Strategy):
         return None
 
     def is_feasible(self, sheet: Sheet, budgets: Budgets) -> bool:
-        """Whether ``decide`` finds a plan. Late blocks need least, but where alpha is fixed others may send products."""
+        """Whether ``decide`` finds a plan. Late blocks need least; where alpha is fixed others may send products."""
         if any(self._some_fits(sheet, budgets, every, late=True) for every in _late_runs(sheet)):
             return True
         _refuse_unseen(sheet)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+from memo_runtime.profiling.stepping import state_bytes, stepping_of
 from memo_runtime.records import ModelStates
 
 
@@ -44,59 +44,24 @@ def gradients_of_blocks(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]
     return found
 
 
-def _state_bytes(state: Any, device_type: str) -> int:
-    """Bytes of all tensors in an optimizer's per-parameter state that live on the device."""
-    if isinstance(state, torch.Tensor):
-        local = getattr(state, "_local_tensor", state)
-        return _bytes(state) if local.device.type in (device_type, "meta") else 0
-    if isinstance(state, dict):
-        return sum(_state_bytes(value, device_type) for value in state.values())
-    if isinstance(state, (list, tuple)):
-        return sum(_state_bytes(value, device_type) for value in state)
-    return 0
-
-
-def _future_state(optimizer: torch.optim.Optimizer, device_type: str) -> int | None:
-    """State that ``optimizer`` will make, by letting its class step on tensors without data; None: it cannot."""
-    total = 0
-    for group in optimizer.param_groups:
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names", "initial_lr")}
-        # Fused and batched steps need real tensors; the state is the same.
-        options.update({key: False for key in ("fused", "foreach", "capturable") if key in options})
-        stand_ins = [
-            torch.empty_like(getattr(p, "_local_tensor", p), device="meta").requires_grad_()
-            for p in group["params"]
-            if p.requires_grad
-        ]
-        if not stand_ins:
-            continue
-        try:
-            twin = type(optimizer)([{"params": stand_ins, **options}])  # type: ignore[call-arg]
-            for stand_in in stand_ins:
-                stand_in.grad = torch.empty_like(stand_in)
-            twin.step()
-        except Exception:  # any third-party optimizer may need data; the caller says so
-            return None
-        total += sum(_state_bytes(twin.state[stand_in], "meta") for stand_in in stand_ins)
-    return total
-
-
 def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, device_type: str) -> ModelStates:
     """States of ``model`` on its device.
 
-    With ``optimizer`` given, its state is counted where it exists and computed from its class where it does not;
-    without one, or where the class cannot be asked, AdamW in the parameters' dtype is assumed and the result says so.
+    With ``optimizer`` given, its state is counted where it exists and computed from its class where it does not, as are
+    the temporaries of its step; without one, or where the class cannot be asked, AdamW in the parameters' dtype with a
+    fused step is assumed and the result says so.
     """
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     gradients = sum(gradient_bytes(p) for p in trainable)
-    assumed, name, total, present = True, "AdamW", 2 * sum(_bytes(p) for p in trainable), 0
+    assumed, name, total, present, stepping = True, "AdamW", 2 * sum(_bytes(p) for p in trainable), 0, 0
     if optimizer is not None:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimizers
-        present = sum(_state_bytes(state, device_type) for state in inner.state.values())
-        future = None if present else _future_state(inner, device_type)
-        if present or future is not None:
-            assumed, name, total = False, type(inner).__name__, present or future or 0
+        present = sum(state_bytes(state, device_type) for state in inner.state.values())
+        found = stepping_of(inner, device_type)
+        if present or found is not None:
+            assumed, name, total = False, type(inner).__name__, present or (found.states if found else 0)
+        stepping = found.temporaries if found else 0
     return ModelStates(
         parameters=sum(_bytes(p) for p in parameters),
         buffers=sum(_bytes(b) for b in itertools.chain(model.buffers())),
@@ -106,5 +71,6 @@ def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, de
         gradients_present=sum(_bytes(p.grad) for p in trainable if p.is_leaf and p.grad is not None),
         optimizer_present=present,
         optimizer_name=name,
+        stepping=stepping,
         assumed=assumed,
     )

@@ -81,6 +81,7 @@ def _machine(profile: Profile) -> str:
         ("parameters", format_bytes(states.parameters), ""),
         ("gradients", format_bytes(states.gradients), ""),
         ("optimizer state", format_bytes(states.optimizer), states.optimizer_name + assumed),
+        *([("its step besides", format_bytes(states.stepping), "")] if states.stepping else []),
         ("device memory", format_bytes(profile.device_bytes), ""),
         ("host memory", format_bytes(profile.host_bytes), profile.host_source),
         ("to host", f"{link.to_host / 1e9:.1f} GB/s", measured),

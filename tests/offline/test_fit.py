@@ -20,7 +20,7 @@ from memo_runtime.offline.profile import study_model
 from memo_runtime.offline.subject import subject_named, subject_of
 from memo_runtime.offline.trainable import LowRank, trained_in_part
 from memo_runtime.persist import load_plan
-from memo_runtime.units import GiB, MiB
+from memo_runtime.units import GiB, MiB, format_bytes
 
 transformers = pytest.importorskip("transformers")
 H100 = find_machine("h100-80gb")
@@ -89,9 +89,14 @@ def test_what_cannot_fit_names_the_optimizers_that_do(study):
         fit(replace(study, optimizer=find_optimizer("adamw-fp32")), settings)
     said = str(caught.value)
     assert "optimizer (adamw-fp32)" in said
-    others = "adamw, adamw-bf16, adamw-8bit, adafactor, sgd-momentum, sgd, none"
+    others = "adamw, adamw-foreach, adamw-bf16, adamw-8bit, adafactor, sgd-momentum, sgd, none"
     assert f"--optimizer {others} instead of adamw-fp32, at 1,024 tokens" in said
     assert plan_at(replace(study, optimizer=find_optimizer("adafactor")).at(1024), settings)
+    with pytest.raises(PlanInfeasibleError) as caught:
+        fit(study, make_settings(policy="auto", budget=parameters))
+    said = str(caught.value)
+    assert f"no other either: parameters and gradients are {format_bytes(4 * parameters)}; --lora or --trainable" in said
+    assert "memo fit" not in said
     with pytest.raises(HostLimitError):
         plan_at(study.at(1 << 17, host_bytes=MiB), make_settings(policy="swap"))
 
@@ -106,6 +111,12 @@ def test_states_of_optimizers(study):
     assert sizes["sgd"] == sizes["none"] == 0
     assert 2 * parameters < sizes["adamw-8bit"] < 2.1 * parameters
     assert 0 < sizes["adafactor"] < 0.1 * parameters
+    besides = {name: one.states(model).stepping for name, one in OPTIMIZERS.items()}
+    assert besides.pop("adamw-foreach") == 2 * parameters
+    # One parameter's and what is left of the one before.
+    largest = max(p.nbytes for p in model.parameters())
+    assert largest <= besides.pop("adafactor") <= 2.1 * largest
+    assert set(besides.values()) == {0}
     with pytest.raises(ArgumentError, match="did you mean adafactor"):
         find_optimizer("adafacter")
 
@@ -141,6 +152,8 @@ def test_parameters_are_trained_by_name(path):
         trained_in_part(subject_named(path), lora=None, trainable="(")
     with pytest.raises(ArgumentError, match="--lora 0 is not a rank"):
         trained_in_part(subject_named(path), lora=0, trainable=None)
+    with pytest.raises(ArgumentError, match="more than full rank: .* no nn.Linear of a rank above 256"):
+        trained_in_part(subject_named(path), lora=257, trainable=None)
 
 
 def test_positions_that_are_learned_end_the_search(tmp_path):

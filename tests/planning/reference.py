@@ -175,7 +175,7 @@ def peaks(profile, plan, accumulating=False):
         held -= spent(profile, plan, i)
         device.append(held + above + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
     device = [held - entry(profile, plan) if cuda else held for held in device]
-    device.append(outside + sum(gradients) if walked else 0)
+    device.append((outside + sum(gradients) if walked else 0) + (profile.states.stepping if cuda else 0))
     states = profile.states
     if cuda:
         base = profile.allocated_bytes - states.gradients_present

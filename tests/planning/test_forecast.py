@@ -176,6 +176,27 @@ def test_where_gradients_are_large_the_end_of_backward_is_the_highest_point():
         forecast_of(profile, policy="none", budget="900MB")
 
 
+def test_temporaries_of_the_optimizers_step_come_behind_backward():
+    """With all gradients and nothing of the blocks; in steps that start with gradients too."""
+    there = {"shared": Growth(), "outside_forward": Growth(), "outside_peak": Growth(), "allocated_bytes": 5000}
+    states = ModelStates(
+        parameters=1000, buffers=10, gradients=1000, optimizer=2000, optimizer_name="Adam", stepping=10**9, assumed=False
+    )
+    profile = profile_of([small_block(0)], states=states, **there)
+    for accumulating in (False, True):
+        plan = make_plan(profile, make_settings(policy="none"), accumulating=accumulating)
+        assert plan.forecast.peak_bytes == 5000 + 2000 + 1000 + 10**9 + ALLOWED
+        assert any("its step takes 953.67 MiB besides" in note for note in plan.notes)
+    with pytest.raises(PlanInfeasibleError, match=r"at +optimizer's step") as refused:
+        forecast_of(profile, policy="none", budget="900MB")
+    assert "the step of Adam makes temporaries of 953.67 MiB: with fused=True" in str(refused.value)
+    assert "temporaries of its step 953.67 MiB" in str(refused.value)
+    assert forecast_of(on_cpu(profile), policy="none").peak_bytes < 10**9
+    assumed = profile_of([small_block(0)], states=replace(states, stepping=0, assumed=True), **there)
+    notes = make_plan(assumed, make_settings(policy="none")).notes
+    assert any("foreach=True, PyTorch's default, takes 1000 B more behind backward" in note for note in notes)
+
+
 def test_what_only_the_rerun_reads_is_gone_when_backward_starts():
     block = small_block(0)
     unsaved = replace(block, groups=(group(Role.INPUT, 10, saved=False), *block.groups[2:]))

@@ -64,8 +64,9 @@ def profiles(draw):
     profile = profile_of(
         chosen,
         states=ModelStates(
-            parameters=10**5, buffers=100, gradients=gradients, optimizer=2 * 10**5, gradients_present=present
-        ),
+            parameters=10**5, buffers=100, gradients=gradients, optimizer=2 * 10**5, gradients_present=present,
+            stepping=draw(st.sampled_from([0, 0, 10**5, 10**8])),
+        ),  # fmt: skip
         allocated_bytes=10**5 + present,
         outside_forward=Growth(linear=draw(SIZES)),
         outside_peak=Growth(linear=draw(SIZES)),

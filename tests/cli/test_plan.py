@@ -56,6 +56,7 @@ def broken():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "odd.json").write_text(json.dumps({**CONFIG, "hidden_size": "wide"}))
     (tmp_path / "misspelled.json").write_text(json.dumps({**CONFIG, "model_type": "llamma"}))
     (tmp_path / "offlinemodel.py").write_text(FACTORY)
     return tmp_path
@@ -163,6 +164,7 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),
         (["--model", "config.json", "--seq-len", "1001", "--gpus", "2"], "1,000 and 1,002 do"),
         (["--model", "config.json"], "--seq-len"),
+        (["--model", "odd.json", "--seq-len", "1K"], "can be made of odd.json"),
         (["--model", "misspelled.json", "--seq-len", "1K"], "did you mean llama"),
         (["--model", "misspelled.json", "--seq-len", "1K"], "are given as module:factory"),
     ],

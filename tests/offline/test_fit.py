@@ -95,7 +95,8 @@ def test_what_cannot_fit_names_the_optimizers_that_do(study):
     with pytest.raises(PlanInfeasibleError) as caught:
         fit(study, make_settings(policy="auto", budget=parameters))
     said = str(caught.value)
-    assert f"no other either: parameters and gradients are {format_bytes(4 * parameters)}; --lora or --trainable" in said
+    alone = format_bytes(4 * parameters)
+    assert f"no other either: parameters and gradients are {alone}; --lora or --trainable" in said
     assert "memo fit" not in said
     with pytest.raises(HostLimitError):
         plan_at(study.at(1 << 17, host_bytes=MiB), make_settings(policy="swap"))
@@ -152,7 +153,7 @@ def test_parameters_are_trained_by_name(path):
         trained_in_part(subject_named(path), lora=None, trainable="(")
     with pytest.raises(ArgumentError, match="--lora 0 is not a rank"):
         trained_in_part(subject_named(path), lora=0, trainable=None)
-    with pytest.raises(ArgumentError, match="more than full rank: .* no nn.Linear of a rank above 256"):
+    with pytest.raises(ArgumentError, match=r"more than full rank: .* no nn\.Linear of a rank above 256"):
         trained_in_part(subject_named(path), lora=257, trainable=None)
 
 

@@ -180,8 +180,9 @@ def test_temporaries_of_the_optimizers_step_come_behind_backward():
     """With all gradients and nothing of the blocks; in steps that start with gradients too."""
     there = {"shared": Growth(), "outside_forward": Growth(), "outside_peak": Growth(), "allocated_bytes": 5000}
     states = ModelStates(
-        parameters=1000, buffers=10, gradients=1000, optimizer=2000, optimizer_name="Adam", stepping=10**9, assumed=False
-    )
+        parameters=1000, buffers=10, gradients=1000, optimizer=2000, stepping=10**9, optimizer_name="Adam",
+        assumed=False,
+    )  # fmt: skip
     profile = profile_of([small_block(0)], states=states, **there)
     for accumulating in (False, True):
         plan = make_plan(profile, make_settings(policy="none"), accumulating=accumulating)

@@ -66,7 +66,7 @@ def profiles(draw):
         states=ModelStates(
             parameters=10**5, buffers=100, gradients=gradients, optimizer=2 * 10**5, gradients_present=present,
             stepping=draw(st.sampled_from([0, 0, 10**5, 10**8])),
-        ),  # fmt: skip
+        ),
         allocated_bytes=10**5 + present,
         outside_forward=Growth(linear=draw(SIZES)),
         outside_peak=Growth(linear=draw(SIZES)),

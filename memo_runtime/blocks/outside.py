@@ -10,6 +10,7 @@ large namespaces, containers and arrays, clocks.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,6 +77,7 @@ class Outside:
         self._closures: dict[CodeType, list[tuple[Any, ...]]] = {}
         self._modules = [*block.modules()]
         self._tracer: Any = None
+        self._collects = False
 
     def changed(self) -> str:
         """Words for the first thing that is another than it was; empty if nothing is."""
@@ -90,12 +92,17 @@ class Outside:
             for value in module.__dict__.values():
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     self._meet(one)
+        # What libraries have called when garbage is collected (gc.callbacks) would be taken for functions of the block.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._tracer = sys.gettrace()
         sys.settrace(self._started)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._tracer)
+        if self._collects:
+            gc.enable()
         self._tracer = None
         self._places.update((id(one.holder), one) for one in [*self._variables()])
 

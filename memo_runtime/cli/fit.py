@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memo_runtime.cli.fit_rehearsal import Told, rehearse_near, start, told_of
+from memo_runtime.cli.fit_rehearsal import Told, check_rehearsable, rehearse_near, start, told_of
 from memo_runtime.cli.offline_request import (
     Alpha,
     Budget,
@@ -83,6 +83,8 @@ def fit(
     )
     found = find(study, request.settings, host_bytes=request.host_bytes, progress=tell)
     longest = found.longest
+    if here is not None:
+        check_rehearsable(study.subject, longest, here)
     if output is not None:
         tell("the layout")
         save(with_placement(longest.plan, study.at(longest.tokens, host_bytes=request.host_bytes)), output)
@@ -122,13 +124,17 @@ def _as_text(found: Fit, request: Request, name: str) -> str:
         "",
         table(header, rows, text_columns=(5, 6)),
         "",
-        *(f"- {note}" for note in _notes(longest)),
+        *(f"- {note}" for note in _notes(longest, name)),
     ]
     return "\n".join(lines)
 
 
-def _notes(longest: Reach) -> tuple[str, ...]:
-    return longest.plan.notes + longest.plan.profile.notes
+def _notes(longest: Reach, name: str) -> tuple[str, ...]:
+    from memo_runtime.offline.fit import Bound
+    from memo_runtime.offline.positions import note_on_table
+
+    ends = (note_on_table(name, longest.tokens),) if longest.bound is Bound.POSITIONS else ()
+    return longest.plan.notes + ends + longest.plan.profile.notes
 
 
 def _as_json(found: Fit, request: Request, name: str) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _as_json(found: Fit, request: Request, name: str) -> dict[str, Any]:
         "host_limit_bytes": limits.host_bytes,
         "longest": found.longest.tokens,
         "lengths": [_reach(reach) for reach in found.reaches],
-        "notes": list(_notes(found.longest)),
+        "notes": list(_notes(found.longest, name)),
     }
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,13 @@ from memo_runtime.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from memo_runtime.offline.fit import Reach
+    from memo_runtime.offline.subject import Subject
 
 #: Nothing longer than this many times the forecast is tried.
 _MOST = 1.5
 _NEARLY = 1.02
+#: Seconds that a CPU may take for the products of one step, and the side of the product that shows its rate.
+_PATIENCE, _SQUARE = 3600.0, 1024
 _KILLED = "killed by signal 9, as processes are when host memory runs out"
 
 
@@ -75,6 +79,35 @@ def start(request: Request) -> Here:
             f"{format_bytes(here.memory_bytes)}: give that machine with --gpu, or a smaller --budget"
         )
     return here
+
+
+def check_rehearsable(subject: Subject, longest: Reach, here: Here) -> None:
+    """Refuse what a CPU would take too long for: rehearsals lack attention alone.
+
+    Raises:
+        ArgumentError: a step takes more than an hour.
+    """
+    import torch
+    from torch import nn
+
+    if here.device != "cpu":
+        return
+    linears = [module.weight for module in subject.model.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        return
+    # Forward, and the gradients of inputs: of what is trained it is half as much again.
+    flops = 4 * longest.tokens * sum(weight.numel() for weight in linears)
+    square = torch.ones(_SQUARE, _SQUARE, dtype=linears[0].dtype)
+    square @ square
+    began = time.perf_counter()
+    square @ square
+    seconds = flops / (2 * _SQUARE**3) * (time.perf_counter() - began)
+    if seconds > _PATIENCE:
+        raise ArgumentError(
+            f"--rehearse: there is no GPU here, and the matrix products of one step of {longest.tokens:,} tokens, the "
+            f"longest that is forecast, would take {format_seconds(seconds)} or more on this CPU: rehearse where a "
+            "GPU is, give a --budget so small that the longest is short, or leave --rehearse out for the forecast"
+        )
 
 
 def rehearse_near(request: Request, longest: Reach, here: Here, *, progress: Callable[[str], None]) -> Nearby:

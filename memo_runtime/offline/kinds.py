@@ -15,6 +15,7 @@ from memo_runtime.errors import ArgumentError
 from memo_runtime.offline.materialise import real_block, real_call
 from memo_runtime.offline.measure import BlockRun, run_block
 from memo_runtime.offline.timing import growth_of
+from memo_runtime.offline.windows import window_of, within_window
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.start import Start
 from memo_runtime.recording.meta_attention import fused_attention_on_cpu
@@ -28,12 +29,17 @@ _SQUARE_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """Blocks that are alike: the profile and runs of the first of them."""
+    """Blocks that are alike: the profile and runs of the first of them, and the ``window`` of its attention."""
 
     profile: BlockProfile
     runs: tuple[BlockRun, ...]
     weights: int
     gradients: int
+    window: int | None = None
+
+    def runs_for(self, tokens: int) -> tuple[BlockRun, ...]:
+        """Runs whose attention grows as for a sequence of ``tokens``."""
+        return within_window(self.runs, self.window, tokens)
 
 
 def find_kinds(
@@ -88,7 +94,7 @@ def _likeness(block: nn.Module, call: BlockCall) -> tuple[object, ...]:
         for key, value in vars(module).items()
         if isinstance(value, (bool, str, float, type(None))) and not key.startswith("_")
     )
-    return parameters, modules, shapes, plain, call.signature()
+    return parameters, modules, shapes, plain, window_of(block), call.signature()
 
 
 def _look(ref: BlockRef, call: BlockCall) -> Kind:
@@ -104,6 +110,7 @@ def _look(ref: BlockRef, call: BlockCall) -> Kind:
         runs=tuple(run_block(ref.module, call, profile, tokens) for tokens in lengths),
         weights=sum(weights.values()),
         gradients=sum(p.numel() * p.element_size() for p in ref.module.parameters() if p.requires_grad),
+        window=window_of(ref.module),
     )
 
 

@@ -23,7 +23,7 @@ def on_rank(
 
     ``tiled``: what the kind takes by tiles, its attention not timed.
     """
-    profile, runs = kind.profile, kind.runs
+    profile, runs = kind.profile, kind.runs_for(local * ranks.gpus)
     if not profile.tokens:
         return profile
     stay = (Role.PARAMETER, Role.SHARED, Role.INPUT)

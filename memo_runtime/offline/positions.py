@@ -19,6 +19,14 @@ def note_on_positions(subject: Subject, tokens: int) -> tuple[str, ...]:
     )
 
 
+def note_on_table(name: str, tokens: int) -> str:
+    """What has to be said where the model's table of positions ends a search at ``tokens`` tokens."""
+    return (
+        f"{name} learns a table of positions, which ends the search at {tokens:,} tokens: --max-positions plans a "
+        "longer one, whose new rows have to be trained"
+    )
+
+
 def check_positions(subject: Subject, tokens: int, what: str) -> None:
     """Refuse lengths for which a model with a table of positions has no rows.
 

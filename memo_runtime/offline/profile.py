@@ -28,6 +28,7 @@ from memo_runtime.offline.ranks import Ranks, choose_ranks
 from memo_runtime.offline.subject import Subject
 from memo_runtime.offline.tiles import tiles_of
 from memo_runtime.offline.timing import growth_of
+from memo_runtime.offline.windows import note_on_windows
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.outside import loss_peak, outside_peak
 from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, measure_states
@@ -107,7 +108,8 @@ class Study:
         profile = _assemble(self, local=local, blocks=blocks)
         per_gpu = _HOST_BYTES_PER_GPU if host_bytes is None else host_bytes // gpus
         source = f"assumed {format_bytes(per_gpu)} per GPU" if host_bytes is None else f"--host-memory / {gpus}"
-        notes = (*profile.notes, *note_on_positions(subject, tokens))
+        windows = [self.examples[self.kinds[ref.name]].window for ref in self.refs]
+        notes = (*profile.notes, *note_on_positions(subject, tokens), *note_on_windows(windows, tokens))
         sent = self._sent(blocks, local)
         return Offline(
             profile=replace(profile, host_bytes=per_gpu, host_source=source, notes=notes),
@@ -340,7 +342,7 @@ def _model_flops(subject: Subject, kinds: Sequence[Kind], tokens: int) -> int:
     for kind in kinds:
         for parts in (
             [(run.tokens, run.forward.matmul + run.backward.matmul) for run in kind.runs],
-            [(run.tokens, 3 * run.forward.attention) for run in kind.runs],
+            [(run.tokens, 3 * run.forward.attention) for run in kind.runs_for(tokens)],
         ):
             found += growth_of(parts).exact(tokens)
     names = [ref.name for ref in find_blocks(subject.model)]

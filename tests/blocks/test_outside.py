@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import random
 import sys
@@ -240,3 +241,37 @@ def test_a_tracer_that_is_there_comes_back():
         assert sys.gettrace() is mine
     finally:
         sys.settrace(before)
+
+
+class Collecting(nn.Module):
+    """Makes garbage in cycles, enough for several collections."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(20_000):
+            cycle: list[object] = []
+            cycle.append(cycle)
+        return x
+
+
+def test_what_is_called_when_garbage_is_collected_is_no_part_of_the_block(monkeypatch):
+    """hypothesis has such a callback, which writes to a global."""
+    called: list[str] = []
+
+    def counts(phase: str, info: dict[str, int]) -> None:
+        global CALLS
+        CALLS += 1
+        called.append(phase)
+
+    monkeypatch.setattr(sys.modules[__name__], "CALLS", 0)
+    gc.callbacks.append(counts)
+    try:
+        Collecting()(torch.ones(2))
+        assert called
+        block = Collecting()
+        outside = Outside(block)
+        with outside:
+            block(torch.ones(2))
+        assert outside.written() == ""
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(counts)

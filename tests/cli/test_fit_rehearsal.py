@@ -48,6 +48,16 @@ def test_a_trial_that_does_not_fit_is_told(trial):
     assert "rehearsed on the CPU, 3 lengths:\n  no length fits, down to 128 tokens" in text
 
 
+def test_what_a_cpu_would_take_hours_for_is_refused(trial, monkeypatch):
+    monkeypatch.setattr(fit_rehearsal.Here, "found", lambda: Here(device="cpu", name="the CPU"))
+    monkeypatch.setattr(fit_rehearsal, "rehearse_apart", lambda trial: pytest.fail("it was rehearsed"))
+    monkeypatch.setattr(fit_rehearsal, "_PATIENCE", 1e-6)
+    command = ["fit", "--model", trial.model, "--policy", "recompute", "--host-memory", "1MiB", "--rehearse"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert "or more on this CPU: rehearse where a GPU is" in result.output
+
+
 @pytest.mark.slow
 def test_the_longest_of_a_forecast_is_confirmed(trial):
     command = ["fit", "--model", trial.model, "--policy", "recompute", "--host-memory", "1MiB", "--rehearse", "--json"]

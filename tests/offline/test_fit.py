@@ -164,6 +164,8 @@ def test_positions_that_are_learned_end_the_search(tmp_path):
     assert (subject.positions, subject.learned_positions) == (1024, True)
     found = fit(study_model(subject, H100), make_settings(policy="auto"), host_bytes=1 << 40)
     assert (found.longest.tokens, found.longest.bound) == (1024, Bound.POSITIONS)
+    told = CliRunner().invoke(app, ["fit", "--model", str(path)]).stdout
+    assert "learns a table of positions, which ends the search at 1,024 tokens: --max-positions" in told
     with pytest.raises(ArgumentError, match="give --max-positions 2048"):
         check_positions(subject, 2048, "--seq-len 2,048")
     check_positions(subject_named(str(path), max_positions=2048), 2048, "--seq-len 2,048")
@@ -180,6 +182,8 @@ def test_a_model_of_hugging_face_from_a_factory_is_planned_as_from_its_config(pa
     assert (made.positions, made.learned_positions, made.tiled_loss) == (4096, False, True)
     assert not subject_of("mine:make", model, ((), {"input_ids": ids})).tiled_loss
     settings = make_settings(policy="tiled")
+    for one in (study_model(made, H100), study):
+        assert [block.tiled_reason for block in one.at(1 << 16, tiles=True).profile.blocks] == ["", ""]
     mine, named = (plan_at(one.at(1 << 16), settings) for one in (study_model(made, H100), study))
     assert (mine.forecast.peak_bytes, mine.forecast.host_bytes) == (
         named.forecast.peak_bytes,

@@ -162,8 +162,8 @@ def make_config(geometry: Geometry, *, tokens: int, layers: int | None = None) -
         raise GeometryError(f"{why}; run: pip install 'memo-runtime[hf]'") from error
     try:
         config: PreTrainedConfig = AutoConfig.for_model(geometry.model_type, **_plain(geometry.fields))
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"no config of type {geometry.model_type!r} can be made from it: {error}"
+    except Exception as error:  # of a config that anybody wrote transformers may raise anything
+        why = f"no config of type {geometry.model_type!r} can be made from it: {' '.join(str(error).split())}"
         raise GeometryError(f"--geometry {geometry.name}: {why}") from error
     if layers is not None:
         kinds = getattr(config, "layer_types", None)

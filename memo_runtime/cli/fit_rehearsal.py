@@ -105,7 +105,7 @@ def check_rehearsable(subject: Subject, longest: Reach, here: Here) -> None:
     if seconds > _PATIENCE:
         raise ArgumentError(
             f"--rehearse: there is no GPU here, and the matrix products of one step of {longest.tokens:,} tokens, the "
-            f"longest that is forecast, would take {format_seconds(seconds)} or more on this CPU: rehearse where a "
+            f"longest that is forecast, would take {seconds / 3600:.1f} hours or more on this CPU: rehearse where a "
             "GPU is, give a --budget so small that the longest is short, or leave --rehearse out for the forecast"
         )
 

@@ -90,6 +90,8 @@ def test_a_config_from_a_file(tmp_path):
         ("[]", "no field 'model_type'"),
         (json.dumps({"hidden_size": 8}), "no field 'model_type'"),
         (json.dumps({"model_type": "no-such-model"}), "no config of type 'no-such-model'"),
+        (json.dumps({"model_type": "llama", "hidden_size": "wide"}), "no config of type 'llama'"),
+        (json.dumps({"model_type": "llama", "hidden_size": 100, "num_attention_heads": 7}), "not a multiple of"),
     ],
 )
 def test_what_is_wrong_with_a_config(tmp_path, content, message):

@@ -347,7 +347,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--kernel", default="cudnn" if cuda else "cpu")
     add("--queries", default=0, type=int, help="of a chunk in forward; 0: all at once")
     add("--key-heads", default=[0, -1], type=lambda text: [int(one) for one in text.split(",")],
-        help="heads of keys whose attention is compared, with all queries of each; default: the first and the last")  # fmt: skip
+        help="heads of keys whose attention is compared, all queries of each; default: first and last")  # fmt: skip
     add("--short", default=4096, type=int, help="tokens whose rounding is the measure, and of a reference's chunk")
     add("--device", default="cuda" if cuda else "cpu")
     add("--dtype", default="auto")

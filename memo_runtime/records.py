@@ -289,6 +289,7 @@ class Profile:
         outside_peak: device bytes that the head and loss need on top, after the last block, once their gradients are
             there. loss_peak: that they need before, where the loss runs by tiles.
         outside_seconds: embedding, head and loss, forward and backward.
+        norm_behind: a norm follows the blocks: its backward makes the gradient that the last one gets, and lets it go.
     """
 
     fingerprint: Fingerprint
@@ -308,6 +309,7 @@ class Profile:
     outside_peak: Growth = field(default_factory=Growth)
     loss_peak: Growth = field(default_factory=Growth)
     outside_seconds: Growth = field(default_factory=Growth)
+    norm_behind: bool = False
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 

@@ -24,6 +24,7 @@ from benchmarks.harness.options import Options, parse_options
 from benchmarks.harness.rows import REFERENCE, Row, RowError, RowFile, held, make_row
 from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.table import first_line, run_table
+from benchmarks.harness.timing import warms_up_by_rehearsal
 
 DONE, FAILED, USAGE, NOT_IN_TIME = 0, 1, 2, 4
 #: Whose gradients the others are compared with where there is no wider reference.
@@ -159,7 +160,7 @@ class Runner:
     def run(self) -> int:
         """Measure what is missing; an exit code."""
         first = self.options.lengths[0]
-        if self._wants_reference(first):
+        if not warms_up_by_rehearsal(first) and self._wants_reference(first):
             self._walk(Entry(REFERENCE), (first,))
         for entry in self.options.entries:
             lengths = self.missing(entry)
@@ -221,9 +222,13 @@ class Runner:
             self._append(entry, failure, budgets)
 
     def _sketch_at(self, entry: Entry) -> int | None:
-        """Where gradients are looked at: the shortest length, in runs that go through all of them."""
+        """Where gradients are looked at: the shortest length, in runs that go through all of them.
+
+        Not where what comes before the measured step is a rehearsal: for a look it would be a step of minutes.
+        """
+        first = self.options.lengths[0]
         alone = entry.name == "kernels" or self.options.settings.rehearse or self.options.longest
-        return None if alone else self.options.lengths[0]
+        return None if alone or warms_up_by_rehearsal(first) else first
 
     def _append(self, entry: Entry, measured: Row, budgets: dict[int, int]) -> None:
         self._compare(entry, measured)

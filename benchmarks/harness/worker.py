@@ -68,7 +68,7 @@ def _warm_up(contender: Contender, job: Job, tokens: int, warm: int) -> Measurem
     Gradients are the first step's, before an optimizer made more of their last bits; its seconds contain that look.
     Where a step takes minutes, one step is rehearsed instead: profiles and plans are made with the real kernels.
     """
-    rehearsed = warms_up_by_rehearsal(tokens) and tokens != job.sketch_at
+    rehearsed = warms_up_by_rehearsal(tokens)
     facts: Measurement = {"warm_up": 0 if rehearsed else warm}
     reset_peaks(contender.device)
     started = time.perf_counter()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.calls import Calls, block_calls
@@ -259,6 +260,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
         outside_seconds=_outside_seconds(model, blocks, machine, rows),
+        norm_behind=final_norm(model, names) is not None,
         notes=(*_notes(machine, ranks), *_note_on_precision(subject, machine)),
     )
 
@@ -318,8 +320,7 @@ def _around(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:
 def _head_flops(model: nn.Module, names: Sequence[str]) -> int:
     """FLOPs of one token in what lies outside of the blocks: three products, or two where the weight is frozen."""
     return sum(
-        (6 if head.weight.requires_grad else 4) * head.in_features * head.out_features
-        for head in _around(model, names)
+        (6 if head.weight.requires_grad else 4) * head.in_features * head.out_features for head in _around(model, names)
     )
 
 

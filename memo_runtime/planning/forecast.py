@@ -83,7 +83,7 @@ class Surroundings:
         outside_gradients: of parameters outside the blocks, from the head's backward on, and ``last_gradients``, when
             all blocks have gone backward; 0 if not gradual.
         outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU). stepping: likewise, of
-            the optimizer's step.
+            the optimizer's step. held: who made the gradient that the last block gets may keep it.
     """
 
     asynchronous: bool
@@ -94,6 +94,7 @@ class Surroundings:
     outside_peak: int
     outside_seconds: float
     stepping: int = 0
+    held: bool = True
 
     @classmethod
     def of(cls, profile: Profile, tokens: int, *, accumulating: bool = False) -> Surroundings:
@@ -127,6 +128,7 @@ class Surroundings:
             outside_peak=peak if asynchronous else 0,
             outside_seconds=profile.outside_seconds.exact(tokens),
             stepping=states.stepping if asynchronous else 0,
+            held=not profile.norm_behind,
         )
 
     def forecast(self, plans: Sequence[BlockPlan], footprints: Sequence[Footprint]) -> Forecast:
@@ -205,8 +207,8 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
             yield _Point(stash + block.sent.first, transient * passing, there[index], index, "input made again")
         if block.rerun_peak or block.spent:
             yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
-        # What comes behind the last block is not ours, and may keep the gradient that it hands over.
-        held = block.held if index == len(blocks) - 1 else 0
+        # What comes behind the last block is not ours, and may keep the gradient that it hands over; a norm does not.
+        held = block.held if around.held and index == len(blocks) - 1 else 0
         for stretch, peak, landed in block.stretches:
             # The block below is fetched when products are back, and its first ones when attention is over.
             waiting = fetched[index] if stretch is Stretch.EARLY and block.sent.total else 0

@@ -15,6 +15,7 @@ from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import BlockRefusedError, first_line, pass_on
+from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import ProfileError
@@ -289,6 +290,7 @@ def profile_model(
         outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
         loss_peak=loss_peak(model, measured, hidden_bytes) if tiled_loss else Growth(),
         outside_seconds=seconds,
+        norm_behind=final_norm(model, [profile.name for profile in measured]) is not None,
         notes=_notes(measured),
     )
     shared_by_all = observer.shared_growth(tokens, by_row=False)

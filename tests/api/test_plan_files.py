@@ -15,7 +15,7 @@ from torch import nn
 import memo_runtime as memo
 from memo_runtime.errors import ArgumentError, OutputError, PlanFileError, PlanMismatchError
 from memo_runtime.persist import load_plan, save
-from memo_runtime.records import Plan
+from memo_runtime.records import SCHEMA_VERSION, Plan
 from tests.api.subjects import acted, assert_trains_as, llama, refused, step
 from tests.api.towers import POLICIES, Tower, signal, tower
 
@@ -41,8 +41,8 @@ BROKEN: dict[str, tuple[Callable[[str], str], list[str]]] = {
     "a list": (lambda text: "[]", ["a list instead of an object"]),
     "something else": (lambda text: "{}", ["field 'memo_runtime' is missing"]),
     "another schema": (
-        lambda text: text.replace('"schema_version": 6\n}', '"schema_version": 99\n}'),
-        ["field 'schema_version' is 99", "reads 6"],
+        lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}\n}}', '"schema_version": 99\n}'),
+        ["field 'schema_version' is 99", f"reads {SCHEMA_VERSION}"],
     ),
     "a field too few": (lambda text: edited(text, lambda plan: plan.pop("floor_bytes")), ["'floor_bytes' is missing"]),
     "a field too many": (

@@ -12,8 +12,9 @@ import pytest
 from benchmarks.harness import runner
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.job import Job
-from benchmarks.harness.rows import held, read_rows
-from benchmarks.harness.runner import Child, main
+from benchmarks.harness.options import parse_options
+from benchmarks.harness.rows import RowFile, held, read_rows
+from benchmarks.harness.runner import Child, Runner, main
 from tests.benchmarks.wrong import WrongGradients
 from tests.house.sources import ROOT
 
@@ -278,6 +279,15 @@ def test_a_run_in_processes_survives_an_interrupt(arguments, tmp_path):
     ]
     assert "can't allocate memory" in rows[1]["error"]
     assert "checkpoint at 12,288: oom" in second.stdout
+
+
+@pytest.mark.parametrize(("lengths", "looked_at"), [("64K,256K", 2**16), ("256K", None), ("1M", None)])
+def test_no_step_of_minutes_is_run_to_look_at_gradients(lengths, looked_at, tmp_path):
+    """Beyond 131,072 tokens warming up is a rehearsal, whose gradients are none."""
+    arguments = ["--geometry", "tiny", "--contenders", "memo-tiled", "--lengths", lengths, "--device", "cpu"]
+    options = parse_options([*arguments, "--out", str(tmp_path / "rows.jsonl")])
+    run = Runner(options, RowFile(options.out, options.run), {})
+    assert run._sketch_at(options.entries[0]) == looked_at
 
 
 def test_jobs_survive_the_pipe(make_job):

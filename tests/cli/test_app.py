@@ -1,6 +1,6 @@
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +9,7 @@ from memo_runtime import __version__, errors
 from memo_runtime.cli.app import app
 from memo_runtime.cli.exits import ExitCode, exit_code
 from memo_runtime.persist import save
+from memo_runtime.records import SCHEMA_VERSION
 from tests.house.sources import ROOT
 from tests.reporting.samples import PLAN, PROFILE
 
@@ -48,17 +49,17 @@ def test_python_m_is_the_same():
 
 @pytest.mark.parametrize("arguments", [("--help",), ("check", "--help")], ids=" ".join)
 def test_help_is_there_in_half_a_second(arguments):
+    """Of a core's time: beside other tests there may be no core for it."""
     took = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         assert python_m(*arguments).returncode == 0
-        took.append(time.perf_counter() - start)
-    assert min(took) < 0.5
+        stop = os.times()
+        took.append(stop.children_user + stop.children_system - start.children_user - start.children_system)
+    assert 0 < min(took) < 0.5
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("--nonsense",), ("nonsense",), ("show",), ("check", "--seed", "x")]
-)
+@pytest.mark.parametrize("arguments", [(), ("--nonsense",), ("nonsense",), ("show",), ("check", "--seed", "x")])
 def test_usage_errors_exit_with_two(arguments):
     assert memo(*arguments).exit_code == ExitCode.USAGE
 
@@ -96,7 +97,7 @@ def test_a_file_that_is_none_is_one_message_without_a_traceback(tmp_path):
     assert result.returncode == ExitCode.USAGE
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
-        f"memo: {path}: field 'schema_version' is 0, and this release reads 6; "
+        f"memo: {path}: field 'schema_version' is 0, and this release reads {SCHEMA_VERSION}; "
         "make the file again with the installed release"
     ]
 

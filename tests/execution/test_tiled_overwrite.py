@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.execution import tiled_overwrite
+from memo_runtime.execution.norm import NormForward
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_gradients import Gradients
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
+from memo_runtime.execution.tiled_run import Run
 from tests.exactness import hand_written
 from tests.exactness.compare import output_loss, run_step
 from tests.exactness.test_tiled import TILED, assert_close, batch_of, stack
@@ -213,3 +215,31 @@ def test_two_inputs_and_two_results(rows):
     want = gradients(block)
     for one, other in zip(gradients(TiledBlock(block, tile=8)), want, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["as it is", "by tiles"])
+@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
+def test_a_norm_behind_the_blocks_holds_no_gradient(family, long, monkeypatch):
+    """Forecasts count on it: ``Profile.norm_behind``."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(NormForward.__init__, "__defaults__", (1 if long else 2**30,))
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=64,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    tokens = torch.randint(0, 64, (1, 48))
+    memo.wrap(model, policy="tiled", tile=16)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    runs: list[Run] = []
+    backward = Run.backward
+
+    def noted(run: Run, *args, **kwargs):
+        runs.append(run)
+        return backward(run, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "backward", noted)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert len(runs) == 2 + long
+    assert not any(run.held_elsewhere for run in runs[long:])
+    assert memo.profile(memo.unwrap(model), {"input_ids": tokens, "labels": tokens}).norm_behind

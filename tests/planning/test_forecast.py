@@ -7,10 +7,10 @@ import pytest
 from memo_runtime.config import make_settings
 from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.planning.actions import plan_block
-from memo_runtime.planning.footprint import footprint
-from memo_runtime.planning.forecast import allowance
+from memo_runtime.planning.footprint import Footprint, footprint
+from memo_runtime.planning.forecast import Surroundings, allowance, run_course
 from memo_runtime.planning.planner import make_plan
-from memo_runtime.records import Executor, Growth, Link, ModelStates, Role
+from memo_runtime.records import Executor, Growth, Link, ModelStates, Role, Stretch
 from tests.planning import reference
 from tests.planning.builders import group, llama_block, llama_profile, on_cpu, profile_of
 
@@ -273,3 +273,18 @@ def test_rows_that_stay_are_copied_out_of_what_was_saved():
     assert foot.kept_rows == foot.kept == 100 * 1024
     resident = footprint(block, plan_block(block, Executor.REPLAY, TOKENS, 2048, 1024, resident=True), link)
     assert (resident.kept_rows, resident.kept) == (100 * 1024, 100 * 1024 + 20 * TOKENS)
+
+
+def test_the_gradient_that_the_last_block_gets_counts_twice_unless_a_norm_made_it():
+    """By tiles the gradient of the input is written over it, where nobody keeps it."""
+    block = Footprint(
+        skeletal=0, outgoing=0, kept=0, full=0, spent=0, landing=0, copies=False, stashed=False, forward=0.0,
+        backward=0.0, again=0.0, to_host=0.0, to_device=0.0, forward_peak=0, backward_peak=0, end_peak=0, rerun_peak=0,
+        gradients=0, held=10**9, stretches=((Stretch.MIDDLE, 10**10, 0),),
+    )  # fmt: skip
+    peaks = []
+    for behind in (False, True):
+        around = Surroundings.of(replace(small_profile(), norm_behind=behind), TOKENS)
+        peaks.append(run_course(around, [block, block]).device_peak)
+    assert peaks[0] - peaks[1] == 10**9
+    assert peaks[1] >= 10**10

@@ -161,12 +161,9 @@ def test_the_program_is_never_slower_than_one_fraction(policy, budget):
 def test_eighty_blocks_take_less_than_a_second(tokens):
     profile = llama_profile(80, tokens=tokens)
     make_plan(llama_profile(4), make_settings(policy="replay"))  # the solver is loaded
-    took = []
-    for _ in range(2):  # beside other tests a core may do half of its work in a second
-        start = time.process_time()
-        make_plan(profile, make_settings(host_budget="300GiB"))
-        took.append(time.process_time() - start)
-    assert min(took) < 1.0
+    start = time.process_time()
+    make_plan(profile, make_settings(host_budget="300GiB"))
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize("settings", [{}, {"budget": "50GiB"}, {"policy": "replay", "host_budget": "30GiB"}])

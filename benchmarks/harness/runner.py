@@ -160,7 +160,7 @@ class Runner:
     def run(self) -> int:
         """Measure what is missing; an exit code."""
         first = self.options.lengths[0]
-        if not warms_up_by_rehearsal(first) and self._wants_reference(first):
+        if self._wants_reference(first):
             self._walk(Entry(REFERENCE), (first,))
         for entry in self.options.entries:
             lengths = self.missing(entry)
@@ -184,9 +184,9 @@ class Runner:
     def _wants_reference(self, tokens: int) -> bool:
         """Gradients will be looked at, a wider reference was not refused, and it was not tried yet."""
         settings = self.options.settings
-        if settings.rehearse or not self.options.reference or settings.dtype not in WIDER or not self._in_time():
+        if not self.options.reference or settings.dtype not in WIDER or not self._in_time():
             return False
-        looked_at = [entry for entry in self.options.entries if entry.name != "kernels"]
+        looked_at = [entry for entry in self.options.entries if self._sketch_at(entry) == tokens]
         return self.file.find(REFERENCE, tokens) is None and any(tokens in self.missing(entry) for entry in looked_at)
 
     def _in_time(self) -> bool:

@@ -116,17 +116,18 @@ def test_families(name, every, late):
 
 @pytest.mark.slow
 def test_dropout_is_drawn_as_before():
-    """GPT-2 with dropout: the same masks as where every input is stashed."""
-    model, batch = FAMILIES["gpt2"].make(), FAMILIES["gpt2"].batch(rows=2, tokens=13)
+    """GPT-2 with dropout: the same masks as where every input is stashed, in late runs too."""
+    model, batch = FAMILIES["gpt2"].make(), FAMILIES["gpt2"].batch(rows=3, tokens=13)
     model.train()
     profile = memo.profile(model, batch, tiles=True)
     steps = []
-    for every in (1, 2):
-        with wrapped(model, planned(profile, every)):
+    for every, late in ((1, False), (2, False), (2, True)):
+        with wrapped(model, planned(profile, every, late=late)):
             torch.manual_seed(7)
             steps.append(run_step(model, batch, model_loss))
             assert [block.executor for block in memo.report(model).blocks] == ["tiled", "tiled"]
     assert_close(steps[1], steps[0])
+    assert_close(steps[2], steps[0])
     assert any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 

@@ -80,18 +80,3 @@ def test_lora():
         for _ in range(2):
             assert_close(run_step(model, batch, output_loss), want)
         assert memo.report(model).totals.host_bytes_in_use == 0
-
-
-@pytest.mark.slow
-def test_dropout_is_drawn_as_where_nothing_is_late():
-    model, batch = FAMILIES["gpt2"].make(), FAMILIES["gpt2"].batch(rows=3, tokens=13)
-    model.train()
-    profile = memo.profile(model, batch, tiles=True)
-    steps = []
-    for late in (False, True):
-        with wrapped(model, planned(profile, 2, late=late)):
-            torch.manual_seed(7)
-            steps.append(run_step(model, batch, model_loss))
-            assert [block.executor for block in memo.report(model).blocks] == ["tiled", "tiled"]
-    assert_close(steps[1], steps[0])
-    assert any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))

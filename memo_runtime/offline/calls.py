@@ -67,13 +67,25 @@ def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> Calls:
     except MemoError:
         raise
     except Exception as error:
-        raise ProfileError(
-            f"{subject.name} does not run on the meta device: {type(error).__name__}: {error}. What it does depends on "
-            "values; profile it on its device with memo.profile instead"
-        ) from error
+        raise _not_run(subject.name, error) from error
     finally:
         for handle in handles:
             handle.remove()
     if not found:
         raise ProfileError(f"{subject.name} was called and none of its blocks was ({refs[0].name}, ...)")
     return Calls(found, frozenset(chained))
+
+
+def _not_run(name: str, error: Exception) -> ProfileError:
+    """The model called ``name`` raised ``error`` on meta: for want of values, or for a reason of its own."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if "meta" in said.lower():
+        return ProfileError(
+            f"{name} does not run on the meta device: {said}. What it does depends on values; profile it on its device "
+            "with memo.profile instead"
+        )
+    return ProfileError(
+        f"{name} raises when it is called: {said}. If it does so on a device too, its config, its batch or its dtype "
+        "is at fault (a config.json is planned in bfloat16, a factory's model in its own dtype); if it runs there, "
+        "profile it there with memo.profile"
+    )

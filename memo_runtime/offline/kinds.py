@@ -12,6 +12,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.errors import ArgumentError
+from memo_runtime.offline.loops import check_no_loop
 from memo_runtime.offline.materialise import real_block, real_call
 from memo_runtime.offline.measure import BlockRun, run_block
 from memo_runtime.offline.timing import growth_of
@@ -103,8 +104,11 @@ def _look(ref: BlockRef, call: BlockCall) -> Kind:
     with fused_attention_on_cpu():
         profile = calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
     del block, arguments, start
+    grows = bool(profile.arguments and profile.tokens)
+    if grows:
+        check_no_loop(ref.name, ref.module, call, profile)
     weights = {storage_key(p): p.untyped_storage().nbytes() for p in ref.module.parameters()}
-    lengths = _LENGTHS if profile.arguments and profile.tokens else (profile.tokens,)
+    lengths = _LENGTHS if grows else (profile.tokens,)
     return Kind(
         profile=profile,
         runs=tuple(run_block(ref.module, call, profile, tokens) for tokens in lengths),

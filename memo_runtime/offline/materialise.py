@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.errors import ProfileError
 
 #: Noise is drawn once and repeated: drawing it for every weight would take longer than all else.
@@ -20,8 +21,12 @@ _MOST_BYTES = 1 << 30
 
 
 def real_block(block: nn.Module) -> nn.Module:
-    """A copy of ``block`` with values, on the CPU."""
-    made = copy.deepcopy(block).to_empty(device="cpu")
+    """A copy of ``block`` with values, on the CPU.
+
+    Raises:
+        ProfileError: it cannot be copied.
+    """
+    made = _copied(block).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*made.parameters(), *made.buffers()]:
@@ -34,6 +39,26 @@ def real_block(block: nn.Module) -> nn.Module:
                 repeated = noise.to(tensor.dtype).repeat(-(-tensor.numel() // noise.numel()))
                 tensor.copy_(repeated[: tensor.numel()].view(tensor.shape))
     return made
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(block)
+    except Exception as error:
+        pass_on(error)
+        kept = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in block.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, torch.Tensor) and not value.is_leaf
+        ]
+        buffers = [name for name, value in block.named_buffers() if not value.is_leaf]
+        found = ", ".join(kept + buffers)
+        what = f"it keeps results of its forward ({found})" if found else first_line(error)
+        raise ProfileError(
+            f"a {type(block).__name__} cannot be copied, to be tried on the CPU: {what}; profile the model on its "
+            "device with memo.profile instead"
+        ) from error
 
 
 def real_call(call: BlockCall, name: str) -> BlockCall:

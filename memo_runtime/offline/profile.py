@@ -21,6 +21,7 @@ from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.calls import Calls, block_calls
 from memo_runtime.offline.kinds import Kind, check_attention_is_fused, find_kinds
+from memo_runtime.offline.loops import note_on_launches
 from memo_runtime.offline.measure import BlockRun, run_block
 from memo_runtime.offline.on_rank import on_rank
 from memo_runtime.offline.optimizers import Optimizer
@@ -109,15 +110,20 @@ class Study:
         profile = _assemble(self, local=local, blocks=blocks)
         per_gpu = _HOST_BYTES_PER_GPU if host_bytes is None else host_bytes // gpus
         source = f"assumed {format_bytes(per_gpu)} per GPU" if host_bytes is None else f"--host-memory / {gpus}"
-        windows = [self.examples[self.kinds[ref.name]].window for ref in self.refs]
-        notes = (*profile.notes, *note_on_positions(subject, tokens), *note_on_windows(windows, tokens))
+        of_blocks = [self.examples[self.kinds[ref.name]] for ref in self.refs]
+        notes = (
+            *profile.notes,
+            *note_on_positions(subject, tokens),
+            *note_on_windows([kind.window for kind in of_blocks], tokens),
+            *note_on_launches([kind.runs for kind in of_blocks], local),
+        )
         sent = self._sent(blocks, local)
         return Offline(
             profile=replace(profile, host_bytes=per_gpu, host_source=source, notes=notes),
             study=self,
             host_bytes=host_bytes,
             tokens=tokens,
-            model_flops=_model_flops(subject, [self.examples[self.kinds[ref.name]] for ref in self.refs], tokens),
+            model_flops=_model_flops(subject, of_blocks, tokens),
             sent_bytes=sent,
             sent_seconds=sent / machine.gpu_rate,
         )

@@ -15,11 +15,14 @@ from memo_runtime.blocks.rerun import storage_key
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """FLOPs of matrix products and of attention (half of the square where it is causal), bytes read and written."""
+    """FLOPs of matrix products and of attention (half of the square where it is causal), bytes read and written, and
+    how many operators did it.
+    """
 
     matmul: int = 0
     attention: int = 0
     traffic: int = 0
+    operators: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +40,22 @@ class WorkMeter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._matmul = self._attention = self._traffic = 0
+        self._matmul = self._attention = self._traffic = self._operators = 0
         self.heads: list[Heads] = []
 
     def take(self) -> Work:
         """The work since the last call."""
-        work = Work(matmul=self._matmul, attention=self._attention, traffic=self._traffic)
-        self._matmul = self._attention = self._traffic = 0
+        work = Work(
+            matmul=self._matmul, attention=self._attention, traffic=self._traffic, operators=self._operators
+        )  # fmt: skip
+        self._matmul = self._attention = self._traffic = self._operators = 0
         return work
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and count ``func``."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self._operators += 1
         flops = operator_flops(func, args, kwargs, result)
         if not flops:
             self._traffic += _traffic(func, args, kwargs, result)

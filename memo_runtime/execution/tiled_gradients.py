@@ -13,17 +13,43 @@ import torch
 from torch import fx
 
 from memo_runtime.capture.axes import rows
-from memo_runtime.execution.tiled_programs import Factors, accumulate
+from memo_runtime.execution.tiled_programs import Factors, RowFactors, accumulate
+from memo_runtime.execution.tiled_rows import gapless_rows, same_memory
 from memo_runtime.records import TokenAxis
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The gradient of one value from one tile: where it is among a program's results, and where the tile starts."""
+    """The gradient of one value from one tile of tokens [start, stop): where it is among a program's results."""
 
-    place: int | Factors
+    place: int | Factors | RowFactors
     results: Sequence[torch.Tensor]
     start: int
+    stop: int
+
+    def of_rows(self) -> torch.Tensor:
+        """The gradient itself of a value with tokens."""
+        place = self.place
+        if isinstance(place, RowFactors):
+            product = torch.mm(self.results[place.left], self.results[place.right])
+            return product.as_strided(place.layout.shape, place.layout.stride())
+        assert isinstance(place, int), "factors without a layout are a weight's"
+        return self.results[place]
+
+    def multiply_into(self, target: torch.Tensor | None, *, add: bool) -> bool:
+        """Have the GEMM write to ``target``, or add to it; False: the gradient is no product, or lies otherwise."""
+        place = self.place
+        if target is None or not isinstance(place, RowFactors) or not same_memory(target, place.layout):
+            return False
+        if target.dtype != place.layout.dtype:
+            return False
+        left, right = self.results[place.left], self.results[place.right]
+        matrix = target.as_strided((left.shape[0], right.shape[1]), (right.shape[1], 1))
+        if add:
+            matrix.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=matrix)
+        return True
 
 
 class Gradients:
@@ -79,8 +105,7 @@ class Gradients:
         """Add what the backward program of one tile yielded for ``node``, whose value is ``value``."""
         place, results = part.place, part.results
         if axis is not None:
-            assert isinstance(place, int), "only weights have factors"
-            self._add_rows(node, axis, results[place], value, part.start)
+            self._add_rows(node, axis, part, value)
             return
         if node not in self._sums:
             self._sums[node] = torch.zeros_like(value, dtype=sum_dtype(value.dtype))
@@ -89,24 +114,29 @@ class Gradients:
         if isinstance(place, Factors):
             accumulate(total, results[place.left], results[place.right], transposed=place.transposed)
         else:
+            assert isinstance(place, int), "a weight has no rows"
             total.add_(results[place])
 
-    def _add_rows(self, node: fx.Node, axis: TokenAxis, grad: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        length = grad.shape[axis.dim] // (axis.outer * axis.inner)
+    def _add_rows(self, node: fx.Node, axis: TokenAxis, part: Part, value: torch.Tensor) -> None:
+        start, stop = part.start, part.stop
         if start == 0 and node not in self._sums:
             place = self._places.pop(node, None)
             self._sums[node] = place if place is not None else torch.empty_like(value)
             self._owned.add(node)
             self._filled[node] = 0
-        target = rows(self._own(node), axis, self._tokens, start, start + length)
-        grad = grad.reshape(target.shape)
-        if self._filled.get(node) == start:
-            # The gradient of a residual is that of the result, and may be in its place already.
-            if not same_elements(target, grad):
-                target.copy_(grad)
-            self._filled[node] = start + length
-        else:
+        total, fresh = self._own(node), self._filled.get(node) == start
+        if fresh:
+            self._filled[node] = stop
+        # What is written over another gradient may be a factor of it.
+        if node not in self._over and part.multiply_into(gapless_rows(total, axis, start, stop), add=not fresh):
+            return
+        target = rows(total, axis, self._tokens, start, stop)
+        grad = part.of_rows().reshape(target.shape)
+        if not fresh:
             target.add_(grad)
+        elif not same_elements(target, grad):
+            # The gradient of a residual is that of the result, and may be in its place already.
+            target.copy_(grad)
 
     def _own(self, node: fx.Node) -> torch.Tensor:
         """The sum, in memory that may be written to."""

@@ -119,11 +119,19 @@ class _Walk:
         """Note a moment of stage number ``index`` at which no tile runs; ``extra``: more bytes by token."""
         self._note(index, TileAt.ANY, Growth(), extra=extra, more=more, part=part)
 
-    def look_at(self, index: int, tiles: Iterable[tuple[TileAt, _Part]], *, backward: bool) -> None:
-        """Note the moments of ``tiles`` of segment number ``index``; ``backward``: of its programs, those."""
+    def look_at(
+        self, index: int, tiles: Iterable[tuple[TileAt, _Part]], *, backward: bool, apart: bool = False
+    ) -> None:
+        """Note the moments of ``tiles`` of segment number ``index``.
+
+        ``backward``: of its programs, those. ``apart``: results of a tile are in memory of their own first.
+        """
         costs = self.needs.costs[index]
         for at, part in tiles:
-            first, second = (part(cost.backward_bytes if backward else cost.forward_bytes) for cost in costs)
+            first, second = (
+                part(cost.backward_bytes) if backward else part(cost.forward_bytes) + apart * cost.output_bytes
+                for cost in costs
+            )
             per_token = max(0.0, (second - first) / self.needs.tile)
             tile = Growth(constant=max(0.0, first - per_token * self.needs.tile), linear=per_token)
             self._note(index, at, tile, more=costs[0].cast_bytes)
@@ -202,10 +210,9 @@ class _Walk:
                 self.drop("value", self.dropped(before))
 
     def _segment_forward(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:
-        self.look_at(index, _FIRST, backward=False)
         for node in segment.outputs:
             self.add("value", node, part=node in sliced)
-        self.look_at(index, _REST, backward=False)
+        self.look_at(index, (*_FIRST, *_REST), backward=False, apart=bool(sliced))
 
     def _forward_by_groups(self, index: int, how: Grouping) -> None:
         """The first group, whose tiles keep products, and any other, which finds these and the result there."""
@@ -248,10 +255,9 @@ class _Walk:
 
     def _rebuild(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:
         self.rebuilding = True
-        self.look_at(index, _WHICHEVER, backward=False)
         for node in segment.outputs:
             self.add("value", node, part=node in sliced)
-        self.look_at(index, _WHICHEVER, backward=False)
+        self.look_at(index, _WHICHEVER, backward=False, apart=bool(sliced))
         self.rebuilding = False
 
     def result(self, index: int) -> None:

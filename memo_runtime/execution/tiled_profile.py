@@ -47,7 +47,8 @@ from memo_runtime.execution.tiled_moments import (
     results_of_mixers,
     stashed_results,
 )
-from memo_runtime.execution.tiled_programs import Cost, Program, Programs, make_programs, run_eagerly
+from memo_runtime.execution.tiled_places import Program
+from memo_runtime.execution.tiled_programs import Cost, Programs, make_programs, run_eagerly
 from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import rows_tile, tile_copies
 from memo_runtime.execution.tiled_timing import TileTimes
@@ -146,11 +147,11 @@ def _costs(captured: Captured, index: int, tokens: int, device: torch.device) ->
 
 def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: AutocastState) -> Cost:
     programs, tile = tile_programs(captured, index, tokens, tile, autocast)
-    given, tangents = tile_copies(captured, captured.segment(index), programs.layouts, tile)
+    given, made, tangents = tile_copies(captured, captured.segment(index), programs.layouts, tile)
     cost = programs.cost
     return replace(
         cost,
-        forward_bytes=cost.forward_bytes.beside(given),
+        forward_bytes=cost.forward_bytes.beside(given + made),
         backward_bytes=cost.backward_bytes.beside(given + tangents),
     )
 

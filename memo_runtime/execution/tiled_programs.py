@@ -3,8 +3,8 @@
 Forward and backward of a segment are traced together at the tile's own sizes, below autograd; then the joint graph is
 cut in up to four programs:
 
-    forward           sources                 -> outputs
-    forward and keep  sources                 -> outputs, products
+    forward           sources                 -> outputs, written to where they are kept (``tiled_places.py``)
+    forward and keep  sources                 -> outputs likewise, products
     backward          sources, gradients      -> gradients of sources     (what it needs of the forward is run again)
     backward of kept  sources, products, ...  -> gradients of sources     (only what is cheap is run again)
 
@@ -14,7 +14,7 @@ outputs anew. What backward does not need is not run again:
 the last product of a segment never is. All of them take copies of weights in the precision of autocast behind their
 sources, which one more program makes once for all tiles. A weight gradient that is one matrix product is not computed
 in the program: its factors are yielded, so that the product is added to an accumulator of higher precision by the GEMM
-itself.
+itself. So are those of any other gradient that is one, which the GEMM then writes to its rows.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept, owned, run_again
 from memo_runtime.capture.split import Segment
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
+from memo_runtime.execution.tiled_places import Placed, Program, placed, viewed_product
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-Program = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,17 @@ class Factors:
     transposed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class RowFactors:
+    """The gradient of a value with tokens as ``left @ right``, likewise; ``layout``: the gradient's (a meta tensor)."""
+
+    left: int
+    right: int
+    layout: torch.Tensor
+
+
 #: Where the gradient of one source is: a place among the results, factors of it, or nowhere.
-GradientPlace = int | Factors | None
+GradientPlace = int | Factors | RowFactors | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,7 @@ class Cost:
     Args:
         forward: FLOPs of forward. again: of these, what backward runs again. again_kept: what backward of kept does.
         forward_bytes, backward_bytes: of the programs, their results included.
+        output_bytes: of the outputs, which are where the caller keeps them.
         product_bytes: of the products that are kept. choice_bytes: of the choices that all tiles keep. cast_bytes: of
             copies of weights in another precision.
     """
@@ -69,6 +79,7 @@ class Cost:
     again_kept: int
     forward_bytes: ProgramBytes
     backward_bytes: ProgramBytes
+    output_bytes: int
     product_bytes: int
     choice_bytes: int
     cast_bytes: int
@@ -80,16 +91,16 @@ class Programs:
 
     Args:
         casts: sources -> casts of weights; they come behind the sources of the other programs.
-        choices: how many choices and seeds the forward programs yield behind the outputs, before products.
+        choices: how many choices and seeds the forward programs yield before products.
         places: where the gradient of each source is.
-        layouts: sizes and strides that gradients of outputs must have (meta tensors).
+        layouts: sizes and strides of outputs, and that their gradients must have (meta tensors).
         cost: what one run of each takes.
     """
 
     casts: Program
-    forward: Program
-    forward_keep: Program
-    rebuild: Program
+    forward: Placed
+    forward_keep: Placed
+    rebuild: Placed
     backward: Program
     backward_kept: Program
     choices: int
@@ -171,16 +182,17 @@ def make_programs(
         again_kept=_flops_between(graph, again_kept, wanted, rerun),
         forward_bytes=ProgramBytes.of(forward.graph, forward_keep.graph),
         backward_bytes=ProgramBytes.of(backward.graph, backward_kept.graph),
+        output_bytes=sum(tensor_bytes(node.meta["val"]) for node in outputs),
         product_bytes=sum(tensor_bytes(node.meta["val"]) for node in products),
         choice_bytes=sum(tensor_bytes(node.meta["val"]) for node in choices if node.meta["val"].dim()),
         cast_bytes=sum(tensor_bytes(node.meta["val"]) for node in casts),
     )
-    run_forward = compiler(forward)
+    run_forward = placed(forward, len(outputs), compiler)
     return Programs(
         casts=run_eagerly(_part(graph, inputs[: len(sources)], casts)),
         forward=run_forward,
-        forward_keep=compiler(forward_keep),
-        rebuild=compiler(rebuild) if rebuild is not None else run_forward,
+        forward_keep=placed(forward_keep, len(outputs), compiler),
+        rebuild=placed(rebuild, len(outputs), compiler) if rebuild is not None else run_forward,
         backward=compiler(backward),
         backward_kept=compiler(backward_kept),
         choices=len(choices),
@@ -220,8 +232,11 @@ def _trace(
     for node in list(module.graph.nodes):
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-    layouts = tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tangents)
-    return module, layouts
+    return module, tuple(_on_meta(one) for one in tangents)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _alike(tensor: torch.Tensor) -> torch.Tensor:
@@ -236,14 +251,18 @@ def _gradient_results(segment: Segment, grads: Sequence[Any]) -> tuple[list[fx.N
         if grad is None:
             places.append(None)
             continue
+        product = viewed_product(grad) if segment.axes[source] is not None else None
         factors = _factors(grad) if segment.axes[source] is None else None
-        if factors is None:
-            places.append(len(results))
-            results.append(grad)
-        else:
+        if product is not None and product.target is aten.mm.default and grads.count(grad) == 1:
+            places.append(RowFactors(len(results), len(results) + 1, _on_meta(grad.meta["val"])))
+            results.extend(product.args)  # type: ignore[arg-type]
+        elif factors is not None:
             left, right, transposed = factors
             places.append(Factors(len(results), len(results) + 1, transposed))
             results.extend([left, right])
+        else:
+            places.append(len(results))
+            results.append(grad)
     return results, tuple(places)
 
 

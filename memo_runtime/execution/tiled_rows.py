@@ -22,22 +22,45 @@ def packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: 
 
 
 def without_gaps(part: torch.Tensor) -> torch.Tensor:
-    """``part`` itself where its elements lie together in memory, else a copy in the same order of dimensions.
+    """``part`` itself where its elements lie together in memory, else a copy in the same order of dimensions."""
+    strides = _gapless(part.shape, _steps(part))
+    if _lie(part, strides):
+        return part.as_strided(part.shape, strides)
+    return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
+
+
+def gapless_rows(whole: torch.Tensor, axis: TokenAxis, start: int, stop: int) -> torch.Tensor | None:
+    """Rows [start, stop) of ``whole``, to be written to, where they lie together in memory; None: they do not."""
+    if axis.outer != 1:
+        return None
+    part = whole.narrow(axis.dim, start * axis.inner, (stop - start) * axis.inner)
+    strides = _gapless(part.shape, _steps(part))
+    return part.as_strided(part.shape, strides) if _lie(part, strides) else None
+
+
+def gapless_like(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory without gaps, its dimensions in the order of ``layout``."""
+    strides = _gapless(layout.shape, _steps(layout))
+    return torch.empty_strided(layout.shape, strides, dtype=layout.dtype, device=device)
+
+
+def _gapless(shape: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """Strides without gaps in the order of ``steps``.
 
     Dimensions of size one lie outside of all others, but those at the end inside: kernels want a last stride of one.
     """
-    last = max((dim for dim, size in enumerate(part.shape) if size != 1), default=-1)
-    steps = _steps(part)
+    last = max((dim for dim, size in enumerate(shape) if size != 1), default=-1)
 
     def place(dim: int) -> tuple[int, int, int]:
-        one = part.shape[dim] == 1
+        one = shape[dim] == 1
         return (2 * (dim > last) if one else 1, 0 if one else -steps[dim], dim)
 
-    strides = _strides(part.shape, sorted(range(part.dim()), key=place))
-    layout = torch.empty_strided(part.shape, strides, dtype=part.dtype, device="meta")
-    if same_memory(part, layout):
-        return part.as_strided(layout.shape, layout.stride())
-    return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
+    return _strides(shape, sorted(range(len(shape)), key=place))
+
+
+def _lie(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Its strides are these wherever strides matter."""
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
 
 
 def _steps(tensor: torch.Tensor) -> list[int]:
@@ -55,18 +78,19 @@ def _steps(tensor: torch.Tensor) -> list[int]:
 
 def same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
     """Both have the same strides wherever strides matter."""
-    pairs = zip(tensor.shape, tensor.stride(), layout.stride(), strict=True)
-    return all(size == 1 or a == b for size, a, b in pairs)
+    return _lie(tensor, layout.stride())
 
 
-def like(tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int) -> torch.Tensor:
+def like(
+    tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Full-length memory for an output, its dimensions in the memory order of its first tile."""
     shape = list(tile.shape)
     shape[axis.dim] = shape[axis.dim] // length * tokens
     steps = _steps(tile)
     order = sorted(range(tile.dim()), key=lambda dim: (-steps[dim], dim))
     # No view: autograd refuses in-place operations on a result that is one.
-    return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=tile.device)
+    return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=device or tile.device)
 
 
 def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:

@@ -33,10 +33,11 @@ from memo_runtime.execution.tiled_gradients import Gradients, Part
 from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
 from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
+from memo_runtime.execution.tiled_places import Program
 from memo_runtime.execution.tiled_products import Products
-from memo_runtime.execution.tiled_programs import Program, Programs, make_programs, run_eagerly, run_node
+from memo_runtime.execution.tiled_programs import Programs, make_programs, run_eagerly, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
-from memo_runtime.execution.tiled_rows import like, packed, same_memory, write
+from memo_runtime.execution.tiled_rows import gapless_like, gapless_rows, like, packed, same_memory, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
 
@@ -81,14 +82,14 @@ def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> i
 
 def tile_copies(
     captured: Captured, segment: Segment, layouts: Sequence[torch.Tensor], tile: int
-) -> tuple[int, int]:
-    """Bytes that one tile of ``segment`` takes before its program runs: (of its sources, of gradients of its outputs).
+) -> tuple[int, int, int]:
+    """Bytes that one tile of ``segment`` takes beside its programs: (of its sources, outputs, gradients of outputs).
 
     Where the rows of a tile do not lie together in memory they are copied, and masks of dropout are drawn. Gradients
     that attention makes are taken to lie in some other order than ``layouts`` asks for.
     """
     drawn = {draw.mask for draw in captured.draws}
-    given = tangents = 0
+    given = made = tangents = 0
     for node in segment.sources:
         axis, value = segment.axes[node], node.meta["val"]
         if axis is None:
@@ -101,12 +102,15 @@ def tile_copies(
     for node, layout in zip(segment.outputs, layouts, strict=True):
         axis = segment.axes[node]
         assert axis is not None, "a segment yields values with tokens"
-        part = rows(like(layout, axis, 2 * tile, tile), axis, 2 * tile, 0, tile)
+        whole = like(layout, axis, 2 * tile, tile)
+        part = rows(whole, axis, 2 * tile, 0, tile)
+        if gapless_rows(whole, axis, 0, tile) is None:
+            made += part.numel() * part.element_size()
         if axis.outer != 1 or axis.inner != 1:
             part = part.flatten(axis.dim, axis.dim + 2)
         if node not in captured.outputs or not same_memory(part, layout):
             tangents += part.numel() * part.element_size()
-    return given, tangents
+    return given, made, tangents
 
 
 @dataclass(slots=True)
@@ -294,33 +298,54 @@ class Run:
             programs = self.programs.get(self.captured, index, sources, stop - start, self.autocast)
             if start == 0:
                 casts = programs.casts(*sources)
+                self._make_room(segment, programs, values, part, stop)
             sources.extend(casts)
-            if not keep:
-                results = programs.rebuild(*sources, *self.kept.get((index, start), ())[: programs.choices])
-            else:
+            places, apart = self._places(segment, programs, values, part, (start, stop))
+            if keep:
                 kept = number < self.keep and not segment.by_rows
-                results = programs.forward_keep(*sources) if kept else programs.forward(*sources)
-                if len(results) > len(segment.outputs) or kept:
-                    made = list(results[len(segment.outputs) :])
+                made = list((programs.forward_keep if kept else programs.forward)(sources, places))
+                if made or kept:
                     if self.products is not None and number >= self.keep - self.sent and made[programs.choices :]:
                         self.products.store(index, start, made[programs.choices :])
                         del made[programs.choices :]
                     self.kept[index, start] = made
-                    del made
-                results = results[: len(segment.outputs)]
-            self.again_flops += 0 if keep else programs.cost.forward
-            for place, node in enumerate(segment.outputs):
-                axis = segment.axes[node]
-                assert axis is not None, "a segment yields values with tokens"
-                result = results[place] if part is None else part_of(results[place], node, part)
-                if result is None:
-                    continue
-                if start == 0:
-                    values[node] = like(result, axis, self.tokens, stop)
-                write(values[node], axis, self.tokens, start, result)
-                del result
+                del made
+            else:
+                sources.extend(self.kept.get((index, start), ())[: programs.choices])
+                programs.rebuild(sources, places)
+                self.again_flops += programs.cost.forward
+            for node, axis, result in apart:
+                mine = result if part is None else part_of(result, node, part)
+                if mine is not None:
+                    write(values[node], axis, self.tokens, start, mine)
+                del mine, result
             # Not alive while the next tile runs: they are as large as what a program takes itself.
-            del sources, results
+            del sources, places, apart
+
+    def _make_room(
+        self, segment: Segment, programs: Programs, values: Values, part: HeadPart | None, length: int
+    ) -> None:
+        """Full-length memory for outputs of ``segment``, laid out as those of its first tile of ``length`` tokens."""
+        for node, layout in zip(segment.outputs, programs.layouts, strict=True):
+            axis, tile = segment.axes[node], layout if part is None else part_of(layout, node, part)
+            assert axis is not None, "a segment yields values with tokens"
+            if tile is not None:
+                values[node] = like(tile, axis, self.tokens, length, self.device)
+
+    def _places(
+        self, segment: Segment, programs: Programs, values: Values, part: HeadPart | None, tile: tuple[int, int]
+    ) -> tuple[list[torch.Tensor], list[tuple[fx.Node, TokenAxis, torch.Tensor]]]:
+        """(where outputs of a tile are written; those of it that are copied from there to ``values``)."""
+        places, apart = [], []
+        for node, layout in zip(segment.outputs, programs.layouts, strict=True):
+            axis = segment.axes[node]
+            assert axis is not None, "a segment yields values with tokens"
+            place = gapless_rows(values[node], axis, *tile) if part is None else None
+            if place is None:
+                place = gapless_like(layout, self.device)
+                apart.append((node, axis, place))
+            places.append(place)
+        return places, apart
 
     # ---- backward
 
@@ -418,7 +443,7 @@ class Run:
             for source in found.in_order(segment.sources):
                 node, place = segment.sources[source], programs.places[source]
                 if place is not None:
-                    found.add_tile(node, segment.axes[node], Part(place, results, start), values[node])
+                    found.add_tile(node, segment.axes[node], Part(place, results, start, stop), values[node])
             del sources, tangents, kept, results
             if self.products is not None:
                 self.products.over(index, start, retain=self.retain)

@@ -83,6 +83,8 @@ def _one(node: fx.Node, memory: _Memory) -> int:
     made = {key: size for key, size in _storages(node.meta.get("val")) if key not in memory.maker}
     level = max((memory.level[key] for key in given), default=0)
     flops = node_flops(node)
+    if node.target is torch.ops.aten.copy_.default:
+        return _stored(node, memory)
     if not made:
         return flops
     kernel = None if flops else level
@@ -91,6 +93,14 @@ def _one(node: fx.Node, memory: _Memory) -> int:
     for key, size in made.items():
         memory.made(key, size, level + 1 if flops else level, kernel)
     return flops
+
+
+def _stored(node: fx.Node, memory: _Memory) -> int:
+    """Count what is written to memory that the program was given: by the kernel that makes it, if that is none."""
+    (target, _), (source, size) = _of_all([one for one in node.args if isinstance(one, fx.Node)])
+    memory.read(source, size, memory.level[source])
+    memory.written.add(target)
+    return 0
 
 
 def _of_all(nodes: list[fx.Node]) -> list[tuple[int, int]]:

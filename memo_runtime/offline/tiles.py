@@ -1,9 +1,9 @@
 """What a block takes by tiles on a machine that is not there: captured on the CPU, timed by rates.
 
 The capture and all bytes are those of a real run (``execution/tiled_profile.py``). Seconds are the work of its compiled
-programs (``fusion.py``) at one tile, what is copied between tiles and tensors of full length, products of weight
-gradients, and attention at the rate that the machine reaches. A capture is not compared with its block on numbers here:
-that is what a run does before it uses one.
+programs (``fusion.py``) at one tile, what is copied between tiles and tensors of full length, products that are left to
+the caller of a program, and attention at the rate that the machine reaches. A capture is not compared with its block on
+numbers here: that is what a run does before it uses one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
+from memo_runtime.execution.tiled_places import Placed, Program
 from memo_runtime.execution.tiled_profile import tile_programs, tiled_profile
-from memo_runtime.execution.tiled_programs import Factors, Program, Programs
+from memo_runtime.execution.tiled_programs import Factors, Programs, RowFactors
 from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.fusion import FusedWork
@@ -131,12 +132,11 @@ def _tile_work(captured: Captured, index: int, segment: Segment, tokens: int, ti
     device = captured.arguments[0][0].meta["val"].device
     autocast = AutocastState.current(device.type)
     programs, tile = tile_programs(captured, index, tokens, tile, autocast, compiler=FusedWork)
-    put = 2 * sum(_rows(captured, segment, node, tokens, tile) for node in segment.outputs)
     backward = _work(programs.backward)
     gradients = _gradients(captured, segment, programs, tokens, tile)
     return _TileWork(
-        forward=_more(_work(programs.forward), traffic=put),
-        forward_keep=_more(_work(programs.forward_keep), traffic=put),
+        forward=_placed_work(programs.forward),
+        forward_keep=_placed_work(programs.forward_keep),
         backward=_more(backward, gradients.traffic, gradients.matmul),
         backward_kept=_more(_work(programs.backward_kept), gradients.traffic, gradients.matmul),
     )
@@ -145,6 +145,10 @@ def _tile_work(captured: Captured, index: int, segment: Segment, tokens: int, ti
 def _work(program: Program) -> Work:
     assert isinstance(program, FusedWork), "the compiler that was given made it"
     return program.work
+
+
+def _placed_work(program: Placed) -> Work:
+    return _more(_work(program.program), traffic=0, matmul=program.flops)
 
 
 def _more(work: Work, traffic: int, matmul: int = 0) -> Work:
@@ -166,6 +170,9 @@ def _gradients(captured: Captured, segment: Segment, programs: Programs, tokens:
     for node, place in zip(segment.sources, programs.places, strict=True):
         if place is None:
             continue
+        if isinstance(place, RowFactors):
+            flops += _flops(results[place.left], results[place.right])
+            continue
         if segment.axes[node] is not None:
             traffic += 2 * _rows(captured, segment, node, tokens, tile)
             continue
@@ -173,11 +180,14 @@ def _gradients(captured: Captured, segment: Segment, programs: Programs, tokens:
         total = int(value.numel()) * sum_dtype(value.dtype).itemsize
         traffic += 2 * total
         if isinstance(place, Factors):
-            left, right = results[place.left], results[place.right]
-            flops += 2 * int(left.numel()) * int(right.shape[-1])
+            flops += _flops(results[place.left], results[place.right])
         else:
             traffic += tensor_bytes(results[place])
     return Work(matmul=flops, traffic=traffic)
+
+
+def _flops(left: torch.Tensor, right: torch.Tensor) -> int:
+    return 2 * int(left.numel()) * int(right.shape[-1])
 
 
 def _results(module: fx.GraphModule) -> Sequence[torch.Tensor]:

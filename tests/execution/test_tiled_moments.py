@@ -53,8 +53,8 @@ def test_the_worst_moments_are_those_of_the_table(shared, counts):
     forward = [moment.full.at(TOKENS) / unit for moment in takes.forward]
     backward = [moment.full.at(TOKENS) / unit for moment in takes.backward]
     attention, last, worst = counts
-    # Of each segment the first tile before and behind its program, and later ones.
-    assert forward == [*[0] * 2, *[attention] * 4, attention, *[0] * 2, *[last] * 4]
+    # Of each segment the first tile, which is written to what holds all of them, what is left of it, and later ones.
+    assert forward == [*[attention] * 6, attention, *[last] * 6]
     assert max(backward) == worst
     assert backward[:6] == [1, 1, 2, 2, 2, 2]
 

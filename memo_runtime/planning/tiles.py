@@ -1,6 +1,7 @@
 """``tiled``: blocks that were captured run tile by tile; five things are chosen for all of them together.
 
-* the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory;
+* the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory; twice the largest where all
+  else stays as it is and memory is left, since the gaps between kernels are half as many then;
 * how many blocks at the end of each stack keep their *stash* on the device, since nothing hides the fetch of the last;
 * *alpha*, the share of tiles whose matrix products are kept and not run again: on the device, or, of the blocks below
   those that keep their stash, in host memory;
@@ -72,6 +73,7 @@ class ByTiles(Strategy):
         for every in _runs(sheet):
             best = self._best(sheet, budgets, every) if self._some_fits(sheet, budgets, every) else None
             if best is not None:
+                best = self._stretched(sheet, budgets, best)
                 return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
         for tile in self._tiles(sheet):
             best = fastest(sheet, budgets, list(self._late(sheet, tile, _groups(sheet))))
@@ -112,6 +114,17 @@ class ByTiles(Strategy):
                 if best is not None:
                     return best
         return None
+
+    def _stretched(self, sheet: Sheet, budgets: Budgets, best: Choices) -> Choices:
+        """``best`` with tiles of twice the longest length, if that fits and as much is kept and sent as before."""
+        longest = longest_tile(sheet.profile.rows)
+        twice = tuple(
+            replace(one, tile=2 * longest) if one.tile == longest and tokens >= 2 * longest else one
+            for one, tokens in zip(best, sheet.lengths, strict=True)
+        )
+        whole = all(one.prefix == tokens or one.prefix % one.tile == 0
+                    for one, tokens in zip(twice, sheet.lengths, strict=True) if one.tile)  # fmt: skip
+        return twice if self.tile is None and whole and fits(sheet, budgets, twice) else best
 
     def _all(self, sheet: Sheet, budgets: Budgets, which: _How, residents: Sequence[int]) -> list[Choices]:
         """Of ``residents``, numbers of blocks whose stash stays, what may be the fastest with each."""

@@ -37,13 +37,11 @@ def in_runs(
     blocks: Sequence[BlockProfile], choices: Sequence[Choice], every: int, *, late: bool = False
 ) -> tuple[Choice, ...]:
     """``choices`` where of ``every`` blocks of a chain only the first stashes its input."""
-    if late:
-        choices = [replace(one, late=True) if one.executor is Executor.TILED else one for one in choices]
     wanted, length = [], 0
     for index in range(len(blocks)):
         length = length + 1 if _follows(blocks, choices, index) else 0
         wanted.append(bool(length % every))
-    return _agreed(choices, wanted)
+    return _agreed(choices, wanted, late=late)
 
 
 def still_linked(blocks: Sequence[BlockProfile], choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -54,16 +52,24 @@ def still_linked(blocks: Sequence[BlockProfile], choices: Sequence[Choice]) -> t
 
 
 def _follows(blocks: Sequence[BlockProfile], choices: Sequence[Choice], index: int) -> bool:
-    by_tiles = all(one.executor is Executor.TILED for one in choices[max(0, index - 1) : index + 1])
-    return index > 0 and by_tiles and can_follow(blocks[index - 1], blocks[index])
+    if not index or choices[index].executor is not Executor.TILED or choices[index - 1].executor is not Executor.TILED:
+        return False
+    return can_follow(blocks[index - 1], blocks[index])
 
 
-def _agreed(choices: Sequence[Choice], wanted: Sequence[bool]) -> tuple[Choice, ...]:
+def _agreed(choices: Sequence[Choice], wanted: Sequence[bool], *, late: bool = False) -> tuple[Choice, ...]:
+    """``choices`` with their inputs made from below where ``wanted``; ``late``: all blocks by tiles are."""
     found: list[Choice] = []
+    # Most choices are one object for many blocks, which stays so.
+    known: dict[tuple[int, bool, bool, int], Choice] = {}
     following = 0  # blocks above in the same run
-    for one, below in reversed(list(zip(choices, wanted, strict=True))):
-        passes = following if one.late else 0
-        found.append(replace(one, from_below=below, for_above=following > 0, passes=passes))
+    for one, below in zip(reversed(choices), reversed(wanted), strict=True):
+        is_late = one.late or (late and one.executor is Executor.TILED)
+        passes = following if is_late else 0
+        key = id(one), below, following > 0, passes
+        if key not in known:
+            known[key] = replace(one, from_below=below, for_above=following > 0, late=is_late, passes=passes)
+        found.append(known[key])
         following = following + 1 if below else 0
     return tuple(reversed(found))
 

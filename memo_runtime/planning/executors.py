@@ -79,7 +79,7 @@ class EitherExecutor(Strategy):
         if by_replay is None and by_tiles is not None:
             chosen, note = by_tiles, "blocks run by tiles: replay does not fit"
         elif by_replay is not None and by_tiles is not None:
-            replay, tiles = (sheet.forecast(one.choices).step_seconds for one in (by_replay, by_tiles))
+            replay, tiles = (sheet.step_seconds(one.choices) for one in (by_replay, by_tiles))
             taken, left = ("tiles", "replay") if tiles < replay else ("replay", "tiles")
             chosen = by_tiles if tiles < replay else by_replay
             first, second = sorted((tiles, replay))
@@ -95,7 +95,7 @@ def _untried(sheet: Sheet, decision: Decision) -> Decision:
     """``decision`` with a note on tiles, unless everything is kept, which says enough."""
     if all(choice.executor is Executor.KEEP for choice in decision.choices) or not sheet.around.asynchronous:
         return decision
-    kept, step = _kept_seconds(sheet), sheet.forecast(decision.choices).step_seconds
+    kept, step = _kept_seconds(sheet), sheet.step_seconds(decision.choices)
     share = 100 * (step - kept) / max(1e-12, kept)
     note = f"blocks were not tried by tiles: by replay a step takes {share:.1f} % longer than with everything kept"
     return Decision(decision.choices, (*decision.notes, note))
@@ -113,4 +113,4 @@ def _refusals(sheet: Sheet) -> Iterator[str]:
 
 
 def _kept_seconds(sheet: Sheet) -> float:
-    return sheet.forecast((KEEP,) * len(sheet.blocks)).step_seconds
+    return sheet.step_seconds((KEEP,) * len(sheet.blocks))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from memo_runtime.planning.actions import RESIDENT_ROLES
 from memo_runtime.planning.footprint import NO_PRODUCTS, Footprint
-from memo_runtime.records import FETCH_PARTS, BlockPlan, Forecast, Profile, Stretch
+from memo_runtime.records import FETCH_PARTS, Profile, Stretch
 from memo_runtime.sizes import WITNESS_ROWS
 from memo_runtime.units import MiB
 
@@ -131,65 +131,51 @@ class Surroundings:
             held=not profile.norm_behind,
         )
 
-    def forecast(self, plans: Sequence[BlockPlan], footprints: Sequence[Footprint]) -> Forecast:
-        """The totals of one steady step."""
-        course = run_course(self, footprints)
-        return Forecast(
-            step_seconds=step_seconds(self, footprints),
-            peak_bytes=self.base_bytes + course.device_peak,
-            host_bytes=sum(plan.host_bytes for plan in plans),
-            bytes_to_host=sum(plan.bytes_to_host for plan in plans),
-            bytes_to_device=sum(plan.bytes_to_device for plan in plans),
-            bytes_kept=sum(plan.bytes_kept for plan in plans),
-            recomputed_flops=sum(plan.recomputed_flops for plan in plans),
-            stash_peak_bytes=course.stash_peak,
-        )
-
 
 def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
     """Walk through one step of ``blocks`` in call order and find its highest points."""
     points = [*_forward_points(around, blocks), *_backward_points(around, blocks)]
-    # What the first block is given was counted before it: with the batch, or around the blocks.
-    entry = blocks[0].entry if blocks and around.asynchronous else 0
-
-    def in_all(point: _Point) -> int:
-        return point.stash + point.transient + point.gradients - (entry if point.stash else 0)
-
-    highest = max(points, key=in_all)
-    return Course(
-        gradients=highest.gradients,
-        stash_peak=max(point.stash for point in points),
-        device_peak=in_all(highest),
-        index=highest.index,
-        phase=highest.phase,
-    )
+    entry = _entry(around, blocks)
+    in_all = [stash + transient + there - (entry if stash else 0) for stash, transient, there, _, _ in points]
+    device_peak = max(in_all)
+    _, _, gradients, index, phase = points[in_all.index(device_peak)]
+    stash_peak = max(point[0] for point in points)
+    return Course(gradients=gradients, stash_peak=stash_peak, device_peak=device_peak, index=index, phase=phase)
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    stash: int
-    transient: int
-    gradients: int
-    index: int
-    phase: str
+def bytes_at_head(around: Surroundings, blocks: Sequence[Footprint]) -> int:
+    """Of the points of ``run_course`` the one between forward and backward, which no walk leads to."""
+    kept = sum(block.kept for block in blocks)
+    return kept + around.outside_peak + around.outside_gradients - (_entry(around, blocks) if kept else 0)
+
+
+def _entry(around: Surroundings, blocks: Sequence[Footprint]) -> int:
+    """What the first block is given was counted before it: with the batch, or around the blocks."""
+    return blocks[0].entry if blocks and around.asynchronous else 0
+
+
+#: (stash, transient bytes, gradients, index of the block, phase) at one moment. Planning takes the most of millions
+#: of them, so they are plain tuples.
+_Point = tuple[int, int, int, int, str]
 
 
 def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
     transient = 1 if around.asynchronous else 0
     kept = outgoing = 0
+    before = NO_PRODUCTS
     for index, block in enumerate(blocks):
-        sent = (block.sent, blocks[index - 1].sent if index else NO_PRODUCTS)
-        departing = min(sum(one.total for one in sent), max(one.under_way for one in sent)) * transient
+        sent = block.sent
+        departing = min(sent.total + before.total, max(sent.under_way, before.under_way)) * transient
         stash = kept + outgoing + departing + block.skeletal
-        yield _Point(stash, transient * block.forward_peak, 0, index, "forward")
+        yield stash, transient * block.forward_peak, 0, index, "forward"
         if block.stashed:
-            sorting = stash + block.kept_rows + block.gathered
-            yield _Point(sorting, transient * block.end_peak, 0, index, "end of forward")
-        outgoing = block.outgoing if around.asynchronous else 0
+            yield stash + block.kept_rows + block.gathered, transient * block.end_peak, 0, index, "end of forward"
+        outgoing = block.outgoing * transient
         kept += block.kept
+        before = sent
     # Compute waits for the last copies before it goes on to the head.
     last = max(0, len(blocks) - 1)
-    yield _Point(kept, around.outside_peak, around.outside_gradients, last, "head and loss")
+    yield kept, around.outside_peak, around.outside_gradients, last, "head and loss"
 
 
 def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
@@ -197,16 +183,18 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
     transient = 1 if around.asynchronous else 0
     fetched, stashes = _fetched_and_stashed(blocks)
     there = gradients_above(around, blocks)
+    passed = _passed(blocks)
+    top = True
     for index in reversed(range(len(blocks))):
-        block, stash = blocks[index], stashes[index]
+        block, stash, gradients = blocks[index], stashes[index], there[index]
         if block.late:
-            for held, peak in _passed(blocks, index):
-                held_stash = stash - block.full + held
-                yield _Point(held_stash, transient * peak, there[index], index, "input made again")
-        elif passing := _passing_peak(blocks, index):
-            yield _Point(stash + block.sent.first, transient * passing, there[index], index, "input made again")
+            for held, peak in passed[index].highest:
+                yield stash - block.full + held, transient * peak, gradients, index, "input made again"
+        elif top and passed[index].peak:
+            yield stash + block.sent.first, transient * passed[index].peak, gradients, index, "input made again"
+        top = not block.from_below
         if block.rerun_peak or block.spent:
-            yield _Point(stash, transient * block.rerun_peak, there[index], index, "rerun")
+            yield stash, transient * block.rerun_peak, gradients, index, "rerun"
         # What comes behind the last block is not ours, and may keep the gradient that it hands over; a norm does not.
         held = block.held if around.held and index == len(blocks) - 1 else 0
         for stretch, peak, landed in block.stretches:
@@ -214,11 +202,11 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
             waiting = fetched[index] if stretch is Stretch.EARLY and block.sent.total else 0
             first = blocks[index - 1].sent.first if stretch is Stretch.LATE and index else 0
             held_stash, rest = stash - waiting + first + landed, peak - landed + held
-            yield _Point(held_stash, transient * rest, there[index], index, "backward")
+            yield held_stash, transient * rest, gradients, index, "backward"
         if not block.stretches:
-            yield _Point(stash - block.spent, transient * (block.backward_peak + held), there[index], index, "backward")
-    yield _Point(0, 0, all_gradients(around, blocks), 0, "end of backward")
-    yield _Point(0, around.stepping, all_gradients(around, blocks), 0, "optimizer's step")
+            yield stash - block.spent, transient * (block.backward_peak + held), gradients, index, "backward"
+    yield 0, 0, all_gradients(around, blocks), 0, "end of backward"
+    yield 0, around.stepping, all_gradients(around, blocks), 0, "optimizer's step"
 
 
 def _fetched_and_stashed(blocks: Sequence[Footprint]) -> tuple[list[int], list[int]]:
@@ -249,23 +237,34 @@ def _fetched_and_stashed(blocks: Sequence[Footprint]) -> tuple[list[int], list[i
     return fetched, stashes
 
 
-def _passing_peak(blocks: Sequence[Footprint], index: int) -> int:
-    """Transient bytes while the inputs of block ``index`` and those below it are made again; 0: it is not the top."""
-    if any(block.from_below for block in blocks[index + 1 : index + 2]):
-        return 0
-    peak = 0
-    while blocks[index].from_below:
-        index -= 1
-        peak = max(peak, blocks[index].passing_peak)
-    return peak
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """On the way to the input of a block, made again block by block from below.
+
+    ``peak``: most transient bytes. ``highest``: (what is there of the stash, transient bytes) where most is stashed and
+    where there is most in all, with nothing but one block's own there at a time. A block that is given its input has
+    passed nothing.
+    """
+
+    peak: int = 0
+    highest: tuple[tuple[int, int], ...] = ()
 
 
-def _passed(blocks: Sequence[Footprint], index: int) -> Iterator[tuple[int, int]]:
-    """(what is there of the stash, transient bytes) at each step to the input of late block ``index``, from below."""
-    while blocks[index].from_below:
-        index -= 1
-        lower = blocks[index]
-        yield lower.full + lower.result, lower.passing_peak
+_NOTHING = _Passed()
+
+
+def _passed(blocks: Sequence[Footprint]) -> list[_Passed]:
+    found: list[_Passed] = []
+    below = _NOTHING
+    for index, block in enumerate(blocks):
+        if block.from_below:
+            lower = blocks[index - 1]
+            steps = (*below.highest, (lower.full + lower.result, lower.passing_peak))
+            below = _Passed(max(below.peak, lower.passing_peak), (max(steps), max(steps, key=sum)))
+        else:
+            below = _NOTHING
+        found.append(below)
+    return found
 
 
 def put_off(block: Footprint, landing: int) -> bool:
@@ -289,9 +288,14 @@ def all_gradients(around: Surroundings, blocks: Sequence[Footprint]) -> int:
     return around.outside_gradients + around.last_gradients + inside
 
 
+def compute_seconds(blocks: Sequence[Footprint]) -> float:
+    """Compute and reruns of the blocks."""
+    return sum(block.forward + block.backward + block.again + block.passing for block in blocks)
+
+
 def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
     """Compute, reruns, and the part of every copy that compute cannot hide."""
-    compute = sum(block.forward + block.backward + block.again + block.passing for block in blocks)
+    compute = compute_seconds(blocks)
     if not around.asynchronous:
         copies = sum(block.to_host + block.to_device + block.sent.copies for block in blocks)
         return compute + copies + around.outside_seconds
@@ -305,7 +309,8 @@ def step_seconds(around: Surroundings, blocks: Sequence[Footprint]) -> float:
             continue
         # What inputs are made again of comes with those.
         together = block.to_device + (together if block.from_below else 0.0)
-        if not any(above.from_below for above in blocks[index + 1 : index + 2]):
+        top = index + 1 == len(blocks) or not blocks[index + 1].from_below
+        if top and together:
             cover = sum(blocks[above].backward + blocks[above].again for above in to_device_cover(blocks, index))
             exposed += max(0.0, together - cover)
     return compute + exposed + around.outside_seconds

@@ -111,7 +111,7 @@ class _Tries:
 
     def seconds(self, count: int) -> float:
         """Step time of that plan."""
-        return self.sheet.forecast(self.plan(count)).step_seconds
+        return self.sheet.step_seconds(self.plan(count))
 
 
 def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:

@@ -91,4 +91,8 @@ def _splinters(sheet: Sheet) -> int:
 
 def fits(sheet: Sheet, budgets: Budgets, choices: Sequence[Choice]) -> bool:
     """``choices`` keep within both budgets, by exact bytes."""
-    return not (budgets.over_host(sheet.host_bytes(choices)) or budgets.over_device(sheet.peak_bytes(choices)))
+    if budgets.over_host(sheet.host_bytes(choices)):
+        return False
+    # Most that do not fit are too large before head and loss already, which takes no walk through the step.
+    at_head = sheet.bytes_at_head(choices)
+    return not (budgets.over_device(at_head) or budgets.over_device(sheet.peak_bytes(choices)))

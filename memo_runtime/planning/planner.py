@@ -1,4 +1,7 @@
-"""``make_plan``: from a profile and settings to a plan within both budgets, or an error that helps."""
+"""``make_plan``: from a profile and settings to a plan within both budgets, or an error that helps.
+
+The error plans what would fit instead, and the plan says what it assumes, which both take longer than to decide.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.notes import note_on_accumulation, notes_on
 from memo_runtime.planning.policies import decide
 from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.strategy import Decision
 from memo_runtime.planning.tiles import floor
 from memo_runtime.planning.words import PYTHON, PythonWords
 from memo_runtime.records import Plan, Profile
@@ -40,15 +44,20 @@ def make_plan(
     decision = decide(sheet, settings)
     if decision is None:
         raise infeasible(sheet, settings, words)
+    return plan_of(sheet, settings, decision)
+
+
+def plan_of(sheet: Sheet, settings: Settings, decision: Decision) -> Plan:
+    """The plan that ``decision`` is, with what it says about itself."""
     return Plan(
         policy=settings.policy.value,
         alpha=settings.alpha,
-        profile=profile,
-        limits=Budgets.of(sheet, settings).record(profile),
+        profile=sheet.profile,
+        limits=Budgets.of(sheet, settings).record(sheet.profile),
         blocks=sheet.plans(decision.choices),
         forecast=sheet.forecast(decision.choices),
         floor_bytes=sheet.peak_bytes(floor(sheet, settings)),
-        accumulating=accumulating,
+        accumulating=sheet.accumulating,
         seq_len=max(sheet.lengths, default=0),
         notes=(*decision.notes, *notes_on(sheet, decision.choices), *note_on_accumulation(sheet, settings)),
     )

@@ -1,7 +1,7 @@
 """The arithmetic of one profile at given lengths: choices in, exact totals out.
 
-A model has many blocks and few kinds of blocks. The sheet works out each distinct (kind, choice) once, so
-that planners and error messages can ask for hundreds of plans.
+A model has many blocks and few kinds of blocks. The sheet works out each distinct (kind, choice) once, and walks
+through each distinct step once, so that planners and error messages can ask for thousands of plans.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from memo_runtime.errors import MemoError
 from memo_runtime.planning.actions import plan_block
 from memo_runtime.planning.footprint import Footprint, footprint
-from memo_runtime.planning.forecast import Course, Surroundings, run_course
+from memo_runtime.planning.forecast import Course, Surroundings, bytes_at_head, run_course, step_seconds
 from memo_runtime.records import BlockPlan, BlockProfile, Executor, Forecast, Profile
 
 
@@ -38,16 +38,11 @@ class Choice:
     passes: int = 0
 
 
+#: Plan and footprint of a block.
+_One = tuple[BlockPlan, Footprint]
+
 #: The choice that leaves a block alone.
 KEEP = Choice(Executor.KEEP)
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """A step under some choices: its blocks' plans and its forecast."""
-
-    plans: tuple[BlockPlan, ...]
-    forecast: Forecast
 
 
 def lengths_of(profile: Profile, tokens: Mapping[int, int] | None) -> tuple[int, ...]:
@@ -81,7 +76,9 @@ class Sheet:
     kinds: tuple[int, ...] = ()
     accumulating: bool = False
     around: Surroundings = field(init=False)
-    _known: dict[tuple[int, int, Choice], tuple[BlockPlan, Footprint]] = field(init=False, default_factory=dict)
+    _known: dict[tuple[int, int, Choice], _One] = field(init=False, default_factory=dict)
+    _courses: dict[tuple[int, ...], Course] = field(init=False, default_factory=dict)
+    _seconds: dict[tuple[int, ...], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.around = Surroundings.of(
@@ -106,7 +103,7 @@ class Sheet:
         """Equal for blocks that differ in nothing but their name."""
         return self.kinds[index], self.lengths[index]
 
-    def one(self, index: int, choice: Choice) -> tuple[BlockPlan, Footprint]:
+    def one(self, index: int, choice: Choice) -> _One:
         """Plan and footprint of block ``index``; the plan may carry the name of another block of its kind."""
         key = (*self.kind(index), choice)
         found = self._known.get(key)
@@ -133,30 +130,70 @@ class Sheet:
 
     def footprints(self, choices: Sequence[Choice]) -> list[Footprint]:
         """Footprint of every block."""
-        return [self.one(index, choice)[1] for index, choice in enumerate(choices)]
+        return [foot for _, foot in self._each(choices)]
 
     def plans(self, choices: Sequence[Choice]) -> tuple[BlockPlan, ...]:
         """Plan of every block, under its own name."""
-        return tuple(
-            replace(self.one(index, choice)[0], name=self.blocks[index].name) for index, choice in enumerate(choices)
-        )
+        each = zip(self._each(choices), self.blocks, strict=True)
+        return tuple(replace(plan, name=block.name) for (plan, _), block in each)
 
     def course(self, choices: Sequence[Choice]) -> Course:
         """The highest points of the step."""
-        return run_course(self.around, self.footprints(choices))
+        feet = self.footprints(choices)
+        # Footprints live as long as this sheet, so that their ids stand for them.
+        key = tuple(map(id, feet))
+        found = self._courses.get(key)
+        if found is None:
+            found = self._courses[key] = run_course(self.around, feet)
+        return found
+
+    def step_seconds(self, choices: Sequence[Choice]) -> float:
+        """Seconds of the step."""
+        feet = self.footprints(choices)
+        key = tuple(map(id, feet))
+        found = self._seconds.get(key)
+        if found is None:
+            found = self._seconds[key] = step_seconds(self.around, feet)
+        return found
 
     def peak_bytes(self, choices: Sequence[Choice]) -> int:
         """Device bytes at the highest point of the step."""
         return self.around.base_bytes + self.course(choices).device_peak
 
+    def bytes_at_head(self, choices: Sequence[Choice]) -> int:
+        """Device bytes while head and loss run, between forward and backward: at most those of the peak."""
+        return self.around.base_bytes + bytes_at_head(self.around, self.footprints(choices))
+
     def host_bytes(self, choices: Sequence[Choice]) -> int:
         """Host memory of the step, with the alignment of every slot."""
-        return sum(self.one(index, choice)[0].host_bytes for index, choice in enumerate(choices))
+        return sum(plan.host_bytes for plan, _ in self._each(choices))
 
     def forecast(self, choices: Sequence[Choice]) -> Forecast:
         """Every total of the step."""
-        plans = [self.one(index, choice)[0] for index, choice in enumerate(choices)]
-        return self.around.forecast(plans, self.footprints(choices))
+        plans = [plan for plan, _ in self._each(choices)]
+        course = self.course(choices)
+        return Forecast(
+            step_seconds=self.step_seconds(choices),
+            peak_bytes=self.around.base_bytes + course.device_peak,
+            host_bytes=sum(plan.host_bytes for plan in plans),
+            bytes_to_host=sum(plan.bytes_to_host for plan in plans),
+            bytes_to_device=sum(plan.bytes_to_device for plan in plans),
+            bytes_kept=sum(plan.bytes_kept for plan in plans),
+            recomputed_flops=sum(plan.recomputed_flops for plan in plans),
+            stash_peak_bytes=course.stash_peak,
+        )
+
+    def _each(self, choices: Sequence[Choice]) -> list[_One]:
+        """``one`` of every block. Most choices are one object for many blocks, which is then looked up by its id."""
+        known: dict[tuple[int, int, int], _One] = {}
+        found = []
+        for index, (kind, length, choice) in enumerate(zip(self.kinds, self.lengths, choices, strict=True)):
+            key = kind, length, id(choice)
+            one = known.get(key)
+            if one is None:
+                one = known[key] = self.one(index, choice)
+            found.append(one)
+        return found
 
 
 def kinds_of(blocks: Sequence[BlockProfile]) -> tuple[int, ...]:

@@ -50,4 +50,4 @@ class Strategy(ABC):
 def fastest(sheet: Sheet, budgets: Budgets, candidates: Sequence[Choices]) -> Choices | None:
     """The candidate within ``budgets`` with the shortest step; the first of equals."""
     fitting = [choices for choices in candidates if fits(sheet, budgets, choices)]
-    return min(fitting, key=lambda choices: sheet.forecast(choices).step_seconds, default=None)
+    return min(fitting, key=sheet.step_seconds, default=None)

@@ -238,25 +238,32 @@ def by_tiles(
     kept = kept_blocks(sheet, min(resident, min(most.values(), default=0)))
     if resident >= max(most.values(), default=0):
         kept = frozenset(range(len(sheet.blocks)))
+    made: dict[tuple[tuple[int, int], bool], Choice] = {}
     found = []
-    for index, (block, tokens) in enumerate(zip(sheet.blocks, sheet.lengths, strict=True)):
-        if block.tiled is None or tokens == 0:
-            other = at_prefix(block, 0, tokens)
-            reason = block.tiled_reason or other.reason
-            found.append(Choice(other.executor, other.prefix, other.device_rows, reason))
-            continue
-        size = min(tile, tokens)
-        count = -(-tokens // size)
-        sends = sent > 0 and index not in kept
-        prefix = min(tokens, int((sent if sends else alpha) * count + 1e-9) * size)
-        rows = tokens if index in kept else 0
-        found.append(
-            Choice(
-                Executor.TILED, prefix, rows, tile=size, sent=prefix if sends else 0,
-                groups=block.tiled.groups_at(tokens, groups),
-            )
-        )  # fmt: skip
+    for index in range(len(sheet.blocks)):
+        key = sheet.kind(index), index in kept
+        if key not in made:
+            made[key] = _one_by_tiles(sheet, index, alpha, tile, sent=sent, groups=groups, stays=index in kept)
+        found.append(made[key])
     return in_runs(sheet.blocks, found, every, late=late) if every > 1 or late else tuple(found)
+
+
+def _one_by_tiles(
+    sheet: Sheet, index: int, alpha: float, tile: int, *, sent: float, groups: int, stays: bool
+) -> Choice:
+    """Of block ``index``; ``stays``: its stash, on the device."""
+    block, tokens = sheet.blocks[index], sheet.lengths[index]
+    if block.tiled is None or tokens == 0:
+        other = at_prefix(block, 0, tokens)
+        return Choice(other.executor, other.prefix, other.device_rows, block.tiled_reason or other.reason)
+    size = min(tile, tokens)
+    count = -(-tokens // size)
+    sends = sent > 0 and not stays
+    prefix = min(tokens, int((sent if sends else alpha) * count + 1e-9) * size)
+    return Choice(
+        Executor.TILED, prefix, tokens if stays else 0, tile=size, sent=prefix if sends else 0,
+        groups=block.tiled.groups_at(tokens, groups),
+    )  # fmt: skip
 
 
 def floor(sheet: Sheet, settings: Settings) -> Choices:

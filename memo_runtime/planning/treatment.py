@@ -38,10 +38,14 @@ def kept_blocks(sheet: Sheet, keep_last: int | None) -> frozenset[int]:
 
 def at_fraction(sheet: Sheet, alpha: float, kept: frozenset[int]) -> tuple[Choice, ...]:
     """Swap fraction ``alpha`` for every block that is not kept, falling back where a block cannot take it."""
-    return tuple(
-        KEEP if index in kept else at_prefix(block, prefix_of(alpha, length), length)
-        for index, (block, length) in enumerate(zip(sheet.blocks, sheet.lengths, strict=True))
-    )
+    by_kind: dict[tuple[int, int], Choice] = {}
+    found = []
+    for index, (block, length) in enumerate(zip(sheet.blocks, sheet.lengths, strict=True)):
+        kind = sheet.kind(index)
+        if index not in kept and kind not in by_kind:
+            by_kind[kind] = at_prefix(block, prefix_of(alpha, length), length)
+        found.append(KEEP if index in kept else by_kind[kind])
+    return tuple(found)
 
 
 def at_prefix(block: BlockProfile, prefix: int, tokens: int) -> Choice:

@@ -1,5 +1,6 @@
 """The walk through a step and the seconds, on numbers that can be checked by hand."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -288,3 +289,29 @@ def test_the_gradient_that_the_last_block_gets_counts_twice_unless_a_norm_made_i
         peaks.append(run_course(around, [block, block]).device_peak)
     assert peaks[0] - peaks[1] == 10**9
     assert peaks[1] >= 10**10
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_input_of_a_late_block_takes_what_the_worst_step_to_it_takes(seed):
+    """Every step of every block's way, one by one; all else is small beside them."""
+    drawn = random.Random(seed)
+    around = Surroundings.of(small_profile(), TOKENS)
+    block = small_block(0)
+    plain = footprint(block, plan_block(block, Executor.KEEP, TOKENS), Link(to_host=1.0, to_device=1.0))
+    feet = [
+        replace(
+            plain, late=True, from_below=bool(index) and drawn.random() < 0.8, kept=drawn.randrange(50),
+            full=0, result=10**6 + drawn.randrange(10**6), skeletal=0, gradients=0, entry=0,
+            passing_peak=drawn.choice([0, 10**7, drawn.randrange(10**7)]),
+        )
+        for index in range(12)
+    ]  # fmt: skip
+    stashes, peaks = [], []
+    for index in range(12):
+        at = index
+        while feet[at].from_below:
+            at -= 1
+            stashes.append(sum(foot.kept for foot in feet[: index + 1]) + feet[at].result)
+            peaks.append(stashes[-1] + feet[at].passing_peak + around.outside_gradients)
+    course = run_course(around, feet)
+    assert (course.stash_peak, course.device_peak, course.phase) == (max(stashes), max(peaks), "input made again")

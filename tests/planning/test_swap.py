@@ -1,12 +1,14 @@
 """The linear program: against brute force over granules, within budgets, fast, and the same every time."""
 
 import itertools
+import random
 import time
 from dataclasses import replace
 
 import pytest
 
 from memo_runtime.config import make_settings
+from memo_runtime.planning import cbc, swap
 from memo_runtime.planning.freedom import lowest
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.planner import make_plan
@@ -172,16 +174,51 @@ def test_the_same_question_gets_the_same_answer(settings):
     assert make_plan(profile, make_settings(**settings)) == make_plan(profile, make_settings(**settings))
 
 
-def test_a_failing_solver_leaves_a_simpler_plan(monkeypatch, caplog):
-    import pulp
-
-    def broken(self, solver):
-        raise pulp.PulpSolverError("no such program")
-
-    monkeypatch.setattr(pulp.LpProblem, "solve", broken)
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (None, "No such file"),
+        ("#!/bin/sh\nexit 1\n", "exit status 1"),
+        ("#!/bin/sh\nexit 0\n", "No such file"),
+        ("#!/bin/sh\nfor last; do :; done\n: > $last\n", "CBC answered ''"),
+        ("#!/bin/sh\nfor last; do :; done\necho Optimal > $last\necho 0 what 1 >> $last\n", "CBC answered '0 what 1'"),
+    ],
+    ids=["missing", "failing", "silent", "empty", "confused"],
+)
+def test_a_failing_solver_leaves_a_simpler_plan(monkeypatch, caplog, tmp_path, script, said):
+    program = tmp_path / "cbc"
+    if script is not None:
+        program.write_text(script)
+        program.chmod(0o755)
+    monkeypatch.setattr(cbc, "executable", lambda: str(program))
     plan = make_plan(llama_profile(6), make_settings(policy="replay"))
     assert {block.prefix for block in plan.blocks} <= {0, 131072}
-    assert "no such program" in caplog.text
+    assert "the linear program was not solved, a simpler plan is used" in caplog.text
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_programs_that_are_left_out_would_have_changed_nothing(monkeypatch, seed):
+    """What bounds say is of no use is solved here all the same."""
+    drawn = random.Random(seed)
+    count, tokens = drawn.randint(2, 40), drawn.choice([8192, 65536, 131072])
+    blocks = [
+        llama_block(number, tokens=tokens, groups=llama_groups(mlp=4096 if number % 3 else 8192))
+        for number in range(count)
+    ]
+    link = Link(to_host=10 ** drawn.uniform(9.5, 11), to_device=10 ** drawn.uniform(9.5, 11))
+    profile = profile_of(blocks, link=link)
+    kept = make_plan(profile, make_settings(policy="none", budget="100TiB"))
+    device = kept.floor_bytes + int(drawn.uniform(0.02, 0.7) * (kept.forecast.peak_bytes - kept.floor_bytes))
+    host = int(drawn.uniform(0.1, 1.0) * count * tokens * 90_000)
+    settings = make_settings(policy=drawn.choice(["replay", "auto"]), budget=device, host_budget=host)
+    solved = []
+    monkeypatch.setattr(cbc, "_ask", lambda question, ask=cbc._ask: solved.append(question) or ask(question))
+    plan = make_plan(profile, settings)
+    few = len(solved)
+    monkeypatch.setattr(swap, "_bound", lambda *_: float("-inf"))
+    assert make_plan(profile, settings) == plan
+    assert few <= len(solved) - few
 
 
 class TestLowest:
@@ -205,8 +242,6 @@ class TestLowest:
 
 
 def test_without_pulp_a_simpler_plan_is_used_and_that_is_said(monkeypatch, caplog):
-    from memo_runtime.planning import swap
-
     monkeypatch.setattr(swap, "find_spec", lambda name: None)
     swap._pulp_is_installed.cache_clear()
     with caplog.at_level("WARNING", logger="memo_runtime"):

@@ -13,7 +13,7 @@ from enum import StrEnum
 from memo_runtime.config import Settings
 from memo_runtime.errors import ArgumentError, PlanInfeasibleError
 from memo_runtime.offline.optimizers import OPTIMIZERS
-from memo_runtime.offline.planning import is_feasible_at, plan_at
+from memo_runtime.offline.planning import is_feasible_at, plan_at, seconds_at
 from memo_runtime.offline.profile import Study
 from memo_runtime.planning.rounding import GRANULE_TOKENS
 from memo_runtime.planning.search import largest
@@ -93,9 +93,12 @@ class _Search:
         settings, host_bytes = self._lifted(device=device, host=host)
         return is_feasible_at(self.study.at(granules * self.unit, host_bytes=host_bytes), settings)
 
-    def plan(self, granules: int, *, device: bool = True, host: bool = True) -> Plan:
+    def plan(self, granules: int) -> Plan:
+        return plan_at(self.study.at(granules * self.unit, host_bytes=self.host_bytes), self.settings)
+
+    def seconds(self, granules: int, *, device: bool, host: bool) -> float:
         settings, host_bytes = self._lifted(device=device, host=host)
-        return plan_at(self.study.at(granules * self.unit, host_bytes=host_bytes), settings)
+        return seconds_at(self.study.at(granules * self.unit, host_bytes=host_bytes), settings)
 
     def _lifted(self, *, device: bool, host: bool) -> tuple[Settings, int | None]:
         settings = self.settings if device else replace(self.settings, budget=_UNLIMITED)
@@ -129,8 +132,7 @@ class _Search:
         """What would make the step of ``plan`` faster."""
 
         def gains(*, device: bool, host: bool) -> float:
-            loose = self.plan(granules, device=device, host=host).forecast.step_seconds
-            return 1.0 - loose / max(plan.forecast.step_seconds, 1e-12)
+            return 1.0 - self.seconds(granules, device=device, host=host) / max(plan.forecast.step_seconds, 1e-12)
 
         most = gains(device=False, host=False)
         if most < _GAIN:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from memo_runtime.config import Policy, Settings
-from memo_runtime.errors import PlanInfeasibleError
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.iteration import iteration_trace
 from memo_runtime.offline.optimizers import Optimizer
 from memo_runtime.offline.profile import Offline, profile_offline
 from memo_runtime.offline.subject import Subject
 from memo_runtime.planning.executors import tiles_are_worth_trying
+from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.layout import Layout, plan_layout
-from memo_runtime.planning.planner import make_plan
+from memo_runtime.planning.planner import plan_of
+from memo_runtime.planning.policies import decide
 from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.strategy import Decision
 from memo_runtime.planning.suggest import is_feasible
 from memo_runtime.planning.words import CommandWords
 from memo_runtime.records import Plan
@@ -66,19 +68,40 @@ def plan_at(offline: Offline, settings: Settings) -> Plan:
     Raises:
         PlanInfeasibleError: nothing fits; says by how much, and what would.
     """
+    decided = _decided_at(offline, settings)
+    return finished(plan_of(decided.sheet, settings, decided.decision), offline)
+
+
+def seconds_at(offline: Offline, settings: Settings) -> float:
+    """Step time of ``plan_at``, which raises likewise."""
+    decided = _decided_at(offline, settings)
+    return decided.sheet.step_seconds(decided.decision.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    sheet: Sheet
+    decision: Decision
+
+
+def _decided_at(offline: Offline, settings: Settings) -> _Decided:
+    """See ``plan_at``. Errors and plans are made only of what is not tried by tiles again."""
     words = CommandWords(offline.study.ranks.gpus)
     if settings.policy is not Policy.TILED:
         sheet = _sheet(offline)
-        try:
-            plan = make_plan(offline.profile, settings, words=words)
-            if not tiles_are_worth_trying(sheet, settings, plan.forecast.step_seconds):
-                return finished(plan, offline)
-        except PlanInfeasibleError as error:
-            if not tiles_are_worth_trying(sheet, settings, None):
-                if settings.policy is not Policy.AUTO or not _shorter_is_worth_trying(sheet, settings):
-                    raise
-                raise type(error)(f"{error}\n{_BY_REPLAY}") from None
-    return finished(make_plan(offline.with_tiles().profile, settings, words=words), offline)
+        decision = decide(sheet, settings)
+        seconds = None if decision is None else sheet.step_seconds(decision.choices)
+        if not tiles_are_worth_trying(sheet, settings, seconds):
+            if decision is not None:
+                return _Decided(sheet, decision)
+            error = infeasible(sheet, settings, words)
+            by_tiles = settings.policy is Policy.AUTO and _shorter_is_worth_trying(sheet, settings)
+            raise type(error)(f"{error}\n{_BY_REPLAY}") if by_tiles else error
+    sheet = _sheet(offline.with_tiles())
+    decision = decide(sheet, settings)
+    if decision is None:
+        raise infeasible(sheet, settings, words)
+    return _Decided(sheet, decision)
 
 
 def _shorter_is_worth_trying(sheet: Sheet, settings: Settings) -> bool:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memo_runtime.cli.fit_rehearsal import Told, check_rehearsable, rehearse_near, start, told_of
 from memo_runtime.cli.offline_request import (
     Alpha,
     Budget,
@@ -70,6 +69,8 @@ def fit(
         keep_last=keep_last, optimizer=optimizer, lora=lora, trainable=trainable, max_positions=max_positions,
         output=output,
     )  # fmt: skip
+    from memo_runtime.cli.fit_rehearsal import Told, check_rehearsable, rehearse_near, start, told_of
+
     here = start(request) if rehearse else None
 
     from memo_runtime.offline.fit import fit as find

@@ -1,4 +1,7 @@
-"""What the offline verbs are asked: their common options, read and checked before anything slow is imported."""
+"""What the offline verbs are asked: their common options, read and checked before anything slow is imported.
+
+Help needs none of what reads them, so that this is imported when there is something to read.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memo_runtime.config import Settings, make_settings, read_size
 from memo_runtime.errors import ArgumentError
-from memo_runtime.machines.catalogue import find_machine
-from memo_runtime.machines.machine import Machine
-from memo_runtime.output import check_writable
-from memo_runtime.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
+    from memo_runtime.config import Settings
+    from memo_runtime.machines.machine import Machine
     from memo_runtime.offline.optimizers import Optimizer
     from memo_runtime.offline.subject import Subject
 
@@ -100,6 +100,11 @@ def read_request(
     Raises:
         ArgumentError: an option that cannot be used as given. OutputError: the output cannot be written.
     """
+    from memo_runtime.config import make_settings, read_size
+    from memo_runtime.machines.catalogue import find_machine
+    from memo_runtime.output import check_writable
+    from memo_runtime.units import format_bytes
+
     machine = find_machine(gpu)
     settings = make_settings(
         policy=policy, alpha=alpha, budget=read_size("--budget", budget),
@@ -134,6 +139,8 @@ def read_tokens(option: str, text: str) -> int:
     Raises:
         ArgumentError: it is none.
     """
+    from memo_runtime.units import parse_tokens
+
     try:
         return parse_tokens(text)
     except ValueError as error:

@@ -57,6 +57,14 @@ def test_help_is_there_in_half_a_second(arguments):
     assert min(took) < 0.5
 
 
+def test_help_imports_the_command_line_and_nothing_behind_it():
+    """The dataclasses of a profile and a plan alone take as long to make as all of this."""
+    command = [sys.executable, "-c", "import sys, memo_runtime.cli.app; print(*sys.modules)"]
+    modules = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    ours = {name for name in modules if name.startswith("memo") and not name.startswith("memo_runtime.cli")}
+    assert ours == {"memo_runtime", "memo_runtime.errors"}
+
+
 @pytest.mark.parametrize(
     "arguments", [(), ("--nonsense",), ("nonsense",), ("show",), ("check", "--seed", "x")]
 )

@@ -12,13 +12,16 @@ from pathlib import Path
 import psutil
 import torch
 
+#: Elements of which PyTorch gives a thread at least so many.
+_WORK_OF_A_THREAD = 32768
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
 
 
 def limit_memory(size_bytes: int, device: torch.device) -> None:
     """Let this process allocate at most ``size_bytes``: more is an out-of-memory error.
 
-    On the CPU this bounds the process's data beyond what it holds now.
+    On the CPU this bounds the process's data beyond what it holds now and the stacks of PyTorch's threads, without
+    which it cannot compute at all: one that does not start ends the process.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -27,9 +30,15 @@ def limit_memory(size_bytes: int, device: torch.device) -> None:
         return
     import resource
 
+    _start_threads()
     facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     limit = int(facts["VmData"].split()[0]) * 1024 + size_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _start_threads() -> None:
+    """PyTorch starts its threads at the first work that is large enough for all of them."""
+    torch.ones(_WORK_OF_A_THREAD * 2 * torch.get_num_threads()).add_(1)
 
 
 def host_facts(device: torch.device) -> dict[str, int | None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.harness import forecast, provenance
+from benchmarks.harness import ending, forecast, provenance
+from benchmarks.harness.ending import LastWords
 from benchmarks.harness.job import WIDER, Job
 from benchmarks.harness.longest import next_lengths
 from benchmarks.harness.names import Entry
@@ -32,6 +32,9 @@ PLAIN = "unwrapped"
 #: Largest relative L2 distance of gradients from the reference's: rounding stays far below, and mistakes do not. Where
 #: unwrapped itself is farther from it, twice as far as that is taken.
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-4, "float64": 1e-10}
+
+#: How long last words are waited for, where what the process started may still hold its talk.
+_SECONDS_OF_WORDS = 2.0
 
 
 def say(text: str) -> None:
@@ -49,6 +52,7 @@ class Child:
     job: Job
     overdue: bool = False
     returned: int | None = None
+    said: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         """Measurements as they come."""
@@ -56,10 +60,10 @@ class Child:
         # As this process finds modules, whatever it was told; and the profiler need not say that it starts.
         paths = os.pathsep.join([str(provenance.ROOT), *(path for path in sys.path if path)])
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
             env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"},
         )  # fmt: skip
-        timer = self._timer(process)
+        timer, words = self._timer(process), LastWords(process)
         try:
             assert process.stdin is not None, "it is a pipe"
             assert process.stdout is not None, "it is a pipe"
@@ -73,6 +77,7 @@ class Child:
                 timer.cancel()
             process.kill()
             process.wait()
+            self.said = words.wait(_SECONDS_OF_WORDS)
 
     def _timer(self, process: subprocess.Popen[str]) -> threading.Timer | None:
         if self.job.deadline is None:
@@ -91,11 +96,9 @@ class Child:
         """How the process ended, if that was not as it should and not our doing."""
         if self.overdue or not self.returned:
             return None
-        if self.returned == -signal.SIGKILL:
-            # Nobody else kills without asking: the kernel, or a container's memory limit.
-            return {"status": "oom", "error": "killed by signal 9, as processes are when host memory runs out"}
-        ended = f"signal {-self.returned}" if self.returned < 0 else f"exit code {self.returned}"
-        return {"status": "error", "error": f"the process ended with {ended}; its last words are in the log"}
+        settings = self.job.settings
+        capped = settings.memory is not None and settings.device == "cpu"
+        return ending.failure(self.returned, self.said, capped=capped)
 
 
 @dataclass(slots=True)

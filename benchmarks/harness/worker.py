@@ -35,6 +35,7 @@ from benchmarks.harness.tracing import traced_step
 from memo_runtime.rehearsal.cpu_peak import cpu_peak
 from memo_runtime.rehearsal.failure import ran_out
 from memo_runtime.rehearsal.stand_ins import StandIns
+from memo_runtime.rehearsal.threads import is_of_a_thread
 from memo_runtime.reporting.mfu import utilization
 
 _MESSAGE_LIMIT = 600
@@ -114,7 +115,11 @@ def measure(contender: Contender, job: Job, tokens: int) -> Measurement:
 
 def _failure(job: Job, tokens: int, error: BaseException, device: torch.device) -> Measurement:
     status = "skipped" if isinstance(error, SkippedError) else "oom" if ran_out(error) else "error"
-    message = f"{type(error).__name__}: {str(error).strip()}"[:_MESSAGE_LIMIT]
+    words = "no more memory" if isinstance(error, MemoryError) else ""
+    message = f"{type(error).__name__}: {str(error).strip() or words}"
+    if status == "oom" and is_of_a_thread(error):
+        message += " (there is no memory for the stack of a thread)"
+    message = message[:_MESSAGE_LIMIT]
     facts: Measurement = {"status": status, "seq_len": tokens, "error": message, "rehearsed": job.settings.rehearse}
     if device.type == "cuda" and torch.cuda.is_initialized():
         facts |= cuda_peaks(device) | host_facts(device)

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "threads.hpp"
+
 namespace memo_core {
 namespace {
 
@@ -27,7 +29,7 @@ int populate(std::uint8_t* start, std::size_t size) {
 Populator::Populator(std::uint8_t* base, std::size_t size, int threads) : base_(base), size_(size) {
   done_.resize((size + kBlock - 1) / kBlock, false);
   const auto most = static_cast<std::size_t>(std::max(threads, 1));
-  for (std::size_t i = 0; i < std::min(most, done_.size()); ++i) threads_.emplace_back([this] { work(); });
+  start_threads(threads_, std::min(most, done_.size()), [this] { work(); }, [this] { stop(); });
 }
 
 Populator::~Populator() { stop(); }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "threads.hpp"
+
 namespace memo_core {
 namespace {
 
@@ -40,10 +42,12 @@ void copy(Direction direction, const Piece& slice) {
 }  // namespace
 
 ThreadEngine::ThreadEngine(int threads) {
-  for (int i = 0; i < std::max(threads, 1); ++i) threads_.emplace_back([this] { work(); });
+  start_threads(threads_, static_cast<std::size_t>(std::max(threads, 1)), [this] { work(); }, [this] { stop(); });
 }
 
-ThreadEngine::~ThreadEngine() {
+ThreadEngine::~ThreadEngine() { stop(); }
+
+void ThreadEngine::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;

@@ -40,6 +40,7 @@ class ThreadEngine : public Engine {
   using Queue = std::deque<std::shared_ptr<Job>>;
 
   void work();
+  void stop();
   std::shared_ptr<Job> next_job();
   void finish(const std::shared_ptr<Job>& job);
 

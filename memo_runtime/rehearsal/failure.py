@@ -6,15 +6,21 @@ import torch
 from torch import nn
 
 from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.rehearsal.threads import is_of_a_thread, no_room_for_stacks
 
 #: Messages of allocators that raise a plain RuntimeError: of pinned memory, and of the CPU's.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether ``error`` says that memory was short: the device's, the host's, or a budget's."""
+    """Whether ``error`` says that memory was short: the device's, the host's, or a budget's.
+
+    To be asked where it was caught, see ``threads.py``.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, PlanInfeasibleError)):
         return True
+    if is_of_a_thread(error):
+        return no_room_for_stacks()
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in _NO_MEMORY)
 
 

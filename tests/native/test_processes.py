@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from memo_runtime.errors import NativeUnavailableError
-from memo_runtime.native.compiled import Card
+from memo_runtime.errors import NativeUnavailableError, PinningError
+from memo_runtime.native.compiled import Card, CompiledEngine, CompiledSlab
 from tests.house.sources import ROOT
 from tests.native.building import core_library
+from tests.short_memory import little_memory
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -88,3 +89,14 @@ def test_tensors_outlive_their_engine_and_slab(rig):
     del slab
     gc.collect()
     assert torch.equal(memory, torch.full((100,), 8, dtype=torch.uint8))
+
+
+def test_threads_that_do_not_start_are_refused_and_those_that_did_are_joined(core):
+    """A started thread that nobody joined would end the process."""
+    with little_memory(24 << 20), pytest.raises(PinningError, match="the system starts no thread: no memory"):
+        CompiledEngine(core, torch.device("cpu"), threads=256)
+    engine = CompiledEngine(core, torch.device("cpu"), threads=2)
+    slab = CompiledSlab(core, 64)
+    slab.memory.zero_()
+    engine.to_host(torch.full((64,), 7, dtype=torch.uint8), slab.memory).wait()
+    assert slab.memory.min() == 7

@@ -93,7 +93,7 @@ def model_from_factory(name: str) -> tuple[nn.Module, Any]:
         raise typer.BadParameter(f"'{name}' is {type(factory).__name__}, not a function: {_WANTED}")
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise typer.BadParameter(f"'{name}' was called and raised {_said(error)}; give {_WANTED}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise typer.BadParameter(
@@ -109,7 +109,7 @@ def _kinds(made: object) -> str:
     return type(made).__name__
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """The error, and the line of the user's code that it comes from."""
     said = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]

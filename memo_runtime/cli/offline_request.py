@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from memo_runtime.offline.optimizers import Optimizer
     from memo_runtime.offline.subject import Subject
 
+#: Of the largest machine whose GPUs share their links.
+_MOST_GPUS = 72
+
 Model = Annotated[
     str, typer.Option(help="A name (llama-8b, memo-7b, ...), a Hugging Face config.json, or module:factory.")
 ]
@@ -115,8 +118,8 @@ def read_request(
             f"--budget {format_bytes(settings.budget)} is more than the {format_bytes(machine.memory_bytes)} of one "
             f"{machine.name}: give less, or leave it out for 95 % of what there is"
         )
-    if gpus < 1:
-        raise ArgumentError(f"--gpus {gpus} is not a number of GPUs: give 1 or more")
+    if not 1 <= gpus <= _MOST_GPUS:
+        raise ArgumentError(f"--gpus {gpus} is not a number of GPUs of one node: give 1 to {_MOST_GPUS}")
     if output is not None:
         check_writable(output)
     return Request(

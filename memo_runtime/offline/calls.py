@@ -11,7 +11,7 @@ from torch import nn
 
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.stack import BlockRef
-from memo_runtime.errors import MemoError, ProfileError
+from memo_runtime.errors import MemoError, ProfileError, TraceError
 from memo_runtime.offline.subject import Subject
 from memo_runtime.recording.meta_attention import fused_attention_on_meta
 from memo_runtime.recording.meta_scalars import PlainAnswers
@@ -64,6 +64,11 @@ def block_calls(subject: Subject, refs: Sequence[BlockRef]) -> Calls:
             subject.model(*args, **kwargs)
     except _LastSeenError:
         pass
+    except TraceError as error:
+        raise ProfileError(
+            f"{subject.name} looks at values, and what it does next depends on data: profile it on its device with "
+            f"memo.profile, or leave out of the batch what it looks at ({str(error).partition(',')[0]})"
+        ) from error
     except MemoError:
         raise
     except Exception as error:

@@ -162,7 +162,8 @@ def fit(
     if not search.most:
         raise ArgumentError(
             f"{study.subject.name} learns {study.subject.positions:,} positions, and lengths are searched in steps of "
-            f"{search.unit:,} tokens: give --max-positions for a longer table, or memo plan --seq-len one length"
+            f"{search.unit:,} tokens: give --max-positions for a longer table (a factory makes its own), or "
+            "memo plan --seq-len one length"
         )
     progress("the longest that fits")
     longest = search.longest()

@@ -88,5 +88,6 @@ def unknown_model(name: str) -> ArgumentError:
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return ArgumentError(
         f"model {name!r} is unknown: {meant}there are {', '.join(known_names())}, the path of a Hugging Face "
-        "config.json, or module:factory, a function without parameters that returns (model, batch)"
+        "config.json (nothing is downloaded: of a model of the Hub, save that file), or module:factory, a function "
+        "without parameters that returns (model, batch)"
     )

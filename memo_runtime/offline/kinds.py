@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.blocks.stack import BlockRef
-from memo_runtime.errors import ArgumentError
+from memo_runtime.errors import ArgumentError, ProfileError
 from memo_runtime.offline.loops import check_no_loop
 from memo_runtime.offline.materialise import real_block, real_call
 from memo_runtime.offline.measure import BlockRun, run_block
+from memo_runtime.offline.sequences import check_length
 from memo_runtime.offline.timing import growth_of
 from memo_runtime.offline.windows import window_of, within_window
 from memo_runtime.profiling.calibrate import calibrate
@@ -104,17 +106,28 @@ def _look(ref: BlockRef, call: BlockCall) -> Kind:
     with fused_attention_on_cpu():
         profile = calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
     del block, arguments, start
-    grows = bool(profile.arguments and profile.tokens)
-    if grows:
-        check_no_loop(ref.name, ref.module, call, profile)
     weights = {storage_key(p): p.untyped_storage().nbytes() for p in ref.module.parameters()}
-    lengths = _LENGTHS if grows else (profile.tokens,)
     return Kind(
         profile=profile,
-        runs=tuple(run_block(ref.module, call, profile, tokens) for tokens in lengths),
+        runs=_runs(ref.module, call, profile),
         weights=sum(weights.values()),
         gradients=sum(p.numel() * p.element_size() for p in ref.module.parameters() if p.requires_grad),
         window=window_of(ref.module),
     )
 
 
+def _runs(block: nn.Module, call: BlockCall, profile: BlockProfile) -> tuple[BlockRun, ...]:
+    """Runs on meta. A block that runs on its batch may be made for that length alone, as one that folds an image is."""
+    if not (profile.arguments and profile.tokens):
+        return (run_block(block, call, profile, profile.tokens),)
+    check_length(profile)
+    try:
+        check_no_loop(block, call, profile)
+        return tuple(run_block(block, call, profile, tokens) for tokens in _LENGTHS)
+    except Exception as error:
+        pass_on(error)
+        raise ProfileError(
+            f"{profile.name} ({type(block).__name__}) runs on the {profile.tokens:,} tokens of the batch and not on "
+            f"more: {first_line(error)}. What is made for one length has no longer ones to plan: profile the model on "
+            "its device with memo.profile, or make one for the length that is meant"
+        ) from error

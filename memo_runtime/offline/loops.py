@@ -42,7 +42,7 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_no_loop(name: str, block: nn.Module, call: BlockCall, profile: BlockProfile) -> None:
+def check_no_loop(block: nn.Module, call: BlockCall, profile: BlockProfile) -> None:
     """Refuse ``block`` (on meta) if it goes through its tokens one by one.
 
     Raises:
@@ -53,13 +53,13 @@ def check_no_loop(name: str, block: nn.Module, call: BlockCall, profile: BlockPr
     if each < _ONE_BY_ONE:
         return
     raise ProfileError(
-        f"{name} ({type(block).__name__}) goes through its tokens one by one in Python: its forward runs {short:,} "
-        f"operators for {_SHORT} tokens and {long:,} for {_LONG}, so {round(each * _EXAMPLE):,} for {_EXAMPLE:,}, and "
-        "launching them would be most of a step, which no plan made here knows. Where a library has a kernel for such "
-        "a scan (for Mamba and Jamba of transformers: mamba-ssm and causal-conv1d), the loop is what runs without it, "
-        "and the kernel needs a GPU. What works: on the GPU, with the kernel installed, memo.wrap and memo profile "
-        "measure the model as it runs there; here, models with attention, or that scan by chunks of tokens (Mamba2, "
-        "Bamba)"
+        f"{profile.name} ({type(block).__name__}) goes through its tokens one by one in Python: its forward runs "
+        f"{short:,} operators for {_SHORT} tokens and {long:,} for {_LONG}, so {round(each * _EXAMPLE):,} for "
+        f"{_EXAMPLE:,}, and launching them would be most of a step, which no plan made here knows. Where a library has "
+        "a kernel for such a scan (for Mamba and Jamba of transformers: mamba-ssm and causal-conv1d), the loop is what "
+        "runs without it, and the kernel needs a GPU. What works: on the GPU, with the kernel installed, memo.wrap and "
+        "memo profile measure the model as it runs there; here, models with attention, or that scan by chunks of "
+        "tokens (Mamba2, Bamba)"
     )
 
 

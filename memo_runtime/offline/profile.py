@@ -18,6 +18,8 @@ from torch import nn
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.stack import BlockRef, find_blocks
+from memo_runtime.errors import ArgumentError
+from memo_runtime.execution.guard import refuse_other_optimisers
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.calls import Calls, block_calls
 from memo_runtime.offline.kinds import Kind, check_attention_is_fused, find_kinds
@@ -27,6 +29,7 @@ from memo_runtime.offline.on_rank import on_rank
 from memo_runtime.offline.optimizers import Optimizer
 from memo_runtime.offline.positions import note_on_positions
 from memo_runtime.offline.ranks import Ranks, choose_ranks
+from memo_runtime.offline.sequences import note_on_sequences, note_on_tables
 from memo_runtime.offline.subject import Subject
 from memo_runtime.offline.tiles import tiles_of
 from memo_runtime.offline.timing import growth_of
@@ -116,6 +119,8 @@ class Study:
             *note_on_positions(subject, tokens),
             *note_on_windows([kind.window for kind in of_blocks], tokens),
             *note_on_launches([kind.runs for kind in of_blocks], local),
+            *note_on_sequences(profile.rows, self._seen(), tokens),
+            *self._note_on_tables(tokens),
         )
         sent = self._sent(blocks, local)
         return Offline(
@@ -127,6 +132,15 @@ class Study:
             sent_bytes=sent,
             sent_seconds=sent / machine.gpu_rate,
         )
+
+    def _seen(self) -> dict[str, int]:
+        """Tokens of a sequence that each block was called with."""
+        return {ref.name: self.examples[self.kinds[ref.name]].profile.tokens for ref in self.refs}
+
+    def _note_on_tables(self, tokens: int) -> Iterator[str]:
+        """Of a table that the search knows to end at, nothing more is said."""
+        if not self.subject.learned_positions:
+            yield from note_on_tables(self.subject.model, [ref.name for ref in self.refs], tokens)
 
     def _where(self, like: BlockProfile, name: str) -> BlockProfile:
         """``like`` as the block called ``name``, which is handed the result of the one below, or something else."""
@@ -191,10 +205,17 @@ def study_model(
     """Look at every kind of block of ``subject`` once; ``progress`` is told what is done next.
 
     Raises:
-        ArgumentError: several GPUs for attention in plain products.
+        ArgumentError: nothing is trained, or several GPUs for attention in plain products.
+        OffloaderActiveError: gradient checkpointing is on, of which a wrapped model is refused too.
         NoBlocksError, ProfileError: the model has no blocks, or does not run here.
     """
     refs = find_blocks(subject.model)
+    if not any(parameter.requires_grad for parameter in subject.model.parameters()):
+        raise ArgumentError(
+            f"no parameter of {subject.name} is trained (requires_grad is False for all), so that there is no step to "
+            "plan: --lora 16 trains adapters, --trainable PATTERN parameters by name"
+        )
+    refuse_other_optimisers(subject.model, {id(ref.module) for ref in refs})
     progress("how blocks are called")
     calls = block_calls(subject, refs)
     seen = tuple(ref for ref in refs if ref.name in calls.of)
@@ -349,11 +370,16 @@ def _model_flops(subject: Subject, kinds: Sequence[Kind], tokens: int) -> int:
     for kind in kinds:
         for parts in (
             [(run.tokens, run.forward.matmul + run.backward.matmul) for run in kind.runs],
-            [(run.tokens, 3 * run.forward.attention) for run in kind.runs_for(tokens)],
+            [(run.tokens, _forwards(run) * run.forward.attention) for run in kind.runs_for(tokens)],
         ):
             found += growth_of(parts).exact(tokens)
     names = [ref.name for ref in find_blocks(subject.model)]
     return round(found + _head_flops(subject.model, names) * tokens)
+
+
+def _forwards(run: BlockRun) -> int:
+    """Of attention, those that training needs: one where no gradient goes through it."""
+    return 3 if run.backward.attention else 1
 
 
 def _note_on_precision(subject: Subject, machine: Machine) -> tuple[str, ...]:

@@ -130,6 +130,8 @@ def _ids() -> torch.Tensor:
 
 
 def _config_file(name: str) -> dict[str, Any]:
+    if not name.strip():
+        raise unknown_model(name)
     path = Path(name)
     if path.is_dir():
         path /= "config.json"

@@ -49,6 +49,9 @@ def scan():
 
 def broken():
     raise KeyError("weights.bin")
+
+def leaves():
+    raise SystemExit(3)
 """
 
 
@@ -151,6 +154,9 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "config.json", "--seq-len", "1M", "--gpu", "h10"], "did you mean h100-80gb"),
         (["--model", "config.json", "--seq-len", "many"], "is not a token count"),
         (["--model", "config.json", "--seq-len", "1K", "--gpus", "0"], "--gpus 0"),
+        (["--model", "config.json", "--seq-len", "1K", "--gpus", "1000"], "of one node: give 1 to 72"),
+        (["--model", "", "--seq-len", "1K"], "model '' is unknown"),
+        (["--model", "meta-llama/Llama-3.1-8B", "--seq-len", "1K"], "of a model of the Hub, save that file"),
         (["--model", "config.json", "--seq-len", "1K", "--policy", "swop"], "did you mean 'swap'"),
         (["--model", "config.json", "--seq-len", "1K", "--host-memory", "2XB"], "--host-memory='2XB'"),
         (["--model", "config.json", "--seq-len", "1K", "--budget", "70"], "did you mean --budget='70GiB'?"),
@@ -161,6 +167,7 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "offlinemodel:scan", "--seq-len", "4K", "--gpus", "2"], "mixes tokens by aten.convolution"),
         (["--model", "offlinemodel:broken", "--seq-len", "1K"], "KeyError: 'weights.bin'"),
         (["--model", "offlinemodel:maek", "--seq-len", "1K"], "did you mean make?"),
+        (["--model", "offlinemodel:leaves", "--seq-len", "1K"], "was called and raised SystemExit: 3"),
         (["--model", "config.json", "--seq-len", "1K", "-o", "none/plan.json"], "there is no folder none"),
         (["--model", "config.json", "--seq-len", "1001", "--gpus", "2"], "1,000 and 1,002 do"),
         (["--model", "config.json"], "--seq-len"),

@@ -10,13 +10,10 @@ Everything is that of one rank, by the tokens that it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
-
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.errors import ArgumentError
 from memo_runtime.execution.guard import refuse_other_optimisers
@@ -30,13 +27,13 @@ from memo_runtime.offline.optimizers import Optimizer
 from memo_runtime.offline.positions import note_on_positions
 from memo_runtime.offline.ranks import Ranks, choose_ranks
 from memo_runtime.offline.sequences import note_on_sequences, note_on_tables
+from memo_runtime.offline.structure import Structure
 from memo_runtime.offline.subject import Subject
 from memo_runtime.offline.tiles import tiles_of
 from memo_runtime.offline.timing import growth_of
 from memo_runtime.offline.windows import note_on_windows
-from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.outside import loss_peak, outside_peak
-from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, measure_states
+from memo_runtime.profiling.states import measure_states
 from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, TiledProfile
 from memo_runtime.units import GiB, MiB, format_bytes
 
@@ -67,6 +64,7 @@ class Study:
     calls: Calls
     kinds: Mapping[str, str]
     examples: Mapping[str, Kind]
+    structure: Structure
     optimizer: Optimizer | None
     _tiles: dict[str, tuple[TiledProfile | None, str]] = field(default_factory=dict)
     _states: dict[str, ModelStates] = field(default_factory=dict)
@@ -98,7 +96,6 @@ class Study:
         """
         subject, machine, ranks, gpus = self.subject, self.machine, self.ranks, self.ranks.gpus
         local = ranks.local(tokens)
-        gradients = gradients_of_blocks(subject.model, [(ref.name, ref.module) for ref in self.refs])
         of_kinds = {}
         for name, kind in self.examples.items():
             takes, reason = self.tiles(name) if tiles else (None, "")
@@ -106,7 +103,7 @@ class Study:
         blocks = tuple(
             replace(
                 self._where(of_kinds[self.kinds[ref.name]], ref.name),
-                name=ref.name, stack=ref.stack, gradients=-(-gradients[ref.name] // gpus),
+                name=ref.name, stack=ref.stack, gradients=-(-self.structure.gradients[ref.name] // gpus),
             )
             for ref in self.refs
         )  # fmt: skip
@@ -122,13 +119,13 @@ class Study:
             *note_on_sequences(profile.rows, self._seen(), tokens),
             *self._note_on_tables(tokens),
         )
-        sent = self._sent(blocks, local)
+        sent = self._sent(local)
         return Offline(
             profile=replace(profile, host_bytes=per_gpu, host_source=source, notes=notes),
             study=self,
             host_bytes=host_bytes,
             tokens=tokens,
-            model_flops=_model_flops(subject, of_blocks, tokens),
+            model_flops=_model_flops(of_blocks, self.structure, tokens),
             sent_bytes=sent,
             sent_seconds=sent / machine.gpu_rate,
         )
@@ -147,7 +144,7 @@ class Study:
         takes = like.tiled
         return like if takes is None else replace(like, tiled=replace(takes, chained=name in self.calls.chained))
 
-    def _sent(self, blocks: Sequence[BlockProfile], local: int) -> int:
+    def _sent(self, local: int) -> int:
         """Bytes that a rank sends in a step."""
         of_blocks = [self.examples[self.kinds[ref.name]] for ref in self.refs]
         sent = sum(
@@ -155,10 +152,7 @@ class Study:
             for kind in of_blocks
         )
         # What lies outside of the blocks is gathered once for the whole step.
-        inside = _inside(self.subject.model, blocks)
-        around = [p for p in self.subject.model.parameters() if id(p) not in inside]
-        gathered = sum(p.numel() * p.element_size() + gradient_bytes(p) for p in around)
-        return sent + round(self.ranks.others * gathered)
+        return sent + round(self.ranks.others * (self.structure.root_bytes + self.structure.root_gradients))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +219,7 @@ def study_model(
         check_attention_is_fused(subject.name, examples)
     return Study(
         subject=subject, machine=machine, ranks=ranks, refs=seen, calls=calls, kinds=kinds, examples=examples,
-        optimizer=optimizer,
+        structure=Structure.of(subject, machine.device, seen, refs), optimizer=optimizer,
     )  # fmt: skip
 
 
@@ -249,15 +243,10 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     """The profile of the whole model."""
     subject, machine, ranks = study.subject, study.machine, study.ranks
     gpus, model, call = ranks.gpus, subject.model, study.calls.of[blocks[-1].name]
-    inside = _inside(model, blocks)
-    # Of a model that is known: its embeddings are called before the first block, and nowhere else.
-    last = _embeddings(model, inside) if subject.tiled_loss else 0
-    states = _sharded(replace(study.states, gradients_last=last), gpus)
-    root = [p for p in model.parameters() if id(p) not in inside]
-    root_bytes = sum(p.numel() * p.element_size() for p in root)
-    block_bytes = max(_bytes(model.get_submodule(block.name)) for block in blocks)
+    made = study.structure
+    states = _sharded(replace(study.states, gradients_last=made.embeddings), gpus)
     # Gathered: everything outside of the blocks for the whole step, one block in use and one ahead.
-    gathered = root_bytes + 2 * block_bytes if gpus > 1 else 0
+    gathered = made.root_bytes + 2 * made.block_bytes if gpus > 1 else 0
     hidden = call.leaves[blocks[-1].input_leaf]
     seen = hidden.shape[blocks[-1].token_dim]
     rows = max(1, hidden.numel() // hidden.shape[-1] // seen)
@@ -265,11 +254,10 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     behind = (*blocks[:-1], replace(blocks[-1], tokens=local))
     outside = outside_peak(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss)
     loss = loss_peak(model, behind, hidden_bytes) if subject.tiled_loss else Growth()
-    gathered_gradients = root_bytes if gpus > 1 else 0
+    gathered_gradients = made.root_bytes if gpus > 1 else 0
     batch = 2 * 8 * rows
-    names = [block.name for block in blocks]
     return Profile(
-        fingerprint=make_fingerprint(model, names, batch_signature(*subject.batch), "offline", machine.device),
+        fingerprint=made.fingerprint,
         device_type="cuda",
         device_name=machine.device,
         device_bytes=int((machine.memory_bytes - _CONTEXT_BYTES) * _USABLE),
@@ -286,19 +274,10 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         outside_forward=Growth(linear=hidden_bytes / local + batch),
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
-        outside_seconds=_outside_seconds(model, blocks, machine, rows),
-        norm_behind=final_norm(model, names) is not None,
-        notes=(*_notes(machine, ranks), *_note_on_precision(subject, machine)),
+        outside_seconds=_outside_seconds(made, machine, rows),
+        norm_behind=made.norm_behind,
+        notes=(*_notes(machine, ranks), *_note_on_precision(made.wide, machine)),
     )
-
-
-def _inside(model: nn.Module, blocks: Sequence[BlockProfile]) -> set[int]:
-    """Parameters of blocks, by id."""
-    return {id(p) for block in blocks for p in model.get_submodule(block.name).parameters()}
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _sharded(states: ModelStates, gpus: int) -> ModelStates:
@@ -312,19 +291,6 @@ def _sharded(states: ModelStates, gpus: int) -> ModelStates:
     )  # fmt: skip
 
 
-def _embeddings(model: nn.Module, inside: Container[int]) -> int:
-    """Bytes of gradients of embeddings outside of the blocks that are no head as well."""
-    owned: dict[int, tuple[nn.Parameter, set[bool]]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owned.setdefault(id(parameter), (parameter, set()))[1].add(isinstance(module, nn.Embedding))
-    return sum(
-        gradient_bytes(parameter)
-        for key, (parameter, embeds) in owned.items()
-        if embeds == {True} and key not in inside
-    )
-
-
 def _shared(blocks: Sequence[BlockProfile], call: BlockCall, tokens: int) -> Growth:
     """Bytes of the arguments that all blocks share, by local tokens."""
     block = blocks[-1]
@@ -336,31 +302,14 @@ def _shared(blocks: Sequence[BlockProfile], call: BlockCall, tokens: int) -> Gro
     return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
 
 
-def _around(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:
-    """Linear modules outside of the blocks."""
-    inside = tuple(f"{name}." for name in names)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not f"{name}.".startswith(inside):
-            yield module
-
-
-def _head_flops(model: nn.Module, names: Sequence[str]) -> int:
-    """FLOPs of one token in what lies outside of the blocks: three products, or two where the weight is frozen."""
-    return sum(
-        (6 if head.weight.requires_grad else 4) * head.in_features * head.out_features for head in _around(model, names)
-    )
-
-
-def _outside_seconds(model: nn.Module, blocks: Sequence[BlockProfile], machine: Machine, rows: int) -> Growth:
+def _outside_seconds(made: Structure, machine: Machine, rows: int) -> Growth:
     """Head and loss, forward and backward: their products, and what logits move."""
-    names = [block.name for block in blocks]
-    logits = sum(head.out_features for head in _around(model, names))
     shares = machine.shares
-    products = rows * _head_flops(model, names) / (machine.peak_flops * shares.matmul)
-    return Growth(linear=products + _LOGIT_TRAFFIC * rows * logits / (machine.memory_rate * shares.elementwise))
+    products = rows * made.flops_outside_called / (machine.peak_flops * shares.matmul)
+    return Growth(linear=products + _LOGIT_TRAFFIC * rows * made.logits / (machine.memory_rate * shares.elementwise))
 
 
-def _model_flops(subject: Subject, kinds: Sequence[Kind], tokens: int) -> int:
+def _model_flops(kinds: Sequence[Kind], made: Structure, tokens: int) -> int:
     """Forward and backward of the whole sequence, by what the operators do.
 
     6 N S + 6 L d S^2 for a causal model of which all is trained; weights that are frozen have no gradient, which leaves
@@ -373,8 +322,7 @@ def _model_flops(subject: Subject, kinds: Sequence[Kind], tokens: int) -> int:
             [(run.tokens, _forwards(run) * run.forward.attention) for run in kind.runs_for(tokens)],
         ):
             found += growth_of(parts).exact(tokens)
-    names = [ref.name for ref in find_blocks(subject.model)]
-    return round(found + _head_flops(subject.model, names) * tokens)
+    return round(found + made.flops_outside * tokens)
 
 
 def _forwards(run: BlockRun) -> int:
@@ -382,9 +330,8 @@ def _forwards(run: BlockRun) -> int:
     return 3 if run.backward.attention else 1
 
 
-def _note_on_precision(subject: Subject, machine: Machine) -> tuple[str, ...]:
+def _note_on_precision(wide: Sequence[str], machine: Machine) -> tuple[str, ...]:
     """What the times of a model in a wider precision are worth: machines are described by their rate in bf16."""
-    wide = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters() if p.dtype.itemsize > 2})
     if not wide:
         return ()
     return (

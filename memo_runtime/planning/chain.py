@@ -11,7 +11,6 @@ its run takes ``n`` segments, and a run may be as long as a chain.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from memo_runtime.planning.sheet import Choice
 from memo_runtime.records import BlockPlan, BlockProfile, Executor
@@ -68,10 +67,18 @@ def _agreed(choices: Sequence[Choice], wanted: Sequence[bool], *, late: bool = F
         passes = following if is_late else 0
         key = id(one), below, following > 0, passes
         if key not in known:
-            known[key] = replace(one, from_below=below, for_above=following > 0, late=is_late, passes=passes)
+            known[key] = _linked(one, from_below=below, for_above=following > 0, late=is_late, passes=passes)
         found.append(known[key])
         following = following + 1 if below else 0
     return tuple(reversed(found))
+
+
+def _linked(one: Choice, *, from_below: bool, for_above: bool, late: bool, passes: int) -> Choice:
+    """``one`` with these; field by field, which takes a fifth of the time of ``dataclasses.replace``."""
+    return Choice(
+        one.executor, one.prefix, one.device_rows, one.reason, one.tile, one.resident, one.sent, one.groups,
+        from_below, for_above, late, passes,
+    )  # fmt: skip
 
 
 def wrong_link(blocks: Sequence[BlockProfile], plans: Sequence[BlockPlan], index: int) -> str:

@@ -79,6 +79,7 @@ class Sheet:
     _known: dict[tuple[int, int, Choice], _One] = field(init=False, default_factory=dict)
     _courses: dict[tuple[int, ...], Course] = field(init=False, default_factory=dict)
     _seconds: dict[tuple[int, ...], float] = field(init=False, default_factory=dict)
+    _latest: tuple[Sequence[Choice], list[_One]] = field(init=False, default=((), []))
 
     def __post_init__(self) -> None:
         self.around = Surroundings.of(
@@ -185,6 +186,10 @@ class Sheet:
 
     def _each(self, choices: Sequence[Choice]) -> list[_One]:
         """``one`` of every block. Most choices are one object for many blocks, which is then looked up by its id."""
+        latest, found = self._latest
+        if choices is latest:
+            # Mostly several things are asked of one plan.
+            return found
         known: dict[tuple[int, int, int], _One] = {}
         found = []
         for index, (kind, length, choice) in enumerate(zip(self.kinds, self.lengths, choices, strict=True)):
@@ -193,6 +198,8 @@ class Sheet:
             if one is None:
                 one = known[key] = self.one(index, choice)
             found.append(one)
+        if isinstance(choices, tuple):
+            self._latest = choices, found
         return found
 
 

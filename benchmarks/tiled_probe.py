@@ -25,10 +25,10 @@ from benchmarks.harness.contenders.base import Contender, Training
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
 from benchmarks.harness.memory import release
+from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.install import install_forward, original_forward
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 

@@ -24,12 +24,12 @@ from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import TRACING, Captured, capture
 from memo_runtime.capture.key import Key, capture_key, difference
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_overwrite import holders, sole_holders
 from memo_runtime.execution.tiled_products import Products
-from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import ProgramCache, Run

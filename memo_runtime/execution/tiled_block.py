@@ -13,6 +13,7 @@ from memo_runtime.blocks.containers import mapped
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
+from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.counters import BlockCounters, StepCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.mixers.attention import Kernel
@@ -20,7 +21,6 @@ from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_chain import input_axis, origin_of, result_stage
 from memo_runtime.execution.tiled_overwrite import sole_holders
 from memo_runtime.execution.tiled_profile import tiled_profile
-from memo_runtime.execution.tiled_programs import compiled, run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache, Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.execution.tiled_timing import time_tiles

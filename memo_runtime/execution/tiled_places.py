@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from memo_runtime.execution.compilers import Program
 from memo_runtime.execution.tiled_costs import node_flops
 from memo_runtime.execution.tiled_rows import same_memory
 
 aten = torch.ops.aten
-#: A program, compiled or not.
-Program = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)

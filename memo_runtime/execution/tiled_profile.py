@@ -25,6 +25,7 @@ from memo_runtime.capture.choices import borrowed, kept_values
 from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.split import Mixer, Segment, mixed_values
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.compilers import Program, run_eagerly
 from memo_runtime.execution.mixers.attention import (
     Inputs,
     Kernel,
@@ -47,8 +48,7 @@ from memo_runtime.execution.tiled_moments import (
     results_of_mixers,
     stashed_results,
 )
-from memo_runtime.execution.tiled_places import Program
-from memo_runtime.execution.tiled_programs import Cost, Programs, make_programs, run_eagerly
+from memo_runtime.execution.tiled_programs import Cost, Programs, make_programs
 from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import rows_tile, tile_copies
 from memo_runtime.execution.tiled_timing import TileTimes

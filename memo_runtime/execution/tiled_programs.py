@@ -33,8 +33,9 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept, owned, run_again
 from memo_runtime.capture.split import Segment
+from memo_runtime.execution.compilers import Program, run_eagerly
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
-from memo_runtime.execution.tiled_places import Placed, Program, placed, viewed_product
+from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -290,18 +291,6 @@ def _casts(graph: fx.Graph, weights: Sequence[fx.Node]) -> list[fx.Node]:
         node for node in graph.nodes
         if node.target is aten._to_copy.default and node.args[0] in weights
     ]  # fmt: skip
-
-
-def run_eagerly(module: fx.GraphModule) -> Program:
-    """A program as PyTorch runs it, operator by operator."""
-    program: Program = module.forward
-    return program
-
-
-def compiled(module: fx.GraphModule) -> Program:
-    """A program through ``torch.compile``: norms, rotary embeddings and gates fuse."""
-    program: Program = torch.compile(module, fullgraph=True, dynamic=False)
-    return program
 
 
 def _forward_nodes(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:

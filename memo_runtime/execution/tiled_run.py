@@ -26,6 +26,7 @@ from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
+from memo_runtime.execution.compilers import Program, run_eagerly
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.tiled_chain import Input, Yielded, result_stage
@@ -33,9 +34,8 @@ from memo_runtime.execution.tiled_gradients import Gradients, Part
 from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
 from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
-from memo_runtime.execution.tiled_places import Program
 from memo_runtime.execution.tiled_products import Products
-from memo_runtime.execution.tiled_programs import Programs, make_programs, run_eagerly, run_node
+from memo_runtime.execution.tiled_programs import Programs, make_programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
 from memo_runtime.execution.tiled_rows import gapless_like, gapless_rows, like, packed, same_memory, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap

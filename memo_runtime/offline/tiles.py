@@ -22,9 +22,10 @@ from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment
 from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.compilers import Program
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_gradients import sum_dtype
-from memo_runtime.execution.tiled_places import Placed, Program
+from memo_runtime.execution.tiled_places import Placed
 from memo_runtime.execution.tiled_profile import tile_programs, tiled_profile
 from memo_runtime.execution.tiled_programs import Factors, Programs, RowFactors
 from memo_runtime.execution.tiled_timing import TileTimes

@@ -10,8 +10,8 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.capture.captured import capture
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution import tiled as tiled_module
+from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from tests.capture import blocks
 from tests.exactness import hand_written

@@ -13,10 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_profile as profiling
+from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_chain import origin_of
-from memo_runtime.execution.tiled_programs import run_eagerly
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.planning.actions import plan_block

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from memo_runtime.execution.compilers import compiled
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_programs import compiled
 from memo_runtime.execution.tiled_run import ProgramCache
 from tests.exactness import hand_written
 from tests.exactness.hand_written import WIDTH

@@ -10,12 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import memo_runtime as memo
+from benchmarks.harness.memory import host_facts
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_gradients import Gradients
-from memo_runtime.execution.tiled_programs import accumulate, compiled, run_eagerly
+from memo_runtime.execution.tiled_programs import accumulate
 from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.records import Executor
@@ -265,3 +267,15 @@ def test_a_declared_module_in_compiled_programs(drop):
     expected = results[1] if drop else run(call_of(block, x), block)
     for mine, theirs in zip(results[0], expected, strict=True):
         assert worst(mine, theirs) < 1e-3
+
+
+def test_tuning_leaves_no_pinned_memory_behind():
+    """Where no room is left beside the peak, PyTorch's tuner copies what a kernel writes to into pinned memory."""
+    torch.manual_seed(0)
+    block = Attention().cuda().bfloat16()
+    x = torch.randn(1, 1111, WIDTH, device="cuda").bfloat16().requires_grad_()
+    torch._C._host_emptyCache()
+    before = host_facts(x.device)["pinned_bytes"]
+    torch.cuda.reset_peak_memory_stats()
+    run(call_of(block, x), TiledBlock(block, tile=333, programs=ProgramCache(compiled)))
+    assert host_facts(x.device)["pinned_bytes"] == before

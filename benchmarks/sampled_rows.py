@@ -32,16 +32,18 @@ from typing import Any
 import torch
 
 from benchmarks.chunked_reference import Head, Reference, TokenWise, chunks, rounded_attention
-from benchmarks.harness.geometry import Scope
+from benchmarks.harness.geometry import Scope, UnknownGeometryError, check_geometry
 from benchmarks.harness.job import Settings
 from benchmarks.harness.provenance import machine, now, versions
 from benchmarks.harness.subject import BlockStack, Subject
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.errors import MemoError
 from memo_runtime.execution import tiled_mixing
 from memo_runtime.execution.mixers.attention import Inputs, Kernel, Saved
 from memo_runtime.execution.mixers.attention import Settings as AttentionSettings
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_block import new_programs
+from memo_runtime.output import check_writable
 from memo_runtime.units import parse_tokens
 
 Tensor = torch.Tensor
@@ -153,6 +155,10 @@ class Trial:
         self.layer, shape = self.subject.layers[0], self.subject.shape
         self.shared, self.depth, self.key_heads = shape.heads // shape.kv_heads, shape.head_dim, shape.kv_heads
         self.scale = float(self.layer.self_attn.scaling)  # type: ignore[union-attr, arg-type]
+        beyond = [number for number in options.key_heads if not -self.key_heads <= number < self.key_heads]
+        if beyond:
+            what = f"--key-heads {beyond[0]}: {options.geometry} has {self.key_heads} heads of keys"
+            raise UnknownGeometryError(what)
         options.key_heads = sorted({number % self.key_heads for number in options.key_heads})
         self.seen = Seen()
         self.seconds: dict[str, float] = {}
@@ -341,23 +347,57 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="JSON-lines file to append to")
     add("--commit", required=True, help="commit of the tree that runs")
     add("--geometry", default="llama-1b-d128")
-    add("--length", dest="tokens", default="1M", type=parse_tokens)
-    add("--tile", default=8192, type=int)
-    add("--groups", default=2, type=int, help="groups of heads")
+    add("--length", dest="tokens", default="1M", type=_tokens)
+    add("--tile", default=8192, type=_count)
+    add("--groups", default=2, type=_count, help="groups of heads")
     add("--kernel", default="cudnn" if cuda else "cpu")
-    add("--queries", default=0, type=int, help="of a chunk in forward; 0: all at once")
-    add("--key-heads", default=[0, -1], type=lambda text: [int(one) for one in text.split(",")],
+    add("--queries", default=0, type=lambda text: 0 if text == "0" else _count(text),
+        help="of a chunk in forward; 0: all at once")  # fmt: skip
+    add("--key-heads", default=[0, -1], type=_numbers,
         help="heads of keys whose attention is compared, all queries of each; default: first and last")  # fmt: skip
-    add("--short", default=4096, type=int, help="tokens whose rounding is the measure, and of a reference's chunk")
-    add("--device", default="cuda" if cuda else "cpu")
-    add("--dtype", default="auto")
-    return parser.parse_args(arguments)
+    add("--short", default=4096, type=_tokens, help="tokens whose rounding is the measure, and of a reference's chunk")
+    add("--device", default="cuda" if cuda else "cpu", choices=["cuda", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
+    options = parser.parse_args(arguments)
+    try:
+        check_geometry(options.geometry)
+        if options.out is not None:
+            check_writable(options.out)
+    except (UnknownGeometryError, MemoError) as error:
+        parser.error(str(error))
+    if options.device == "cuda" and not cuda:
+        parser.error("--device cuda: there is no GPU here; leave it out")
+    return options
+
+
+def _tokens(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of heads, such as 0,-1") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, append and say; 1 where something is over its bound."""
+    """Measure, append and say; 1 where something is over its bound, 2 where it cannot be measured."""
     options = parse(arguments)
-    row = measure(options)
+    try:
+        row = measure(options)
+    except UnknownGeometryError as error:
+        print(f"sampled_rows.py: error: {error}", file=sys.stderr)
+        return 2
     if options.out is not None:
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

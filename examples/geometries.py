@@ -167,7 +167,8 @@ def make_config(geometry: Geometry, *, tokens: int, layers: int | None = None) -
         raise GeometryError(f"--geometry {geometry.name}: {why}") from error
     if layers is not None:
         kinds = getattr(config, "layer_types", None)
-        if kinds:
+        # Of some configs they follow from the number of layers.
+        if kinds and not isinstance(getattr(type(config), "layer_types", None), property):
             config.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
         config.num_hidden_layers = layers
     if getattr(config, "max_position_embeddings", tokens) < tokens:

@@ -65,6 +65,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.sdpa_backend != "auto" and self.attention != "sdpa":
             raise OptionError(f"--sdpa-backend {self.sdpa_backend} goes with --attention sdpa")
+        if self.seq_len == 1:
+            raise OptionError("--seq-len 1 trains nothing: a token is predicted from those before it; give 2 or more")
         if self.documents == "packed" and self.text is not None:
             raise OptionError(
                 "--documents packed packs the files of the standard library, and a --text file is one document; "

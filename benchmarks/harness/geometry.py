@@ -157,7 +157,18 @@ def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConf
 
 
 def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:
-    """What of a config the harness counts with."""
+    """What of a config the harness counts with.
+
+    Raises:
+        UnknownGeometryError: its blocks are not of attention and an MLP.
+    """
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    missing = [name for name in needed if getattr(config, name, None) is None]
+    if missing:
+        raise UnknownGeometryError(
+            f"a config of type {config.model_type!r} has no {', '.join(missing)}: what is measured are blocks of "
+            "attention and an MLP, such as those of Llama"
+        )
     return Shape(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +23,33 @@ from torch import nn
 from memo_runtime.arguments import check_model, check_optimizer, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.config import Layout
-from memo_runtime.errors import ArgumentTypeError, MemoError, PinningError, PlanInfeasibleError, RehearsalError
+from memo_runtime.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    MemoError,
+    PinningError,
+    PlanInfeasibleError,
+    RehearsalError,
+)
 from memo_runtime.profiling.model import model_device
 from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
 from memo_runtime.rehearsal.failure import forget, innermost_module, ran_out
 from memo_runtime.rehearsal.kept import Kept
+from memo_runtime.rehearsal.positions import beyond_positions
 from memo_runtime.rehearsal.record import Rehearsal, ReplacedKernel
 from memo_runtime.rehearsal.stand_ins import StandIns
 from memo_runtime.wrapping import Batch, Wrapped, find_wrapped
+
+logger = logging.getLogger("memo_runtime")
 
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
 _NONE_REPLACED = "no fused kernel of attention ran, so nothing was replaced: the step took what it takes"
 _NOT_PLACED = "layout='planned' is not rehearsed: memory came from PyTorch's own allocator"
 _NO_OPTIMIZER = "no optimizer= was given: what its step and its state take is not in the peak"
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -48,6 +64,7 @@ class _Step:
     phase: str = ""
     seconds: float = 0.0
     peaks: tuple[int, int] = (0, 0)
+    behind_forward: Callable[[], None] = _nothing
 
     def run(self) -> None:
         """Forward, loss, backward and the optimizer's step."""
@@ -56,6 +73,7 @@ class _Step:
         with torch.enable_grad():
             self.phase = "forward"
             loss = self._loss_of(self.model(*args, **kwargs))
+            self.behind_forward()
             self.phase = "backward"
             loss.backward()
             del loss
@@ -141,6 +159,7 @@ def rehearse(
 
     Raises:
         ArgumentTypeError, NotBuiltError: see ``wrap``; ``loss`` is no function.
+        ArgumentError: ``optimizer`` steps another model.
         RehearsalError: the model does not train on this batch, or yields no loss; or inference mode is on.
         MemoError: what ``wrap`` and the first step raise, infeasible plans aside.
     """
@@ -148,6 +167,7 @@ def rehearse(
 
     check_model(model, "rehearse")
     check_optimizer(optimizer)
+    _check_steps(optimizer, model)
     if loss is not None and not callable(loss):
         raise ArgumentTypeError(f"loss={loss!r} is no function from the model's output to the loss")
     if torch.is_inference_mode_enabled():
@@ -169,6 +189,18 @@ def rehearse(
             return _rehearsed(step, kept, stand_ins, wrapped)
         finally:
             kept.put_back()
+
+
+def _check_steps(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """What steps nothing of the model would be missing from the peak without a word."""
+    if optimizer is None:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ArgumentError(
+            f"optimizer= steps no parameter of this {type(model).__name__}: give the one that was made of its "
+            "model.parameters(), after everything that replaces them (PEFT, .to_empty(), fully_shard)"
+        )
 
 
 @contextlib.contextmanager
@@ -194,7 +226,9 @@ def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | 
     where = ""
     step.reset_peaks()
     try:
+        step.behind_forward = partial(_say_what_is_real, stand_ins)
         step.run()
+        step.behind_forward = _nothing
         kept.start_again()
         stand_ins.clear()
         step.reset_peaks()
@@ -206,15 +240,22 @@ def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | 
         if not ran_out(error):
             if isinstance(error, MemoError):
                 raise
+            beyond = beyond_positions(step.model, step.batch)
             raise RehearsalError(
                 f"{type(step.model).__name__} does not train on this batch ({describe_batch(*step.batch)}): "
                 f"{type(error).__name__}: {error}. Give the batch as the model takes it: keyword arguments as a dict, "
-                "positional ones as a tuple"
+                "positional ones as a tuple" + (f". {beyond[0].upper()}{beyond[1:]}" if beyond else "")
             ) from error
         failed = error
         kept.start_again()
         step.let_go()
     return _record(step, stand_ins, wrapped, failed, where)
+
+
+def _say_what_is_real(stand_ins: StandIns) -> None:
+    """In time: two steps of a model whose attention is not replaced may take hours."""
+    if not stand_ins.calls:
+        logger.warning("rehearsal: no fused kernel of attention ran in the forward, so that two whole steps are taken")
 
 
 def _where(error: BaseException, step: _Step, stand_ins: StandIns) -> str:
@@ -253,6 +294,8 @@ def _record(
     notes = [] if step.optimizer is not None else [_NO_OPTIMIZER]
     if wrapped is not None and wrapped.layout is Layout.PLANNED:
         notes.append(_NOT_PLACED)
+    if beyond := beyond_positions(step.model, step.batch):
+        notes.append(beyond)
     if failed is None and not replaced:
         notes.append(_NONE_REPLACED)
     message = "" if failed is None else f"{type(failed).__name__}: {str(failed).strip()}".split("\n")[0]

@@ -150,3 +150,34 @@ def test_a_tile_that_is_forgotten_is_seen(monkeypatch):
 
     monkeypatch.setattr(tiled_mixing, "attention_forward", late)
     assert "o" in found()[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--geometry", "nope"], "there are: tiny"),
+        (["--length", "many"], "is not a token count"),
+        (["--tile", "0"], "is not a whole number of at least 1"),
+        (["--groups", "0"], "is not a whole number of at least 1"),
+        (["--queries", "-1"], "is not a whole number of at least 1"),
+        (["--key-heads", "a"], "is no list of numbers of heads"),
+        (["--short", "0"], "is not a token count"),
+        (["--dtype", "float8"], "invalid choice"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--out", "none/rows.jsonl"], "there is no folder none"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_message(given, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sampled_rows.parse([*OPTIONS, *given])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_blocks_that_cannot_be_measured_are_one_message(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "mamba", "num_hidden_layers": 2}))
+    assert sampled_rows.main([*OPTIONS, "--geometry", str(config), "--length=64"]) == 2
+    assert "a config of type 'mamba' has no num_attention_heads" in capsys.readouterr().err
+    assert sampled_rows.main([*OPTIONS, "--length=64", "--key-heads=99"]) == 2
+    assert "--key-heads 99: tiny has 2 heads of keys" in capsys.readouterr().err

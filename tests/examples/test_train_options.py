@@ -29,6 +29,7 @@ def test_a_wrong_argument_is_named(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--seq-len", "1"], "trains nothing: a token is predicted"),
         (["--policy", "swap", "--alpha", "0.5"], "alpha=0.5 goes with policy"),
         (["--alpha", "1.5"], "alpha=1.5 is not a fraction"),
         (["--keep-last", "-1"], "not a number of blocks"),

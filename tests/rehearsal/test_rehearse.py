@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import memo_runtime as memo
 from benchmarks.harness.contenders.selective import save_attention
-from memo_runtime.errors import ArgumentTypeError, NotBuiltError, RehearsalError
+from memo_runtime.errors import ArgumentError, ArgumentTypeError, NotBuiltError, RehearsalError
 from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.stand_ins import StandIns
 from tests.api.towers import tower
@@ -249,3 +249,56 @@ def test_inference_mode_is_refused_by_name_and_no_grad_does_not_matter():
         memo.rehearse(model, batch(), loss=mean_square)
     with torch.no_grad():
         assert memo.rehearse(model, batch(), loss=mean_square).fits
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    other = torch.optim.SGD(tower().parameters())
+    with pytest.raises(ArgumentError, match="steps no parameter of this"):
+        memo.rehearse(tower(), batch(), loss=mean_square, optimizer=other)
+
+
+def test_what_takes_two_real_steps_says_so_before_it_does(caplog):
+    said = []
+
+    class Plain(nn.Module):
+        """Says at which point it was asked for a gradient."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            result = self.layer(hidden)
+            result.register_hook(lambda _: said.append(len(caplog.records)))
+            return result
+
+    found = memo.rehearse(Plain(), torch.randn(1, 4, 8), loss=mean_square)
+    assert said == [1, 1]  # before the first backward, and once
+    assert "two whole steps" in caplog.text
+    assert any("no fused kernel" in note for note in found.notes)
+    caplog.clear()
+    memo.rehearse(tower(), batch(), loss=mean_square)
+    assert "two whole steps" not in caplog.text
+
+
+def test_a_batch_beyond_the_positions_of_its_model_is_said():
+    class Config:
+        max_position_embeddings = 16
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = Config()
+            self.table = nn.Embedding(32, 8)
+
+        def forward(self, input_ids, most=32):
+            return self.table(input_ids[:, :most] + torch.arange(input_ids.shape[1]))
+
+    def asked(tokens, **more):
+        ids = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), **more}
+        return memo.rehearse(Model(), ids, loss=mean_square)
+
+    assert any("20 tokens are beyond the 16 positions that Model" in note for note in asked(20).notes)
+    assert not any("positions" in note for note in asked(16).notes)
+    with pytest.raises(RehearsalError, match=r"IndexError.*40 tokens are beyond the 16"):
+        asked(40, most=40)

@@ -19,8 +19,9 @@ and inputs are made again one after another. Of all runs and groups the fastest 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from memo_runtime.config import LEAST_TILE, Policy, Settings, longest_tile
@@ -92,10 +93,16 @@ class ByTiles(Strategy):
         """Whether anything with such runs fits, by what needs least: the shortest tile, the fewest or most groups."""
         tile, groups, alpha = self._tiles(sheet)[-1], _groups(sheet), self.alpha or 0.0
         least = alpha or 1 / _ALPHA_STEPS
+
+        def with_residents(groups: int, keeps: float, sent: float) -> bool:
+            def at(resident: int) -> Choices:
+                return by_tiles(sheet, keeps, resident, tile, sent=sent, groups=groups, every=every, late=late)
+
+            return any(fits(sheet, budgets, at(one)) for one in _likely(sheet, budgets, self._residents(sheet), at))
+
         return any(
-            fits(sheet, budgets, by_tiles(sheet, keeps, one, tile, sent=sent, groups=count, every=every, late=late))
+            with_residents(count, keeps, sent)
             for count in dict.fromkeys((groups[-1], groups[0]))
-            for one in self._residents(sheet)
             for keeps, sent in ((alpha, 0.0), *(() if late else ((alpha, least),)))
         )
 
@@ -195,6 +202,19 @@ class _How:
 
     def at(self, sheet: Sheet, alpha: float, *, sent: float = 0.0) -> Choices:
         return by_tiles(sheet, alpha, self.resident, self.tile, sent=sent, groups=self.groups, every=self.every)
+
+
+def _likely(
+    sheet: Sheet, budgets: Budgets, residents: Sequence[int], at: Callable[[int], Choices]
+) -> Sequence[int]:
+    """Those of ``residents``, numbers of blocks whose stash stays, the most first, at which ``at`` may fit.
+
+    Each block whose stash stays takes nothing of the host, and more of the device while head and loss run. So those
+    that need too much of the host are all at the end, those that need too much of the device there at the beginning.
+    """
+    device = bisect_left(residents, True, key=lambda one: not budgets.over_device(sheet.bytes_at_head(at(one))))
+    host = bisect_left(residents, True, key=lambda one: budgets.over_host(sheet.host_bytes(at(one))) > 0)
+    return residents[device:host]
 
 
 def _runs(sheet: Sheet) -> list[int]:

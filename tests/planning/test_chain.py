@@ -1,5 +1,6 @@
 """Of how many blocks one stashes its input: taken where host or device memory asks for it, and only there."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.policies import strategy_for
 from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.planning.suggest import is_feasible
+from memo_runtime.planning.tiles import _likely
+from memo_runtime.planning.tiles import by_tiles as choices_by_tiles
 from memo_runtime.records import Growth, Moment
 from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import GiB
@@ -150,3 +153,34 @@ def test_eighty_blocks_are_planned_at_once():
     began = time.perf_counter()
     plan(profile, budget="60GiB", host_budget="60GiB")
     assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_of_stashes_that_are_not_looked_at_would_not_fit(seed):
+    """Every number is looked at here, for budgets between the least and the most of some number."""
+    drawn = random.Random(seed)
+    sheet = Sheet(chained(drawn.choice([5, 16])), ())
+    sheet = sheet.at(tuple(block.tokens for block in sheet.blocks))
+    how = {
+        "groups": 1, "every": drawn.choice([1, 4]), "late": drawn.random() < 0.5, "sent": drawn.choice([0.0, 0.25]),
+    }  # fmt: skip
+    if how["late"]:
+        how["sent"] = 0.0
+    alpha, residents = drawn.choice([0.0, 0.1]), list(range(len(sheet.blocks), -1, -1))
+
+    def at(resident):
+        return choices_by_tiles(sheet, alpha, resident, 8192, **how)
+
+    device, host = ([size(at(one)) for one in residents] for size in (sheet.peak_bytes, sheet.host_bytes))
+    found = 0
+    for _ in range(30):
+        settings = make_settings(
+            policy="tiled", budget=f"{drawn.randint(min(device), max(device))}B",
+            host_budget=f"{drawn.randint(min(host), max(host))}B",
+        )  # fmt: skip
+        budgets = Budgets.of(sheet, settings)
+        fitting = [one for one in residents if fits(sheet, budgets, at(one))]
+        likely = list(_likely(sheet, budgets, residents, at))
+        assert set(fitting) <= set(likely)
+        found += len(likely) < len(residents) and bool(fitting)
+    assert found

@@ -22,7 +22,7 @@ from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -286,6 +286,7 @@ class Profile:
         expandable: the device's allocator joins its free memory (expandable segments), so that it does not splinter.
         shared: bytes of block arguments that all blocks share (masks, rotary tables).
         outside_forward: device bytes alive across the stacks that belong to no block (embedding output, targets).
+            entry: of these, what the first block is given, where nobody holds it once the forward is over.
         outside_peak: device bytes that the head and loss need on top, after the last block, once their gradients are
             there. loss_peak: that they need before, where the loss runs by tiles.
         outside_seconds: embedding, head and loss, forward and backward.
@@ -306,6 +307,7 @@ class Profile:
     expandable: bool = False
     shared: Growth = field(default_factory=Growth)
     outside_forward: Growth = field(default_factory=Growth)
+    entry: Growth = field(default_factory=Growth)
     outside_peak: Growth = field(default_factory=Growth)
     loss_peak: Growth = field(default_factory=Growth)
     outside_seconds: Growth = field(default_factory=Growth)

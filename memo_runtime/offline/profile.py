@@ -270,8 +270,10 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         allocated_bytes=states.parameters + states.buffers + gathered + _WORKSPACE_BYTES,
         expandable=True,
         shared=_shared(blocks, call, seen),
-        # The batch, and the embedding's result, which is the first block's input and is held by the stack's caller.
+        # The batch, and the embedding's result, which is the first block's input and is held by the stack's caller:
+        # of a model that is known, until its forward is over.
         outside_forward=Growth(linear=hidden_bytes / local + batch),
+        entry=Growth(linear=hidden_bytes / local) if subject.tiled_loss else Growth(),
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
         outside_seconds=_outside_seconds(made, machine, rows),

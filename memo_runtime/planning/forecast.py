@@ -83,7 +83,8 @@ class Surroundings:
         outside_gradients: of parameters outside the blocks, from the head's backward on, and ``last_gradients``, when
             all blocks have gone backward; 0 if not gradual.
         outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU). stepping: likewise, of
-            the optimizer's step. held: who made the gradient that the last block gets may keep it.
+            the optimizer's step. held: who made the gradient that the last block gets may keep it. entry: of
+            ``base_bytes``, what the first block is given, where it is gone when blocks go backward.
     """
 
     asynchronous: bool
@@ -95,6 +96,7 @@ class Surroundings:
     outside_seconds: float
     stepping: int = 0
     held: bool = True
+    entry: int = 0
 
     @classmethod
     def of(cls, profile: Profile, tokens: int, *, accumulating: bool = False) -> Surroundings:
@@ -129,14 +131,21 @@ class Surroundings:
             outside_seconds=profile.outside_seconds.exact(tokens),
             stepping=states.stepping if asynchronous else 0,
             held=not profile.norm_behind,
+            entry=profile.entry.at(tokens) if asynchronous else 0,
         )
 
 
 def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
     """Walk through one step of ``blocks`` in call order and find its highest points."""
-    points = [*_forward_points(around, blocks), *_backward_points(around, blocks)]
-    entry = _entry(around, blocks)
-    in_all = [stash + transient + there - (entry if stash else 0) for stash, transient, there, _, _ in points]
+    forward, backward = [*_forward_points(around, blocks)], [*_backward_points(around, blocks)]
+    points, entry = [*forward, *backward], _entry(around, blocks)
+    # Where it is gone by then, what the first block keeps of it is there beside nothing else.
+    gone = around.entry or entry
+    in_all = [stash + transient + there - (entry if stash else 0) for stash, transient, there, _, _ in forward]
+    in_all += [
+        stash + transient + there - (gone if stash or around.entry else 0)
+        for stash, transient, there, _, _ in backward
+    ]
     device_peak = max(in_all)
     _, _, gradients, index, phase = points[in_all.index(device_peak)]
     stash_peak = max(point[0] for point in points)

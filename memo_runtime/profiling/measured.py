@@ -103,6 +103,7 @@ class Measured:
             rows=max(1, int(profile.rows * to_first)),
             shared=line_through(self.shared_by_all, profile.shared, to_last),
             outside_forward=times(profile.outside_forward, to_last),
+            entry=times(profile.entry, to_last),
             outside_peak=times(profile.outside_peak, to_last),
             loss_peak=replace(times(profile.loss_peak, to_last), constant=profile.loss_peak.constant),
             outside_seconds=times(profile.outside_seconds, to_last),

@@ -20,6 +20,7 @@ from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import ProfileError
 from memo_runtime.profiling.calibrate import calibrate
+from memo_runtime.profiling.entry import is_alone, is_saved_in_front
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.likeness import Example, like_one_of, make_of
 from memo_runtime.profiling.link import measure_link
@@ -66,6 +67,9 @@ class Observer(Walk):
     allocated: int | None = None
     rows: int = 1
     hidden: torch.Tensor | None = None
+    #: What made ``hidden`` goes on holding it; and nobody holds it when the forward is over.
+    saved_in_front: bool = False
+    goes: bool = False
     pairs: dict[str, PairLaw] = field(default_factory=dict)
     _called: list[str] = field(default_factory=list)
     _examples: list[Example] = field(default_factory=list)
@@ -106,6 +110,9 @@ class Observer(Walk):
             if block.name not in self.profiles and block.stack in stacks and not is_gathered(block.module):
                 self._compare(block)
         self._examples.clear()
+        # Before what the forward left in modules is put back. Several stacks have inputs of several lengths.
+        alone = self.hidden is not None and is_alone(self.hidden)
+        self.goes = alone and len(stacks) == 1 and not self.saved_in_front
 
     def in_order(self) -> list[NamedBlock]:
         """The profiled blocks as the forward called them first, which modules of a model need not be listed in.
@@ -153,6 +160,7 @@ class Observer(Walk):
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
             self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
+            self.saved_in_front = is_saved_in_front(hidden)
             self.hidden = hidden.detach()
         # Blocks that save the same cost the same: one of each is timed, and seen at other numbers of sequences.
         key = _kind_of(block, profile)
@@ -287,6 +295,7 @@ def profile_model(
         expandable=joins_free_memory(device),
         shared=shared,
         outside_forward=Growth(linear=outside / max(1, tokens)),
+        entry=Growth(linear=min(outside, hidden_bytes) / max(1, tokens) if observer.goes else 0.0),
         outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
         loss_peak=loss_peak(model, measured, hidden_bytes) if tiled_loss else Growth(),
         outside_seconds=seconds,

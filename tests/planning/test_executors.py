@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from memo_runtime.config import make_settings
+from memo_runtime.config import longest_tile, make_settings
 from memo_runtime.errors import BlockFallbackError, PlanInfeasibleError
 from memo_runtime.planning.executors import tiles_are_worth_trying
 from memo_runtime.planning.planner import make_plan
@@ -254,3 +254,21 @@ def test_heads_go_in_groups_where_nothing_fits_without():
     assert "cudnn, 2 groups" in str(found)
     assert {block.groups for block in plan(profile, policy="tiled", budget=budget + 1).blocks} == {1}
     assert found.forecast.recomputed_flops > plan(profile, **least, budget="500GiB").forecast.recomputed_flops
+
+
+def test_tiles_are_twice_as_long_where_that_costs_nothing_else():
+    """With memory to spare the tile grows, and neither what is kept nor what is sent changes; a fixed one stays."""
+    profile = tried(llama_profile())
+    longest = longest_tile(profile.rows)
+    free, fixed = plan(profile, policy="tiled", budget="500GiB"), plan(profile, policy="tiled", tile=longest)
+    assert {block.tile for block in free.blocks} == {2 * longest}
+    assert {block.tile for block in fixed.blocks} == {longest}
+    bare = plan(profile, policy="tiled", alpha=0.0, keep_last=0, tile=longest).forecast.peak_bytes
+    tight = plan(profile, policy="tiled", alpha=0.0, keep_last=0, budget=bare)
+    assert {block.tile for block in tight.blocks} == {longest}
+    for budget in (TIGHT, 32 * GiB, 40 * GiB):
+        some = plan(profile, policy="tiled", budget=budget, host_budget="60GiB")
+        again = plan(profile, policy="tiled", budget=budget, host_budget="60GiB", tile=longest)
+        kept = [(block.prefix, block.sent, block.device_rows, block.groups) for block in some.blocks]
+        assert kept == [(block.prefix, block.sent, block.device_rows, block.groups) for block in again.blocks]
+        assert some.forecast.peak_bytes <= budget

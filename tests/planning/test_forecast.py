@@ -291,6 +291,21 @@ def test_the_gradient_that_the_last_block_gets_counts_twice_unless_a_norm_made_i
     assert peaks[1] >= 10**10
 
 
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["sent away", "kept by the first block"])
+def test_what_the_first_block_is_given_is_there_once_or_not_at_all_while_blocks_go_backward(kept):
+    """An embedding's result goes with the forward; a tensor of the caller's stays, and is what the block keeps."""
+    block = Footprint(
+        skeletal=0, outgoing=0, kept=kept, full=0, spent=0, landing=0, copies=False, stashed=False, forward=0.0,
+        backward=0.0, again=0.0, to_host=0.0, to_device=0.0, forward_peak=10**8, backward_peak=10**10, end_peak=0,
+        rerun_peak=0, gradients=0, entry=kept,
+    )  # fmt: skip
+    peaks = []
+    for entry in (Growth(), Growth(constant=10**9)):
+        around = Surroundings.of(replace(small_profile(), entry=entry), TOKENS)
+        peaks.append(run_course(around, [block]).device_peak)
+    assert peaks[0] - peaks[1] == 10**9 - kept
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_input_of_a_late_block_takes_what_the_worst_step_to_it_takes(seed):
     """Every step of every block's way, one by one; all else is small beside them."""

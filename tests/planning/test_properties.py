@@ -61,6 +61,7 @@ def profiles(draw):
         chosen.append(type(block)(**{**_fields(block), "tokens": tokens}))
     gradients = sum(block.gradients for block in chosen) + draw(st.integers(0, 2 * 10**7))
     present = draw(st.sampled_from([0, 0, gradients // 3, gradients]))
+    outside = draw(SIZES)
     profile = profile_of(
         chosen,
         states=ModelStates(
@@ -68,7 +69,8 @@ def profiles(draw):
             stepping=draw(st.sampled_from([0, 0, 10**5, 10**8])),
         ),
         allocated_bytes=10**5 + present,
-        outside_forward=Growth(linear=draw(SIZES)),
+        outside_forward=Growth(linear=outside),
+        entry=Growth(linear=draw(st.sampled_from([0, outside]))),
         outside_peak=Growth(linear=draw(SIZES)),
         link=Link(to_host=draw(st.floats(1e6, 1e12)), to_device=draw(st.floats(1e6, 1e12))),
     )

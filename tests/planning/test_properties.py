@@ -8,6 +8,8 @@ from memo_runtime.config import make_settings
 from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.rounding import granule
+from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.treatment import at_fraction
 from memo_runtime.records import Action, Executor, Growth, Link, ModelStates, Role
 from tests.planning import reference
 from tests.planning.builders import group, llama_block, on_cpu, profile_of
@@ -186,6 +188,16 @@ def check_suggestions(profile, asked, text):
 def test_planning_is_deterministic(profile, asked):
     first = make_plan(profile, settings_of(budget=10**12, host_budget=10**12, **asked))
     assert make_plan(profile, settings_of(budget=10**12, host_budget=10**12, **asked)) == first
+
+
+@settings(max_examples=40, deadline=None)
+@given(profiles(), st.floats(0, 1), st.booleans())
+def test_what_is_there_at_the_head_is_never_more_than_the_peak(profile, alpha, accumulating):
+    """Plans are refused by it before they are walked through."""
+    sheet = Sheet(profile, lengths_of(profile, None), accumulating=accumulating)
+    for kept in range(len(profile.blocks) + 1):
+        choices = at_fraction(sheet, alpha, frozenset(range(len(profile.blocks) - kept, len(profile.blocks))))
+        assert sheet.bytes_at_head(choices) <= sheet.peak_bytes(choices)
 
 
 @pytest.mark.parametrize("policy", ["none", "swap", "recompute", "memo", "replay", "auto"])

@@ -101,10 +101,28 @@ def test_what_is_said_of_forecasts_by_tiles_is_made_of_rows():
     exposed = [by_name["memo-tiled@24GiB", length]["details"]["trace"]["exposed_share"] for length in (131072, 262144)]
     assert f"where {100 * exposed[0]:.1f} % of the time of its copies is not hidden ({100 * exposed[1]:.1f} %" in tiled
     share = [seconds["kernels", length] / seconds["memo-tiled0", length] for length in (65536, 131072)]
-    assert f"memo-tiled0 has {share[0]:.3f} of the speed of kernels alone at 65,536 tokens" in tiled
-    assert f"and {share[1]:.3f} at 131,072" in tiled
+    assert f"memo-tiled0 has {share[0]:.3f} of the speed of kernels alone at 65,536 tokens, and {share[1]:.3f}" in tiled
     replay = [f"{row['step_seconds']:.2f}" for (name, _), row in by_name.items() if name == "memo-replay"]
     assert f"memo-replay beside them: {', '.join(replay[:-1])} and {replay[-1]} s" in tiled
+
+
+def test_what_is_said_of_programs_that_write_to_rows_is_made_of_rows():
+    by_name = {(r["contender"], r["seq_len"]): r for r in rows_of("harness_tiled_h200.jsonl")
+               if r["run"] == "issue6-8b-h200f"}  # fmt: skip
+    seconds = {key: row["step_seconds"] for key, row in by_name.items()}
+    memo = [row for (name, _), row in by_name.items() if name.startswith("memo")]
+    tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
+    share = [seconds["kernels", length] / seconds["memo-tiled0", length] for length in (65536, 131072)]
+    assert f"has {share[0]:.3f} of the speed of kernels alone at 65,536 tokens now, and {share[1]:.3f}" in tiled
+    selective, checkpoint = (seconds[name, 131072] / seconds["memo-tiled@24GiB", 131072]
+                             for name in ("selective", "checkpoint"))  # fmt: skip
+    assert f"memo is {selective:.3f} times as fast as selective and {checkpoint:.3f} times as fast" in tiled
+    exposed = by_name["memo-tiled@24GiB", 131072]["details"]["trace"]["exposed_share"]
+    assert f"with {100 * exposed:.1f} % of its copies' time not hidden" in tiled
+    step, peak = (max(abs(off(row)[what]) for row in memo) for what in ("step", "peak"))
+    assert f"within {100 * step:.1f} % of their forecasts, peaks within {100 * peak:.1f} %" in tiled
+    left = max(by_name["memo-tiled0", length]["pinned_bytes"] for length in (65536, 131072))
+    assert f"left {left >> 20} MiB of pinned memory behind" in tiled
 
 
 def test_what_is_said_of_a_million_tokens_is_made_of_rows():

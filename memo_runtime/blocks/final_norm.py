@@ -1,6 +1,6 @@
 """The norm behind a stack: which module that is, and from what size on it runs by tiles.
 
-As it is, a norm in half precision takes thirteen times its input while it goes backward, since it works in float32 on
+As it is, a norm in half precision takes twelve times its input while it goes backward, since it works in float32 on
 all tokens at once: at a million tokens more than all blocks keep. By tiles (``execution/norm.py``) it takes its input,
 its result and their gradients.
 """

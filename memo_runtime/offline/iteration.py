@@ -88,12 +88,15 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
     tokens = plan.blocks[-1].tokens
     with step.span(Phase.STEP):
         across = step.allocate("block arguments", plan.profile.shared.at(tokens))
-        # The first block's input is among what it keeps, if that stays.
-        around_blocks = plan.profile.outside_forward.at(tokens)
-        embedded = step.allocate("embedding", max(0, around_blocks - (blocks[0][2].entry if blocks else 0)))
+        # The first block's input is among what it keeps, if that stays; else it may go with the forward.
+        around_blocks, stays = plan.profile.outside_forward.at(tokens), blocks[0][2].entry if blocks else 0
+        goes = 0 if stays else min(around_blocks, plan.profile.entry.at(tokens))
+        passing = step.allocate("first block's input", goes)
+        embedded = step.allocate("embedding", max(0, around_blocks - stays - goes))
         kept = _forward(step, blocks)
+        step.free(passing)
         around = Surroundings.of(plan.profile, tokens)
-        step.passing("head and loss", around.outside_peak + around.outside_gradients)
+        step.passing("head and loss", max(around.outside_peak, around.loss_peak) + around.outside_gradients)
         gradients = [step.allocate("gradients outside blocks", around.outside_gradients)]
         gradients += _backward(step, blocks, kept)
         gradients.append(step.allocate("gradients of embeddings", around.last_gradients))

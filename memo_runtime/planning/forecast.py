@@ -82,7 +82,8 @@ class Surroundings:
             accounted, they are reserved at every point.
         outside_gradients: of parameters outside the blocks, from the head's backward on, and ``last_gradients``, when
             all blocks have gone backward; 0 if not gradual.
-        outside_peak: bytes of head and loss while they run; 0 where no allocator counts (CPU). stepping: likewise, of
+        outside_peak: bytes of head and loss while they go backward; 0 where no allocator counts (CPU). loss_peak:
+            likewise, of a loss that runs by tiles in the forward, beside ``outside_gradients``. stepping: likewise, of
             the optimizer's step. held: who made the gradient that the last block gets may keep it. entry: of
             ``base_bytes``, what the first block is given, where it is gone when blocks go backward.
     """
@@ -94,6 +95,7 @@ class Surroundings:
     last_gradients: int
     outside_peak: int
     outside_seconds: float
+    loss_peak: int = 0
     stepping: int = 0
     held: bool = True
     entry: int = 0
@@ -119,15 +121,15 @@ class Surroundings:
             base = states.parameters + states.buffers + states.gradients + states.optimizer
         last = states.gradients_last if gradual else 0
         outside = max(0, states.gradients - in_blocks - last) if gradual else 0
-        # The loss by tiles is at its highest before there is a gradient of the head.
-        peak = max(profile.outside_peak.at(tokens), profile.loss_peak.at(tokens) - outside)
         return cls(
             asynchronous=asynchronous,
             base_bytes=base,
             gradual=gradual,
             outside_gradients=outside,
             last_gradients=last,
-            outside_peak=peak if asynchronous else 0,
+            outside_peak=profile.outside_peak.at(tokens) if asynchronous else 0,
+            # Before there is a gradient of the head.
+            loss_peak=max(0, profile.loss_peak.at(tokens) - outside) if asynchronous else 0,
             outside_seconds=profile.outside_seconds.exact(tokens),
             stepping=states.stepping if asynchronous else 0,
             held=not profile.norm_behind,
@@ -154,8 +156,10 @@ def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
 
 def bytes_at_head(around: Surroundings, blocks: Sequence[Footprint]) -> int:
     """Of the points of ``run_course`` the one between forward and backward, which no walk leads to."""
-    kept = sum(block.kept for block in blocks)
-    return kept + around.outside_peak + around.outside_gradients - (_entry(around, blocks) if kept else 0)
+    kept, entry = sum(block.kept for block in blocks), _entry(around, blocks)
+    loss = around.loss_peak - (entry if kept else 0)
+    behind = around.outside_peak - (around.entry or (entry if kept else 0))
+    return kept + around.outside_gradients + max(loss, behind)
 
 
 def _entry(around: Surroundings, blocks: Sequence[Footprint]) -> int:
@@ -184,12 +188,14 @@ def _forward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterat
         before = sent
     # Compute waits for the last copies before it goes on to the head.
     last = max(0, len(blocks) - 1)
-    yield kept, around.outside_peak, around.outside_gradients, last, "head and loss"
+    yield kept, around.loss_peak, around.outside_gradients, last, "head and loss"
 
 
 def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Iterator[_Point]:
     """The points of backward, from the top."""
     transient = 1 if around.asynchronous else 0
+    kept = sum(block.kept for block in blocks)
+    yield kept, around.outside_peak, around.outside_gradients, max(0, len(blocks) - 1), "head and loss"
     fetched, stashes = _fetched_and_stashed(blocks)
     there = gradients_above(around, blocks)
     passed = _passed(blocks)

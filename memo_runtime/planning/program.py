@@ -160,7 +160,8 @@ class PrefixProgram:
             if foot.copies:
                 landing = foot.landing + fetched
             outgoing = foot.outgoing if around.asynchronous else 0
-        self._hold(kept + scale * (around.outside_peak + around.outside_gradients - room))
+        head = max(around.outside_peak, around.loss_peak) + around.outside_gradients
+        self._hold(kept + scale * (head - room))
         self._hold(scale * (all_gradients(around, feet) - room))
 
     def _hold(self, excess: Linear | float) -> None:

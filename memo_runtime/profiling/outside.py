@@ -26,8 +26,8 @@ logger = logging.getLogger("memo_runtime")
 
 #: Copies of the last hidden state alive at once while the final norm goes backward: the state, gradients, and the
 #: float32 copies (twice the bytes each) that norms of half-precision models make. Counted for Hugging Face's RMSNorm,
-#: which takes the most (tests/profiling/test_outside.py).
-_HIDDEN_COPIES = {2: 13, 4: 7, 8: 7}
+#: which takes the most (tests/profiling/test_outside.py), behind a head, whose gradient goes when the norm has read it.
+_HIDDEN_COPIES = {2: 12, 4: 6, 8: 6}
 #: While the loss runs forward: what that norm saves, its result, and the gradient that the loss makes at once.
 _LOSS_COPIES = {2: 5, 4: 4, 8: 4}
 #: The same by tiles (``execution/norm.py``): the state, the result and their gradients; and for each token of a tile.
@@ -65,14 +65,16 @@ def outside_peak(
     tokens = max(1, last.tokens)
     parameter = next(model.parameters(), torch.empty(0))
     item = parameter.element_size()
-    copies = _BARE_COPIES if _is_bare(model, profiles) else _HIDDEN_COPIES.get(item, 5)
+    heads = list(_heads(model, profiles))
+    # Without a head the caller gives the norm its gradient, and holds it.
+    copies = _BARE_COPIES if _is_bare(model, profiles) else _HIDDEN_COPIES.get(item, 4) + (not heads)
     constant = 0.0
     if _norm_by_tiles(model, profiles, hidden_bytes):
         copies, constant = _TILED_COPIES, hidden_bytes * _TILE_COPIES / tokens * NORM_TILE
     per_token = hidden_bytes * copies / tokens
     if copies == _BARE_COPIES or tiled_loss:
         return Growth(constant=constant, linear=per_token)
-    features = sum(head.out_features for head in _heads(model, profiles))
+    features = sum(head.out_features for head in heads)
     # Logits in the model's dtype, in float32 as losses take them, and the gradients of both.
     return Growth(constant=constant, linear=per_token + rows * features * 2 * (item + 4))
 

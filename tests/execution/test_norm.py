@@ -151,5 +151,5 @@ def test_the_plan_knows_from_which_length_on():
         found = outside_peak(model, blocks, 1, hidden_bytes, tiled_loss=True), loss_peak(model, blocks, hidden_bytes)
         return [one.linear / (2 * WIDTH) for one in found]
 
-    assert bytes_of(GiB // 2) == [13, 5]
+    assert bytes_of(GiB // 2) == [12, 5]
     assert bytes_of(GiB) == [4, 3]

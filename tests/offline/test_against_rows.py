@@ -1,4 +1,4 @@
-"""Offline forecasts against what was measured on an H100: four llama-8b blocks, forward and backward."""
+"""Offline forecasts against what was measured on an H100 and an H200: four llama-8b blocks, forward and backward."""
 
 import json
 
@@ -24,12 +24,13 @@ MEASURED = {(row["contender"], row["seq_len"]): row for row in ROWS if row["stat
 LENGTHS = (16384, 32768, 65536)
 BY_TILES = [
     json.loads(line)
-    for name in ("harness_8b_budget_h100", "harness_tiled_h100")
+    for name in ("harness_8b_budget_h100", "harness_tiled_h100", "harness_tiled_h200")
     for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
 ]
 
 
-#: Rows by tiles: run, contender and length; blocks whose stash stays, and whether the others send their products.
+#: Rows by tiles: run, contender and length; blocks whose stash stays, and whether the others send their products. Those
+#: of an H200 are of programs as they are now; those of an H100 copied their results, which took 1 to 2 % of a step.
 TILED = {
     ("issue4-8b-all", "memo-auto@selective", 16384): (4, False),
     ("issue4-8b-all", "memo-auto@selective", 32768): (2, True),
@@ -38,13 +39,15 @@ TILED = {
     ("issue6-8b-all", "memo-auto@24GiB", 65536): (1, False),
     ("issue6-8b-all", "memo-auto@24GiB", 131072): (1, True),
     ("issue6-8b-all", "memo-tiled", 65536): (4, False),
+    ("issue6-8b-h200f", "memo-tiled0", 65536): (4, False),
+    ("issue6-8b-h200f", "memo-tiled0", 131072): (4, False),
+    ("issue6-8b-h200f", "memo-tiled@24GiB", 65536): (1, False),
+    ("issue6-8b-h200f", "memo-tiled@24GiB", 131072): (1, True),
+    ("issue6-8b-h200f", "memo-tiled", 65536): (4, False),
 }
-#: Parts by which a forecast may be off: seconds where copies slow products down, which nothing counts.
-TIMES = {32768: 0.06}
 
 
-@pytest.fixture(scope="module")
-def study():
+def study_on(machine):
     transformers = pytest.importorskip("transformers")
     config = make_config("llama-8b", tokens=1 << 17, blocks=4)
     config.vocab_size = 1
@@ -52,12 +55,17 @@ def study():
         whole = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         hidden = torch.empty(1, 64, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         stack = BlockStack(whole.layers, whole.rotary_emb)
-    return study_model(subject_of("blocks", stack, ((hidden,), {})), find_machine("h100-80gb"))
+    return study_model(subject_of("blocks", stack, ((hidden,), {})), find_machine(machine))
 
 
 @pytest.fixture(scope="module")
-def profile(study):
-    return study.at(16384).profile
+def studies():
+    return {machine: study_on(machine) for machine in ("h100-80gb", "h200-141gb")}
+
+
+@pytest.fixture(scope="module")
+def profile(studies):
+    return studies["h100-80gb"].at(16384).profile
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -78,10 +86,12 @@ def test_time_of_full_recomputation(profile, tokens):
 
 
 @pytest.mark.parametrize(("run", "contender", "tokens"), TILED)
-def test_blocks_by_tiles(run, contender, tokens, study):
+def test_blocks_by_tiles(run, contender, tokens, studies):
     (row,) = (row for row in BY_TILES if (row["run"], row["contender"], row["seq_len"]) == (run, contender, tokens))
     (alpha,) = set(row["details"]["alpha"])
     resident, sends = TILED[run, contender, tokens]
+    today = "h200" in run
+    study = studies["h200-141gb" if today else "h100-80gb"]
     profile = study.at(tokens, host_bytes=1 << 40, tiles=True).profile
     sheet = Sheet(profile, (tokens,) * 4)
     tile = longest_tile(profile.rows)
@@ -89,7 +99,10 @@ def test_blocks_by_tiles(run, contender, tokens, study):
     assert forecast.host_bytes == row["details"]["host_bytes"]
     assert forecast.bytes_kept == row["details"]["bytes_kept"]
     assert forecast.recomputed_flops == row["recomputed_flops"]
-    assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=TIMES.get(tokens, 0.05))
+    if today:
+        assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.05)
+    else:
+        assert 0.9 * row["step_seconds"] < forecast.step_seconds < row["step_seconds"]
     # The harness holds the result while it goes backward.
     held = tokens * 2 * 4096
     assert forecast.peak_bytes - profile.states.optimizer + held == pytest.approx(row["peak_allocated"], rel=0.03)

@@ -91,6 +91,4 @@ def test_a_step_by_tiles(case, study):
     assert forecast.bytes_to_host == forecast.host_bytes == moved
     assert forecast.recomputed_flops == row["recomputed_flops"]
     assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.05)
-    # Exactly two hidden states (1 GiB) above each row, as the forecast of the run itself was: what the final norm's
-    # backward takes is counted too high. That is 3.3 % of the smaller peak.
-    assert forecast.peak_bytes == pytest.approx(row["peak_allocated"], rel=0.035)
+    assert forecast.peak_bytes == pytest.approx(row["peak_allocated"], rel=0.001)

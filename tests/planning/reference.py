@@ -158,8 +158,8 @@ def peaks(profile, plan, accumulating=False):
     tokens = plan[-1].tokens if count else 0
     stash.append(everything)
     head = outside if walked else 0
-    device.append(everything + head + (profile.outside_peak.at(tokens) if cuda else 0))
     going_back = len(device)
+    device.append(everything + head + (profile.outside_peak.at(tokens) if cuda else 0))
     for i in reversed(range(count)):
         held = sum(kept(profile, plan, j) for j in range(i + 1)) + full(profile, plan, i)
         lower = [j for j in range(i) if has_copies(profile, plan, j)]
@@ -175,13 +175,13 @@ def peaks(profile, plan, accumulating=False):
             device.append(held + above + (again if cuda else 0))
         held -= spent(profile, plan, i)
         device.append(held + above + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
-    gone = profile.entry.at(tokens)
+    gone = profile.entry.at(tokens) if cuda else 0
     forward, backward = device[:going_back], device[going_back:]
     if cuda:
         # What the first block is given is around the blocks; where it goes with the forward, only the block has it.
         device = [held - entry(profile, plan) for held in forward]
         device += [held - (gone or entry(profile, plan)) for held in backward]
-    device.append(-gone if cuda else 0)
+    device.append(-gone)
     device[-1] += ((outside + sum(gradients) if walked else 0) + (profile.states.stepping if cuda else 0))
     states = profile.states
     if cuda:

@@ -20,7 +20,7 @@ from torch import fx
 
 from memo_runtime.execution.compilers import Program
 from memo_runtime.execution.tiled_costs import node_flops
-from memo_runtime.execution.tiled_rows import same_memory
+from memo_runtime.execution.tiled_rows import is_dense, same_memory
 
 aten = torch.ops.aten
 
@@ -142,8 +142,10 @@ def _last_product(result: fx.Node) -> tuple[fx.Node | None, fx.Node] | None:
 
 
 def viewed_product(node: fx.Node) -> fx.Node | None:
-    """The product whose memory ``node`` is, as a whole; None: it is none, or something else needs it."""
+    """The product of which ``node`` is every element, each once; None: it is none, or something else needs it."""
     value = node.meta["val"]
+    if not is_dense(value):
+        return None  # an expanded column has as many elements as the product, and is another value
     while node.op == "call_function" and _is_last(node):
         if node.target is aten.mm.default or (node.target is aten.addmm.default and not node.kwargs):
             made = node.meta["val"]

@@ -43,6 +43,8 @@ class Around(nn.Module):
         x = x + self.merge(mixed)
         if self.way == "two products":
             return self.down(x) + self.merge(x)
+        if self.way == "a column":
+            return self.down(x)[..., :1].expand(-1, -1, WIDTH)
         if self.way == "wider":
             return (x + 0.5).double() + self.down(x.relu())
         result = self.down(x.relu())
@@ -53,7 +55,7 @@ class Around(nn.Module):
 
 WAYS = (
     "plain", "no bias", "no norm", "fused", "one twice", "product alone", "two products", "wider", "used again",
-    "scaled",
+    "scaled", "a column",
 )  # fmt: skip
 
 

@@ -32,9 +32,12 @@ def is_saved_in_front(hidden: torch.Tensor) -> bool:
 
 
 def _saved(node: Any) -> Iterator[torch.Tensor]:
-    values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-    values.extend(getattr(node, "saved_tensors", ()))  # of an autograd.Function
-    for value in values:
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    for name in [*names, "saved_tensors"]:  # the last of an autograd.Function
+        try:
+            value = getattr(node, name, None)
+        except RuntimeError:
+            continue  # written to since, which its own backward will refuse
         yield from (one for one in (value if isinstance(value, (list, tuple)) else [value])
                     if isinstance(one, torch.Tensor))  # fmt: skip
 

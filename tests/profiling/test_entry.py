@@ -92,6 +92,15 @@ def test_what_an_operator_in_front_has_saved(front, saved):
     assert is_saved_in_front(front(torch.randn(1, 3, 4, requires_grad=True))) == saved
 
 
+def test_what_was_written_to_in_front_is_for_its_own_backward_to_refuse():
+    hidden = torch.randn(1, 3, 4, requires_grad=True) * 1.0
+    squared = hidden.pow(2)
+    hidden.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _ = squared.grad_fn._saved_self
+    assert not is_saved_in_front(squared)
+
+
 @pytest.mark.parametrize(("front", "alone"), [(nn.Linear(WIDTH, WIDTH), True), (Held(), False), (Leaf(), False)])
 def test_who_holds_the_input_of_the_first_block(front, alone, answers):
     memo.profile(Stack(front), torch.randn(1, 32, WIDTH, requires_grad=True))

@@ -127,6 +127,8 @@ class PrefixProgram:
         around = self.sheet.around
         transient = 1 if around.asynchronous else 0
         room = limit * (1 - _SOLVER_SLACK) - around.base_bytes
+        # What the first block is given may be gone when blocks go backward.
+        later = room + around.entry
         scale = 1 / max(1.0, float(limit))
         kept: Linear | float = 0
         outgoing = 0
@@ -153,16 +155,16 @@ class PrefixProgram:
             waits = isinstance(landing, int) and put_off(foot, landing)
             backward = foot.full + fetched + (0 if waits else landing) + there[index]
             if index in self.lines or foot.rerun_peak or foot.spent:
-                self._hold(kept + scale * (backward + transient * rerun - room))
+                self._hold(kept + scale * (backward + transient * rerun - later))
             # What autograd does not read is gone again: all of the rows that are copied to be rebuilt from.
             read = backward - fetched - foot.spent
-            self._hold(kept + scale * (read + transient * foot.backward_peak - room))
+            self._hold(kept + scale * (read + transient * foot.backward_peak - later))
             if foot.copies:
                 landing = foot.landing + fetched
             outgoing = foot.outgoing if around.asynchronous else 0
-        head = max(around.outside_peak, around.loss_peak) + around.outside_gradients
+        head = max(around.loss_peak, around.outside_peak - around.entry) + around.outside_gradients
         self._hold(kept + scale * (head - room))
-        self._hold(scale * (all_gradients(around, feet) - room))
+        self._hold(scale * (all_gradients(around, feet) - later))
 
     def _hold(self, excess: Linear | float) -> None:
         """``excess`` must not be positive."""

@@ -29,8 +29,7 @@ BY_TILES = [
 ]
 
 
-#: Rows by tiles: run, contender and length; blocks whose stash stays, and whether the others send their products. Those
-#: of an H200 are of programs as they are now; those of an H100 copied their results, which took 1 to 2 % of a step.
+#: Rows by tiles: run, contender and length; blocks whose stash stays, and whether the others send their products.
 TILED = {
     ("issue4-8b-all", "memo-auto@selective", 16384): (4, False),
     ("issue4-8b-all", "memo-auto@selective", 32768): (2, True),
@@ -45,6 +44,18 @@ TILED = {
     ("issue6-8b-h200f", "memo-tiled@24GiB", 131072): (1, True),
     ("issue6-8b-h200f", "memo-tiled", 65536): (4, False),
 }
+#: Parts by which a forecast may be off: seconds where copies slow products down, which nothing counts.
+TIMES = {32768: 0.06}
+
+
+def copying(tokens):
+    """Seconds of copies that programs of the rows of an H100 made, and today's do not.
+
+    Of each block q, k, v and y in the forward, q, k and v once more in the backward, and the gradient of attention's
+    result: read and written, 4 heads of queries sharing one of keys.
+    """
+    hidden = tokens * 4096 * 2
+    return 4 * 2 * hidden * (2.5 + 1.5 + 1) / find_machine("h100-80gb").memory_rate
 
 
 def study_on(machine):
@@ -90,8 +101,8 @@ def test_blocks_by_tiles(run, contender, tokens, studies):
     (row,) = (row for row in BY_TILES if (row["run"], row["contender"], row["seq_len"]) == (run, contender, tokens))
     (alpha,) = set(row["details"]["alpha"])
     resident, sends = TILED[run, contender, tokens]
-    today = "h200" in run
-    study = studies["h200-141gb" if today else "h100-80gb"]
+    older = "h200" not in run
+    study = studies["h100-80gb" if older else "h200-141gb"]
     profile = study.at(tokens, host_bytes=1 << 40, tiles=True).profile
     sheet = Sheet(profile, (tokens,) * 4)
     tile = longest_tile(profile.rows)
@@ -99,10 +110,8 @@ def test_blocks_by_tiles(run, contender, tokens, studies):
     assert forecast.host_bytes == row["details"]["host_bytes"]
     assert forecast.bytes_kept == row["details"]["bytes_kept"]
     assert forecast.recomputed_flops == row["recomputed_flops"]
-    if today:
-        assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.05)
-    else:
-        assert 0.9 * row["step_seconds"] < forecast.step_seconds < row["step_seconds"]
+    seconds = forecast.step_seconds + (copying(tokens) if older else 0.0)
+    assert seconds == pytest.approx(row["step_seconds"], rel=TIMES.get(tokens, 0.05))
     # The harness holds the result while it goes backward.
     held = tokens * 2 * 4096
     assert forecast.peak_bytes - profile.states.optimizer + held == pytest.approx(row["peak_allocated"], rel=0.03)

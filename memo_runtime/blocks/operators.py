@@ -122,6 +122,12 @@ def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return 2 * batch * heads * queries * key.shape[-2] * (depth + value.shape[-1])
 
 
+def _attention_backward_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """The scores again, and a product each for the gradients of scores, queries, keys and values; same convention."""
+    batch, heads, queries, depth = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (3 * depth + 2 * value.shape[-1])
+
+
 def _masked_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor) -> int:
     """Of the pairs that see each other; of all where spans have no values (meta, fake)."""
     if type(spans) is not torch.Tensor or spans.device.type == "meta":
@@ -138,10 +144,12 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     name = str(packet)
     if name == MASKED_ATTENTION:
         return _masked_flops(*args[:4])
-    # PyTorch's own formula refuses grouped-query attention in some releases and lacks the CPU's operator.
+    formula = flop_registry.get(packet)
+    # PyTorch's own formulas refuse grouped-query attention in some releases and lack the CPU's operator.
     if "scaled_dot_product" in name and "backward" not in name and len(args) >= 3:
         return _attention_flops(args[0], args[1], args[2])
-    formula = flop_registry.get(packet)
+    if "scaled_dot_product" in name and formula is not None:
+        return _attention_backward_flops(args[1], args[2], args[3])
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
     if name == "aten._grouped_mm":

@@ -109,6 +109,23 @@ def test_the_row_says_how(make_job):
 
 
 @needs_megatron
+def test_layers_see_the_same_strides_at_every_length(make_job):
+    """Where fused functions are compiled, strides that change with the length would be a reason to compile again."""
+    contender, seen = CONTENDERS["megatron-full"](make_job("megatron-full", (64, 96))), set()
+
+    def look(layer, args, given):
+        seen.add(given["hidden_states"].stride())
+
+    for layer in contender._stack.gpt.decoder.layers:
+        layer.register_forward_pre_hook(look, with_kwargs=True)
+    for tokens in (64, 96):
+        contender.start(tokens)
+        contender.step()
+    hidden = contender.subject.shape.hidden
+    assert seen == {(hidden, hidden, 1)}
+
+
+@needs_megatron
 def test_checkpoints_do_not_stop_before_the_last_product(make_job):
     shape = CONTENDERS["checkpoint"](make_job("checkpoint")).subject.shape
     contender = CONTENDERS["megatron-full"](make_job("megatron-full"))

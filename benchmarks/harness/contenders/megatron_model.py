@@ -52,8 +52,10 @@ class Stack(nn.Module):
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
         """Hidden states [1, tokens, hidden] through every block; Megatron has tokens first."""
-        self.gpt.set_input_tensor(hidden.transpose(0, 1))
-        found = self.gpt(input_ids=None, position_ids=None, attention_mask=None).transpose(0, 1)
+        # As its own embedding leaves them: a transposed view has other strides at each length, and for each its fused
+        # functions are compiled again, up to a limit beyond which they are not fused at all.
+        self.gpt.set_input_tensor(hidden.squeeze(0).unsqueeze(1))
+        found = self.gpt(input_ids=None, position_ids=None, attention_mask=None).squeeze(1).unsqueeze(0)
         self.gpt.set_input_tensor(None)
         return found
 

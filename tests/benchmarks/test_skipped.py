@@ -11,6 +11,7 @@ from benchmarks.harness.contenders.packages import (
     TRL,
     Package,
     SkippedError,
+    imported,
     need,
 )
 
@@ -28,6 +29,20 @@ def test_what_is_not_installed_is_named_with_the_line_that_installs_it():
     )
     with pytest.raises(SkippedError, match=r"pip install nobody-has-this$"):
         need("contender", [NOBODY])
+
+
+def test_one_that_is_there_without_what_it_needs_itself_is_skipped_too(tmp_path, monkeypatch):
+    (tmp_path / "half_of_it.py").write_text("import nobody_has_this_module")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    half = Package("half_of_it", "half-of-it", "1.2.3")
+    need("contender", [half])
+    with pytest.raises(SkippedError) as caught:
+        imported("contender", half, "half_of_it")
+    assert str(caught.value) == (
+        "contender has half-of-it, which cannot be imported here (No module named 'nobody_has_this_module'): "
+        "pip install half-of-it==1.2.3, with all that it needs"
+    )
+    assert imported("contender", Package("json", "json", None), "json.decoder") is json.decoder
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.harness.contenders.checkpoint import Checkpoint
 from benchmarks.harness.contenders.hf_checkpointing import enable_checkpointing
-from benchmarks.harness.contenders.packages import DEEPSPEED, need
+from benchmarks.harness.contenders.packages import DEEPSPEED, imported, need
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.subject import OnGradients
 
@@ -27,6 +27,8 @@ _OFFLOAD = {
     "max_cpu_buffer_pool_count": 64,
     "keep_last_count": 1,
 }
+#: Where its tiles are.
+_TILES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
 #: Bytes of float32 logits in one tile.
 _LOGITS = 1 << 30
 
@@ -38,18 +40,17 @@ class DeepSpeed(Checkpoint):
         """Checkpointing by transformers, whose blocks DeepSpeed's manager looks for.
 
         Raises:
-            SkippedError: DeepSpeed is not installed.
+            SkippedError: DeepSpeed is not installed, or not with what it needs itself.
         """
         need("deepspeed", [DEEPSPEED])
-        from deepspeed.runtime.activation_checkpointing.offload_activations import (
-            get_checkpoint_hidden_states_offloading_ctx_manager as make_manager,
-        )
+        manager = imported("deepspeed", DEEPSPEED, "deepspeed.runtime.activation_checkpointing.offload_activations")
+        imported("deepspeed", DEEPSPEED, _TILES)
 
         self.settings |= enable_checkpointing(self.subject)
         options = (
             _OFFLOAD if self.device.type == "cuda" else {**_OFFLOAD, "use_pin_memory": False, "use_streams": False}
         )
-        self._manager = make_manager(**options)
+        self._manager = manager.get_checkpoint_hidden_states_offloading_ctx_manager(**options)
         for layer in self.subject.layers:
             layer.mlp.forward = _TiledForward(layer.mlp)
         self.settings |= {

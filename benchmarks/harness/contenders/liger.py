@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.harness.contenders.checkpoint import Checkpoint
 from benchmarks.harness.contenders.hf_checkpointing import enable_checkpointing
-from benchmarks.harness.contenders.packages import LIGER, SkippedError, need, need_gpu
+from benchmarks.harness.contenders.packages import LIGER, SkippedError, imported, need, need_gpu
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job
 
@@ -33,13 +33,14 @@ class Liger(Checkpoint):
         """Tiled MLPs around the same weights, the fused loss in scope ``step``, checkpointing by transformers.
 
         Raises:
-            SkippedError: Liger is not installed, there is no GPU, or the blocks are no Llama's.
+            SkippedError: Liger is not installed or cannot be imported, there is no GPU, or the blocks are no Llama's.
         """
         name = self.job.contender
         need(name, [LIGER])
         need_gpu(name, self.device, "its kernels are Triton's")
         if self.subject.config.model_type != "llama":
             raise SkippedError(f"{name} patches Llama only, not {self.subject.config.model_type}")
+        imported(name, LIGER, "liger_kernel.transformers")
         self._tile_mlps()
         if self.subject.settings.scope == Scope.STEP:
             from liger_kernel.transformers import apply_liger_kernel_to_llama

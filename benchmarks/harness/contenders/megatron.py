@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness.contenders.base import Training
 from benchmarks.harness.contenders.megatron_model import build, forget_tables
 from benchmarks.harness.contenders.megatron_weights import joined
-from benchmarks.harness.contenders.packages import MEGATRON, TRITON, SkippedError, need
+from benchmarks.harness.contenders.packages import MEGATRON, TRITON, SkippedError, imported, need
 from benchmarks.harness.job import Job
 from benchmarks.harness.subject import OnGradients
 
@@ -47,10 +47,11 @@ class Megatron(Training):
         """One module with Megatron's layers in the place of all blocks.
 
         Raises:
-            SkippedError: Megatron-core is not installed, or has no such layers.
+            SkippedError: Megatron-core is not installed or cannot be imported, or has no such layers.
         """
         subject = self.subject
         need(self.name, [MEGATRON, TRITON])
+        imported(self.name, MEGATRON, "megatron.core.models.gpt.gpt_model")
         if subject.config.model_type not in _MODELS:
             raise SkippedError(
                 f"{self.name} has layers like those of {' and '.join(_MODELS)}, not {subject.config.model_type}: "

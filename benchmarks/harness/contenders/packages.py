@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,6 +56,21 @@ def need(contender: str, packages: Sequence[Package]) -> None:
     if missing:
         line = " ".join(package.requirement for package in packages)
         raise SkippedError(f"{contender} needs {' and '.join(missing)}, not installed here: pip install {line}")
+
+
+def imported(contender: str, package: Package, module: str) -> Any:
+    """``module`` of ``package``, which is there.
+
+    Raises:
+        SkippedError: it cannot be imported, for want of what it needs itself or of a compiler; says what was missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SkippedError(
+            f"{contender} has {package.name}, which cannot be imported here ({error}): pip install "
+            f"{package.requirement}, with all that it needs"
+        ) from error
 
 
 def need_gpu(contender: str, device: torch.device, reason: str) -> None:

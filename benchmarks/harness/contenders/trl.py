@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from benchmarks.harness.contenders.base import Training
 from benchmarks.harness.contenders.hf_checkpointing import enable_checkpointing
-from benchmarks.harness.contenders.packages import TRL, need, need_gpu
+from benchmarks.harness.contenders.packages import TRL, imported, need, need_gpu
 from benchmarks.harness.job import Job
 from benchmarks.harness.subject import OnGradients
 
@@ -27,16 +27,17 @@ class TrlOffload(Training):
         """The manager is made once; each step enters it.
 
         Raises:
-            SkippedError: TRL is not installed, or there is no GPU.
+            SkippedError: TRL is not installed, or not with what it needs itself, or there is no GPU.
         """
         need(self.job.contender, [TRL])
         need_gpu(self.job.contender, self.device, "its streams are an accelerator's")
+        offloading = imported(self.job.contender, TRL, "trl.models.activation_offloading")
         super().install()
-        from trl.models.activation_offloading import get_act_offloading_ctx_manager
-
         if self.checkpointing:
             self.settings |= enable_checkpointing(self.subject)
-        self._manager = get_act_offloading_ctx_manager(self.subject.model, warn_if_no_head=False, **_OPTIONS)
+        self._manager = offloading.get_act_offloading_ctx_manager(
+            self.subject.model, warn_if_no_head=False, **_OPTIONS
+        )
         self.settings["get_act_offloading_ctx_manager"] = _OPTIONS
 
     def step(self, on_gradients: OnGradients | None = None) -> None:

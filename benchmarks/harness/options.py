@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.harness.geometry import SHARES, Scope, UnknownGeometryError, check_geometry
 from benchmarks.harness.job import Settings
 from benchmarks.harness.names import ContenderError, Entry, parse_contenders
-from benchmarks.harness.provenance import commit, gpu_facts
+from benchmarks.harness.provenance import allocator, commit, gpu_facts
 from benchmarks.harness.rows import RowError, read_rows
 from memo_runtime.units import parse_bytes, parse_tokens
 
@@ -48,7 +48,9 @@ class Options:
     def config(self) -> dict[str, Any]:
         """What all rows of a run have in common."""
         shared = {name: value for name, value in asdict(self.settings).items() if name not in _OWN_FIELDS}
-        return {**shared, "batch_size": 1, "budget": self.budget, "host_budget": self.host_budget}
+        found = {**shared, "batch_size": 1, "budget": self.budget, "host_budget": self.host_budget}
+        told = allocator()
+        return found if told is None else {**found, "allocator": told}
 
 
 #: Settings that are fields of a row.
@@ -188,6 +190,7 @@ def confirming(options: Options, run: str) -> Options:
     if not rows or not rows[0].get("rehearsed"):
         raise RowError(f"--confirm {run}: {options.out} has no rehearsed run of that name")
     asked = {"geometry": options.settings.geometry, "scope": options.settings.scope, "blocks": options.settings.blocks}
+    asked["allocator"] = None
     asked |= {name: value for name, value in options.config.items() if name not in ("rehearse", "steps")}
     for name, value in asked.items():
         there = rows[0][name] if name in ("geometry", "scope", "blocks") else rows[0]["config"].get(name)

@@ -32,6 +32,11 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: text for name, text in found.items() if text is not None}}
 
 
+def allocator() -> str | None:
+    """What the environment tells PyTorch's allocator, which every contender's process inherits; None: nothing."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
+
+
 def gpu_facts() -> dict[str, str]:
     """Name and driver of the first GPU, from the driver itself.
 

@@ -8,11 +8,12 @@ that compute attention again in backward.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.geometry import SHARES
 from benchmarks.harness.rows import Row, RowError
+from benchmarks.harness.table import first_line, too_long
 
 #: Contender -> whether it computes attention again in backward; memo's own are set against these.
 ATTENTION_AGAIN = {
@@ -99,10 +100,24 @@ def again(contender: str) -> bool:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table of ``comparison`` under a paragraph that says what was measured, and where."""
+    """The table of ``comparison`` between what was measured, and where, and what was not, and why."""
     lines = _longest(comparison) if comparison.rehearsed else _times(comparison)
-    heading = textwrap.wrap(_heading(comparison), _WIDTH, break_long_words=False, break_on_hyphens=False)
-    return "\n".join([*heading, "", *lines])
+    reasons = [line for text in _reasons(comparison) for line in _wrapped(text, indent="  ")]
+    return "\n".join([*_wrapped(_heading(comparison)), "", *lines, *([""] if reasons else []), *reasons])
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _reasons(comparison: Comparison) -> Iterator[str]:
+    """Why a contender that the table shows was skipped, or failed."""
+    for row in comparison.rows:
+        if row["status"] not in ("skipped", "error") or not comparison.shows(row["contender"]):
+            continue
+        said = first_line(row["error"] or "").removeprefix("SkippedError: ")
+        where = "" if row["status"] == "skipped" else f" at {row['seq_len']:,}"
+        yield f"- {row['contender']}{where}: {_STATUSES.get(row['status'], row['status'])}, {said}"
 
 
 def _heading(comparison: Comparison) -> str:
@@ -112,6 +127,8 @@ def _heading(comparison: Comparison) -> str:
         count = "all" if row["blocks"] is None else row["blocks"]
         stack = f"{count} blocks, forward and backward"
     kernel = f"{config['attention']} attention" if config["attention"] != "auto" else "attention as PyTorch chooses"
+    if config.get("allocator"):
+        kernel += f", allocator {config['allocator']}"
     if row["geometry"] in SHARES:
         stack = f"{SHARES[row['geometry']]}, {stack}"
     what = f"`{row['geometry']}`, {stack}, {config['dtype']}, {kernel}"
@@ -203,10 +220,10 @@ def _longest(comparison: Comparison) -> list[str]:
     rows = []
     for one in filter(comparison.shows, reached):
         row = reached[one]
-        short = _too_long(comparison, one, 0 if row is None else int(row["seq_len"]))
+        short = _stopped(comparison, one, 0 if row is None else int(row["seq_len"]))
         memory = "" if row is None else f"{row['peak_allocated'] / unit:.1f} + {(row['pinned_bytes'] or 0) / unit:.1f}"
         rows.append(
-            [one, "none" if row is None else f"{row['seq_len']:,}", "" if short is None else f"{short:,}", memory]
+            [one, "none" if row is None else f"{row['seq_len']:,}", "" if short is None else too_long(short), memory]
         )
     ours, theirs = (_leader(reached, memo=memo) for memo in (True, False))
     if ours and theirs:
@@ -220,10 +237,10 @@ def _reached(comparison: Comparison, name: str) -> Row | None:
     return max(there, key=lambda row: int(row["seq_len"]), default=None)
 
 
-def _too_long(comparison: Comparison, name: str, above: int) -> int | None:
-    """The shortest length above ``above`` that ``name`` was tried at and that did not fit."""
+def _stopped(comparison: Comparison, name: str, above: int) -> Row | None:
+    """The row of the shortest length above ``above`` that ``name`` did not reach."""
     tried = [row for row in comparison.rows if row["contender"] == name and row["status"] != "ok"]
-    return min((int(row["seq_len"]) for row in tried if row["seq_len"] > above), default=None)
+    return min((row for row in tried if row["seq_len"] > above), key=lambda row: int(row["seq_len"]), default=None)
 
 
 def longest_of(comparison: Comparison, name: str) -> int:

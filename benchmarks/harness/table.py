@@ -67,6 +67,8 @@ def _conditions(row: Row) -> str:
     blocks = "all" if row["blocks"] is None else row["blocks"]
     config, where = row["config"], row["gpu"] or row["cpu"]
     kinds = f"{config['dtype']}, {config['attention']} attention, torch {row['versions']['torch']}"
+    if config.get("allocator"):
+        kinds += f", allocator {config['allocator']}"
     share = f" ({SHARES[row['geometry']]})" if row["geometry"] in SHARES else ""
     return f"run {row['run']}: {row['geometry']}{share}, {blocks} blocks, scope {row['scope']}, {kinds}, {where}"
 
@@ -76,6 +78,11 @@ def _reference(rows: Sequence[Row]) -> str:
     compared = [row for row in rows if row["gradient_difference"] is not None]
     names = [(row["details"] or {}).get("gradient_reference", "unwrapped") for row in compared]
     return " or ".join(dict.fromkeys(names)) or "unwrapped"
+
+
+def too_long(row: Row) -> str:
+    """What a column of lengths that did not fit says of ``row``: its length, or that it is no matter of memory."""
+    return f"{row['seq_len']:,}" if row["status"] == "oom" else {"error": "failed"}.get(row["status"], row["status"])
 
 
 def longest_table(rows: Sequence[Row]) -> str:
@@ -96,7 +103,7 @@ def longest_table(rows: Sequence[Row]) -> str:
         above = [row for row in mine if row["status"] != "ok" and int(row["seq_len"]) > reached]
         short = min(above, key=lambda row: int(row["seq_len"]), default=None)
         memory = [_memory(best[one] if best is not None else None, size) for one in _MEMORY]
-        beyond = "" if short is None else f"{short['seq_len']:,}"
+        beyond = "" if short is None else too_long(short)
         lines.append((name, f"{reached:,}" if best is not None else "none", beyond, *memory))
         if short is not None:
             told.append(f"{name} at {short['seq_len']:,}: {short['status']}, {first_line(short['error'])}")

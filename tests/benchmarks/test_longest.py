@@ -101,7 +101,7 @@ def test_every_contender_is_rehearsed_through_its_interface(make_job, name):
         assert calls[0] >= calls[1] == 2
 
 
-def test_a_real_step_of_each_at_its_longest(in_process, arguments, capsys):
+def test_a_real_step_of_each_at_its_longest(in_process, arguments, capsys, monkeypatch):
     assert main(arguments("checkpoint", "--rehearse", lengths="48,96")) == 0
     assert main(arguments("unwrapped,checkpoint", "--rehearse", lengths="48,96")) == 0
     given = arguments("checkpoint,unwrapped", "--confirm", "test", "--run", "real")
@@ -125,7 +125,10 @@ def test_a_real_step_of_each_at_its_longest(in_process, arguments, capsys):
         (["--contenders", "selective"], "selective reached no length there; checkpoint, unwrapped did"),
         (["--lengths", "48"], "give --lengths, such as 16K,32K, or --confirm RUN"),
         (["--rehearse"], "leave --rehearse out"),
+        ([], "it was rehearsed with allocator = None, here it is 'expandable_segments:True'"),
     ):
+        if not wrong:
+            monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([*given, *wrong])
@@ -167,6 +170,10 @@ def test_a_table_of_rehearsals_has_no_times_and_no_real_rows():
     ]  # fmt: skip
     assert next(line.split() for line in lines if line.startswith("unwrapped ")) == ["unwrapped", "none", "131,072"]
     assert lines[-1] == "unwrapped at 131,072: oom, OutOfMemoryError: no"
+    skipped = row("liger", 131_072, status="skipped", error="SkippedError: no", rehearsed=True)
+    lines = run_table([*rows, skipped]).splitlines()
+    assert next(line.split() for line in lines if line.startswith("liger ")) == ["liger", "none", "skipped"]
+    assert lines[-1] == "liger at 131,072: skipped, SkippedError: no"
     with pytest.raises(RowError, match="has rehearsed rows and real ones"):
         run_table([*rows, row("checkpoint", 64, 1.0)])
 

@@ -15,6 +15,7 @@ from benchmarks.harness.job import Job
 from benchmarks.harness.options import parse_options
 from benchmarks.harness.rows import RowFile, held, read_rows
 from benchmarks.harness.runner import Child, Runner, main
+from benchmarks.harness.tables import tables
 from tests.benchmarks.wrong import WrongGradients
 from tests.house.sources import ROOT
 
@@ -183,6 +184,21 @@ def test_wrong_gradients_are_an_error_however_fast(in_process, arguments, monkey
 def test_a_run_does_not_go_on_with_other_settings(in_process, arguments, capsys):
     assert main(arguments("unwrapped", lengths="48")) == 0
     assert main(arguments("unwrapped", "--seed", "1", lengths="48")) == 2
+    assert "was measured with config = " in capsys.readouterr().err
+
+
+def test_what_the_allocator_is_told_is_a_condition_of_a_run(in_process, arguments, monkeypatch, capsys):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    given = arguments("unwrapped", "--reference", "unwrapped", lengths="48")
+    assert main(given) == 0
+    (row,) = rows_of(given)
+    assert row["config"]["allocator"] == "expandable_segments:True"
+    assert "auto attention, torch" in (told := capsys.readouterr().out)
+    assert "allocator expandable_segments:True" in told
+    assert "allocator expandable_segments:True" in tables([given[given.index("--out") + 1]])
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    assert main(given) == 2
     assert "was measured with config = " in capsys.readouterr().err
 
 

@@ -75,6 +75,37 @@ def test_where_auto_did_not_run_through_another_policy_stands_for_memo_and_is_na
     assert found["memo: times as fast as the fastest other"] == ["memo-auto@checkpoint: 1.50 x checkpoint"]
 
 
+def test_what_was_skipped_or_failed_is_below_the_table_with_the_reason(tmp_path):
+    skipped = "trl-offload needs trl, not installed here: pip install trl==1.16.0"
+    path = write(
+        tmp_path / "rows.jsonl",
+        timed("memo-auto", 64, 2.0),
+        row("trl-offload", 64, status="skipped", error=f"SkippedError: {skipped}", commit="0123456789"),
+        row("checkpoint", 64, status="error", error="RuntimeError: no\nmore", commit="0123456789"),
+        row("unwrapped", 64, status="oom", error="OutOfMemoryError: x", commit="0123456789"),
+    )
+    text = tables([str(path)])
+    assert text.endswith(f"|\n\n- trl-offload: skipped, {skipped}\n- checkpoint at 64: failed, RuntimeError: no\n")
+    assert lines_of(text)["trl-offload"] == ["skipped"]
+    assert tables([str(path), "--contenders", "memo-auto,unwrapped"]).endswith("|\n")
+
+
+def test_what_was_skipped_or_failed_was_not_too_long(tmp_path):
+    told = {"rehearsed": True, "status": "ok", "commit": "0123456789"}
+    path = write(
+        tmp_path / "rows.jsonl",
+        row("memo-auto", 1 << 20, peak=75 * GIB, **told),
+        row("trl-offload", 1 << 17, **{**told, "status": "skipped", "error": "SkippedError: no"}),
+        row("checkpoint", 1 << 17, peak=75 * GIB, **told),
+        row("checkpoint", 1 << 18, **{**told, "status": "error", "error": "RuntimeError: no"}),
+    )
+    text = tables([str(path)])
+    found = lines_of(text)
+    assert found["trl-offload"] == ["none", "skipped", ""]
+    assert found["checkpoint"] == ["131,072", "failed", "75.0 + 0.0"]
+    assert text.endswith("- trl-offload: skipped, no\n- checkpoint at 262,144: failed, RuntimeError: no\n")
+
+
 def test_every_contender_says_whether_it_computes_attention_again():
     assert {name for name in NAMES if not name.startswith("memo-")} - {FLOOR} == set(ATTENTION_AGAIN)
 

@@ -19,6 +19,7 @@ class Settings:
     Attributes:
         dtype, device, attention, loss: names. attention ``auto`` leaves the kernel to PyTorch.
         memory: bytes that a contender may allocate, to see who needs more; None: what there is.
+        host_memory: bytes that may be in use on the whole machine; beyond that a contender is ended. None: no limit.
         steps: cap on steady and on warm-up steps; None: as many as the length asks for.
         learning_rate: of AdamW, in scope ``step``.
         rehearse: attention is replaced, and what counts is memory.
@@ -32,6 +33,7 @@ class Settings:
     attention: str
     loss: str = "auto"
     memory: int | None = None
+    host_memory: int | None = None
     steps: int | None = None
     seed: int = 0
     learning_rate: float = 1e-5

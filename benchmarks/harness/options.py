@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", type=_size, help="device budget of memo contenders without @")
     add("--host-budget", type=_size, help="host budget of all memo contenders")
     add("--memory", type=_size, help="what a contender may allocate, where it shall be less than there is")
+    add("--host-memory", type=_size, help="what may be in use on the whole machine: beyond it a contender is ended")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
     add("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: bfloat16, float32 on the CPU")
     add("--attention", choices=ATTENTION, help="the kernel of all contenders; default: cudnn, auto on the CPU")
@@ -163,6 +164,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         attention=given.attention or ("cudnn" if device == "cuda" else "auto"),
         loss=given.loss,
         memory=given.memory,
+        host_memory=given.host_memory,
         steps=given.steps,
         seed=given.seed,
         rehearse=given.rehearse,

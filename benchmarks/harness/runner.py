@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness import ending, forecast, provenance
 from benchmarks.harness.ending import LastWords
+from benchmarks.harness.host_guard import HostGuard
 from benchmarks.harness.job import WIDER, Job
 from benchmarks.harness.longest import next_lengths
 from benchmarks.harness.names import Entry
@@ -46,13 +47,14 @@ def say(text: str) -> None:
 class Child:
     """A contender's process: an iterator over what it measures, which ends with it.
 
-    It is killed at the job's deadline, and when the iterator is left early.
+    It is killed at the job's deadline, when host memory is short, and when the iterator is left early.
     """
 
     job: Job
     overdue: bool = False
     returned: int | None = None
     said: tuple[str, ...] = ()
+    guard: HostGuard | None = None
 
     def __iter__(self) -> Iterator[Row]:
         """Measurements as they come."""
@@ -64,6 +66,8 @@ class Child:
             env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"},
         )  # fmt: skip
         timer, words = self._timer(process), LastWords(process)
+        if self.job.settings.host_memory is not None:
+            self.guard = HostGuard(process, self.job.settings.host_memory)
         try:
             assert process.stdin is not None, "it is a pipe"
             assert process.stdout is not None, "it is a pipe"
@@ -75,6 +79,8 @@ class Child:
         finally:
             if timer is not None:
                 timer.cancel()
+            if self.guard is not None:
+                self.guard.stop()
             process.kill()
             process.wait()
             self.said = words.wait(_SECONDS_OF_WORDS)
@@ -96,6 +102,8 @@ class Child:
         """How the process ended, if that was not as it should and not our doing."""
         if self.overdue or not self.returned:
             return None
+        if self.guard is not None and (found := self.guard.failure()) is not None:
+            return found
         settings = self.job.settings
         capped = settings.memory is not None and settings.device == "cpu"
         return ending.failure(self.returned, self.said, capped=capped)
@@ -220,7 +228,10 @@ class Runner:
                 return
         failure = child.failure()
         if failure is not None:
-            left = next(tokens for tokens in lengths if self.file.find(entry.label, tokens) is None)
+            left = next((tokens for tokens in lengths if self.file.find(entry.label, tokens) is None), None)
+            if left is None:  # all was measured: it ended badly, which is nobody's result
+                say(f"{entry.label}: {failure['error']}, when all was done")
+                return
             failure |= {"seq_len": left, "rehearsed": self.options.settings.rehearse}
             self._append(entry, failure, budgets)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -258,6 +259,26 @@ def test_the_deadline_kills_what_still_runs(make_job):
     assert time.perf_counter() - started < 10
     assert child.overdue
     assert child.failure() is None
+
+
+def test_a_contender_that_takes_too_much_of_the_host_is_ended_and_out_of_memory(make_job):
+    job = slow_job(make_job)
+    # Far below what is in use on any machine.
+    child = Child(replace(job, settings=replace(job.settings, host_memory=2**20)))
+    started = time.perf_counter()
+    assert [row["seq_len"] for row in child] == []
+    assert time.perf_counter() - started < 10
+    failure = child.failure()
+    assert failure["status"] == "oom"
+    assert failure["error"].endswith("GiB of host memory were in use, and --host-memory leaves 0.0 GiB")
+
+
+def test_a_process_that_ends_badly_when_all_was_measured_is_no_row(scripted, arguments, capsys):
+    scripted([ok(48), ok(96)], {"status": "error", "error": "the process ended with signal 11, of its own"})
+    given = arguments("unwrapped,checkpoint")
+    assert main(given) == 0
+    assert [row["status"] for row in rows_of(given)] == ["ok"] * 4
+    assert "checkpoint: the process ended with signal 11, of its own, when all was done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("returned", "status"), [(-signal.SIGKILL, "oom"), (3, "error"), (0, None)])

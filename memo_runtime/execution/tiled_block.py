@@ -123,7 +123,8 @@ class TiledForward:
                 on_gpu = call.leaves[captured.input_leaf].device.type == "cuda"
                 timed = time_tiles(self._block(), captured, call, tile) if on_gpu else None
                 with TRACING:
-                    known[key] = tiled_profile(captured, call, timed, self._owner.session.programs.kernels)
+                    kernels = self._owner.session.programs.kernels
+                    known[key] = tiled_profile(captured, call, timed, kernels, fused=on_gpu)
             return known[key], ""
         except CaptureRefusedError as error:
             return None, str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from memo_runtime.capture.declared import DECLARED, Declared
+from memo_runtime.execution.inlining import inlined, storages
 
 DECLARED_FORWARD = torch.ops.memo_runtime.token_wise.default
 DECLARED_AGAIN = torch.ops.memo_runtime.token_wise_again.default
@@ -70,9 +71,10 @@ class ProgramBytes:
     kept_results: int
 
     @classmethod
-    def of(cls, bare: fx.Graph, kept: fx.Graph) -> ProgramBytes:
-        """Of the two programs, run operator by operator."""
-        return cls(bytes_alive(bare), bytes_alive(kept), bytes_yielded(bare), bytes_yielded(kept))
+    def of(cls, bare: fx.Graph, kept: fx.Graph, *, fused: bool) -> ProgramBytes:
+        """Of the two programs, compiled where ``fused``, else run operator by operator."""
+        most, most_kept = (bytes_alive(graph, inlined(graph) if fused else ()) for graph in (bare, kept))
+        return cls(most, most_kept, bytes_yielded(bare), bytes_yielded(kept))
 
     def beside(self, more: int) -> ProgramBytes:
         """With ``more`` bytes that are there all the while."""
@@ -83,46 +85,47 @@ class ProgramBytes:
 
 def bytes_yielded(graph: fx.Graph) -> int:
     """Bytes of the results that are no inputs."""
-    given = {key for node in graph.nodes if node.op == "placeholder" for key, _ in _storages(node.meta.get("val"))}
+    given = {key for node in graph.nodes if node.op == "placeholder" for key, _ in storages(node.meta.get("val"))}
     (output,) = (node for node in graph.nodes if node.op == "output")
-    made = {key: size for node in output.all_input_nodes for key, size in _storages(node.meta.get("val"))}
+    made = {key: size for node in output.all_input_nodes for key, size in storages(node.meta.get("val"))}
     return sum(size for key, size in made.items() if key not in given)
 
 
-def bytes_alive(graph: fx.Graph) -> int:
+def bytes_alive(graph: fx.Graph, unmade: Collection[int] = ()) -> int:
     """Most bytes that are there at once beside the inputs, where each value goes after its last use.
 
-    Views are their base. A compiled program fuses, and takes less.
+    Views are their base. ``unmade``: storages that never exist, since whoever reads them makes them of what they are
+    made of (``inlined``), which stays until then.
     """
-    last: dict[int, int] = {}
-    size: dict[int, int] = {}
-    given: set[int] = set()
     nodes = list(graph.nodes)
-    for index, node in enumerate(nodes):
-        for key, count in _storages(node.meta.get("val")):
-            size[key] = count
-            last[key] = index
-            if node.op == "placeholder":
-                given.add(key)
-        for source in node.all_input_nodes:
-            for key, _ in _storages(source.meta.get("val")):
-                last[key] = index
+    given = {key for node in nodes if node.op == "placeholder" for key, _ in storages(node.meta.get("val"))}
+    last = _last_uses(nodes, unmade)
     alive = highest = 0
-    there: set[int] = set()
+    there: dict[int, int] = {}
     for index, node in enumerate(nodes):
-        for key, count in _storages(node.meta.get("val")):
-            if key not in there and key not in given:
-                there.add(key)
+        for key, count in storages(node.meta.get("val")):
+            if key not in there and key not in given and key not in unmade:
+                there[key] = count
                 alive += count
         highest = max(highest, alive + _inside(node))
         for key in [key for key in there if last[key] == index]:
-            there.remove(key)
-            alive -= size[key]
+            alive -= there.pop(key)
     return highest
 
 
-def _storages(value: Any) -> Iterator[tuple[int, int]]:
-    for one in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(one, torch.Tensor):
-            storage = one.untyped_storage()
-            yield storage._cdata, int(storage.nbytes())
+def _last_uses(nodes: Sequence[fx.Node], unmade: Collection[int]) -> dict[int, int]:
+    """Where each storage is used for the last time; what an unmade one is made of is used where that is."""
+    last: dict[int, int] = {}
+    for index, node in enumerate(nodes):
+        for key, _ in (*storages(node.meta.get("val")), *_read(node)):
+            last[key] = index
+    for node in reversed(nodes):
+        made = [last[key] for key, _ in storages(node.meta.get("val")) if key in unmade]
+        for key, _ in _read(node) if made else ():
+            last[key] = max(last[key], *made)
+    return last
+
+
+def _read(node: fx.Node) -> Iterator[tuple[int, int]]:
+    for source in node.all_input_nodes:
+        yield from storages(source.meta.get("val"))

@@ -6,7 +6,7 @@ attention saves and takes beside its tensors is seen in one short run of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import MASKED_ATTENTION
 from memo_runtime.blocks.spans import spans_tensor
+from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, kept_values
 from memo_runtime.capture.rules import arguments_of, operator_name
@@ -49,8 +50,16 @@ from memo_runtime.execution.tiled_moments import (
     stashed_results,
 )
 from memo_runtime.execution.tiled_programs import Cost, Programs, make_programs
-from memo_runtime.execution.tiled_rows import is_dense
-from memo_runtime.execution.tiled_run import rows_tile, tile_copies
+from memo_runtime.execution.tiled_rows import (
+    empty_by_token,
+    gapless_rows,
+    is_dense,
+    lies_by_token,
+    like,
+    packed,
+    same_memory,
+)
+from memo_runtime.execution.tiled_run import rows_tile
 from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
 
@@ -71,21 +80,25 @@ def tiled_profile(
     *,
     tokens: int | None = None,
     workspace: Callable[[fx.Node], float] | None = None,
+    fused: bool = False,
 ) -> TiledProfile:
     """What ``captured`` takes for calls like ``call``.
 
     ``times``: how long, if that is known. ``kernels``: of attention, as in ``ProgramCache``. ``tokens``: of longer
     calls. ``workspace``: bytes by token that the backward of a mixer takes beside its tensors, where no run shows it.
+    ``fused``: programs are compiled.
     """
     tokens = tokens or captured.tokens(call)
     device = call.leaves[captured.input_leaf].device
-    costs = {index: _costs(captured, index, tokens, device) for index in range(len(captured.stages.stages))
-             if isinstance(captured.stages.stages[index], Segment)}  # fmt: skip
     tried: dict[fx.Node, _Tried] = {}
     with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for stage in captured.stages.stages:
             if isinstance(stage, Mixer):
                 tried[stage.node] = _try(captured, stage, tokens, kernels.get((captured.signature, stage.node.name)))
+    by_token = {node for node, one in tried.items() if one.by_token}
+    tracing = _Tracing(captured, tokens, AutocastState.current(device.type), by_token, fused)
+    costs = {index: tracing.costs(index) for index, stage in enumerate(captured.stages.stages)
+             if isinstance(stage, Segment)}  # fmt: skip
     needs = Needs(
         costs, _TILE,
         {node: (one.workspace[0], one.workspace[1] if workspace is None else workspace(node))
@@ -140,20 +153,66 @@ def _forward_flops(costs: Iterable[tuple[Cost, Cost]]) -> float:
     return sum(cost.forward / _TILE for cost, _ in costs)
 
 
-def _costs(captured: Captured, index: int, tokens: int, device: torch.device) -> tuple[Cost, Cost]:
-    autocast = AutocastState.current(device.type)
-    return _cost(captured, index, tokens, _TILE, autocast), _cost(captured, index, tokens, 2 * _TILE, autocast)
+@dataclass(frozen=True, slots=True)
+class _Tracing:
+    """How segments are traced for their cost; ``by_token``, ``fused``: as in ``tile_programs``."""
+
+    captured: Captured
+    tokens: int
+    autocast: AutocastState
+    by_token: Collection[fx.Node]
+    fused: bool
+
+    def costs(self, index: int) -> tuple[Cost, Cost]:
+        """Of stage number ``index``, at a tile and at one of twice its tokens."""
+        return self._cost(index, _TILE), self._cost(index, 2 * _TILE)
+
+    def _cost(self, index: int, tile: int) -> Cost:
+        programs, tile = tile_programs(
+            self.captured, index, self.tokens, tile, self.autocast, by_token=self.by_token, fused=self.fused
+        )
+        segment = self.captured.segment(index)
+        given, made, tangents = _tile_copies(self.captured, segment, programs.layouts, tile, self.by_token)
+        cost = programs.cost
+        return replace(
+            cost,
+            forward_bytes=cost.forward_bytes.beside(given + made),
+            backward_bytes=cost.backward_bytes.beside(given + tangents),
+        )
 
 
-def _cost(captured: Captured, index: int, tokens: int, tile: int, autocast: AutocastState) -> Cost:
-    programs, tile = tile_programs(captured, index, tokens, tile, autocast)
-    given, made, tangents = tile_copies(captured, captured.segment(index), programs.layouts, tile)
-    cost = programs.cost
-    return replace(
-        cost,
-        forward_bytes=cost.forward_bytes.beside(given + made),
-        backward_bytes=cost.backward_bytes.beside(given + tangents),
-    )
+def _tile_copies(
+    captured: Captured, segment: Segment, layouts: Sequence[torch.Tensor], tile: int, by_token: Collection[fx.Node]
+) -> tuple[int, int, int]:
+    """Bytes that one tile of ``segment`` takes beside its programs: (of its sources, outputs, gradients of outputs).
+
+    Where the rows of a tile do not lie together in memory they are copied, and masks of dropout are drawn. Gradients
+    that attention makes are taken to lie in some other order than ``layouts`` asks for.
+    """
+    drawn = {draw.mask for draw in captured.draws}
+    given = made = tangents = 0
+    for node in segment.sources:
+        axis, value = segment.axes[node], node.meta["val"]
+        if axis is None:
+            continue
+        shape, stride = ([int(captured.size(one, 2 * tile)) for one in many] for many in (value.shape, value.stride()))
+        whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
+        whole = empty_by_token(shape, whole) if node in by_token else whole
+        part = packed(whole, axis, 2 * tile, 0, tile)
+        if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+            given += part.numel() * part.element_size()
+    for node, layout in zip(segment.outputs, layouts, strict=True):
+        axis = segment.axes[node]
+        assert axis is not None, "a segment yields values with tokens"
+        whole = like(layout, axis, 2 * tile, tile)
+        part = rows(whole, axis, 2 * tile, 0, tile)
+        if gapless_rows(whole, axis, 0, tile) is None:
+            made += part.numel() * part.element_size()
+        if axis.outer != 1 or axis.inner != 1:
+            part = part.flatten(axis.dim, axis.dim + 2)
+        if node not in captured.outputs or not same_memory(part, layout):
+            tangents += part.numel() * part.element_size()
+    return given, made, tangents
 
 
 def tile_programs(
@@ -164,22 +223,29 @@ def tile_programs(
     autocast: AutocastState,
     *,
     compiler: Callable[[fx.GraphModule], Program] = run_eagerly,
+    by_token: Collection[fx.Node] = (),
+    fused: bool = False,
 ) -> tuple[Programs, int]:
-    """(programs of stage number ``index``, traced on fake tensors, their tile: ``tile`` tokens, or rows of a mask)."""
+    """(programs of stage number ``index``, traced on fake tensors, their tile: ``tile`` tokens, or rows of a mask).
+
+    ``by_token``: values ``[B, H, T, D]`` that lie in memory token by token, with all heads of each. ``fused``: their
+    bytes are those of programs that are compiled.
+    """
     segment = captured.segment(index)
     tile = rows_tile(captured, segment, tokens, tile)
     mode = FakeTensorMode()
-    values = [(node.meta["val"], segment.axes[node]) for node in segment.sources]
+    values = [(node.meta["val"], segment.axes[node], node in by_token) for node in segment.sources]
     for node, _, _ in borrowed(captured.stages, index):
-        values.extend(kept_values(captured.stages, node))
+        values.extend((*kept, False) for kept in kept_values(captured.stages, node))
     sources = []
-    for value, axis in values:
+    for value, axis, apart in values:
         shape = [int(captured.size(size, tokens)) for size in value.shape]
         if axis is not None:
             shape[axis.dim] = axis.outer * tile * axis.inner
         with mode:
-            sources.append(torch.empty(shape, dtype=value.dtype, device=value.device))
-    return make_programs(captured, index, sources, tile, autocast, compiler=compiler), tile
+            sources.append(empty_by_token(shape, value) if apart else
+                           torch.empty(shape, dtype=value.dtype, device=value.device))  # fmt: skip
+    return make_programs(captured, index, sources, tile, autocast, compiler=compiler, fused=fused), tile
 
 
 def _repeated(
@@ -262,12 +328,16 @@ def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """One mixer: its kernel, bytes of each tensor that its forward leaves, and bytes by token that it took."""
+    """One mixer: its kernel, bytes of each tensor that its forward leaves, and bytes by token that it took.
+
+    ``by_token``: its result lies in memory token by token, where its queries do.
+    """
 
     kernel: Kernel
     saved: tuple[Growth, ...]
     workspace: Workspace
     merging: int = 0
+    by_token: bool = False
 
 
 def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: Kernel | None) -> _Tried:
@@ -301,7 +371,9 @@ def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: Kernel | None) -
         used = kernel
         shape = (query.shape[0], query.shape[1], value.shape[-1])
         merging = merge_bytes(shape, kernel.queries, dtype, device.type)
-    return _Tried(used, tuple(growths), (forward / length, backward / length), merging)
+    queries = [int(captured.size(one, length)) for one in named["query"].meta["val"].stride()]
+    by_token = lies_by_token(output.stride()) and lies_by_token(queries)
+    return _Tried(used, tuple(growths), (forward / length, backward / length), merging, by_token)
 
 
 def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:

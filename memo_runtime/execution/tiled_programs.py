@@ -65,7 +65,7 @@ GradientPlace = int | Factors | RowFactors | None
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """FLOPs of one tile, and bytes beside its inputs while a program runs, eagerly.
+    """FLOPs of one tile, and bytes beside its inputs while a program runs.
 
     Args:
         forward: FLOPs of forward. again: of these, what backward runs again. again_kept: what backward of kept does.
@@ -150,10 +150,11 @@ def make_programs(
     autocast: AutocastState,
     *,
     compiler: Callable[[fx.GraphModule], Program],
+    fused: bool = False,
 ) -> Programs:
     """Trace segment number ``stage`` for tiles like ``sources``, with the choices that it borrows behind them.
 
-    The graphs hold casts of autocast, so they run without it.
+    The graphs hold casts of autocast, so they run without it. ``fused``: costs are those of programs that are compiled.
     """
     segment = captured.segment(stage)
     joint, layouts = _trace(captured, stage, sources, tokens, autocast)
@@ -181,8 +182,8 @@ def make_programs(
         forward=sum(node_flops(node) for node in forward.graph.nodes),
         again=_flops_between(graph, again, wanted, rerun),
         again_kept=_flops_between(graph, again_kept, wanted, rerun),
-        forward_bytes=ProgramBytes.of(forward.graph, forward_keep.graph),
-        backward_bytes=ProgramBytes.of(backward.graph, backward_kept.graph),
+        forward_bytes=ProgramBytes.of(forward.graph, forward_keep.graph, fused=fused),
+        backward_bytes=ProgramBytes.of(backward.graph, backward_kept.graph, fused=fused),
         output_bytes=sum(tensor_bytes(node.meta["val"]) for node in outputs),
         product_bytes=sum(tensor_bytes(node.meta["val"]) for node in products),
         choice_bytes=sum(tensor_bytes(node.meta["val"]) for node in choices if node.meta["val"].dim()),

@@ -38,6 +38,17 @@ def gapless_rows(whole: torch.Tensor, axis: TokenAxis, start: int, stop: int) ->
     return part.as_strided(part.shape, strides) if _lie(part, strides) else None
 
 
+def lies_by_token(strides: Sequence[int]) -> bool:
+    """A value ``[B, H, T, D]`` lies in memory as ``[B, T, H, D]``: all heads of a token together."""
+    return len(strides) == 4 and strides[0] >= strides[2] >= strides[1] >= strides[3]
+
+
+def empty_by_token(shape: Sequence[int], alike: torch.Tensor) -> torch.Tensor:
+    """Such a value of the type and device of ``alike``."""
+    batch, heads, tokens, depth = shape
+    return torch.empty((batch, tokens, heads, depth), dtype=alike.dtype, device=alike.device).transpose(1, 2)
+
+
 def gapless_like(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Memory without gaps, its dimensions in the order of ``layout``."""
     strides = _gapless(layout.shape, _steps(layout))

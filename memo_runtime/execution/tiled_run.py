@@ -80,39 +80,6 @@ def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> i
     return max(1, min(tile, MAX_SCORES // max(1, scores)))
 
 
-def tile_copies(
-    captured: Captured, segment: Segment, layouts: Sequence[torch.Tensor], tile: int
-) -> tuple[int, int, int]:
-    """Bytes that one tile of ``segment`` takes beside its programs: (of its sources, outputs, gradients of outputs).
-
-    Where the rows of a tile do not lie together in memory they are copied, and masks of dropout are drawn. Gradients
-    that attention makes are taken to lie in some other order than ``layouts`` asks for.
-    """
-    drawn = {draw.mask for draw in captured.draws}
-    given = made = tangents = 0
-    for node in segment.sources:
-        axis, value = segment.axes[node], node.meta["val"]
-        if axis is None:
-            continue
-        shape, stride = ([int(captured.size(one, 2 * tile)) for one in many] for many in (value.shape, value.stride()))
-        whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
-        part = packed(whole, axis, 2 * tile, 0, tile)
-        if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
-            given += part.numel() * part.element_size()
-    for node, layout in zip(segment.outputs, layouts, strict=True):
-        axis = segment.axes[node]
-        assert axis is not None, "a segment yields values with tokens"
-        whole = like(layout, axis, 2 * tile, tile)
-        part = rows(whole, axis, 2 * tile, 0, tile)
-        if gapless_rows(whole, axis, 0, tile) is None:
-            made += part.numel() * part.element_size()
-        if axis.outer != 1 or axis.inner != 1:
-            part = part.flatten(axis.dim, axis.dim + 2)
-        if node not in captured.outputs or not same_memory(part, layout):
-            tangents += part.numel() * part.element_size()
-    return given, made, tangents
-
-
 @dataclass(slots=True)
 class Run:
     """The state of one call between its forward and its backward.

@@ -65,7 +65,7 @@ def tiles_of(ref: BlockRef, call: BlockCall, machine: Machine) -> tuple[TiledPro
         def workspace(node: fx.Node) -> float:
             return _workspace(captured, node)
 
-        return tiled_profile(captured, call, times, tokens=_TOKENS, workspace=workspace), ""
+        return tiled_profile(captured, call, times, tokens=_TOKENS, workspace=workspace, fused=True), ""
     except CaptureRefusedError as error:
         return None, str(error)
 

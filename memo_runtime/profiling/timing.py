@@ -40,7 +40,7 @@ from memo_runtime.records import BlockProfile, Growth, PinKind, Role
 
 logger = logging.getLogger("memo_runtime")
 
-#: Longest length timed where the block will run at more.
+#: Longest length timed where the block will run at more; on a GPU twice as long, or a quarter, where that is longer.
 _LONGEST = {"cuda": 8192, "cpu": 512}
 #: Most samples at one length, and how much two that follow each other may differ to be taken for steady.
 _MOST_SAMPLES = 4
@@ -310,8 +310,15 @@ def _saved(profile: BlockProfile, tokens: int) -> int:
 
 
 def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
-    """Three lengths, the longest at most what is affordable before the first step."""
-    longest = min(tokens, max(_LONGEST.get(device_type, 512), tokens // 4 if device_type == "cuda" else 0))
+    """Three lengths, the longest at most what is affordable before the first step.
+
+    On a GPU what a short run makes is still in its cache, so a line through short runs is too flat for long ones: more
+    than ``_LONGEST``, where the block runs at twice as many tokens or more.
+    """
+    longest = _LONGEST.get(device_type, 512)
+    if device_type == "cuda":
+        longest = max(longest, tokens // 4, min(2 * longest, tokens // 2))
+    longest = min(tokens, longest)
     return tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
 
 

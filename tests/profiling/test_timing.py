@@ -18,6 +18,7 @@ from memo_runtime.profiling import mixers, timing
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
 from memo_runtime.profiling.observe import OperatorRecord, observe
 from memo_runtime.profiling.outside import outside_seconds
+from memo_runtime.profiling.timing import lengths_to_time
 from memo_runtime.records import BlockProfile, Growth
 from tests.api.towers import Block, tower
 
@@ -207,3 +208,19 @@ def test_head_and_loss_by_tiles_are_timed() -> None:
     assert 0 < measured < 1
     assert all(parameter.grad is None for parameter in model.parameters())
     assert outside_seconds(model, blocks, 2, hidden[..., :8], tiled_loss=True).exact(64) == guessed, "of another model"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest"),
+    [(1, 1), (4096, 4096), (8192, 8192), (9000, 8192), (16384, 8192), (24000, 12000), (32768, 16384), (65536, 16384),
+     (131072, 32768)],
+)  # fmt: skip
+def test_a_gpu_is_timed_at_a_quarter_of_the_length_or_half_where_that_is_short(tokens: int, longest: int) -> None:
+    lengths = lengths_to_time(tokens, "cuda")
+    assert lengths[-1] == longest
+    assert lengths == tuple(sorted(lengths))
+    assert set(lengths) == {max(1, longest // 4), max(1, longest // 2), longest}
+
+
+def test_a_cpu_is_timed_at_a_length_that_is_soon_over() -> None:
+    assert lengths_to_time(1 << 20, "cpu") == (128, 256, 512)

@@ -115,3 +115,28 @@ def test_blocks_by_tiles(run, contender, tokens, studies):
     # The harness holds the result while it goes backward.
     held = tokens * 2 * 4096
     assert forecast.peak_bytes - profile.states.optimizer + held == pytest.approx(row["peak_allocated"], rel=0.03)
+
+
+#: Rows of one run: tile, and by how much their peaks are forecast too high.
+PEAKS = {
+    ("memo-tiled0", 32768): (16384, 0.016),
+    ("memo-tiled0", 65536): (16384, 0.001),
+    ("memo-tiled0", 131072): (16384, 0.001),
+    ("memo-tiled0", 262144): (16384, 0.001),
+    ("memo-tiled", 32768): (16384, 0.001),
+    ("memo-tiled", 65536): (16384, 0.001),
+    ("memo-tiled", 131072): (16384, 0.001),
+}
+
+
+@pytest.mark.parametrize(("contender", "tokens"), PEAKS)
+def test_peaks_are_those_of_compiled_programs(contender, tokens, studies):
+    (row,) = (row for row in BY_TILES
+              if (row["run"], row["contender"], row["seq_len"]) == ("issue6-8b-h200g", contender, tokens))  # fmt: skip
+    (alpha,) = set(row["details"]["alpha"])
+    tile, above = PEAKS[contender, tokens]
+    profile = studies["h200-141gb"].at(tokens, host_bytes=1 << 40, tiles=True).profile
+    sheet = Sheet(profile, (tokens,) * 4)
+    forecast = sheet.forecast(by_tiles(sheet, alpha, 4, tile))
+    peak = forecast.peak_bytes - profile.states.optimizer + tokens * 2 * 4096
+    assert 0 <= peak / row["peak_allocated"] - 1 <= above

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.names import AS_IT_IS
 from memo_runtime.errors import CaptureRefusedError
 
@@ -52,11 +53,13 @@ def structural_copy(block: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn
     for one in modules:
         made = plain_class(one)
         memo[id(one)] = made.__new__(made)
-    try:
-        for one in modules:
-            memo[id(one)].__dict__.update(copy.deepcopy(_state(one), memo))
-    except Exception as error:
-        raise CaptureRefusedError("copy.deepcopy", f"the block cannot be copied: {error}") from error
+    for one in modules:
+        for name, value in _state(one).items():
+            try:
+                memo[id(one)].__dict__[name] = copy.deepcopy(value, memo)
+            except Exception as error:
+                what = f"the block cannot be copied: '{name}' of its {type(one).__name__}: {first_line(error)}"
+                raise CaptureRefusedError("copy.deepcopy", what) from error
     copied: nn.Module = memo[id(block)]
     return copied
 

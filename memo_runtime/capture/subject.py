@@ -77,7 +77,8 @@ def moved_copy(live: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     memo: dict[int, torch.Tensor] = {}
     for one in live.buffers():
         made = one.detach().clone()
-        memo[id(one)] = made.to(dtype) if dtype is not None and made.is_floating_point() else made
+        made = made.to(dtype) if dtype is not None and made.is_floating_point() else made
+        memo[id(one)] = made.requires_grad_(one.requires_grad)
     for one in live.parameters():
         moved = one.detach().clone()
         if moved.is_floating_point():

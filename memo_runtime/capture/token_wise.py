@@ -160,7 +160,8 @@ def _gradients(
     leaves = [one.detach().requires_grad_(one.is_floating_point()) for one in inputs]
     outputs = subject.tensors(leaves)
     pairs = [(out, weight) for out, weight in zip(outputs, weights, strict=True) if out.requires_grad]
-    sought = [one for one in (*leaves, *subject.module.parameters()) if one.requires_grad]
+    states = (*subject.module.parameters(), *subject.module.buffers())
+    sought = [one for one in (*leaves, *states) if one.requires_grad]
     found: Sequence[torch.Tensor | None] = [None] * len(sought)
     if pairs and sought:
         results, tangents = zip(*pairs, strict=True)

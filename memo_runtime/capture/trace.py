@@ -20,6 +20,7 @@ auxiliary loss that it stores, a random generator) would be lost: that is refuse
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,12 @@ NEEDS_GRAD = "needs_grad"
 #: Backwards that belong to operators of libraries (``torch.library.register_autograd``): they go with the operator.
 _OF_OPERATORS = "GeneratedBackwardFor_"
 _CHANGES = "it changes when the block runs, which tiles would not do"
+#: What PyTorch says of a tensor that the trace was not told of, and of the operator that meets it.
+_FOREIGN = re.compile(r"convert all Tensors to FakeTensors first.* Found in ([\w.]+)\(", re.DOTALL)
+_NOT_TOLD = (
+    "one of its arguments is a tensor that is neither a parameter nor a buffer of the block, nor given to it: "
+    "a plain attribute, or one from outside"
+)
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -201,6 +208,8 @@ def _fake_copy(
             fake: torch.Tensor = torch.empty_strided(live.shape, live.stride(), dtype=live.dtype, device=live.device)
             if isinstance(live, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=live.requires_grad)
+            else:  # a buffer that somebody has computed, or what functional_call has put in a parameter's place
+                fake.requires_grad_(live.requires_grad)
         memo[id(live)] = fake
         fakes.append(fake)
     return structural_copy(block, memo), fakes
@@ -365,6 +374,9 @@ def _refusal(error: Exception) -> CaptureRefusedError:
     text = lines[0][:200] if lines else type(error).__name__
     if isinstance(error, _DATA_DEPENDENT):
         return CaptureRefusedError(str(getattr(error, "func", "a size")), f"it depends on data: {text}")
+    foreign = _FOREIGN.search(str(error))
+    if foreign:
+        return CaptureRefusedError(foreign[1], _NOT_TOLD)
     if isinstance(error, UnsupportedOperatorException):
         return CaptureRefusedError(str(error.func), "it has no rule for shapes")
     return CaptureRefusedError(FORWARD, f"it cannot be traced: {type(error).__name__}: {text}")

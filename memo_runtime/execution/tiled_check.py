@@ -59,7 +59,8 @@ def check(captured: Captured, block: nn.Module, call: BlockCall, execute: Execut
         copied = _moved_copy(block)
         short = _short_call(captured, call)
         inputs = {f"argument {index}": leaf for index, leaf in short.tensors() if leaf.requires_grad}
-        inputs |= {name: one for name, one in copied.named_parameters() if one.requires_grad}
+        states = (*copied.named_parameters(), *copied.named_buffers())
+        inputs |= {name: one for name, one in states if one.requires_grad}
         with logged_draws() as log:
             result, run = execute(copied, short, _TILE)
         try:
@@ -75,7 +76,9 @@ def check(captured: Captured, block: nn.Module, call: BlockCall, execute: Execut
 
 
 def _moved_copy(block: nn.Module) -> nn.Module:
-    memo: dict[int, torch.Tensor] = {id(one): one.detach().clone() for one in block.buffers()}
+    memo: dict[int, torch.Tensor] = {
+        id(one): one.detach().clone().requires_grad_(one.requires_grad) for one in block.buffers()
+    }
     for one in block.parameters():
         moved = one.detach().clone()
         if moved.is_floating_point():

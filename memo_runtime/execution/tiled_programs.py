@@ -225,7 +225,9 @@ def _trace(
         return [*(out.detach() for out in outputs), *chosen, *(next(each) if need else None for need in needs)]
 
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with TRACING, mode, torch.enable_grad(), autocast.uncached().restored(), one_thread:
+    # Anomaly mode asks gradients whether they are NaN, and these have no values.
+    no_questions = torch.autograd.set_detect_anomaly(False)
+    with TRACING, mode, torch.enable_grad(), autocast.uncached().restored(), one_thread, no_questions:
         fakes = [_alike(one) for one in sources]
         with torch.no_grad():
             shapes, _ = segment_outputs(captured, stage, fakes, tokens)

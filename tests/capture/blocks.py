@@ -122,6 +122,28 @@ class Tables(Attention):
         return super().forward(x * scale + shift / (1.0 + low.abs().max()))
 
 
+class BufferedScale(Attention):
+    """Has a buffer that whoever calls it computes, with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
+class AttributeScale(Attention):
+    """Has a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
 class ByLength(Attention):
     """The number of tokens is a number in a formula."""
 

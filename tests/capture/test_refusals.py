@@ -23,6 +23,7 @@ REFUSED = {
     blocks.DropsByPython: ("the state of a random generator of Python or NumPy", "changes when the block runs"),
     blocks.StoresALoss: ("attribute 'merge.loss'", "changes when the block runs"),
     hand_written.Spectrum: ("aten.fft_fft", "not known"),
+    blocks.AttributeScale: ("aten.mul.Tensor", "neither a parameter nor a buffer"),
     blocks.ByLength: ("aten.div", "number of tokens"),
     blocks.WithoutGradient: ("aten.abs", "without gradients"),
     blocks.Frequencies: ("aten.embedding", "whole batch"),
@@ -101,6 +102,13 @@ def test_a_forward_on_an_instance_is_refused():
     block = hand_written.Attention()
     block.merge.forward = lambda x: x
     with pytest.raises(CaptureRefusedError, match="forward of 'merge': it was replaced"):
+        capture(block, call_of())
+
+
+def test_an_attribute_that_cannot_be_copied_is_named():
+    block = blocks.AttributeScale()
+    block.scale = 2 * torch.ones(hand_written.WIDTH, requires_grad=True)
+    with pytest.raises(CaptureRefusedError, match="cannot be copied: 'scale' of its AttributeScale: Runtime"):
         capture(block, call_of())
 
 

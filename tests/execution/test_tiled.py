@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.declared import declare_token_wise
 from memo_runtime.capture.captured import capture
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution import tiled as tiled_module
@@ -16,7 +17,7 @@ from memo_runtime.execution.tiled_run import ProgramCache
 from tests.capture import blocks
 from tests.exactness import hand_written
 from tests.exactness.hand_written import HEADS, WIDTH
-from tests.execution.tiles import assert_exact, call_of, run, worst
+from tests.execution.tiles import TOLERANCE, assert_exact, call_of, run, worst
 
 BLOCKS = [
     hand_written.Attention, hand_written.TwoMixers, hand_written.NoMixer, hand_written.OwnPositions,
@@ -43,6 +44,66 @@ def hidden(tokens=29, rows=3):
 def test_exact(kind, alpha):
     block = double(kind)
     assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8, alpha=alpha))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_buffers_get_their_gradient(declared):
+    """Also where they are computed anew for each call, and in a module that was declared."""
+    block = double(blocks.BufferedScale)
+    if declared:
+        block = double(hand_written.Attention)
+        block.up = Scaled(block.up).double()
+        declare_token_wise(block.up)
+    owner = block.up if declared else block
+    tiled = TiledBlock(block, tile=8, alpha=0.5)
+    for number in (1, 2):
+        leaf = torch.linspace(0.5, number, WIDTH, dtype=torch.float64).requires_grad_()
+        found = []
+        for forward in (block.forward, tiled):
+            owner.scale = number * leaf
+            (grad,) = torch.autograd.grad(forward(hidden()).square().sum(), leaf)
+            found.append(grad)
+        assert worst(found[1:], found[:1]) <= TOLERANCE
+
+
+class Scaled(nn.Module):
+    """A layer behind a buffer that whoever calls it computes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+    def forward(self, x):
+        return self.layer(x * self.scale)
+
+
+def test_parameters_that_functional_call_exchanges_get_their_gradient():
+    block = double(hand_written.Attention)
+    named = {name: (1.1 * one.detach()).requires_grad_() for name, one in block.named_parameters()}
+    tiled, found = TiledBlock(block, tile=8), []
+
+    class Forward(nn.Module):
+        def __init__(self, forward):
+            super().__init__()
+            self.block, self.run = block, forward
+
+        def forward(self, x):
+            return self.run(x)
+
+    for forward in (block.forward, tiled):
+        inside = {f"block.{name}": one for name, one in named.items()}
+        result = torch.func.functional_call(Forward(forward), inside, (hidden(),))
+        found.append(torch.autograd.grad(result.square().sum(), list(named.values())))
+    assert worst(found[1], found[0]) <= TOLERANCE
+
+
+def test_anomaly_mode():
+    """It asks every gradient whether it is NaN: not while programs are traced, whose gradients have no values."""
+    block = double(hand_written.Attention)
+    with torch.autograd.set_detect_anomaly(True):
+        assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8))
+        assert torch.is_anomaly_enabled()
 
 
 def test_tokens_without_a_batch():

@@ -1,7 +1,7 @@
 """What a block takes when it runs by tiles: bytes of its stash and of its worst moments, and FLOPs that it repeats.
 
-Sizes follow from the capture, whose lengths are symbols; nothing of full length is allocated. What a kernel of
-attention saves and takes beside its tensors is seen in one short run of it.
+Sizes follow from the capture, whose lengths are symbols. What a kernel of attention saves and takes beside its tensors
+is seen in a run of it (``tiled_trial.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import fx
@@ -17,32 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.failures import first_line
-from memo_runtime.blocks.operators import MASKED_ATTENTION
-from memo_runtime.blocks.spans import spans_tensor
 from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, kept_values
-from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.split import Mixer, Segment, mixed_values
-from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import Program, run_eagerly
 from memo_runtime.execution.mixers.attention import (
-    Inputs,
     Kernel,
-    Settings,
-    attention_backward,
-    attention_forward,
 )
-from memo_runtime.execution.mixers.by_graph import run_with_graph
-from memo_runtime.execution.mixers.merging import merge_bytes
-from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_chain import result_stage
-from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_heads import grouping, head_count
 from memo_runtime.execution.tiled_moments import (
     Needs,
-    Workspace,
     moments,
     polynomial,
     result_moments,
@@ -54,22 +39,18 @@ from memo_runtime.execution.tiled_rows import (
     empty_by_token,
     gapless_rows,
     is_dense,
-    lies_by_token,
     like,
     packed,
     same_memory,
 )
 from memo_runtime.execution.tiled_run import rows_tile
 from memo_runtime.execution.tiled_timing import TileTimes
+from memo_runtime.execution.tiled_trial import Trial, try_mixer
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
 
 #: Tile at which programs are traced for their cost, on fake tensors; another of twice as many shows what grows.
 _TILE = 2048
-#: Tokens of the run of attention: enough for a kernel to show its workspace, few enough to be over at once.
-_ATTENTION_TOKENS = {"cuda": 4096, "cpu": 64}
 _USUAL: Mapping[tuple[str, str], Kernel] = MappingProxyType({})
-#: Kernels that round the length of their log-sum-exps up.
-_ROUNDED = {"efficient": 32}
 
 
 def tiled_profile(
@@ -90,26 +71,29 @@ def tiled_profile(
     """
     tokens = tokens or captured.tokens(call)
     device = call.leaves[captured.input_leaf].device
-    tried: dict[fx.Node, _Tried] = {}
+    heads = head_count(captured)
+    tried: dict[fx.Node, Trial] = {}
     with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for stage in captured.stages.stages:
             if isinstance(stage, Mixer):
-                tried[stage.node] = _try(captured, stage, tokens, kernels.get((captured.signature, stage.node.name)))
+                kernel = kernels.get((captured.signature, stage.node.name))
+                tried[stage.node] = try_mixer(captured, stage, tokens, kernel, heads)
     by_token = {node for node, one in tried.items() if one.by_token}
     tracing = _Tracing(captured, tokens, AutocastState.current(device.type), by_token, fused)
     costs = {index: tracing.costs(index) for index, stage in enumerate(captured.stages.stages)
              if isinstance(stage, Segment)}  # fmt: skip
     needs = Needs(
-        costs, _TILE,
-        {node: (one.workspace[0], one.workspace[1] if workspace is None else workspace(node))
-         for node, one in tried.items()},
+        costs, _TILE, {node: one.workspace for node, one in tried.items()},
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
         {node: one.merging for node, one in tried.items()},
     )  # fmt: skip
+    needs_by_groups = replace(needs, workspaces={node: one.by_group for node, one in tried.items()})
+    if workspace is not None:
+        for needed in (needs, needs_by_groups):
+            needed.workspaces = {node: (took[0], workspace(node)) for node, took in needed.workspaces.items()}
     forward, backward = moments(captured, needs, tokens)
-    heads = head_count(captured)
-    by_groups = moments(captured, needs, tokens, by_groups=True) if heads > 1 else ((), ())
+    by_groups = moments(captured, needs_by_groups, tokens, by_groups=True) if heads > 1 else ((), ())
     again, saved, products = _repeated(captured, costs, tokens)
     found = TiledProfile(
         stash=tuple(_stash(captured, call, tried.values(), tokens)),
@@ -315,7 +299,7 @@ def _resident(captured: Captured) -> list[fx.Node]:
     return [*captured.stages.fixed, *(node for node in results_of_mixers(captured) if node not in chosen)]
 
 
-def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens: int) -> list[Growth]:
+def _stash(captured: Captured, call: BlockCall, tried: Iterable[Trial], tokens: int) -> list[Growth]:
     """Bytes of each tensor that ``tiled._swapped`` would send to the host."""
     arguments = [
         node for node, leaf in captured.arguments
@@ -324,129 +308,3 @@ def _stash(captured: Captured, call: BlockCall, tried: Iterable[_Tried], tokens:
     ]  # fmt: skip
     found = [_total(captured, [node], tokens) for node in [*arguments, *stashed_results(captured)]]
     return [*found, *(size for one in tried for size in one.saved)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """One mixer: its kernel, bytes of each tensor that its forward leaves, and bytes by token that it took.
-
-    ``by_token``: its result lies in memory token by token, where its queries do.
-    """
-
-    kernel: Kernel
-    saved: tuple[Growth, ...]
-    workspace: Workspace
-    merging: int = 0
-    by_token: bool = False
-
-
-def _try(captured: Captured, mixer: Mixer, tokens: int, kernel: Kernel | None) -> _Tried:
-    """Run one attention on random numbers of few tokens."""
-    if mixer.by_graph:
-        return _try_named(captured, mixer, tokens)
-    node = mixer.node
-    named = arguments_of(node)
-    device = node.meta["val"].device
-    length = min(tokens, _ATTENTION_TOKENS.get(device.type, 64))
-    query, key, value = (_random(captured, named[name], length) for name in ("query", "key", "value"))
-    mask = _random(captured, named["attn_mask"], length) if named["attn_mask"] is not None else None
-    dtype = node.meta["val"].dtype
-    inputs = Inputs(query.to(dtype), key.to(dtype), value.to(dtype), mask)
-    biased = named["attn_mask"] in captured.stages.differentiable
-    settings = Settings.of(named, query.shape[-1])
-    meter = _Meter(device)
-    whole = replace(kernel, queries=0) if kernel is not None else None
-    output, saved = attention_forward(inputs, settings, seed=0, by_rows=biased, kernel=whole)
-    forward = meter.beyond([output, *saved.tensors])
-    grad = torch.ones_like(output)
-    meter = _Meter(device)
-    grads = attention_backward(grad, inputs, output, saved, settings)
-    backward = meter.beyond([*grads])
-    growths = [
-        Growth(linear=tensor_bytes(one) / length, multiple=_ROUNDED.get(saved.kernel.name, 1)) for one in saved.tensors
-        if isinstance(one, torch.Tensor) and one.is_floating_point() and is_dense(one)
-    ]  # fmt: skip
-    used, merging = saved.kernel, 0
-    if kernel is not None and kernel.queries and kernel.name == used.name:
-        used = kernel
-        shape = (query.shape[0], query.shape[1], value.shape[-1])
-        merging = merge_bytes(shape, kernel.queries, dtype, device.type)
-    queries = [int(captured.size(one, length)) for one in named["query"].meta["val"].stride()]
-    by_token = lies_by_token(output.stride()) and lies_by_token(queries)
-    return _Tried(used, tuple(growths), (forward / length, backward / length), merging, by_token)
-
-
-def _try_named(captured: Captured, mixer: Mixer, tokens: int) -> _Tried:
-    """A mixer that the user has named, on fake tensors: what its formula saves. Its workspace is not known.
-
-    That of attention under spans is.
-    """
-    device = captured.arguments[0][0].meta["val"].device
-    autocast = AutocastState.current(device.type)
-    wanted = [node in captured.stages.differentiable for node in mixer.inputs]
-
-    def saved(length: int) -> list[torch.Tensor]:
-        with FakeTensorMode():
-            shapes = [[int(captured.size(size, length)) for size in node.meta["val"].shape] for node in mixer.inputs]
-            values = [torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
-                      for shape, node in zip(shapes, mixer.inputs, strict=True)]  # fmt: skip
-            operator = mixer_operator(captured, mixer, length, autocast)
-            try:
-                return run_with_graph(operator, values, wanted, [at for _, at in mixer.results])[1]
-            except RuntimeError as error:
-                reason = f"what it saves cannot be told, since it does not run on fake tensors: {first_line(error)}"
-                raise CaptureRefusedError(kernel_name(mixer), reason) from error
-
-    by_length = {count * tokens: saved(count * tokens) for count in (1, 2, 3)}
-    def size(at: int) -> Growth:
-        return polynomial(lambda length: float(tensor_bytes(by_length[length][at])), tokens)
-
-    chosen = [at for at, one in enumerate(by_length[tokens]) if one.is_floating_point() and is_dense(one)]
-    inside = _masked_workspace(captured, mixer, tokens) if operator_name(mixer.node) == MASKED_ATTENTION else (0.0, 0.0)
-    return _Tried(Kernel(kernel_name(mixer)), tuple(size(at) for at in chosen), inside)
-
-
-def _masked_workspace(captured: Captured, mixer: Mixer, tokens: int) -> Workspace:
-    """Seen under a window, whose kernel takes more inside than those that take long documents one by one."""
-    node = mixer.node
-    device = node.args[0].meta["val"].device  # type: ignore[union-attr]
-    length = min(tokens, _ATTENTION_TOKENS.get(device.type, 64))
-    query, key, value = (_random(captured, one, length) for one in node.args[:3])  # type: ignore[arg-type]
-    places = torch.arange(length, device=device).expand(len(query), -1)
-    spans = spans_tensor((places - length // 8).clamp(min=0), places + 1)
-    meter = _Meter(device)
-    output, lse = torch.ops.memo_runtime.masked_attention(query, key, value, spans, node.args[4])
-    forward = meter.beyond([output, lse])
-    grad = torch.ones_like(output)
-    meter = _Meter(device)
-    backward = torch.ops.memo_runtime.masked_attention_backward
-    grads = backward(grad, query, key, value, spans, output, lse, node.args[4])
-    return forward / length, meter.beyond([*grads]) / length
-
-
-def _random(captured: Captured, node: fx.Node, tokens: int) -> torch.Tensor:
-    value = node.meta["val"]
-    shape = [int(captured.size(size, tokens)) for size in value.shape]
-    if value.dtype == torch.bool:
-        return torch.ones(shape, dtype=torch.bool, device=value.device)
-    if value.dim() == 4 and isinstance(captured.stages.axes[node], TokenAxis):
-        batch, heads, length, depth = shape
-        return torch.randn(batch, length, heads, depth, dtype=value.dtype, device=value.device).transpose(1, 2)
-    return torch.randn(shape, dtype=value.dtype, device=value.device)
-
-
-class _Meter:
-    """Device memory between two points, where an allocator counts it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
-
-    def beyond(self, results: list[Any]) -> int:
-        """Most bytes since then, beside those of ``results``."""
-        if self._device is None:
-            return 0
-        held = sum(one.numel() * one.element_size() for one in results if isinstance(one, torch.Tensor))
-        return max(0, torch.cuda.max_memory_allocated(self._device) - self._before - held)

@@ -213,7 +213,7 @@ def test_head_and_loss_by_tiles_are_timed() -> None:
 @pytest.mark.parametrize(
     ("tokens", "longest"),
     [(1, 1), (4096, 4096), (8192, 8192), (9000, 8192), (16384, 8192), (24000, 12000), (32768, 16384), (65536, 16384),
-     (131072, 32768)],
+     (131072, 32768), (1 << 18, 65536), (1 << 21, 65536)],
 )  # fmt: skip
 def test_a_gpu_is_timed_at_a_quarter_of_the_length_or_half_where_that_is_short(tokens: int, longest: int) -> None:
     lengths = lengths_to_time(tokens, "cuda")

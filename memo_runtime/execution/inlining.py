@@ -39,12 +39,15 @@ def inlined(graph: fx.Graph) -> frozenset[int]:
     """Keys of the storages that the compiled program does not hold."""
     nodes = list(graph.nodes)
     readers: dict[int, list[fx.Node]] = {}
+    written: set[int] = set()
     for node in nodes:
         own = {key for key, _ in storages(node.meta.get("val"))}
         for source in node.all_input_nodes:
             for key, _ in storages(source.meta.get("val")):
-                if key not in own or _writes(node):
+                if key not in own:
                     readers.setdefault(key, []).append(node)
+                elif _writes(node):
+                    written.add(key)
     found: set[int] = set()
     reads: dict[int, frozenset[int]] = {}
     for node in nodes:
@@ -53,8 +56,8 @@ def inlined(graph: fx.Graph) -> frozenset[int]:
             continue
         (key,) = keys
         sources = {one for source in node.all_input_nodes for one, _ in storages(source.meta.get("val"))}
-        if key in sources:
-            continue  # a view, or one that writes to what it is given
+        if key in sources or key in written:
+            continue  # a view, or something that is written to
         reads[key] = frozenset().union(*(reads[one] if one in found else {one} for one in sources))
         used = readers.get(key, [])
         if used and all(_is(one, _READERS) for one in used) and (len(used) == 1 or len(reads[key]) <= _FEW):
@@ -64,7 +67,7 @@ def inlined(graph: fx.Graph) -> frozenset[int]:
 
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return node.op == "output" or bool(schema is not None and schema.is_mutable)
+    return bool(schema is not None and schema.is_mutable)
 
 
 def _is(node: fx.Node, others: tuple[Any, ...]) -> bool:

@@ -131,3 +131,18 @@ def test_what_a_value_is_made_of_stays_until_its_last_reader():
     size = 64 * 32 * 4
     assert bytes_alive(graph) == 4 * size  # again, z, their product and the sum
     assert bytes_alive(graph, inlined(graph)) == 4 * size  # y in the place of again
+
+
+def test_what_is_written_to_is_held():
+    def program(x, y):
+        h = x.cos()
+        h.add_(y)
+        return h.sum(0), h.sin() + 1
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(program, tracing_mode="fake")(
+        torch.randn(8, 4), torch.randn(8, 4)
+    ).graph
+    unmade = inlined(graph)
+    held = {node.name for node in graph.nodes if node.op == "call_function"
+            and node.meta["val"].untyped_storage()._cdata not in unmade}  # fmt: skip
+    assert held == {"cos", "add_", "sum_1", "add"}

@@ -6,6 +6,12 @@
 #include <utility>
 
 namespace memo_arena {
+namespace {
+
+// What a step may say of other sizes; a plan of which more is wrong is better made again.
+constexpr std::size_t kMostMisfits = 4096;
+
+}  // namespace
 
 Arena::Arena(Device& device, std::uint64_t base, std::uint64_t size) : base_(base), size_(size), ranges_(device) {
   if (base % kAlignment != 0 || size == 0) throw std::invalid_argument("an arena begins at a multiple of 512");
@@ -44,6 +50,7 @@ void Arena::begin_step() {
   const std::lock_guard<std::mutex> lock(mutex_);
   adopt();
   step_ = Counts{};
+  misfits_.clear();
   in_step_ = true;
 }
 
@@ -52,6 +59,7 @@ void Arena::end_step() {
   if (!in_step_) return;
   in_step_ = false;
   statistics_.last_step = step_;
+  last_misfits_ = misfits_;
   ++statistics_.steps;
 }
 
@@ -85,17 +93,20 @@ std::uint64_t Arena::take(std::uint64_t bytes, Stream stream) {
   Place* place = place_of(stream, size, cause);
   if (place == nullptr) return refuse(cause);
   const Match match = place->cursor.find(*place->lane, size);
-  if (match.how == How::none) return refuse(&Counts::unplanned);
+  if (match.how == How::none) {
+    settle(*place, match, false, bytes);
+    return refuse(&Counts::unplanned);
+  }
   const std::uint64_t begin = place->lane->offsets[match.slot];
   if (begin == kNative) {
-    place->cursor.settle(match, true);
+    settle(*place, match, true, bytes);
     return refuse(&Counts::resident);
   }
   std::uint64_t waits = 0;
   const Taken taken = ranges_.take(begin, begin + size, stream, bytes, waits);
   count(&Counts::waits, waits);
-  place->cursor.settle(match, taken == Taken::yes);
-  if (match.how == How::elsewhere) count(&Counts::jumps);
+  settle(*place, match, taken == Taken::yes, bytes);
+  if (match.how == How::elsewhere || match.how == How::near) count(&Counts::jumps);
   if (taken == Taken::occupied) return refuse(&Counts::occupied);
   if (taken == Taken::unordered) return refuse(&Counts::unordered);
   if (match.how != How::at) count(&Counts::displaced);
@@ -106,6 +117,20 @@ std::uint64_t Arena::take(std::uint64_t bytes, Stream stream) {
   statistics_.live_requested += bytes;
   statistics_.peak_bytes = std::max(statistics_.peak_bytes, statistics_.live_bytes);
   return base_ + begin;
+}
+
+void Arena::settle(Place& place, const Match& match, bool served, std::uint64_t bytes) {
+  std::vector<Found> found;
+  place.cursor.settle(*place.lane, match, served, bytes, found);
+  for (const Found& one : found) {
+    if (place.lane->offsets[one.slot] == kNative || misfits_.size() >= kMostMisfits) continue;
+    misfits_.push_back({place.lane->numbers[one.slot], one.bytes});
+  }
+}
+
+std::vector<Misfit> Arena::misfits() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return last_misfits_;
 }
 
 Given Arena::found_at(std::uint64_t address) const {

@@ -49,6 +49,12 @@ struct Statistics {
   std::uint64_t peak_bytes;  // most of live_bytes since the last reset
 };
 
+// Slot `slot` of the plan, and what the step asked for in its place. C layout: it crosses the C interface.
+struct Misfit {
+  std::uint64_t slot;
+  std::uint64_t bytes;
+};
+
 struct LiveRange {
   std::uint64_t begin;
   std::uint64_t end;
@@ -93,6 +99,8 @@ class Arena {
   std::uint64_t begin_of(std::uint64_t address) const;
 
   Statistics statistics() const;
+  // Requests of the last whole step whose size was another than planned, as far as their place is known.
+  std::vector<Misfit> misfits() const;
   void reset_peak();
   // All of [base, base + size), in order.
   std::vector<LiveRange> ranges() const;
@@ -107,6 +115,7 @@ class Arena {
 
   // The lane of such requests; where there is none, `cause` is why not.
   Place* place_of(Stream stream, std::uint64_t size, std::uint64_t Counts::*& cause);
+  void settle(Place& place, const Match& match, bool served, std::uint64_t bytes);
   Given found_at(std::uint64_t address) const;
   std::uint64_t refuse(std::uint64_t Counts::*cause);
   void count(std::uint64_t Counts::*what, std::uint64_t by = 1);
@@ -122,6 +131,8 @@ class Arena {
   bool in_step_ = false;
   Counts step_{};
   Statistics statistics_{};
+  std::vector<Misfit> misfits_;       // of this step
+  std::vector<Misfit> last_misfits_;  // of the last whole one
 };
 
 }  // namespace memo_arena

@@ -15,11 +15,14 @@ namespace {
 void check(const Slot& slot, std::size_t index, std::uint64_t capacity) {
   if (slot.size == 0) refuse(index, "has no bytes");
   if (slot.lower >= slot.upper) refuse(index, "ends before it begins");
+  if (slot.most != 0 && (slot.least > slot.size || slot.size > slot.most)) {
+    refuse(index, "is not between the sizes that it may have");
+  }
   if (slot.offset == kNative) return;
   if (slot.offset % kAlignment != 0) {
     refuse(index, "is at offset " + std::to_string(slot.offset) + ", not a multiple of 512");
   }
-  if (slot.offset > capacity || slot.size > capacity - slot.offset || rounded(slot.size) > capacity - slot.offset) {
+  if (slot.offset > capacity || slot.room() > capacity - slot.offset || rounded(slot.room()) > capacity - slot.offset) {
     refuse(index, "ends behind the arena of " + std::to_string(capacity) + " bytes");
   }
 }
@@ -48,12 +51,12 @@ void check_apart(const std::vector<Slot>& slots) {
       continue;
     }
     const auto after = alive.lower_bound(slot.offset);
-    if (after != alive.end() && after->first < slot.offset + rounded(slot.size)) {
+    if (after != alive.end() && after->first < slot.offset + rounded(slot.room())) {
       refuse(change.index, "shares bytes with slot " + std::to_string(after->second) + ", which lives at that time");
     }
     if (after != alive.begin()) {
       const std::size_t before = std::prev(after)->second;
-      if (slots[before].offset + rounded(slots[before].size) > slot.offset) {
+      if (slots[before].offset + rounded(slots[before].room()) > slot.offset) {
         refuse(change.index, "shares bytes with slot " + std::to_string(before) + ", which lives at that time");
       }
     }
@@ -81,11 +84,12 @@ Plan::Plan(const std::vector<Slot>& slots, std::uint64_t capacity) {
   for (std::size_t i = 0; i < slots.size(); ++i) {
     check(slots[i], i, capacity);
     if (i > 0 && slots[i].lower < slots[i - 1].lower) refuse(i, "begins before the one ahead of it");
-    if (slots[i].offset != kNative) extent_ = std::max(extent_, slots[i].offset + rounded(slots[i].size));
+    if (slots[i].offset != kNative) extent_ = std::max(extent_, slots[i].offset + rounded(slots[i].room()));
   }
   if (extent_ == 0) throw std::invalid_argument("the plan places nothing");
   check_apart(slots);
-  for (const Slot& slot : slots) {
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const Slot& slot = slots[i];
     const bool small = rounded(slot.size) <= kSmall;
     auto lane = std::find_if(lanes_.begin(), lanes_.end(),
                              [&](const Lane& l) { return l.stream == slot.stream && l.small == small; });
@@ -97,6 +101,9 @@ Plan::Plan(const std::vector<Slot>& slots, std::uint64_t capacity) {
     }
     lane->sizes.push_back(rounded(slot.size));
     lane->offsets.push_back(slot.offset);
+    lane->least.push_back(rounded(slot.most != 0 ? slot.least : slot.size));
+    lane->most.push_back(rounded(slot.room()));
+    lane->numbers.push_back(i);
   }
   for (Lane& lane : lanes_) index_grams(lane);
 }

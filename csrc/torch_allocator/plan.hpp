@@ -23,14 +23,19 @@ constexpr std::uint64_t rounded(std::uint64_t bytes) { return (bytes + kAlignmen
 // The offset of a request that outlives the step: it has a place in the order, and the native allocator serves it.
 constexpr std::uint64_t kNative = ~std::uint64_t{0};
 
-// One request of the step: `size` bytes at `offset` from event `lower` until just before event `upper`. C layout: it
-// crosses the C interface.
+// One request of the step: `size` bytes at `offset` from event `lower` until just before event `upper`. Where the size is
+// not certain it has room for `most` bytes, and `least` is what it may be; both 0 where it is. C layout: it crosses the C
+// interface.
 struct Slot {
   std::uint64_t lower;
   std::uint64_t upper;
   std::uint64_t size;
   std::uint64_t offset;
   Stream stream;
+  std::uint64_t least = 0;
+  std::uint64_t most = 0;
+
+  std::uint64_t room() const { return most > size ? most : size; }
 };
 
 // What one stream asks for, in order; small requests have a lane of their own, so that some that come on top of the plan
@@ -40,6 +45,9 @@ struct Lane {
   bool small = false;
   std::vector<std::uint64_t> sizes;
   std::vector<std::uint64_t> offsets;
+  std::vector<std::uint64_t> least;   // sizes that are served there too, where none is planned
+  std::vector<std::uint64_t> most;
+  std::vector<std::size_t> numbers;   // of the slots in the plan
   // Hash of kGram sizes in a row -> where the last of them stands, ascending.
   std::unordered_map<std::uint64_t, std::vector<std::size_t>> grams;
 

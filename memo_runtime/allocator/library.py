@@ -19,7 +19,7 @@ import torch
 from memo_runtime.allocator.versions import BUILD_COMMAND, KNOWN, library_path, number, running
 from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 _BUG, _INVALID, _NO_MEMORY = 1, 2, 3
 #: csrc/torch_allocator/shell/interface.cpp
 _ERRORS: dict[int, type[Exception]] = {
@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "begin_step": (_I32, (_I32,)),
     "end_step": (_I32, (_I32,)),
     "statistics": (_I32, (_I32, _POINTER, _I64)),
+    "misfits": (_I32, (_I32, _POINTER, _U64, _POINTER)),
     "holds": (_I32, (_I32, _U64, _POINTER)),
 }
 
@@ -48,6 +49,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 NATIVE = 2**64 - 1
 #: (lower, upper, size, offset, stream handle) of one request of a step.
 Slot = tuple[int, int, int, int, int]
+#: Least and most bytes that a request may have.
+Bounds = tuple[int, int]
+#: A step says no more of other sizes; csrc/torch_allocator/arena.cpp
+_MOST_MISFITS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,13 +159,18 @@ class PlannedAllocator:
         """
         self._call("install", number(running()))
 
-    def arm(self, device: int, slots: Sequence[Slot], size: int) -> None:
+    def arm(self, device: int, slots: Sequence[Slot], size: int, bounds: Sequence[Bounds] | None = None) -> None:
         """Serve ``slots``, in order of their begin, from the next step on, in an arena of at least ``size`` bytes.
+
+        Args:
+            bounds: of the size of each slot, which has room for the most; sizes are certain where not given.
 
         Raises:
             AllocatorPlanError: they cannot be a plan, or there is no memory for them; nothing has changed.
         """
-        numbers = array("Q", [value for slot in slots for value in slot])
+        bounds = [(slot[2], slot[2]) for slot in slots] if bounds is None else bounds
+        whole = ((*slot, *both) for slot, both in zip(slots, bounds, strict=True))
+        numbers = array("Q", [value for values in whole for value in values])
         address, _ = numbers.buffer_info()
         self._call("arm", device, address, len(slots), size)
 
@@ -177,6 +187,12 @@ class PlannedAllocator:
     def end_step(self, device: int) -> None:
         """The step ends; nothing is served until the next."""
         self._call("end_step", device)
+
+    def misfits(self, device: int) -> list[tuple[int, int]]:
+        """(slot, bytes) of requests of the last step that had another size than planned, where their slot is known."""
+        values, count = (_U64 * (2 * _MOST_MISFITS))(), _U64()
+        self._call("misfits", device, values, _MOST_MISFITS, ctypes.byref(count))
+        return [(values[2 * at], values[2 * at + 1]) for at in range(count.value)]
 
     def holds(self, device: int, address: int) -> bool:
         """Whether planned memory is at ``address``."""

@@ -1,27 +1,39 @@
 """Steps of one program at other lengths than those recorded: what each request is there, and where it lives.
 
-A step asks for the same things in the same order at every length; only sizes differ, each by so many bytes a token. Two
-recorded lengths give those, and so the requests at any other:
+A step asks for the same things in the same order at every length; only sizes differ, each by so many bytes a token or
+a begun multiple of some tokens (``arena.sizes``). Two recorded lengths give those, and so the requests at any other:
 
     tokens       1,000 (recorded)   1,500 (recorded)   1,700         2,048 (placed)
     request 7    4,096              6,096              6,896         8,288 bytes at offset 512
 
 Addresses are those of one length, the longest of a bucket: what is smaller there has room, since sizes only grow with
-the length. So one placement serves every length up to its own, in one arena.
+the length. So one placement serves every length up to its own, in one arena. What a step then asks for that is of
+another size says more of sizes at all lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from memo_runtime.arena.plan import SMALL
+from memo_runtime.arena.sizes import Growth, growth_of
 from memo_runtime.arena.solving import Solved
 from memo_runtime.traces.trace import Trace, TraceRequest
 from memo_runtime.traces.windows import last_step
 
 #: Lengths of buckets in an octave: a placement is at most an eighth longer than the longest step so far.
 _BUCKETS = 8
+
+#: Sizes above which large requests are compared, if those from the first on are not the same ones: what does not grow
+#: with the length and is just below a border at one length is beyond it at the other.
+_BORDERS = (0, *(SMALL * halves // 2 for halves in (2, 3, 4, 6, 8, 12, 16)))
+
+#: Lengths that are remembered of a request that had another size than expected.
+_MOST_SEEN = 32
+
+#: A length that is no multiple of this shows which requests are rounded up.
+_TELLING = 16
 
 #: Share of the bytes of a step that large requests must have, where they alone are compared.
 _MOSTLY = 0.98
@@ -53,29 +65,70 @@ class Sample:
     handles: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Pair:
     """One program recorded at two lengths.
 
     Attributes:
         sizes: of the requests of the last step of ``long``, in order, what they are in ``short``; their own where that
             is not known, which then holds at all lengths.
+        seen: bytes of requests of the trace of ``long`` at other lengths, where they were not as expected. sure: those
+            that were as expected at a length that would have shown it.
     """
 
     short: Sample
     long: Sample
     sizes: tuple[int, ...]
+    seen: dict[int, dict[int, int]] = field(default_factory=dict)
+    sure: set[int] = field(default_factory=set)
+
+    @property
+    def first(self) -> int:
+        """The first request of the step in the trace of ``long``."""
+        window = last_step(self.long.trace)
+        return next((i for i, r in enumerate(self.long.trace.requests) if r.lower >= window.lower), 0)
 
     def at(self, tokens: int) -> Trace:
         """What the step asks for at ``tokens``, which may be longer or shorter than both."""
-        window = last_step(self.long.trace)
-        first = next((i for i, r in enumerate(self.long.trace.requests) if r.lower >= window.lower), 0)
-        over, apart = tokens - self.short.tokens, self.long.tokens - self.short.tokens
         requests = list(self.long.trace.requests)
-        for index, before in enumerate(self.sizes, start=first):
-            size = before + -(-(requests[index].size - before) * over // apart)
+        for index, before in enumerate(self.sizes, start=self.first):
+            size = self._growth(index, before).at(tokens)
             requests[index] = replace(requests[index], size=max(size, min(1, before)))
         return replace(self.long.trace, requests=tuple(requests))
+
+    def bounds(self, tokens: int, rooms: Mapping[int, tuple[int, int]]) -> list[tuple[int, int]]:
+        """Least and most bytes of requests at ``tokens``; ``rooms``: of each the size that is expected and its room."""
+        first, found = self.first, []
+        for index, (size, room) in rooms.items():
+            least, most = size, size
+            if index not in self.sure:
+                lower, upper = self._growth(index, self.sizes[index - first]).bounds(tokens)
+                least, most = max(1, min(size, lower)), min(room, max(size, room if upper is None else upper))
+            found.append((least, most))
+        return found
+
+    def _growth(self, index: int, before: int) -> Growth:
+        recorded = {self.short.tokens: before, self.long.tokens: self.long.trace.requests[index].size}
+        return growth_of(tuple(sorted((recorded | self.seen.get(index, {})).items())))
+
+    def learn(self, tokens: int, found: Mapping[int, int]) -> bool:
+        """Requests had ``found`` bytes at ``tokens``; whether that is new."""
+        new = False
+        for index, size in found.items():
+            known = self.seen.setdefault(index, {})
+            # What differs from step to step has room for the largest.
+            if size > known.get(tokens, 0):
+                known[tokens], new = size, True
+                if len(known) > _MOST_SEEN:
+                    del known[next(iter(known))]
+            self.sure.discard(index)
+        return new
+
+    def confirm(self, tokens: int, indices: set[int]) -> bool:
+        """Requests had the sizes that were expected at ``tokens``; whether that is new."""
+        new = indices - self.sure if tokens % _TELLING else set()
+        self.sure |= new
+        return bool(new)
 
 
 def pair_of(one: Sample, other: Sample) -> Pair | None:
@@ -86,7 +139,7 @@ def pair_of(one: Sample, other: Sample) -> Pair | None:
     short, long = (one, other) if one.tokens < other.tokens else (other, one)
     if short.tokens == long.tokens or not any(_made(short.trace)):
         return None
-    for least in (0, SMALL):
+    for least in _BORDERS:
         sizes = _sizes_in(short, long, least)
         if sizes is not None:
             return Pair(short=short, long=long, sizes=sizes)
@@ -140,6 +193,7 @@ def _made(trace: Trace) -> Iterator[TraceRequest]:
 
 
 def fitted(solved: Solved, trace: Trace) -> Solved:
-    """``solved`` with the sizes of ``trace`` at its addresses, none of them larger than those it was made for."""
-    sizes = (trace.requests[index].size for index in solved.placed)
-    return replace(solved, rows=tuple(replace(row, size=size) for row, size in zip(solved.rows, sizes, strict=True)))
+    """``solved`` with the sizes of ``trace`` at its addresses, as far as there is room."""
+    pairs = zip(solved.rows, solved.placed, strict=True)
+    rows = (replace(row, size=min(row.size, trace.requests[index].size)) for row, index in pairs)
+    return replace(solved, rows=tuple(rows))

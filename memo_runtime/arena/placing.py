@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+from memo_runtime.allocator.library import Counts
 from memo_runtime.arena.lengths import Pair, Sample, fitted
 from memo_runtime.arena.plan import ArenaPlan, as_arena_plan
 from memo_runtime.arena.solving import Solved
@@ -35,7 +37,32 @@ class Placement:
         """
         plan = self.plans.get(tokens)
         if plan is None:
-            trace = self.sample.trace if self.pair is None else self.pair.at(tokens)
-            plan = as_arena_plan(fitted(self.solved, trace), trace, self.sample.handles, device)
+            plan = self._plan(tokens, device)
             self.plans.put(tokens, plan)
         return plan
+
+    def _plan(self, tokens: int, device: int) -> ArenaPlan:
+        if self.pair is None:
+            return as_arena_plan(self.solved, self.sample.trace, self.sample.handles, device)
+        trace = self.pair.at(tokens)
+        layout = fitted(self.solved, trace)
+        rows = zip(self.solved.placed, layout.rows, self.solved.rows, strict=True)
+        bounds = self.pair.bounds(tokens, {index: (row.size, placed.size) for index, row, placed in rows})
+        return replace(as_arena_plan(layout, trace, self.sample.handles, device), bounds=tuple(bounds))
+
+    def learn(self, tokens: int, plan: ArenaPlan, misfits: Sequence[tuple[int, int]], counts: Counts) -> int:
+        """A step of ``tokens`` by ``plan`` had ``misfits``: (slot, bytes). Returns the bytes of those without room."""
+        if self.pair is None:
+            return 0
+        order = plan.order()
+        sizes = {row: size for slot, size in misfits if (row := order[slot]) is not None}
+        found = {self.solved.placed[row]: size for row, size in sizes.items()}
+        new = self.pair.learn(tokens, found)
+        # Each was asked for once, and what was not served is known.
+        lost = counts.unplanned + counts.occupied + counts.unordered + counts.outside + counts.other_stream
+        known = sum(not least <= sizes[row] <= most for row, (least, most) in enumerate(plan.bounds) if row in sizes)
+        if counts.requests == len(order) and lost <= known:
+            new = self.pair.confirm(tokens, set(self.solved.placed) - set(found)) or new
+        if new:
+            self.plans = Recent(_MOST_LENGTHS)
+        return sum(size for row, size in sizes.items() if -(-size // 512) > -(-self.solved.rows[row].size // 512))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from memo_runtime.allocator.library import NATIVE, PlannedAllocator, Slot
+from memo_runtime.allocator.library import NATIVE, Bounds, PlannedAllocator, Slot
 from memo_runtime.arena.compaction import compact
 from memo_runtime.errors import AllocatorPlanError
 from memo_runtime.placement import PlacedRequest
@@ -67,6 +67,8 @@ class ArenaPlan:
         device: its index, and ``device_name`` what it is. torch: the version. process: handles of streams mean nothing
             in another one.
         seconds: that planning took.
+        bounds: of each row, the least and the most bytes that it may have, for which there is room; none where all
+            sizes are certain.
     """
 
     rows: tuple[PlacedRequest, ...]
@@ -82,12 +84,28 @@ class ArenaPlan:
     torch: str
     process: int
     seconds: float
+    bounds: tuple[Bounds, ...] = ()
+
+    def _ordered(self) -> list[tuple[Slot, int | None]]:
+        """Slots, and which row each is; None: it outlives the step."""
+        pairs = enumerate(zip(self.rows, self.streams, strict=True))
+        placed = [((row.lower, row.upper, row.size, row.offset, stream), at) for at, (row, stream) in pairs]
+        residents = [((tick, tick + 1, size, NATIVE, stream), None) for tick, size, stream in self.residents]
+        return sorted([*placed, *residents], key=lambda one: one[0])
 
     def slots(self) -> list[Slot]:
         """As the allocator takes them."""
-        pairs = zip(self.rows, self.streams, strict=True)
-        placed = [(row.lower, row.upper, row.size, row.offset, stream) for row, stream in pairs]
-        return sorted([*placed, *((tick, tick + 1, size, NATIVE, stream) for tick, size, stream in self.residents)])
+        return [slot for slot, _ in self._ordered()]
+
+    def order(self) -> list[int | None]:
+        """Which row each slot is; None: it outlives the step."""
+        return [row for _, row in self._ordered()]
+
+    def slot_bounds(self) -> list[Bounds] | None:
+        """Least and most bytes of each slot; None where all sizes are certain."""
+        if not self.bounds:
+            return None
+        return [(slot[2], slot[2]) if row is None else self.bounds[row] for slot, row in self._ordered()]
 
 
 def plan_arena(
@@ -167,7 +185,15 @@ def check_arena_plan(plan: ArenaPlan) -> None:
             f"the plan says {plan.planned_bytes} planned bytes of {plan.step_bytes}, and its {len(plan.rows)} requests "
             "have another sum"
         )
-    fault = layout_fault(plan.rows, plan.size)
+    rows = plan.rows
+    if plan.bounds:
+        if len(plan.bounds) != len(rows):
+            raise AllocatorPlanError(f"the plan has {len(rows)} requests and the bounds of {len(plan.bounds)}")
+        both = list(zip(rows, plan.bounds, strict=True))
+        if not all(0 < least <= row.size <= most <= _MOST for row, (least, most) in both):
+            raise AllocatorPlanError("a size of the plan is not between its bounds")
+        rows = tuple(replace(row, size=most) for row, (_, most) in both)
+    fault = layout_fault(rows, plan.size)
     if fault is not None:
         raise AllocatorPlanError(f"the plan cannot be: {fault}")
 
@@ -219,4 +245,4 @@ def enable(
             logger.info("memo: long-lived tensors were moved together: %s less reserved", format_bytes(given))
         has = 0
     check_memory(plan, has)
-    allocator.arm(plan.device, plan.slots(), plan.size)
+    allocator.arm(plan.device, plan.slots(), plan.size, plan.slot_bounds())

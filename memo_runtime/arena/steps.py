@@ -7,7 +7,7 @@ A kind is whatever makes a step ask for other requests. Steps of a kind may have
 ones are the same program, one placement serves all lengths up to its own (``arena.lengths``), and a longer step than
 that only makes a new one, of the same recordings; elsewhere every length is recorded and placed by itself. All kinds
 share one arena. Steps of which too little was served are a sign that the plan is old: after a few of them the next is
-recorded again.
+recorded again, except where what they asked for has become known: then the same recordings are placed once more.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ LEAST_SHARE = 0.98
 MOST_WEAK = 3
 #: How often a kind is recorded before it is left to PyTorch's allocator.
 MOST_TRIES = 3
+#: How often a pair of recordings is placed again since requests had no room.
+_MOST_GROWN = 8
 #: Kinds that are remembered; a run may have a new length at every step.
 MOST_KINDS = 16
 #: Share of the device's memory that a step may need at least and is still tried without a plan: PyTorch's allocator
@@ -79,13 +81,15 @@ class _Kind:
 
     Attributes:
         seen: steps. lengths: steps of each length. tries: recordings of each length. weak: steps in a row that got too
-            little. longest: tokens of the longest step. unlike: pairs whose other lengths were other programs.
+            little. longest: tokens of the longest step. unlike: pairs whose other lengths were other programs. grown:
+            times that the pair was placed again since requests had no room.
         samples: recorded steps. placements: those that have addresses.
     """
 
     seen: int = 0
     weak: int = 0
     unlike: int = 0
+    grown: int = 0
     longest: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     tries: Counter[int] = field(default_factory=Counter)
@@ -100,9 +104,9 @@ class _Kind:
         """Its recordings are old."""
         self.placements.remove(placement)
         self.unlike += placement.pair is not None
-        old = (placement.sample,) if placement.pair is None else (placement.pair.short, placement.pair.long)
-        self.samples = [sample for sample in self.samples if sample not in old]
-        self.weak = 0
+        # A pair is of the kind as it was: so are the others.
+        self.samples = [one for one in self.samples if placement.pair is None and one is not placement.sample]
+        self.weak = self.grown = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,8 +347,9 @@ class PlannedSteps:
             return
         last = found.last_step
         self._served = last, plan
+        coming = self._learn(kind, tokens, placement, plan, last)
         wanted = LEAST_SHARE * plan.planned_bytes / plan.step_bytes * last.bytes
-        kind.weak = kind.weak + 1 if last.served_bytes < wanted else 0
+        kind.weak = kind.weak + 1 if last.served_bytes + coming < wanted else 0
         if kind.weak < MOST_WEAK:
             return
         kind.forget(placement)
@@ -357,6 +362,17 @@ class PlannedSteps:
             )
         else:
             logger.info("memo: steps have changed (%.0f %% served by plan): one is recorded again", share)
+
+    def _learn(self, kind: _Kind, tokens: int, placement: Placement, plan: ArenaPlan, last: Counts) -> int:
+        """What the step says of sizes at other lengths. Returns the bytes for which room is being made."""
+        if placement.pair is None:
+            return 0
+        without_room = placement.learn(tokens, plan, self._allocator.misfits(self._device), last)
+        if without_room and self._idle and kind.grown < _MOST_GROWN:
+            kind.grown += 1
+            self._place(kind, placement.sample, placement.pair)
+        job = self._solving
+        return without_room if job is not None and job.pair is placement.pair else 0
 
     def _stop(self, reason: str) -> None:
         self._off, self._armed = reason, None

@@ -1,13 +1,14 @@
 """Addresses of steps on disk, so that the next run of the same program is served from its first step.
 
-    {"memo_runtime": "steps", "schema_version": 1, "torch": "2.11.0+cu130", "device": "NVIDIA H100 80GB HBM3",
+    {"memo_runtime": "steps", "schema_version": 2, "torch": "2.11.0+cu130", "device": "NVIDIA H100 80GB HBM3",
      "model": "1f0c...", "sha256": "99e1...",
      "kinds": {"ab34...": [{"tokens": 131072, "samples": [{"tokens": 65536, "default": [true], "trace": {...}}],
                             "placed": [0, 1], "offsets": [0, 512], "peak": 1024, "lower_bound": 1024,
-                            "resident_bytes": 0, "seconds": 0.5}]}}
+                            "resident_bytes": 0, "seconds": 0.5, "seen": {"7": {"1999": 8192}}, "sizes": [512, 512]}]}}
 
 Two samples are one program at two lengths. Sizes and lifetimes are those of the recorded steps, so a file holds nothing
-of them a second time, and what is read is checked as a new plan is. Handles of streams mean nothing in another
+of them a second time, except where other lengths said more (``seen``: bytes of a request, by its number and by tokens).
+What is read is checked as a new plan is. Handles of streams mean nothing in another
 process, but that of the default one: what other streams ask for is left to PyTorch's allocator there.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from memo_runtime.arena.lengths import Sample, pair_of
+from memo_runtime.arena.lengths import Pair, Sample, pair_of
 from memo_runtime.arena.placing import Placement
 from memo_runtime.arena.solving import Solved
 from memo_runtime.errors import AllocatorPlanError, TraceFileError
@@ -34,7 +35,7 @@ from memo_runtime.planning.layout import layout_fault
 from memo_runtime.traces.trace_file import trace_content, trace_from
 from memo_runtime.traces.windows import is_within, last_step
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Handles that no stream has: of streams whose own ones are not known here.
 _NOBODYS = 2**64 - 2
 _AGAIN = "delete the file, and the next run records its steps again"
@@ -113,7 +114,21 @@ def _row(placement: Placement) -> dict[str, Any]:
         ],
         "placed": list(solved.placed), "offsets": [row.offset for row in solved.rows], "peak": solved.peak,
         "lower_bound": solved.lower_bound, "resident_bytes": solved.resident_bytes, "seconds": solved.seconds,
+        "seen": {} if pair is None else {
+            str(index): {str(tokens): size for tokens, size in known.items()} for index, known in pair.seen.items()
+        },
+        "sizes": [row.size for row in solved.rows] if pair is not None and pair.seen else [],
     }  # fmt: skip
+
+
+def _seen(pair: Pair, row: dict[str, Any]) -> dict[int, dict[int, int]]:
+    seen = {int(index): {int(t): size for t, size in known.items()} for index, known in row["seen"].items()}
+    for index, known in seen.items():
+        if not 0 <= index - pair.first < len(pair.sizes):
+            raise AllocatorPlanError(f"request {index}, of which it knows other sizes, is not one of the step")
+        if not all(isinstance(size, int) and size > 0 and tokens > 0 for tokens, size in known.items()):
+            raise AllocatorPlanError(f"request {index} has a size or a length that is no positive number")
+    return seen
 
 
 def _placement(row: dict[str, Any]) -> Placement:
@@ -124,12 +139,15 @@ def _placement(row: dict[str, Any]) -> Placement:
     sample = samples[-1] if pair is None else pair.long
     trace = sample.trace if pair is None else pair.at(row["tokens"])
     window, rows = last_step(trace), []
-    for index, offset in zip(row["placed"], row["offsets"], strict=True):
+    sizes = row["sizes"] or [trace.requests[index].size for index in row["placed"]]
+    if pair is not None:
+        pair.seen = _seen(pair, row)
+    for index, offset, size in zip(row["placed"], row["offsets"], sizes, strict=True):
         request = trace.requests[index]
         if index < 0 or not is_within(request, window):
             raise AllocatorPlanError(f"request {index} is not one that the step makes and frees")
         begin, end = request.lower - window.lower, request.upper - window.lower
-        rows.append(PlacedRequest(id=f"r{index}", lower=begin, upper=end, size=request.size, offset=offset))
+        rows.append(PlacedRequest(id=f"r{index}", lower=begin, upper=end, size=size, offset=offset))
     fault = layout_fault(rows, row["peak"])
     if fault is not None:
         raise AllocatorPlanError(fault)

@@ -70,6 +70,17 @@ def test_a_wrapped_model_plans_its_steps(imitation):
     assert (written["notes"], read["notes"]) == (planned["notes"], planned["notes"])
 
 
+def test_lengths_that_never_come_back_are_served_though_scratch_is_padded(imitation):
+    command = [sys.executable, "-m", "tests.allocator.varied_steps"]
+    environment = {**imitation, "MEMO_NATIVE": "off"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    for run in json.loads(done.stdout.splitlines()[-1]):
+        for step in run["steps"]:
+            assert (step["state"], step["plans"]) == ("planned", 1), run["notes"]
+            assert step["served_bytes"] >= 0.999 * step["bytes"], step
+
+
 def test_the_benchmark_measures_each_length_and_lengths_that_vary(imitation):
     command = [sys.executable, "-m", "tests.allocator.benchmark_rows"]
     done = subprocess.run(command, capture_output=True, text=True, env=imitation, cwd=ROOT, check=False)

@@ -64,7 +64,7 @@ LIBRARY = """
 #define F(name, ...) extern "C" int memo_alloc_##name(__VA_ARGS__) { return 0; }
 extern "C" int memo_alloc_torch() { return TORCH; }
 extern "C" int memo_alloc_interface_version() { return VERSION; }
-F(error) F(install) F(arm) F(disarm) F(begin_step) F(end_step) F(statistics) F(holds)
+F(error) F(install) F(arm) F(disarm) F(begin_step) F(end_step) F(statistics) F(misfits) F(holds)
 """
 
 
@@ -72,7 +72,7 @@ F(error) F(install) F(arm) F(disarm) F(begin_step) F(end_step) F(statistics) F(h
     ("torch_number", "version", "says"),
     [
         (2008, library.INTERFACE_VERSION, r"built for torch 2\.8, and .* is running: run python -m memo_runtime"),
-        (versions.number(versions.running()), 99, r"has interface 99, this version needs 2: run python -m"),
+        (versions.number(versions.running()), 99, r"has interface 99, this version needs 3: run python -m"),
     ],
 )
 def test_a_library_for_something_else_is_refused(tmp_path, torch_number, version, says):

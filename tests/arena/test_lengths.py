@@ -8,6 +8,7 @@ from memo_runtime.arena.lengths import Sample, fitted, length_of, longest_of_buc
 from memo_runtime.arena.solving import Solved
 from memo_runtime.planning.layout import layout_fault, plan_layout
 from memo_runtime.traces.trace import Phase, Span, Trace, TraceRequest
+from tests.arena.reductions import scratch
 
 
 def sample(tokens, *, before=0, weight=4000, handles=(7, 9)):
@@ -108,3 +109,61 @@ def test_the_length_of_a_batch_is_what_its_shapes_share():
     assert length_of(((2, 40, 64), (40,))) == (40, ((2, -1, 64), (-1,)))
     assert length_of(((4,),)) == (0, ((4,),))
     assert length_of(()) == (0, ())
+
+
+def padded(tokens, *, columns=4096):
+    """A step whose second request is scratch of a reduction."""
+    one = sample(tokens)
+    a, _, c, d = one.trace.requests
+    return replace(one, trace=replace(one.trace, requests=(a, TraceRequest(1, 5, scratch(tokens, columns), 0), c, d)))
+
+
+def room(pair, tokens):
+    """Of each request of the step where ``tokens`` are placed."""
+    return [request.size for request in pair.at(tokens).requests]
+
+
+def bounds(pair, tokens, top):
+    found = zip(sizes(pair.at(tokens)), room(pair, top), strict=True)
+    return pair.bounds(tokens, {at: (min(both), both[1]) for at, both in enumerate(found)})
+
+
+def test_scratch_that_is_padded_has_bounds_until_a_step_says_what_it_is():
+    pair = pair_of(padded(1024, columns=512), padded(1536, columns=512))
+    for tokens in (1025, 1100, 1536, 1999, 2047):
+        expected = sizes(padded(tokens, columns=512).trace)
+        for (least, most), size in zip(bounds(pair, tokens, 2048), expected, strict=True):
+            assert least <= size <= most
+    assert pair.learn(1025, {1: scratch(1025, 512)})
+    assert not pair.learn(1025, {1: scratch(1025, 512)})
+    for tokens in (1026, 1281, 1999, 30_000):
+        assert sizes(pair.at(tokens)) == sizes(padded(tokens, columns=512).trace)
+
+
+def test_what_was_as_expected_is_certain_until_it_is_not():
+    pair = pair_of(sample(1024), sample(1536))
+    expected = sizes(pair.at(1100))
+    assert bounds(pair, 1100, 2048)[0][0] < expected[0] < bounds(pair, 1100, 2048)[0][1]
+    assert not pair.confirm(1280, {0, 1, 2, 3})  # whatever is rounded up is the same there
+    assert pair.confirm(1101, {0, 1, 2, 3})
+    assert bounds(pair, 1100, 2048) == [(size, size) for size in expected]
+    pair.learn(1203, {0: 9000})
+    assert bounds(pair, 1100, 2048)[0][0] < expected[0]
+    assert pair.at(1203).requests[0].size == 9000
+
+
+def constant(one, cells):
+    """With a large request more, which is as large at every length, and many small ones that are not."""
+    requests = [replace(r, lower=2 * r.lower, upper=2 * r.upper) for r in one.trace.requests]
+    more = [TraceRequest(2 * at + 1, 14, size, 0) for at, size in enumerate(cells)]
+    both = sorted([*requests, *more], key=lambda r: r.lower)
+    trace = Trace(ticks=14, requests=tuple(both), spans=(Span(Phase.STEP, "", 0, 14),))
+    return replace(one, trace=trace)
+
+
+def test_what_is_as_large_at_every_length_is_on_one_side_of_the_border():
+    # Just below the border in the longer step, and beyond what that is in the shorter one.
+    short, long = sample(10_000_000), sample(15_000_000)
+    trace = pair_of(constant(short, [900_000]), constant(long, [900_000, 512])).at(12_000_000)
+    expected = sizes(sample(12_000_000).trace)
+    assert [size for size in sizes(trace) if size not in (900_000, 512)] == expected

@@ -29,10 +29,11 @@ class Allocator:
         self.calls = []
         self.served = 1650
         self.given_back = 0
+        self.others = []
         self.refuses = ""
         self.arena = 0
 
-    def arm(self, device, slots, size):
+    def arm(self, device, slots, size, bounds=None):
         if self.refuses:
             raise AllocatorPlanError(self.refuses)
         self.arena = max(self.arena, size)
@@ -48,6 +49,9 @@ class Allocator:
 
     def end_step(self, device):
         self.calls.append("end")
+
+    def misfits(self, device):
+        return self.others
 
     def statistics(self, device):
         served = {"requests": 3, "served": 3, "bytes": 1650, "served_bytes": self.served, "occupied": 1}

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "allocator.hpp"
 
@@ -84,7 +85,7 @@ MEMO_EXPORT std::int32_t memo_alloc_install(std::int32_t torch) {
 
 MEMO_EXPORT std::int32_t memo_alloc_arm(std::int32_t device, const std::uint64_t* slots, std::uint64_t count,
                                         std::uint64_t size) {
-  static_assert(sizeof(Slot) == 5 * sizeof(std::uint64_t), "five numbers each");
+  static_assert(sizeof(Slot) == 7 * sizeof(std::uint64_t), "seven numbers each");
   return on(device, [&](PlannedAllocator& allocator, DeviceState&) {
     const auto* first = reinterpret_cast<const Slot*>(slots);
     allocator.arm(device, std::vector<Slot>(first, first + count), size);
@@ -121,6 +122,17 @@ MEMO_EXPORT std::int32_t memo_alloc_statistics(std::int32_t device, std::uint64_
     values[kStatistics + 1] = state.bypassed;
     values[kStatistics + 2] = state.given_back;
     values[kStatistics + 3] = state.armed ? 1 : 0;
+  });
+}
+
+MEMO_EXPORT std::int32_t memo_alloc_misfits(std::int32_t device, std::uint64_t* values, std::uint64_t capacity,
+                                            std::uint64_t* count) {
+  static_assert(sizeof(Misfit) == 2 * sizeof(std::uint64_t), "two numbers each");
+  return on(device, [&](PlannedAllocator&, DeviceState& state) {
+    std::vector<Misfit> found;
+    if (const Ground* ground = state.grounds[0].load()) found = ground->arena.misfits();
+    *count = std::min<std::uint64_t>(found.size(), capacity);
+    if (*count > 0) std::memcpy(values, found.data(), *count * sizeof(Misfit));
   });
 }
 

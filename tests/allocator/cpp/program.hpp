@@ -35,13 +35,17 @@ struct Quiet : memo_arena::Device {
   void release(memo_arena::Event) override {}
 };
 
-// A step of `count` requests on `streams` streams, placed at the lowest free offset (streams share bytes), and how large
-// that is.
+// A step of `count` requests on `streams` streams, some of a size that is not certain, placed at the lowest free offset
+// (streams share bytes), and how large that is.
 std::vector<Slot> random_step(std::mt19937_64& random, std::size_t count, std::size_t streams, std::uint64_t& extent) {
   std::vector<Slot> slots;
   for (std::size_t i = 0; i < count; ++i) {
     const std::uint64_t size = 1 + random() % (kAlignment * (random() % 8 == 0 ? 40 : 6));
     slots.push_back({2 * i, 2 * i + 1 + 2 * (random() % (random() % 6 == 0 ? 60 : 8)), size, 0, random() % streams});
+    if (random() % 10 == 0) {
+      slots.back().least = size - random() % (1 + size / 2);
+      slots.back().most = size + random() % (kAlignment * 4);
+    }
   }
   extent = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -50,15 +54,15 @@ std::vector<Slot> random_step(std::mt19937_64& random, std::size_t count, std::s
       moved = false;
       for (std::size_t j = 0; j < i; ++j) {
         const bool together = slots[j].upper > slots[i].lower;
-        const bool touching = slots[j].offset < slots[i].offset + rounded(slots[i].size) &&
-                              slots[i].offset < slots[j].offset + rounded(slots[j].size);
+        const bool touching = slots[j].offset < slots[i].offset + rounded(slots[i].room()) &&
+                              slots[i].offset < slots[j].offset + rounded(slots[j].room());
         if (together && touching) {
-          slots[i].offset = slots[j].offset + rounded(slots[j].size);
+          slots[i].offset = slots[j].offset + rounded(slots[j].room());
           moved = true;
         }
       }
     }
-    extent = std::max(extent, slots[i].offset + rounded(slots[i].size));
+    extent = std::max(extent, slots[i].offset + rounded(slots[i].room()));
   }
   return slots;
 }
@@ -80,7 +84,7 @@ class Program {
       while (!ends.empty() && ends.front().first <= slots[i].lower) free_planned(ends, wild);
       if (random_() % 1000 < wild) misbehave();
       if (random_() % 1000 < wild) continue;  // a request that does not come
-      allocate(slots[i].size, random_() % 1000 < wild ? random_() % streams_ : slots[i].stream, i);
+      allocate(size_of(slots[i]), random_() % 1000 < wild ? random_() % streams_ : slots[i].stream, i);
       ends.emplace_back(slots[i].upper, i);
       for (std::size_t at = ends.size() - 1; at > 0 && ends[at].first < ends[at - 1].first; --at) {
         std::swap(ends[at], ends[at - 1]);
@@ -96,6 +100,10 @@ class Program {
   }
 
  private:
+  std::uint64_t size_of(const Slot& slot) {
+    return slot.most == 0 ? slot.size : slot.least + random_() % (slot.most - slot.least + 1);
+  }
+
   struct Tensor {
     std::uint64_t address, end;
     std::uint32_t tag;

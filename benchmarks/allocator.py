@@ -9,10 +9,16 @@ records the third step, plans it, empties the cache and enables the plan; the ar
 ``retries`` (reorganisations), and ``device_allocs`` and ``device_frees`` (calls of the driver) a step. ``served_bytes``
 and ``served_requests`` are shares of the timed steps; ``planned_requests_served`` is without the requests that the plan
 leaves to PyTorch's allocator, ``reserved_over`` what is reserved over the arena and the bytes of those,
-``host_seconds`` one allocation and its end. ``gradients_digest`` is over the sum of every gradient, in float64, of the
-step before those that are timed, the first by plan.
+``host_seconds`` one allocation and its end.
 
-Lengths such as 20000-128K are another one at every step, planned from a quarter and a half of the longest; with
+``gradients_digest`` is over the sums of every gradient, in float64, of the step before those that are timed, the first
+by plan. They are taken piece by piece, each a small request, so that nothing of them is in what is reserved: whole
+gradients in float64 would stay in the caches of all ways, 2 to 4 GiB of them where the input has one. Giving caches
+back behind that step would be no way out: what PyTorch's allocator has reserved after many steps is what is compared,
+and after one in an empty cache it is less.
+
+Lengths such as 20000-128K are another one at every step, planned from a quarter and a half of the longest, and once
+more where that one says that something grows otherwise; with
 ``--memory``, 1 GiB above the arena and what is beside it in the row before, PyTorch's allocator may run out of memory.
 """
 
@@ -46,6 +52,8 @@ from memo_runtime.units import parse_bytes, parse_tokens
 
 WAYS = ("native", "expandable", "planned")
 _WARM, _SOLVER_SECONDS = 2, 10.0
+#: Elements of a piece of a gradient, which in float64 are the largest small request of PyTorch's allocator.
+_PIECE = 1 << 17
 
 
 def _timed(contender: Contender, look: OnGradients | None = None) -> float:
@@ -129,9 +137,9 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, A
         planned.end()
         return seconds
 
-    # Two that are as they are, two that are recorded, and the longest, which is placed of those.
+    # Two as they are, two that are recorded, and the longest, which is placed of those, and again if it has to be.
     quarter, half = max(shortest, longest // 4), max(shortest, longest // 2)
-    for tokens in (quarter, quarter, quarter, half, longest, longest):
+    for tokens in (quarter, quarter, quarter, half, longest, longest, longest):
         step(tokens)
         if planned is not None:
             planned.wait()
@@ -204,7 +212,8 @@ def _measured(one: Step, steps: int, way: str, facts: dict[str, Any]) -> dict[st
 
     def look(gradients: Mapping[str, torch.Tensor]) -> None:
         for gradient in gradients.values():
-            digest.update(gradient.double().sum().cpu().numpy().tobytes())
+            for piece in _pieces(gradient):
+                digest.update(piece.double().sum().cpu().numpy().tobytes())
 
     one(look)
     torch.cuda.reset_peak_memory_stats()
@@ -228,6 +237,17 @@ def _measured(one: Step, steps: int, way: str, facts: dict[str, Any]) -> dict[st
         facts["reserved_over"] = facts["peak_reserved"] / (found.arena_bytes + facts["residents"])
         facts["arena_over_bound"] = facts["arena"] / max(1, facts["bound"])
     return facts
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of ``tensor``, of ``_PIECE`` elements at most."""
+    if tensor.numel() <= _PIECE:
+        yield tensor
+        return
+    longest = max(range(tensor.dim()), key=lambda dim: tensor.shape[dim])
+    across = tensor.numel() // tensor.shape[longest]
+    for part in tensor.split(max(1, _PIECE // across), dim=longest):
+        yield from _pieces(part)
 
 
 def _shares(before: Counts, after: Counts) -> dict[str, float]:

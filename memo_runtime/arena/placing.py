@@ -48,7 +48,10 @@ class Placement:
         layout = fitted(self.solved, trace)
         rows = zip(self.solved.placed, layout.rows, self.solved.rows, strict=True)
         bounds = self.pair.bounds(tokens, {index: (row.size, placed.size) for index, row, placed in rows})
-        return replace(as_arena_plan(layout, trace, self.sample.handles, device), bounds=tuple(bounds))
+        plan = as_arena_plan(layout, trace, self.sample.handles, device)
+        # What has no room counts as a step that has changed.
+        without_room = sum(trace.requests[index].size for index in self.solved.placed) - plan.planned_bytes
+        return replace(plan, bounds=tuple(bounds), step_bytes=plan.step_bytes - without_room)
 
     def learn(self, tokens: int, plan: ArenaPlan, misfits: Sequence[tuple[int, int]], counts: Counts) -> int:
         """A step of ``tokens`` by ``plan`` had ``misfits``: (slot, bytes). Returns the bytes of those without room."""

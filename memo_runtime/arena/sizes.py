@@ -38,8 +38,9 @@ class Growth:
 
     def at(self, tokens: int) -> int:
         """The most probable size."""
-        if not self.multiple:
-            return self._between(tokens)
+        if not self.multiple:  # what differs from step to step as well: room for the largest so far
+            below = self.points[: bisect.bisect_left(self.points, (tokens, 0))]
+            return max(self._between(tokens), *(size for _, size in below), 0)
         (at, size), (end, last) = ((_up(t, self.multiple), s) for t, s in (self.points[0], self.points[-1]))
         return size if last == size else size + -(-(last - size) * (_up(tokens, self.multiple) - at) // (end - at))
 

@@ -81,7 +81,7 @@ def load_steps(path: str | os.PathLike[str], *, model: str, device: str) -> dict
         raise AllocatorPlanError(f"{path} was changed after it was written: {_AGAIN}")
     try:
         return {name: [_placement(row) for row in rows] for name, rows in kinds.items()}
-    except (AllocatorPlanError, TraceFileError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AllocatorPlanError, TraceFileError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise AllocatorPlanError(f"{path} holds steps that cannot be ({said}): {_AGAIN}") from None
 

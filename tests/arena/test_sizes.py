@@ -66,6 +66,7 @@ def test_what_no_multiple_explains_grows_as_steeply_as_seen():
     assert growth.multiple == 0
     assert [growth.at(tokens) for tokens in (50, 100, 150, 250, 400, 500)] == [500, 1000, 1000, 1100, 3000, 4800]
     assert growth_of(((100, 1000), (200, 1100), (400, 3000), (600, 3000))).at(900) == 3000
+    assert growth_of(((100, 1000), (101, 1900), (200, 1100), (300, 1200))).at(250) == 1900
 
 
 def test_what_never_changes_is_certain():

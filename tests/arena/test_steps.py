@@ -9,7 +9,7 @@ import torch
 from memo_runtime.allocator.library import Counts, Statistics
 from memo_runtime.arena.model import StepMemory
 from memo_runtime.arena.solving import Solved, Solving
-from memo_runtime.arena.steps import MOST_TRIES, MOST_WEAK, SETTLING, PlannedSteps, is_planned_for_others
+from memo_runtime.arena.steps import _MOST_GROWN, MOST_TRIES, MOST_WEAK, SETTLING, PlannedSteps, is_planned_for_others
 from memo_runtime.errors import AllocatorPlanError, AllocatorUnavailableError
 from memo_runtime.placement import PlacedRequest
 from memo_runtime.traces.trace import Phase, Span, Trace, TraceRequest
@@ -385,3 +385,44 @@ def test_a_model_elsewhere_is_refused():
     with pytest.raises(AllocatorUnavailableError, match="places the memory of CUDA devices, and Net is on cpu"):
         StepMemory(Net(), None, print).begin("a", torch.device("cpu"))
     assert StepMemory(Net(), None, print).report().state == "no step yet"
+
+
+def test_what_steps_say_of_sizes_makes_room_instead_of_another_recording(rig, lengths):
+    lengths(1024, 1024, 1024, 1024, 1536, 1536, 2048, 2048)
+    assert len(rig.solvers) == 3
+    rig.allocator.served = 1100
+    for tokens in (1900, 1950, 2000):
+        # The second request, which has 600 bytes a token else: that of the last two grows more steeply still.
+        rig.allocator.others = [(1, 900 * tokens if tokens == 1900 else 2 * tokens**2)]
+        assert lengths(tokens).count("begin") == 1
+    # Its bytes, which were not served, count as if they had been: room is being made for them.
+    rig.allocator.served, rig.allocator.others = 1650, []
+    assert "record" not in lengths(1300)
+    assert rig.steps.report().plans == 1
+    first, last = (solver.trace.requests for solver in (rig.solvers[2], rig.solvers[-1]))
+    assert len(rig.solvers) > 3
+    assert last[1].size >= 900 * 2048 > first[1].size
+    assert (first[0].size, first[2].size) == (last[0].size, last[2].size)
+    assert rig.notes == []
+
+
+def test_room_is_not_made_for_ever(rig, lengths):
+    lengths(1024, 1024, 1024, 1024, 1536, 1536, 2048, 2048)
+    rig.allocator.served = 1100
+    for at in range(_MOST_GROWN):
+        rig.allocator.others = [(1, 1000 * 2048 * 2**at)]
+        assert "record" not in lengths(2047 - at)
+    assert len(rig.solvers) == 3 + _MOST_GROWN
+    # From now on what is served counts, and two lengths are recorded anew.
+    rig.allocator.others = [(1, 10**10)]
+    assert "record" not in lengths(*range(1700, 1700 + MOST_WEAK))
+    assert "record" in lengths(1800)
+
+
+def test_another_program_leaves_nothing_of_older_recordings(rig, lengths):
+    lengths(900, 900, 1000, 1200, 1300)
+    kind = next(iter(rig.steps._kinds.values()))
+    kind.samples.append(replace(kind.samples[0], tokens=7))
+    rig.allocator.served = 500
+    lengths(*[1100] * MOST_WEAK)
+    assert kind.samples == []

@@ -123,3 +123,47 @@ def test_anything_else_is_refused(tmp_path, kinds, case):
 def test_where_nothing_can_be_written_it_says_so(tmp_path, kinds):
     with pytest.raises(OutputError):
         save_steps(tmp_path / "none" / "steps.json", kinds, **OF)
+
+
+@pytest.fixture
+def learned(kinds):
+    """Placed as steps of other lengths said, which then said more."""
+    pair = kinds["all"][0].pair
+    pair.learn(150, {0: 1600})
+    again = placed(pair.at(400), 400, pair.long, pair)
+    pair.learn(250, {3: 2700})
+    return {"all": [again]}
+
+
+def test_what_other_lengths_said_is_kept(tmp_path, learned, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="card"))
+    path = tmp_path / "steps.json"
+    save_steps(path, learned, **OF)
+    before, (found,) = learned["all"][0], load_steps(path, **OF)["all"]
+    assert found.solved == before.solved
+    assert found.pair.seen == before.pair.seen == {0: {150: 1600}, 3: {250: 2700}}
+    for tokens in (120, 150, 250, 300, 400):
+        plan, expected = found.plan(tokens, 0), before.plan(tokens, 0)
+        assert (plan.rows, plan.bounds) == (expected.rows, expected.bounds)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda row: row.update(seen={"99": {"150": 1}}), "request 99, of which it knows other sizes"),
+        (lambda row: row.update(seen={"-1": {"150": 1}}), "request -1, of which"),
+        (lambda row: row.update(seen={"0": {"150": -1}}), "no positive number"),
+        (lambda row: row.update(seen={"0": {"150": "1"}}), "no positive number"),
+        (lambda row: row.update(seen={"0": {"long": 1}}), "ValueError"),
+        (lambda row: row.update(seen=[1]), "cannot be"),
+        (lambda row: row.pop("seen"), "KeyError: 'seen'"),
+        (lambda row: row["sizes"].pop(), "ValueError"),
+        (lambda row: row["sizes"].__setitem__(0, 1 << 30), "above the capacity"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path, learned, change, says):
+    path = tmp_path / "steps.json"
+    save_steps(path, learned, **OF)
+    changed(lambda content: change(content["kinds"]["all"][0]))(path)
+    with pytest.raises(AllocatorPlanError, match=says):
+        load_steps(path, **OF)

@@ -56,4 +56,4 @@ def test_lengths_that_never_come_back_are_served(allocator, kernels_that_repeat_
     for report in reports:
         assert report.state == "planned", notes
         assert report.plans == 1
-        assert report.served_bytes >= 0.98 * report.bytes
+        assert report.served_bytes >= 0.99 * report.bytes

@@ -93,7 +93,8 @@ class Pair:
         requests = list(self.long.trace.requests)
         for index, before in enumerate(self.sizes, start=self.first):
             size = self._growth(index, before).at(tokens)
-            requests[index] = replace(requests[index], size=max(size, min(1, before)))
+            if size != requests[index].size:
+                requests[index] = replace(requests[index], size=max(size, min(1, before)))
         return replace(self.long.trace, requests=tuple(requests))
 
     def bounds(self, tokens: int, rooms: Mapping[int, tuple[int, int]]) -> list[tuple[int, int]]:
@@ -108,8 +109,11 @@ class Pair:
         return found
 
     def _growth(self, index: int, before: int) -> Growth:
-        recorded = {self.short.tokens: before, self.long.tokens: self.long.trace.requests[index].size}
-        return growth_of(tuple(sorted((recorded | self.seen.get(index, {})).items())))
+        size = self.long.trace.requests[index].size
+        if index not in self.seen:
+            return growth_of(((self.short.tokens, before), (self.long.tokens, size)))
+        points = {self.short.tokens: before, self.long.tokens: size} | self.seen[index]
+        return growth_of(tuple(sorted(points.items())))
 
     def learn(self, tokens: int, found: Mapping[int, int]) -> bool:
         """Requests had ``found`` bytes at ``tokens``; whether that is new."""
@@ -195,5 +199,6 @@ def _made(trace: Trace) -> Iterator[TraceRequest]:
 def fitted(solved: Solved, trace: Trace) -> Solved:
     """``solved`` with the sizes of ``trace`` at its addresses, as far as there is room."""
     pairs = zip(solved.rows, solved.placed, strict=True)
-    rows = (replace(row, size=min(row.size, trace.requests[index].size)) for row, index in pairs)
+    sizes = ((row, trace.requests[index].size) for row, index in pairs)
+    rows = (row if size >= row.size else replace(row, size=size) for row, size in sizes)
     return replace(solved, rows=tuple(rows))

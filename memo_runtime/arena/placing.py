@@ -57,14 +57,14 @@ class Placement:
         """A step of ``tokens`` by ``plan`` had ``misfits``: (slot, bytes). Returns the bytes of those without room."""
         if self.pair is None:
             return 0
-        order = plan.order()
+        order = plan.order() if misfits else []
         sizes = {row: size for slot, size in misfits if (row := order[slot]) is not None}
         found = {self.solved.placed[row]: size for row, size in sizes.items()}
         new = self.pair.learn(tokens, found)
         # Each was asked for once, and what was not served is known.
         lost = counts.unplanned + counts.occupied + counts.unordered + counts.outside + counts.other_stream
         known = sum(not least <= sizes[row] <= most for row, (least, most) in enumerate(plan.bounds) if row in sizes)
-        if counts.requests == len(order) and lost <= known:
+        if counts.requests == len(plan.rows) + len(plan.residents) and lost <= known:
             new = self.pair.confirm(tokens, set(self.solved.placed) - set(found)) or new
         if new:
             self.plans = Recent(_MOST_LENGTHS)

@@ -192,7 +192,7 @@ def check_arena_plan(plan: ArenaPlan) -> None:
         both = list(zip(rows, plan.bounds, strict=True))
         if not all(0 < least <= row.size <= most <= _MOST for row, (least, most) in both):
             raise AllocatorPlanError("a size of the plan is not between its bounds")
-        rows = tuple(replace(row, size=most) for row, (_, most) in both)
+        rows = tuple(row if row.size == most else replace(row, size=most) for row, (_, most) in both)
     fault = layout_fault(rows, plan.size)
     if fault is not None:
         raise AllocatorPlanError(f"the plan cannot be: {fault}")

@@ -330,6 +330,7 @@ void plans_that_cannot_be_are_refused() {
   refused({{0, 1, 8, 0, 0, 9, 10}}, 1024, "not between");
   refused({{0, 1, 8, 0, 0, 1, 7}}, 1024, "not between");
   refused({{0, 4, 8, 0, 0, 8, 600}, {1, 2, 8, 512, 0}}, 2048, "slot 1 shares bytes with slot 0");
+  refused({{0, 4, 8, 512, 0}, {1, 2, 8, 0, 0, 8, 600}}, 2048, "slot 1 shares bytes with slot 0");
   refused({{0, 1, ~0ULL, 512, 0}}, 1024, "behind the arena");
   refused({{0, 1, 8, ~0ULL - 511, 0}}, 1024, "behind the arena");
   refused({{3, 4, 8, 0, 0}, {1, 2, 8, 0, 0}}, 1024, "begins before");

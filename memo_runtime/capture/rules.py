@@ -16,6 +16,7 @@ from torch import fx
 
 from memo_runtime.capture.axes import SQUARE, Axis, AxisTree, NotTokenWiseError, TokenSymbol, at, reshaped
 from memo_runtime.capture.declared import DECLARED, OPERATOR
+from memo_runtime.capture.einsum import einsum_axis
 from memo_runtime.records import TokenAxis
 
 Rule = Callable[["Operator"], AxisTree]
@@ -369,6 +370,24 @@ def _repeat(op: Operator) -> AxisTree:
     return at(place, axis.outer, axis.inner)
 
 
+def _last_two(op: Operator) -> AxisTree:
+    axis, count = op.moving(), len(op.shape())
+    return at(2 * count - 3 - axis.dim, axis.outer, axis.inner) if axis.dim >= count - 2 else axis
+
+
+def _prelu(op: Operator) -> AxisTree:
+    """One slope, or one for each of the dimension behind the first."""
+    axis = op.moving()
+    if op.arguments["weight"].meta["val"].numel() != 1 and axis.dim == 1:
+        raise NotTokenWiseError("it has a slope for each token")
+    return axis
+
+
+def _einsum(op: Operator) -> AxisTree:
+    operands = [(value.dim(), axis) for value, axis in op.tensors(["tensors"])]
+    return einsum_axis(op.arguments["equation"], operands)
+
+
 def _declared(op: Operator) -> AxisTree:
     """A module that was declared token-wise, and tested."""
     return DECLARED[op.arguments["key"]].axes([axis for _, axis in op.tensors(["tensors"])])
@@ -379,7 +398,7 @@ def _named(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 _RULES: dict[str, Rule] = {
-    **_named(_pointwise, "where masked_fill type_as clamp"),
+    **_named(_pointwise, "where masked_fill type_as clamp expand_as"),
     **_named(_same, "contiguous clone detach alias to _to_copy zeros_like ones_like full_like lift_fresh_copy float"
                     " dropout native_dropout"),
     **_named(_reshape, "view reshape _unsafe_view flatten unflatten"),
@@ -406,5 +425,8 @@ _RULES: dict[str, Rule] = {
     **_named(_mirror, "flip roll"),
     **_named(_pad, "constant_pad_nd pad"),
     **_named(_repeat, "repeat"),
+    **_named(_last_two, "mT mH adjoint"),
+    **_named(_prelu, "prelu"),
+    **_named(_einsum, "einsum"),
     **_named(_declared, OPERATOR),
 }  # fmt: skip

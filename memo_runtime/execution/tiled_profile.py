@@ -74,10 +74,11 @@ def tiled_profile(
     heads = head_count(captured)
     tried: dict[fx.Node, Trial] = {}
     with RandomState.current(device).restored(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for stage in captured.stages.stages:
+        for index, stage in enumerate(captured.stages.stages):
             if isinstance(stage, Mixer):
                 kernel = kernels.get((captured.signature, stage.node.name))
-                tried[stage.node] = try_mixer(captured, stage, tokens, kernel, heads)
+                groups = heads if grouping(captured, index) is not None else 1
+                tried[stage.node] = try_mixer(captured, stage, tokens, kernel, groups)
     by_token = {node for node, one in tried.items() if one.by_token}
     tracing = _Tracing(captured, tokens, AutocastState.current(device.type), by_token, fused)
     costs = {index: tracing.costs(index) for index, stage in enumerate(captured.stages.stages)

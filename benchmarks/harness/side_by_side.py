@@ -28,6 +28,7 @@ ATTENTION_AGAIN = {
     "liger": True,
     "hf-offload+liger": True,
     "deepspeed": True,
+    "deepspeed-zero-offload": True,
     "megatron-full": True,
     "megatron-selective": False,
     "megatron-mlp-chunks": True,

@@ -38,6 +38,8 @@ from memo_runtime.rehearsal.stand_ins import StandIns
 from memo_runtime.rehearsal.threads import is_of_a_thread
 from memo_runtime.reporting.mfu import utilization
 
+logger = logging.getLogger("benchmarks")
+
 _MESSAGE_LIMIT = 600
 
 Measurement = dict[str, Any]
@@ -168,7 +170,7 @@ def walk(job: Job, out: TextIO) -> None:
         out.flush()
 
     device, clock = torch.device(job.settings.device), _Clock(job)
-    tokens = job.lengths[0]
+    tokens, contender = job.lengths[0], None
     try:
         if job.contender == REFERENCE:
             if (found := refer(job)) is not None:
@@ -194,6 +196,17 @@ def walk(job: Job, out: TextIO) -> None:
         if not (ran_out(error) or isinstance(error, SkippedError)):
             traceback.print_exc()
         emit(_failure(job, tokens, error, device))
+    finally:
+        if contender is not None:
+            _close(contender)
+
+
+def _close(contender: Contender) -> None:
+    """All is measured: what goes wrong now is no result."""
+    try:
+        contender.close()
+    except Exception:
+        logger.warning("%s could not be closed", type(contender).__name__, exc_info=True)
 
 
 def main() -> int:

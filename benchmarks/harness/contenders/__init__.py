@@ -9,6 +9,7 @@ from benchmarks.harness.contenders.axolotl import Axolotl
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.checkpoint import Checkpoint
 from benchmarks.harness.contenders.deepspeed import DeepSpeed
+from benchmarks.harness.contenders.deepspeed_zero import DeepSpeedZeroOffload
 from benchmarks.harness.contenders.hf_offload import HfOffload
 from benchmarks.harness.contenders.kernels import Kernels
 from benchmarks.harness.contenders.liger import Liger
@@ -36,6 +37,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "liger": partial(Liger, False),
     "hf-offload+liger": partial(Liger, True),
     "deepspeed": DeepSpeed,
+    "deepspeed-zero-offload": DeepSpeedZeroOffload,
     **{name: partial(Megatron, name) for name in WAYS},
     "memory-budget": MemoryBudget,
     "trainstream": TrainStream,

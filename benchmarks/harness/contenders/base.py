@@ -40,6 +40,10 @@ class Contender(ABC):
     def model_flops(self, tokens: int) -> int:
         """FLOPs that a step needs."""
 
+    def close(self) -> None:
+        """Let go of what belongs to the process; no step comes after it."""
+        return
+
     def recomputed_flops(self, tokens: int) -> int | None:
         """FLOPs that it spends a second time, in the last step; None: unknown."""
         return 0

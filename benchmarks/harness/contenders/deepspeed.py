@@ -1,5 +1,5 @@
 """DeepSpeed's set for long contexts on one GPU: inputs of checkpointed blocks on the host, ``TiledMLP``, and in scope
-``step`` its tiled logits and loss. Optimizer states stay where everybody's are: ZeRO-Offload is not part of it.
+``step`` its tiled logits and loss. Optimizer states stay where everybody's are; ``deepspeed_zero`` has ZeRO-Offload.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _OFFLOAD = {
     "max_cpu_buffer_pool_count": 64,
     "keep_last_count": 1,
 }
+_MANAGER = "deepspeed.runtime.activation_checkpointing.offload_activations"
 #: Where its tiles are.
 _TILES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
 #: Bytes of float32 logits in one tile.
@@ -36,30 +37,41 @@ _LOGITS = 1 << 30
 class DeepSpeed(Checkpoint):
     """Full recomputation with inputs of blocks on the host, MLPs and loss by tiles."""
 
+    _manager: Any = None
+
     def install(self) -> None:
         """Checkpointing by transformers, whose blocks DeepSpeed's manager looks for.
 
         Raises:
             SkippedError: DeepSpeed is not installed, or not with what it needs itself.
         """
-        need("deepspeed", [DEEPSPEED])
-        manager = imported("deepspeed", DEEPSPEED, "deepspeed.runtime.activation_checkpointing.offload_activations")
-        imported("deepspeed", DEEPSPEED, _TILES)
+        name = self.job.contender
+        need(name, [DEEPSPEED])
+        self._offloading = imported(name, DEEPSPEED, _MANAGER).get_checkpoint_hidden_states_offloading_ctx_manager
+        imported(name, DEEPSPEED, _TILES)
 
         self.settings |= enable_checkpointing(self.subject)
-        options = (
-            _OFFLOAD if self.device.type == "cuda" else {**_OFFLOAD, "use_pin_memory": False, "use_streams": False}
-        )
-        self._manager = manager.get_checkpoint_hidden_states_offloading_ctx_manager(**options)
+        cuda = self.device.type == "cuda"
+        self._options = _OFFLOAD if cuda else {**_OFFLOAD, "use_pin_memory": False, "use_streams": False}
         for layer in self.subject.layers:
             layer.mlp.forward = _TiledForward(layer.mlp)
         self.settings |= {
-            "get_checkpoint_hidden_states_offloading_ctx_manager": options,
+            "get_checkpoint_hidden_states_offloading_ctx_manager": self._options,
             "TiledMLP": {"shards": "tokens / hidden size, rounded up"},
         }
         if self.subject.settings.scope == Scope.STEP:
             self.subject.model.forward = _TiledLoss(self.subject.model)
             self.settings |= {"TiledFusedLogitsLoss": {"logits_bytes": _LOGITS}, "loss": "DeepSpeed's own"}
+
+    def start(self, tokens: int) -> None:
+        """A batch, and a manager: one keeps host memory for the shapes that it has seen."""
+        super().start(tokens)
+        self._manager = self._offloading(**self._options)
+
+    def finish(self) -> None:
+        """Drop both."""
+        super().finish()
+        self._manager = None
 
     def step(self, on_gradients: OnGradients | None = None) -> None:
         """One step inside the manager."""
@@ -107,5 +119,11 @@ class _TiledLoss:
 
         shards = max(1, math.ceil(4 * labels.numel() * model.config.vocab_size / _LOGITS))
         head = model.lm_head
-        found = TiledFusedLogitsLoss.apply(loss, head, hidden, targets, None, shards, [head.weight], "sum")
+        # DeepSpeed's engine takes the head's gradient once its last tile is done, and a weight only once: one that is
+        # the embedding's too is not ready before backward has been there. Nothing else reads its mark.
+        tied = head.weight is model.get_input_embeddings().weight
+        head.weight.ds_grad_is_ready = not tied
+        weights = [] if tied else [head.weight]
+        found = TiledFusedLogitsLoss.apply(loss, head, hidden, targets, None, shards, weights, "sum")
+        head.weight.ds_grad_is_ready = True
         return SimpleNamespace(loss=found)

@@ -28,6 +28,7 @@ from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_heads import grouping, head_count
 from memo_runtime.execution.tiled_moments import (
     Needs,
+    Workspace,
     moments,
     polynomial,
     result_moments,
@@ -83,16 +84,17 @@ def tiled_profile(
     tracing = _Tracing(captured, tokens, AutocastState.current(device.type), by_token, fused)
     costs = {index: tracing.costs(index) for index, stage in enumerate(captured.stages.stages)
              if isinstance(stage, Segment)}  # fmt: skip
+
+    def taken(node: fx.Node, seen: Workspace) -> Workspace:
+        return seen if workspace is None else (seen[0], workspace(node))
+
     needs = Needs(
-        costs, _TILE, {node: one.workspace for node, one in tried.items()},
+        costs, _TILE, {node: taken(node, one.workspace) for node, one in tried.items()},
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
         {node: one.merging for node, one in tried.items()},
     )  # fmt: skip
-    needs_by_groups = replace(needs, workspaces={node: one.by_group for node, one in tried.items()})
-    if workspace is not None:
-        for needed in (needs, needs_by_groups):
-            needed.workspaces = {node: (took[0], workspace(node)) for node, took in needed.workspaces.items()}
+    needs_by_groups = replace(needs, workspaces={node: taken(node, one.by_group) for node, one in tried.items()})
     forward, backward = moments(captured, needs, tokens)
     by_groups = moments(captured, needs_by_groups, tokens, by_groups=True) if heads > 1 else ((), ())
     again, saved, products = _repeated(captured, costs, tokens)

@@ -40,9 +40,10 @@ from memo_runtime.records import BlockProfile, Growth, PinKind, Role
 
 logger = logging.getLogger("memo_runtime")
 
-#: Longest length timed where the block will run at more; on a GPU twice as long, or a quarter, where that is longer,
-#: and no longer than ``_LONG``: beyond, attention is nearly all, and that is timed by itself at the full length.
-_LONGEST, _LONG = {"cuda": 8192, "cpu": 512}, 2**16
+#: Longest length timed where the block will run at more; on a GPU twice as long, or a quarter, where that is longer.
+_LONGEST = {"cuda": 8192, "cpu": 512}
+#: No quarter is longer: beyond, attention is nearly all, and that is timed by itself at the full length.
+_LONGEST_QUARTER = 2**16
 #: Most samples at one length, and how much two that follow each other may differ to be taken for steady.
 _MOST_SAMPLES = 4
 _STEADY = 0.05
@@ -318,7 +319,7 @@ def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:
     """
     longest = _LONGEST.get(device_type, 512)
     if device_type == "cuda":
-        longest = max(longest, min(_LONG, tokens // 4), min(2 * longest, tokens // 2))
+        longest = max(longest, min(_LONGEST_QUARTER, tokens // 4), min(2 * longest, tokens // 2))
     longest = min(tokens, longest)
     return tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
 

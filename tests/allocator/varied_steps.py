@@ -15,6 +15,7 @@ from torch import nn
 import memo_runtime as memo
 from memo_runtime.profiling import model as profiling
 from memo_runtime.wrapping import find_wrapped
+from tests.allocator.wrapped_steps import Net
 from tests.arena.reductions import scratch
 
 COLUMNS = 640
@@ -56,20 +57,9 @@ class Block(nn.Module):
         return x + torch.relu(Norm.apply(x, self.weight) + self.shift) * 2
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x.sum()
-
-
 def reports(first: tuple[int, ...], others: tuple[int, ...]) -> dict[str, object]:
     """What the report says after each of ``others``."""
-    model = Net().cuda()
+    model = Net(Block).cuda()
     memo.wrap(model, policy="swap", layout="planned", blocks=list(model.blocks))
     steps = []
     for at, tokens in enumerate((*first, *others)):

@@ -31,9 +31,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, block: type[nn.Module] = Block):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.blocks = nn.ModuleList(block() for _ in range(4))
 
     def forward(self, x):
         for block in self.blocks:

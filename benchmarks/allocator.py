@@ -9,7 +9,9 @@ records the third step, plans it, empties the cache and enables the plan; the ar
 ``retries`` (reorganisations), and ``device_allocs`` and ``device_frees`` (calls of the driver) a step. ``served_bytes``
 and ``served_requests`` are shares of the timed steps; ``planned_requests_served`` is without the requests that the plan
 leaves to PyTorch's allocator, ``reserved_over`` what is reserved over the arena and the bytes of those,
-``host_seconds`` one allocation and its end.
+``host_seconds`` one allocation and its end, ``native_host_seconds`` the same in that process before the planned
+allocator is installed: between processes it differs by half. The policies of memo profile and plan in the first way;
+the others carry out that plan.
 
 ``gradients_digest`` is over the sums of every gradient, in float64, of the step before those that are timed, the first
 by plan. They are taken piece by piece, each a small request, so that nothing of them is in what is reserved: whole
@@ -26,11 +28,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -153,16 +157,16 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, A
     return lambda look=None: step(draw.randint(shortest, longest), look), facts
 
 
-def _host_seconds(way: str) -> float:
-    """What one ``torch.empty`` of 3 MiB and its end take on the host: the least of 20 times 100."""
+def _host_seconds(*, planned: bool) -> float:
+    """What one ``torch.empty`` of 3 MiB and its end take on the host: the least of 100 times 100."""
     from memo_runtime.allocator.library import planned_allocator
 
-    size, times, allocator = 3 << 20, 100, planned_allocator() if way == "planned" else None
+    size, times, allocator = 3 << 20, 100, planned_allocator() if planned else None
     if allocator is not None:
         stream = torch.cuda.current_stream().cuda_stream
         allocator.arm(0, [(2 * at, 2 * at + 1, size, 0, stream) for at in range(times)], size)
     found = []
-    for _ in range(20):
+    for _ in range(100):
         if allocator is not None:
             allocator.begin_step(0)
         begun = time.perf_counter()
@@ -183,10 +187,12 @@ def work(job: Job, way: str, steps: int, *, varied: bool) -> Iterator[dict[str, 
 
     if job.settings.memory is not None:
         limit_memory(job.settings.memory, torch.device("cuda", 0))
+    host = {"host_seconds": _host_seconds(planned=False)}
     if way == "planned":
-        planned_allocator().install()  # before anything is allocated: what is resized later is ours too
+        torch.cuda.empty_cache()
+        planned_allocator().install()  # before anything that stays is allocated: what is resized later is ours too
+        host = {"native_host_seconds": host["host_seconds"], "host_seconds": _host_seconds(planned=True)}
     contender = CONTENDERS[job.contender](job)
-    host_seconds = _host_seconds(way)
     for tokens in job.lengths[-1:] if varied else job.lengths:
         try:
             one, facts = _varied(contender, job, way) if varied else _fixed(contender, tokens, way)
@@ -197,7 +203,7 @@ def work(job: Job, way: str, steps: int, *, varied: bool) -> Iterator[dict[str, 
             oom = {"status": "oom", "error": str(error)[:600], "peak_reserved": torch.cuda.max_memory_reserved()}
             yield {"seq_len": tokens, **oom}
             return
-        yield {"seq_len": tokens, "status": "ok", "host_seconds": host_seconds, **measured}
+        yield {"seq_len": tokens, "status": "ok", **host, **measured}
         contender.finish()
         if way == "planned":
             planned_allocator().disarm(0)
@@ -318,9 +324,11 @@ def main(arguments: list[str] | None = None) -> int:
         geometry=options.geometry, scope=Scope(options.scope), blocks=options.blocks, device="cuda",
         dtype="bfloat16", attention=options.attention, memory=memory,
     )  # fmt: skip
-    for contender in options.contenders.split(","):
-        for way in options.ways.split(","):
-            job = Job(contender=contender, settings=settings, lengths=lengths)
+    asked = itertools.product(options.contenders.split(","), options.ways.split(","))
+    with tempfile.TemporaryDirectory() as folder:
+        for contender, way in asked:
+            plans = None if varied else f"{folder}/{contender}"
+            job = Job(contender=contender, settings=settings, lengths=lengths, plans=plans)
             for facts in measure(job, way, options.steps, varied=varied):
                 row = {
                     "contender": contender, "way": way, "geometry": options.geometry, "scope": options.scope,
@@ -337,7 +345,8 @@ def _write(row: dict[str, Any], out: Path | None) -> None:
     print(json.dumps({name: row.get(name) for name in (
         "contender", "way", "seq_len", "status", "step_seconds", "peak_allocated", "peak_reserved",
         "device_allocs", "device_frees", "retries", "served_requests", "served_bytes", "planned_requests_served",
-        "reserved_over", "arena_over_bound", "host_seconds", "gradients_digest", "error")}), flush=True)  # fmt: skip
+        "reserved_over", "arena_over_bound", "host_seconds",
+        "native_host_seconds", "gradients_digest", "error")}), flush=True)  # fmt: skip
     if out is not None:
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

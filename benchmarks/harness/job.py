@@ -51,6 +51,7 @@ class Job:
         sketch_at: length at which gradients are sketched; None: nowhere.
         deadline: Unix time at which nothing may be running any more; None: none.
         traces: path of the Chrome traces of one more step per length, without ``-TOKENS.json.gz``; None: no traces.
+        plans: path of memo's plans, without ``-TOKENS.json``: carried out where they are, else written; None: none.
     """
 
     contender: str
@@ -62,6 +63,7 @@ class Job:
     sketch_at: int | None = None
     deadline: float | None = None
     traces: str | None = None
+    plans: str | None = None
 
     def to_json(self) -> str:
         """One line."""

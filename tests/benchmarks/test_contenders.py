@@ -152,3 +152,18 @@ def test_memo_reserves_no_optimizer_where_there_is_none(make_job):
     contender.start(64)
     contender.step()
     assert contender.subject.model._memo.session.plan.profile.states.optimizer == 0
+
+
+def test_memo_carries_out_the_plan_that_the_first_of_several_runs_wrote(make_job, tmp_path):
+    plans, profiled = [], []
+    for _ in range(2):
+        contender = CONTENDERS["memo-replay"](make_job("memo-replay", plans=str(tmp_path / "kept")))
+        contender.start(64)
+        contender.step()
+        wrapped = contender.subject.model._memo
+        plans.append(wrapped.session.plan)
+        profiled.append(wrapped.profiled)
+        contender.finish()
+    assert plans[0] == plans[1]
+    assert profiled == [1, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept-64.json"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import memo_runtime
 from benchmarks.harness.contenders.base import Training
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job
+from memo_runtime.persist import save
+from memo_runtime.wrapping import find_wrapped
 
 
 class Memo(Training):
@@ -16,27 +19,33 @@ class Memo(Training):
 
     def __init__(self, policy: str, alpha: float | None, job: Job) -> None:
         self.policy, self.alpha = policy, alpha
+        self._kept: Path | None = None  # where the plan of this length is, or will be
         super().__init__(job)
 
     def install(self) -> None:
         """Nothing yet: ``start`` wraps, and that arranges the loss too."""
 
     def start(self, tokens: int) -> None:
-        """Wrap for ``tokens``; the first step profiles and plans."""
+        """Wrap for ``tokens``; the first step profiles and plans, if no plan is there."""
         super().start(tokens)
         settings = self.job.settings
+        self._kept = None if self.job.plans is None else Path(f"{self.job.plans}-{tokens}.json")
+        asked: dict[str, Any] = {
+            "policy": self.policy, "alpha": self.alpha, "budget": self.job.budgets.get(tokens),
+            "host_budget": self.job.host_budget,
+        }  # fmt: skip
         memo_runtime.wrap(
             self.subject.model,
-            policy=self.policy,
-            alpha=self.alpha,
-            budget=self.job.budgets.get(tokens),
-            host_budget=self.job.host_budget,
+            **(asked if self._kept is None or not self._kept.exists() else {"plan": self._kept}),
             optimizer=self.subject.optimizer,
             loss=settings.loss if settings.scope == Scope.STEP else "auto",
         )
 
     def finish(self) -> None:
         """Give host memory back."""
+        wrapped = find_wrapped(self.subject.model)
+        if self._kept is not None and wrapped is not None and wrapped.session.plan is not None:
+            save(wrapped.session.plan, self._kept)
         memo_runtime.unwrap(self.subject.model)
         super().finish()
 

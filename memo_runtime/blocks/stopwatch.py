@@ -16,6 +16,9 @@ from itertools import pairwise
 
 import torch
 
+#: Attention is timed at this many tokens at most, and continued by the square of the length: keys and values of one
+#: head are far beyond any cache by then, and two million tokens would take minutes before the first step.
+LONGEST_ATTENTION = 2**19
 #: The same work before timed rounds, and most rounds of it.
 _LOAD_SECONDS, _MOST_LOAD = {"cuda": 0.5}, 500
 #: Timed rounds.

@@ -2,7 +2,7 @@
 
     run of some tiles  -  attention at its length         =  the segments, on a line
     the same with their products kept                     =  what a kept token saves
-    attention at the full length: few groups of heads, times the groups
+    attention at the full length: few groups of heads, times the groups, and beyond half a million tokens continued
 
 Attention is timed in rounds with as much of the rest as a step has (``blocks/stopwatch.py`` says why). Gradients are
 random numbers: over ones, kernels draw less power and run faster than in a step (cuDNN's backward of attention over
@@ -27,7 +27,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import MASKED_ATTENTION
-from memo_runtime.blocks.stopwatch import Beside, typical
+from memo_runtime.blocks.stopwatch import LONGEST_ATTENTION, Beside, typical
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.dims import shortened
 from memo_runtime.capture.rules import arguments_of, operator_name
@@ -96,23 +96,23 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
     tile = min(tokens, longest_tile(rows) if tile is None else tile)
     device = hidden.device
     count = min(_TIMED_TILES.get(device.type, _TIMED_TILES["cpu"]), -(-tokens // tile))
-    length = min(tokens, count * tile)
+    length, longest = min(tokens, count * tile), min(tokens, LONGEST_ATTENTION)
     if not captured.traced.allows(length):
         return None
     try:
         with RandomState.current(device).restored(), torch.enable_grad():
             attentions, kernels = [_Attention(captured, node) for node in mixers], tiles.programs.kernels
             for one in attentions:
-                one.choose(kernels, tokens)
+                one.choose(kernels, longest)
             some = shortened(call, length, captured.reading)
             runs = _runs(tiles, captured, some, Way(tile=tile))
             block = _forward_and_backward(runs, device)
             saved = _saved(tiles, captured, some, tile, sum(block))
             # On a CPU nothing sets a clock by what runs beside.
             beside = Beside(length, partial(_run_all, runs)) if device.type == "cuda" else None
-            full = [one.seconds(one.inputs(tokens), kernels.get(one.key), beside) for one in attentions]
+            full = [one.seconds(one.inputs(longest), kernels.get(one.key), beside) for one in attentions]
             under_spans = [one.seconds(call, beside) for one in masked]
-            short = [*full, *under_spans] if length == tokens else [
+            short = [*full, *under_spans] if length == tokens == longest else [
                 *(one.seconds(one.inputs(length), kernels.get(one.key), beside) for one in attentions),
                 *(one.seconds(some, beside) for one in masked),
             ]  # fmt: skip
@@ -124,7 +124,7 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
             raise
         raise CaptureRefusedError("torch.compile", first_line(error)) from error
     rest = [max(0.0, block[way] - sum(one[way] for one in short)) / length for way in (0, 1)]
-    squared = [sum(one[way] for one in full) / tokens**2 for way in (0, 1)]
+    squared = [sum(one[way] for one in full) / longest**2 for way in (0, 1)]
     linear = [rest[way] + sum(one[way] for one in under_spans) / tokens for way in (0, 1)]
     forward, backward = (Growth(linear=linear[way], quadratic=squared[way]) for way in (0, 1))
     return TileTimes(forward, backward, rest[0], saved)

@@ -1,6 +1,7 @@
 """What a mixer takes and leaves beside its tensors, seen in a run of it on random numbers.
 
-Attention runs on few tokens, and where its heads can be divided once more on one group of them at full length.
+Attention runs on few tokens, and where its heads can be divided once more on one group of them at full length, or at
+half a million tokens, beyond which the run alone would take longer than what is known of it is worth.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import MASKED_ATTENTION
 from memo_runtime.blocks.spans import spans_tensor
+from memo_runtime.blocks.stopwatch import LONGEST_ATTENTION
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.split import Mixer
@@ -117,13 +119,14 @@ def _run(
 
 
 def _one_group(captured: Captured, node: fx.Node, tokens: int, kernel: Kernel | None, heads: int) -> Workspace:
-    """Bytes by token of one of ``heads`` groups at full length, for all of them; (0, 0) where there is no room for it.
+    """Bytes by token of one of ``heads`` groups at its length, for all of them; (0, 0) where there is no room for it.
 
     Kernels choose how they work by the shape: of few heads over many tokens one may take more than its share of what
     it takes of all heads over few.
     """
     if not Meter.counts(node.meta["val"].device):
         return 0.0, 0.0
+    tokens = min(tokens, LONGEST_ATTENTION)
     try:
         inputs = _inputs(captured, node, tokens, heads)
         settings = Settings.of(arguments_of(node), inputs.query.shape[-1])

@@ -102,6 +102,10 @@ class Start:
         self._outside.append(Outside(module))
         return self._outside[-1]
 
+    def left_outside(self) -> str:
+        """Words for what the last run has changed outside of the block, before it is put back; "": nothing."""
+        return next((words for one in self._outside if (words := one.written())), "")
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Whatever runs inside, the state is this one afterwards.

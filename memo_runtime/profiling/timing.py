@@ -22,7 +22,7 @@ from memo_runtime.blocks.pins import CaptureMode, PinKey, ReplayMode, Values
 from memo_runtime.blocks.ranks import several_ranks
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.blocks.spans import is_spans
-from memo_runtime.blocks.stopwatch import Beside, seconds_of, typical
+from memo_runtime.blocks.stopwatch import LONGEST_ATTENTION, Beside, seconds_of, typical
 from memo_runtime.errors import OffloaderActiveError
 from memo_runtime.profiling.growth import fit_peak, fit_seconds, polynomial_bytes
 from memo_runtime.profiling.mixers import (
@@ -42,7 +42,7 @@ logger = logging.getLogger("memo_runtime")
 
 #: Longest length timed where the block will run at more; on a GPU twice as long, or a quarter, where that is longer.
 _LONGEST = {"cuda": 8192, "cpu": 512}
-#: No quarter is longer: beyond, attention is nearly all, and that is timed by itself at the full length.
+#: No quarter is longer: beyond, attention is nearly all, and that is timed by itself at its length.
 _LONGEST_QUARTER = 2**16
 #: Most samples at one length, and how much two that follow each other may differ to be taken for steady.
 _MOST_SAMPLES = 4
@@ -234,7 +234,7 @@ class _Timer:
         try:
             if masked:
                 return time_under_spans(mixers, lengths, lambda tokens: self.crop(tokens).leaves[spans[0]], self.beside)
-            return time_attention(mixers, lengths, self.beside)
+            return time_attention(mixers, [*lengths[:-1], min(lengths[-1], LONGEST_ATTENTION)], self.beside)
         except RuntimeError as error:
             # No room for it beside the model, or an operator that does not run outside its block.
             logger.info("memo: '%s' is timed with its attention, at shorter lengths: %s", self.profile.name, error)

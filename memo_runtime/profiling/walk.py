@@ -1,8 +1,8 @@
 """One pass of a model's forward that reaches every block with its real arguments and computes as little as it can.
 
 Where the forward calls a block, the block is looked at on a crop of the arguments, and then skipped where its result
-has the shape of its input: no activation of the target length is ever saved. The pass ends when nothing is left to see.
-What it changed is put back.
+has the shape of its input (``passing.py``): no activation of the target length is ever saved. The pass ends when
+nothing is left to see. What it changed is put back.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import mapped
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward
+from memo_runtime.profiling.passing import passed_on
 from memo_runtime.profiling.start import Start, cut_graphs, without_graph
 from memo_runtime.records import BlockProfile
 
@@ -90,8 +91,13 @@ class Walk(ABC):
         hidden = call.leaves[profile.input_leaf] if profile.tokens else None
         if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
             return hidden
-        args, kwargs = call.arguments()
         roots = roots_of(block, call)
+        if key not in self._outputs and hidden is not None:
+            shown = passed_on(forward, call, profile, Start(roots, self.device), roots)
+            if shown is not None:
+                self._outputs[key] = True
+                return shown
+        args, kwargs = call.arguments()
         before = reach(roots)
         # With grad, so that each result tells whether it has one, and with nothing saved if the forward does not walk
         # its graph (of a block that could not be profiled that is not known).

@@ -46,7 +46,9 @@ def flops_of_each(runs: list[Callable[[], object]], device: torch.device) -> lis
     return [flops_of(run) for run in runs]
 
 
-def test_a_few_tiles_tell_what_the_whole_block_takes(monkeypatch):
+@pytest.mark.parametrize("longest", [64, 48])
+def test_a_few_tiles_tell_what_the_whole_block_takes(longest, monkeypatch):
+    monkeypatch.setattr(tiled_timing, "LONGEST_ATTENTION", longest)
     monkeypatch.setattr(stopwatch, "laps", flops_of_each)
     monkeypatch.setattr(tiled_timing, "longest_tile", lambda rows: 24 // rows)
     tiles, x = TiledBlock(double(hand_written.TwoMixers), tile=8), hidden(64)

@@ -61,6 +61,12 @@ def test_a_group_that_takes_more_than_its_share_is_counted_as_it_is(taken):
     assert taken() == [0, HEADS * ALONE - SHARE]
 
 
+def test_a_group_is_not_run_at_any_length(taken, monkeypatch):
+    monkeypatch.setattr(tiled_trial, "LONGEST_ATTENTION", 64)
+    monkeypatch.setattr(Meter, "room", False)
+    assert taken() == [0, HEADS * ALONE - SHARE]
+
+
 def test_where_there_is_no_room_for_it_its_share_is_counted(taken, monkeypatch):
     monkeypatch.setattr(Meter, "room", False)
     assert taken() == [0, 0]

@@ -102,6 +102,9 @@ def test_a_long_block_has_its_attention_timed_at_its_length(monkeypatch: pytest.
     for tokens in (512, 640):
         memo.profile(tower(2), (torch.randn(1, tokens, 8, dtype=torch.float64),))
     assert asked == [[128, 256, 512, 640]]
+    monkeypatch.setattr(timing, "LONGEST_ATTENTION", 600)
+    memo.profile(tower(2), (torch.randn(1, 640, 8, dtype=torch.float64),))
+    assert asked[1:] == [[128, 256, 512, 600]], "beyond that it is continued"
 
 
 def test_attention_for_which_there_is_no_room_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:

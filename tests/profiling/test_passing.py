@@ -1,0 +1,86 @@
+"""A pass over a long batch makes what blocks hand on from a crop: none runs its forward at full length."""
+
+import pytest
+import torch
+from torch import nn
+
+import memo_runtime as memo
+from memo_runtime.profiling import passing
+from memo_runtime.records import Role
+from tests.api.towers import Block, tower
+
+LONG = 4096
+LOG: list[int] = []
+
+
+class Logs(Block):
+    """Takes a note elsewhere at each call, which a model may read behind its blocks."""
+
+    def forward(self, x):
+        LOG.append(x.shape[1])
+        return super().forward(x)
+
+
+class Remembers(Block):
+    """Leaves its result where the next block may read it."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+class Casts(Block):
+    """Yields another dtype."""
+
+    def forward(self, x):
+        return super().forward(x.double()).float()
+
+
+def lengths_of(model, tokens=LONG):
+    """Lengths at which the first block's own modules ran while the model was profiled."""
+    seen = []
+    inner = next(iter(model.layers[0].children()))
+    inner.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    profile = memo.profile(model, (torch.randn(1, tokens, 8, dtype=torch.float64),))
+    return seen, profile
+
+
+def test_no_block_runs_at_full_length():
+    seen, profile = lengths_of(tower(3))
+    assert max(seen) < LONG // 4
+    assert [block.tokens for block in profile.blocks] == [LONG] * 3
+
+
+def test_a_short_one_does():
+    seen, _ = lengths_of(tower(3), 300)
+    assert max(seen) == 300
+
+
+@pytest.mark.parametrize("kind", [Logs, Remembers, Casts])
+def test_where_a_crop_does_not_tell_it_runs_as_it_is(kind):
+    model = tower(2)
+    model.layers = nn.ModuleList([kind() for _ in range(2)]).double()
+    seen, _ = lengths_of(model)
+    assert max(seen) == LONG
+    assert not LOG
+
+
+def test_the_profile_is_the_same(monkeypatch):
+    profiles = []
+    for long in (passing._LONG, 1 << 30):
+        monkeypatch.setattr(passing, "_LONG", long)
+        profiles.append(lengths_of(tower(3))[1])
+    ours, theirs = profiles
+    for one, other in zip(ours.blocks, theirs.blocks, strict=True):
+        assert (one.groups, one.saved, one.pins) == (other.groups, other.saved, other.pins)
+        assert one.gradients == other.gradients
+    assert (ours.entry, ours.outside_forward, ours.shared) == (theirs.entry, theirs.outside_forward, theirs.shared)
+
+
+def test_a_result_has_a_gradient_where_the_input_has_none():
+    model = tower(2)
+    model.first.requires_grad_(requires_grad=False)
+    _, profile = lengths_of(model)
+    assert [block.reason for block in profile.blocks] == ['', '']
+    roles = [{group.role for group in block.groups} for block in profile.blocks]
+    assert roles[1] == roles[0] | {Role.INPUT}

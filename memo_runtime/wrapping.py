@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from memo_runtime.execution.session import Session
 from memo_runtime.execution.tiled_block import Tiling
 from memo_runtime.integrations import huggingface
 from memo_runtime.integrations.attention_masks import MaskInstallation, install_masks
+from memo_runtime.planning.announcing import announce
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
 from memo_runtime.planning.executors import tiles_are_worth_trying
@@ -46,7 +48,7 @@ from memo_runtime.profiling.reading import Reading, Shapes, Sizes
 from memo_runtime.profiling.walk import NamedBlock, Run
 from memo_runtime.recent import Recent
 from memo_runtime.records import Plan, Profile
-from memo_runtime.units import format_bytes, format_seconds
+from memo_runtime.units import format_seconds
 
 logger = logging.getLogger("memo_runtime")
 
@@ -182,6 +184,17 @@ class Wrapped:
         with self.session.turn():
             self._ready_for(args, kwargs)
 
+    def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        """The plan of a step on this batch that starts without gradients; nothing is reserved for it yet.
+
+        Raises:
+            PlanInfeasibleError, HostLimitError: there is none.
+        """
+        device = model_device(self.model)
+        with self.session.turn():
+            key, shapes = self._signature(args, kwargs, device)
+            return self._planned(key, shapes, (args, kwargs), device, accumulating=False)
+
     def _ready_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_transforms(type(self.model).__name__)
         refuse_other_optimisers(self.model, {id(ref.module) for ref in self.refs})
@@ -189,19 +202,9 @@ class Wrapped:
         device = model_device(self.model)
         key, shapes = self._signature(args, kwargs, device)
         self._meet_strangers(key, shapes, (args, kwargs))
-        # A plan made before a rerun was found wrong is not used again.
-        found = tuple(self.session.demotions.items())
+        found = self._found()
         accumulating = self._accumulates.get((key, shapes)) is not None or self._has_gradients()
-
-        def planned() -> Plan:
-            plan = self._plans.get((key, shapes, found, accumulating))
-            if plan is None:
-                if self.memory is not None:
-                    self.memory.end()  # what is measured for a new plan is none of the step before
-                plan = self._prepare(key, shapes, (args, kwargs), device, accumulating=accumulating)
-                self._plans.put((key, shapes, found, accumulating), plan)
-            return plan
-
+        planned = partial(self._planned, key, shapes, (args, kwargs), device, accumulating=accumulating)
         plan = planned()
         if accumulating:
             # The fresh steps between keep that plan, which fits them too: plans do not change at every micro-batch.
@@ -213,6 +216,22 @@ class Wrapped:
         if self.memory is not None and self.session.steps != steps_before:
             tokens, others = length_of(shapes)
             self.memory.begin((key, others, found, accumulating), device, tokens)
+
+    def _found(self) -> tuple[Any, ...]:
+        """What reruns have shown so far: a plan made before one was found wrong is not used again."""
+        return tuple(self.session.demotions.items())
+
+    def _planned(
+        self, key: tuple[Any, ...], shapes: Shapes, batch: Batch, device: torch.device, *, accumulating: bool
+    ) -> Plan:
+        place = (key, shapes, self._found(), accumulating)
+        plan = self._plans.get(place)
+        if plan is None:
+            if self.memory is not None:
+                self.memory.end()  # what is measured for a new plan is none of the step before
+            plan = self._prepare(key, shapes, batch, device, accumulating=accumulating)
+            self._plans.put(place, plan)
+        return plan
 
     def _adopt(self, plan: Plan, again: Callable[[], Plan], device: torch.device) -> None:
         """Adopt ``plan``; where the system refuses its host memory and that was asked for, one for what it gave."""
@@ -228,7 +247,7 @@ class Wrapped:
             except PlanInfeasibleError as none_fits:
                 raise type(none_fits)(f"{none_fits}\n  since      {error}") from error
             self.session.adopt(plan, device)
-        self._announce(plan)
+        announce(plan, self.session.note)
 
     def _meet_strangers(self, key: tuple[Any, ...], shapes: Shapes, batch: Batch) -> None:
         """The step before called blocks that its profile lacks: a batch of that kind is profiled with them."""
@@ -423,28 +442,6 @@ class Wrapped:
                 self.session.observer = None
 
         return run
-
-    def _announce(self, plan: Plan) -> None:
-        forecast = plan.forecast
-        counts = Counter(block.executor.value for block in plan.blocks)
-        logger.info(
-            "memo: %s; step %s, peak %s, host %s, to host %s, recomputed %.3g FLOP",
-            ", ".join(f"{count} x {name}" for name, count in counts.items()),
-            format_seconds(forecast.step_seconds),
-            format_bytes(forecast.peak_bytes),
-            format_bytes(forecast.host_bytes),
-            format_bytes(forecast.bytes_to_host),
-            forecast.recomputed_flops,
-        )
-        reasons: dict[str, list[str]] = {}
-        tiles = {block.tiled_reason for block in plan.profile.blocks} if plan.policy == Policy.AUTO else set()
-        for block in plan.blocks:
-            # That a block cannot run by tiles is a note of an auto plan already.
-            if block.reason and block.reason not in tiles:
-                reasons.setdefault(block.reason, []).append(block.name)
-        for reason, names in reasons.items():
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self.session.note(f"'{names[0]}'{others} cannot take policy '{plan.policy}': {reason}")
 
 
 def all_wrapped(model: nn.Module) -> dict[str, Wrapped]:

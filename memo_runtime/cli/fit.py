@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memo_runtime.cli.exits import ExitCode
 from memo_runtime.cli.offline_request import (
     Alpha,
     Budget,
@@ -25,6 +26,7 @@ from memo_runtime.cli.offline_request import (
     read_request,
     teller,
 )
+from memo_runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from memo_runtime.offline.fit import Fit, Reach
@@ -48,15 +50,19 @@ def fit(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Confirm the longest by rehearsals on the GPU, or CPU, of this machine.")
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time for a --rehearse: then what is confirmed by now is printed.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """The longest sequence that trains, with the step time, MFU and memory of it and of shorter ones.
 
     Found without a GPU, by plans such as memo plan makes; the plan of the longest is saved with -o. The last column
     says what would make the step faster (HBM, host memory, or neither: time), and for the longest what keeps it from
-    being longer. With --rehearse the longest is searched again near the forecast, by whole steps on this machine in
-    which only attention is replaced.
-    Exits with 3 where not even 1,024 tokens fit, saying what would, and which optimizers.
+    being longer. With --rehearse the longest is searched again near the forecast, by plans made on this machine and a
+    whole step in which only attention is replaced.
+    Exits with 3 where not even 1,024 tokens fit, saying what would, and which optimizers, and with 4 where no length
+    was confirmed in --minutes.
 
     \b
     Examples:
@@ -69,33 +75,48 @@ def fit(
         keep_last=keep_last, optimizer=optimizer, lora=lora, trainable=trainable, max_positions=max_positions,
         output=output,
     )  # fmt: skip
-    from memo_runtime.cli.fit_rehearsal import Told, check_rehearsable, rehearse_near, start, told_of
+    from memo_runtime.cli.fit_rehearsal import Told, check_rehearsable, rehearse_near, running, start, told_of
 
+    check_minutes(minutes, rehearse=rehearse)
     here = start(request) if rehearse else None
 
-    from memo_runtime.offline.fit import fit as find
-    from memo_runtime.offline.planning import with_placement
-    from memo_runtime.offline.profile import study_model
-    from memo_runtime.persist import save
+    tell, told = teller(), Told()
+    with running(here, minutes, tell) as process:
+        from memo_runtime.offline.fit import fit as find
+        from memo_runtime.offline.planning import with_placement
+        from memo_runtime.offline.profile import study_model
+        from memo_runtime.persist import save
 
-    tell = teller()
-    study = study_model(
-        request.subject(), request.machine, gpus=gpus, optimizer=request.optimizer(), progress=tell
-    )
-    found = find(study, request.settings, host_bytes=request.host_bytes, progress=tell)
-    longest = found.longest
-    if here is not None:
-        check_rehearsable(study.subject, longest, here)
-    if output is not None:
-        tell("the layout")
-        save(with_placement(longest.plan, study.at(longest.tokens, host_bytes=request.host_bytes)), output)
-    name, told = study.subject.name, Told()
-    if here is not None:
-        told = told_of(rehearse_near(request, longest, here, progress=tell), longest.tokens, here)
+        study = study_model(
+            request.subject(), request.machine, gpus=gpus, optimizer=request.optimizer(), progress=tell
+        )
+        found = find(study, request.settings, host_bytes=request.host_bytes, progress=tell)
+        longest = found.longest
+        if here is not None:
+            check_rehearsable(study.subject, longest, here)
+        if output is not None:
+            tell("the layout")
+            save(with_placement(longest.plan, study.at(longest.tokens, host_bytes=request.host_bytes)), output)
+        if here is not None and process is not None:
+            told = told_of(rehearse_near(request, longest, here, process), longest.tokens, here)
     if as_json:
-        typer.echo(json.dumps(_as_json(found, request, name) | told.fields, indent=2))
+        typer.echo(json.dumps(_as_json(found, request, study.subject.name) | told.fields, indent=2))
     else:
-        typer.echo(_as_text(found, request, name) + told.text)
+        typer.echo(_as_text(found, request, study.subject.name) + told.text)
+    if told.unconfirmed:
+        raise typer.Exit(ExitCode.NOT_FOUND)
+
+
+def check_minutes(minutes: float | None, *, rehearse: bool) -> None:
+    """Refuse a time that is none.
+
+    Raises:
+        ArgumentError: it is.
+    """
+    if minutes is not None and not rehearse:
+        raise ArgumentError("--minutes is the time of a --rehearse: give both, or none")
+    if minutes is not None and not minutes > 0:
+        raise ArgumentError(f"--minutes {minutes:g} is no time: give more than 0")
 
 
 def _as_text(found: Fit, request: Request, name: str) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from memo_runtime.cli.offline_request import Request
+from memo_runtime.cli.rehearsal_process import RehearsalProcess
 from memo_runtime.cli.rehearsal_trial import REHEARSED, Trial
-from memo_runtime.errors import ArgumentError, RehearsalError
+from memo_runtime.errors import ArgumentError
 from memo_runtime.planning.rounding import GRANULE_TOKENS
 from memo_runtime.rehearsal.nearby import Nearby, longest_near
 from memo_runtime.rehearsal.record import Rehearsal
@@ -29,7 +26,6 @@ _MOST = 1.5
 _NEARLY = 1.02
 #: Seconds that a CPU may take for the products of one step, and the side of the product that shows its rate.
 _PATIENCE, _SQUARE = 3600.0, 1024
-_KILLED = "killed by signal 9, as processes are when host memory runs out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +77,25 @@ def start(request: Request) -> Here:
     return here
 
 
+@contextlib.contextmanager
+def running(here: Here | None, minutes: float | None, tell: Callable[[str], None]) -> Iterator[RehearsalProcess | None]:
+    """The process that rehearses, under way while the forecast is made; None: nothing is rehearsed.
+
+    ``minutes``: from now on. ``tell``: what it does is said with it, and when.
+    """
+    if here is None:
+        yield None
+        return
+    began = time.monotonic()
+
+    def progress(what: str) -> None:
+        tell(f"[{time.monotonic() - began:.0f} s] {what}")
+
+    with RehearsalProcess(progress=progress, deadline=None if minutes is None else began + 60 * minutes) as process:
+        process.start()
+        yield process
+
+
 def check_rehearsable(subject: Subject, longest: Reach, here: Here) -> None:
     """Refuse what a CPU would take too long for: rehearsals lack attention alone.
 
@@ -110,7 +125,7 @@ def check_rehearsable(subject: Subject, longest: Reach, here: Here) -> None:
         )
 
 
-def rehearse_near(request: Request, longest: Reach, here: Here, *, progress: Callable[[str], None]) -> Nearby:
+def rehearse_near(request: Request, longest: Reach, here: Here, process: RehearsalProcess) -> Nearby:
     """The longest length that fits on this machine, near the longest that was forecast.
 
     Raises:
@@ -126,12 +141,16 @@ def rehearse_near(request: Request, longest: Reach, here: Here, *, progress: Cal
         max_positions=request.max_positions,
     )  # fmt: skip
 
+    def planned(tokens: int) -> Rehearsal | None:
+        process.progress(f"a plan for {tokens:,} tokens")
+        return process.plan(replace(trial, tokens=tokens))
+
     def one(tokens: int) -> Rehearsal:
-        progress(f"a rehearsal of {tokens:,} tokens")
-        return rehearse_apart(replace(trial, tokens=tokens))
+        process.progress(f"a rehearsal of {tokens:,} tokens")
+        return process.rehearse(replace(trial, tokens=tokens))
 
     most = round(_MOST * longest.tokens) if longest.bound is not Bound.POSITIONS else longest.tokens
-    return longest_near(longest.tokens, GRANULE_TOKENS, one, most=most)
+    return longest_near(longest.tokens, GRANULE_TOKENS, one, plan=planned, most=most)
 
 
 def rehearse_apart(trial: Trial) -> Rehearsal:
@@ -140,37 +159,30 @@ def rehearse_apart(trial: Trial) -> Rehearsal:
     Raises:
         RehearsalError: it could not be made; says why.
     """
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-m", "memo_runtime.cli.rehearsal_trial"], input=trial.to_json(), capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"}, check=False,
-    )  # fmt: skip
-    if done.returncode == -signal.SIGKILL:
-        return Rehearsal(
-            fits=False, seconds=0.0, peak_bytes=0, reserved_bytes=0, host_bytes=0, bytes_to_host=0, bytes_to_device=0,
-            replaced=(), forecast=None, phase="host", where="somewhere in the step", error=_KILLED,
-        )  # fmt: skip
-    if done.returncode or not done.stdout.strip():
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RehearsalError(f"the rehearsal of {trial.tokens:,} tokens ended with {done.returncode}: {last}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    if "refused" in found:
-        raise RehearsalError(f"{trial.tokens:,} tokens could not be rehearsed: {found['refused']}")
-    return Rehearsal.from_dict(found["rehearsal"])
+    with RehearsalProcess() as process:
+        return process.rehearse(trial)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What is added to a frontier: lines behind its table, fields of its object."""
+    """What is added to a frontier: lines behind its table, fields of its object.
+
+    ``unconfirmed``: there was no time to confirm any length.
+    """
 
     text: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
+    unconfirmed: bool = False
 
 
 def told_of(found: Nearby, forecast: int, here: Here) -> Told:
     """What the rehearsals have shown, beside the forecast."""
-    lines = ["", "", f"rehearsed on {here.name}, {found.rehearsed} lengths:"]
-    if found.longest is None:
+    by_plan = f", {found.planned} more by their plans alone" if found.planned else ""
+    count = f"{found.rehearsed} length{'s' * (found.rehearsed != 1)}"
+    lines = ["", "", f"rehearsed on {here.name}, {count}{by_plan}:"]
+    if found.longest is None and found.cut:
+        lines.append("  no length was confirmed in the time that --minutes gives")
+    elif found.longest is None:
         lines.append(f"  no length fits, down to {found.short_at:,} tokens")
     else:
         one, off = found.longest, found.tokens / forecast - 1
@@ -181,6 +193,9 @@ def told_of(found: Nearby, forecast: int, here: Here) -> Told:
     if found.short is not None:
         short = found.short
         lines.append(f"  {found.short_at:,} tokens do not: {short.phase}, {short.where}: {short.error}")
+    if found.cut:
+        known = f": {found.planned_at:,} tokens have a plan" if found.planned_at > found.tokens else ""
+        lines.append(f"  cut: the time of --minutes was over before the search was{known}")
     fields = {
         "device": here.name,
         "longest": found.tokens,
@@ -188,5 +203,8 @@ def told_of(found: Nearby, forecast: int, here: Here) -> Told:
         "too_long": found.short_at or None,
         "short": None if found.short is None else found.short.to_dict(),
         "lengths": found.rehearsed,
+        "planned_lengths": found.planned,
+        "longest_planned": found.planned_at or None,
+        "cut": found.cut,
     }
-    return Told(text="\n".join(lines), fields={"rehearsed": fields})
+    return Told(text="\n".join(lines), fields={"rehearsed": fields}, unconfirmed=found.cut and found.longest is None)

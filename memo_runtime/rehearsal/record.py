@@ -59,6 +59,14 @@ class Rehearsal:
         return asdict(self)
 
     @classmethod
+    def short(cls, *, phase: str, where: str, error: str) -> Rehearsal:
+        """One that ended before there was anything to measure."""
+        return cls(
+            fits=False, seconds=0.0, peak_bytes=0, reserved_bytes=0, host_bytes=0, bytes_to_host=0, bytes_to_device=0,
+            replaced=(), forecast=None, phase=phase, where=where, error=error,
+        )  # fmt: skip
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rehearsal:
         """The rehearsal of ``to_dict``, through JSON or not."""
         forecast = values["forecast"]

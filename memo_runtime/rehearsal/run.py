@@ -4,6 +4,8 @@ Kernels that mix tokens take nearly all of a long step and have little to do wit
 (``stand_ins.py``); all else is the step itself: products, norms, loss, copies to and from the host, rebuilding, the
 allocator. The step runs twice. In the first happens what happens once: a wrapped model is profiled and planned with
 the real kernels, programs are compiled, host memory is pinned, an optimizer makes its states. The second is measured.
+Where a shorter batch can be made, the first of a wrapped model is on a few tiles, under the plan of the whole
+(``first_step.py``).
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from memo_runtime.errors import (
 from memo_runtime.profiling.model import model_device
 from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
 from memo_runtime.rehearsal.failure import forget, innermost_module, ran_out
+from memo_runtime.rehearsal.first_step import Shorter, few_tokens, under_plan
 from memo_runtime.rehearsal.kept import Kept
 from memo_runtime.rehearsal.positions import beyond_positions
 from memo_runtime.rehearsal.record import Rehearsal, ReplacedKernel
 from memo_runtime.rehearsal.stand_ins import StandIns
+from memo_runtime.units import format_seconds
 from memo_runtime.wrapping import Batch, Wrapped, find_wrapped
 
 logger = logging.getLogger("memo_runtime")
@@ -45,6 +49,8 @@ logger = logging.getLogger("memo_runtime")
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
 _NONE_REPLACED = "no fused kernel of attention ran, so nothing was replaced: the step took what it takes"
 _NOT_PLACED = "layout='planned' is not rehearsed: memory came from PyTorch's own allocator"
+#: Where a step ended that was not begun: no plan fits, or memory was short before there was one.
+NO_PLAN, PROFILED = "none fits", "while it was profiled"
 _NO_OPTIMIZER = "no optimizer= was given: what its step and its state take is not in the peak"
 
 
@@ -71,17 +77,22 @@ class _Step:
         began = time.perf_counter()
         args, kwargs = self.batch
         with torch.enable_grad():
-            self.phase = "forward"
+            self._begin("forward")
             loss = self._loss_of(self.model(*args, **kwargs))
             self.behind_forward()
-            self.phase = "backward"
+            self._begin("backward")
             loss.backward()
             del loss
-        self.phase = "optimizer"
+        self._begin("optimizer")
         if self.optimizer is not None:
             self.optimizer.step()
         self._wait()
         self.seconds = time.perf_counter() - began
+        logger.info("rehearsal: a step took %s", format_seconds(self.seconds))
+
+    def _begin(self, phase: str) -> None:
+        self.phase = phase
+        logger.info("rehearsal: %s", phase)
 
     def measured(self, resident: int) -> None:
         """The step with its peaks; on the CPU it begins with ``resident`` bytes."""
@@ -141,6 +152,7 @@ def rehearse(
     loss: Callable[[Any], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     restore: bool = True,
+    shorter: Shorter | None = None,
 ) -> Rehearsal:
     """Run a training step of ``model`` on ``batch`` without the work of attention: its memory, copies and peaks.
 
@@ -156,9 +168,11 @@ def rehearse(
         optimizer: takes a step too; by default the one given to ``wrap``. Gradients that exist are added to.
         restore: False: what the optimizer steps is not copied to host memory first, and stays changed; for processes
             that end behind the rehearsal.
+        shorter: from a number of tokens to such a batch of as many: where a wrapped model has a long one, what happens
+            once happens on a few tiles, so that one whole step is taken instead of two.
 
     Raises:
-        ArgumentTypeError, NotBuiltError: see ``wrap``; ``loss`` is no function.
+        ArgumentTypeError, NotBuiltError: see ``wrap``; ``loss`` or ``shorter`` is no function.
         ArgumentError: ``optimizer`` steps another model.
         RehearsalError: the model does not train on this batch, or yields no loss; or inference mode is on.
         MemoError: what ``wrap`` and the first step raise, infeasible plans aside.
@@ -170,6 +184,8 @@ def rehearse(
     _check_steps(optimizer, model)
     if loss is not None and not callable(loss):
         raise ArgumentTypeError(f"loss={loss!r} is no function from the model's output to the loss")
+    if shorter is not None and not callable(shorter):
+        raise ArgumentTypeError(f"shorter={shorter!r} is no function from a number of tokens to a batch")
     if torch.is_inference_mode_enabled():
         raise RehearsalError(
             "a rehearsal runs a training step, and torch.inference_mode is on, in which nothing has a gradient: make "
@@ -186,7 +202,7 @@ def rehearse(
     step = _Step(model, call, loss, optimizer, device)
     with _none_of_training(wrapped), StandIns(device) as stand_ins:
         try:
-            return _rehearsed(step, kept, stand_ins, wrapped)
+            return _rehearsed(step, kept, stand_ins, wrapped, shorter)
         finally:
             kept.put_back()
 
@@ -221,13 +237,15 @@ def _none_of_training(wrapped: Wrapped | None) -> Iterator[None]:
         wrapped.memory = memory
 
 
-def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | None) -> Rehearsal:
+def _rehearsed(
+    step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | None, shorter: Shorter | None
+) -> Rehearsal:
     failed: BaseException | None = None
     where = ""
     step.reset_peaks()
     try:
         step.behind_forward = partial(_say_what_is_real, stand_ins)
-        step.run()
+        _first(step, wrapped, shorter)
         step.behind_forward = _nothing
         kept.start_again()
         stand_ins.clear()
@@ -252,6 +270,25 @@ def _rehearsed(step: _Step, kept: Kept, stand_ins: StandIns, wrapped: Wrapped | 
     return _record(step, stand_ins, wrapped, failed, where)
 
 
+def _first(step: _Step, wrapped: Wrapped | None, shorter: Shorter | None) -> None:
+    """The step in which happens what happens once."""
+    from memo_runtime.api import as_batch
+
+    if wrapped is not None and shorter is not None:
+        step.phase, whole = "plan", step.batch
+        with torch.enable_grad():
+            wrapped.before_forward(*whole)
+        few = few_tokens(wrapped.session.plan)
+        if few is not None:
+            logger.info("rehearsal: a step of %d tokens first, under the plan of the whole", few)
+            step.batch = as_batch(shorter(few))
+            with under_plan(wrapped):
+                step.run()
+            step.batch = whole
+            return
+    step.run()
+
+
 def _say_what_is_real(stand_ins: StandIns) -> None:
     """In time: two steps of a model whose attention is not replaced may take hours."""
     if not stand_ins.calls:
@@ -263,7 +300,9 @@ def _where(error: BaseException, step: _Step, stand_ins: StandIns) -> str:
     forward, backward = (sum(getattr(one, way) for one in stand_ins.calls.values()) for way in ("forward", "backward"))
     if isinstance(error, PlanInfeasibleError):
         step.phase = "plan"
-        return "its host memory" if isinstance(error, PinningError) else "none fits"
+        return "its host memory" if isinstance(error, PinningError) else NO_PLAN
+    if step.phase == "plan":
+        return PROFILED
     if step.phase == "forward":
         name = innermost_module(error, step.model)
         return (f"in '{name}' " if name else "") + f"after {forward} attentions"
@@ -298,7 +337,6 @@ def _record(
         notes.append(beyond)
     if failed is None and not replaced:
         notes.append(_NONE_REPLACED)
-    message = "" if failed is None else f"{type(failed).__name__}: {str(failed).strip()}".split("\n")[0]
     return Rehearsal(
         fits=failed is None,
         seconds=step.seconds if failed is None else 0.0,
@@ -311,9 +349,14 @@ def _record(
         forecast=plan.forecast if plan is not None else None,
         phase="" if failed is None else step.phase,
         where=where,
-        error=message,
+        error="" if failed is None else first_line_of(failed),
         notes=tuple(notes),
     )
+
+
+def first_line_of(error: BaseException) -> str:
+    """What ``error`` is, in a line."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
 
 
 def _pinned_bytes(device: torch.device) -> int:

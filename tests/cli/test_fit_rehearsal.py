@@ -1,6 +1,9 @@
 """``memo fit --rehearse``: the longest length, confirmed by whole steps of a real model on the machine that is here."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,9 +12,10 @@ from typer.testing import CliRunner
 from memo_runtime.cli import fit_rehearsal
 from memo_runtime.cli.app import app
 from memo_runtime.cli.fit_rehearsal import Here, rehearse_apart, told_of
+from memo_runtime.cli.rehearsal_process import RehearsalProcess
 from memo_runtime.cli.rehearsal_trial import Trial, run
 from memo_runtime.errors import RehearsalError
-from memo_runtime.rehearsal.nearby import longest_near
+from memo_runtime.rehearsal.nearby import Nearby, OutOfTimeError, longest_near
 
 pytest.importorskip("transformers")
 TINY = {
@@ -72,6 +76,58 @@ def test_the_longest_of_a_forecast_is_confirmed(trial):
     assert shown["short"]["phase"] == "plan"
     with pytest.raises(RehearsalError, match="384 tokens could not be rehearsed: model 'nonsense' is unknown"):
         rehearse_apart(replace(trial, model="nonsense"))
+
+
+def test_one_process_rehearses_many_lengths_and_is_told_what_it_does(trial):
+    said = []
+    with RehearsalProcess(progress=said.append) as process:
+        assert process.plan(trial) is None
+        first = process._process.pid
+        assert process.rehearse(trial).fits
+        assert process.rehearse(replace(trial, tokens=300)).fits
+        assert sum("blocks profiled in" in line for line in said) == 1, "the model is profiled once"
+        refused = process.plan(replace(trial, tokens=1 << 14))
+        assert (refused.fits, refused.phase, refused.where) == (False, "plan", "none fits")
+        assert process._process.pid == first, "nothing was begun"
+        assert [line for line in said if line.startswith("rehearsal: a step took")]
+        os.kill(first, signal.SIGKILL)
+        killed = process.rehearse(trial)
+        assert (killed.fits, killed.phase) == (False, "host")
+        assert "killed by signal 9" in killed.error
+        assert process._process is None, "the next one is fresh"
+
+
+def test_time_that_is_over_ends_what_is_under_way(trial):
+    with RehearsalProcess(deadline=time.monotonic() + 0.5) as process:
+        with pytest.raises(OutOfTimeError):
+            process.rehearse(trial)
+        assert process._process is None
+
+
+def test_a_search_that_is_cut_says_so(trial):
+    command = [
+        "fit", "--model", trial.model, "--policy", "recompute", "--host-memory", "1MiB", "--rehearse",
+        "--minutes", "0.001", "--json",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 4, result.output
+    shown = json.loads(result.stdout)["rehearsed"]
+    assert (shown["longest"], shown["lengths"], shown["cut"]) == (0, 0, True)
+    found = Nearby(planned=2, planned_at=640, cut=True)
+    assert told_of(found, 512, Here(device="cpu", name="the CPU")).text == (
+        "\n\nrehearsed on the CPU, 0 lengths, 2 more by their plans alone:\n"
+        "  no length was confirmed in the time that --minutes gives\n"
+        "  cut: the time of --minutes was over before the search was: 640 tokens have a plan"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(("--minutes", "5"), "give both, or none"), (("--rehearse", "--minutes", "0"), "is no time")]
+)
+def test_a_time_that_is_none_is_refused(given, said):
+    result = CliRunner().invoke(app, ["fit", "--model", "llama-1b", *given])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from memo_runtime.errors import RehearsalError
 from memo_runtime.rehearsal.materialise import lengthened, materialised
-from memo_runtime.rehearsal.nearby import longest_near
+from memo_runtime.rehearsal.nearby import OutOfTimeError, longest_near
 from memo_runtime.rehearsal.record import Rehearsal
 from tests.api.towers import Tower
 
@@ -47,6 +47,51 @@ def test_nothing_fits_and_everything_fits():
     assert nothing.short_at == 128
     everything = search(4096, 1 << 40, most=5000)
     assert (everything.tokens, everything.short_at) == (4992, 0)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.93, 1.0, 1.04, 1.5])
+def test_with_plans_one_rehearsal_is_enough(share):
+    limit, tried = int(share * 1_835_008), []
+
+    def rehearse(tokens):
+        tried.append(tokens)
+        return outcome(True)
+
+    def plan(tokens):
+        return None if tokens <= limit else outcome(False)
+
+    found = longest_near(1_835_008, 128, rehearse, plan=plan)
+    assert tried == [found.tokens] == [found.planned_at]
+    assert 0 <= limit - found.tokens <= 0.01 * 1_835_008
+    assert found.tokens <= limit < found.short_at
+    assert (found.short.fits, found.rehearsed, found.cut) == (False, 1, False)
+
+
+def test_what_has_a_plan_and_does_not_fit_is_searched_below():
+    limit = int(0.95 * 1_835_008)
+    found = longest_near(
+        1_835_008, 128, lambda tokens: outcome(tokens <= limit),
+        plan=lambda tokens: None if tokens <= 1_900_000 else outcome(False),
+    )  # fmt: skip
+    assert 0 <= limit - found.tokens <= 0.01 * 1_835_008
+    assert found.tokens < found.short_at <= 1_900_000 - 128
+    assert found.planned_at > found.tokens
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(0, 0), (1, 4096), (2, 4224)])
+def test_what_is_known_when_time_is_over_is_said(steps, tokens):
+    left = [steps]
+
+    def rehearse(tokens):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OutOfTimeError
+        return outcome(True)
+
+    found = longest_near(4096, 128, rehearse)
+    assert (found.tokens, found.rehearsed, found.cut) == (tokens, steps, True)
+    planned = longest_near(4096, 128, rehearse, plan=lambda tokens: None if tokens <= 4096 else outcome(False))
+    assert (planned.tokens, planned.longest, planned.planned_at, planned.cut) == (0, None, 4096, True)
 
 
 def test_a_model_on_meta_becomes_one_that_can_be_rehearsed():

@@ -1,0 +1,87 @@
+"""A long step is rehearsed once: what happens once happens on a few tiles, under the plan of the whole."""
+
+import pytest
+import torch
+
+import memo_runtime as memo
+from memo_runtime.errors import ArgumentTypeError
+from memo_runtime.rehearsal.first_step import few_tokens, under_plan
+from memo_runtime.wrapping import find_wrapped
+from tests.api.towers import tower
+
+TOKENS = 1000
+WAYS = {
+    "memo": {"policy": "memo", "alpha": 0.4},
+    "recompute": {"policy": "recompute"},
+    "tiled": {"policy": "tiled", "alpha": 0.5, "tile": 32},
+}
+
+
+def mean_square(output):
+    return output.square().mean()
+
+
+def batch(tokens=TOKENS):
+    return torch.randn(2, tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def rehearsed(way, **settings):
+    """(the rehearsal, lengths of its steps) of a tower with an optimizer that has no state yet."""
+    model = memo.wrap(tower(), keep_last=0, **WAYS[way])
+    lengths = []
+
+    def loss(output):
+        lengths.append(output.shape[1])
+        return mean_square(output)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    found = memo.rehearse(model, batch(), loss=loss, optimizer=optimizer, **settings)
+    return found, lengths
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_whole_step_shows_what_two_do(way, monkeypatch):
+    monkeypatch.setattr("memo_runtime.rehearsal.first_step._TOKENS", 64)
+    twice, whole = rehearsed(way)
+    once, lengths = rehearsed(way, shorter=batch)
+    few = 3 * (32 if way == "tiled" else 64) + TOKENS % (32 if way == "tiled" else 64)
+    assert whole == [TOKENS, TOKENS]
+    assert lengths == [few, TOKENS]
+    assert once.fits
+    assert once.peak_bytes == pytest.approx(twice.peak_bytes, rel=0.002)
+    assert (once.replaced, once.bytes_to_host, once.bytes_to_device) == (
+        twice.replaced, twice.bytes_to_host, twice.bytes_to_device
+    )  # fmt: skip
+    assert once.host_bytes == twice.host_bytes
+
+
+def test_where_none_is_short_two_whole_steps_are_taken():
+    _, lengths = rehearsed("recompute", shorter=batch)
+    assert lengths == [TOKENS, TOKENS]
+    with pytest.raises(ArgumentTypeError, match="shorter=3 is no function from a number of tokens to a batch"):
+        memo.rehearse(tower(), batch(), loss=mean_square, shorter=3)
+
+
+def test_the_plan_of_the_whole_is_that_of_the_short_step_and_of_no_later_one():
+    model = memo.wrap(tower(), keep_last=0, **WAYS["tiled"])
+    wrapped = find_wrapped(model)
+    args = (batch(),)
+    plan = wrapped.plan_for(args, {})
+    assert wrapped.session.plan is None
+    assert wrapped.plan_for(args, {}) is plan, "it is made once"
+    wrapped.before_forward(args, {})
+    assert wrapped.session.plan is plan
+    few = few_tokens(plan)
+    assert few % 32 == TOKENS % 32
+    with under_plan(wrapped):
+        mean_square(model(batch(few))).backward()
+    assert wrapped.session.plan is plan
+    model.zero_grad(set_to_none=True)
+    mean_square(model(batch(few + 32))).backward()
+    assert wrapped.session.plan.seq_len == few + 32
+
+
+def test_a_refused_plan_is_told_by_a_rehearsal_that_would_begin_with_a_few_tiles():
+    model = memo.wrap(tower(), policy="swap", keep_last=0, host_budget="32KiB")
+    found = memo.rehearse(model, batch(), loss=mean_square, shorter=batch)
+    assert (found.fits, found.phase, found.where) == (False, "plan", "none fits")

@@ -127,6 +127,12 @@ class HostPool:
                     granted=self.reserved,
                 )
 
+    def refusal(self, size_bytes: int) -> str:
+        """Why the system would not give what is missing of ``size_bytes``; "": nothing is known to stand against it."""
+        with self._lock:
+            missing = slot_bytes(size_bytes) - self.reserved
+            return self._within_cgroup(missing)[1] if missing > 0 else ""
+
     def fit(self, size_bytes: int) -> None:
         """Like ``reserve``, for a plan that takes the place of another.
 

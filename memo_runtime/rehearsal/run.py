@@ -49,8 +49,8 @@ logger = logging.getLogger("memo_runtime")
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
 _NONE_REPLACED = "no fused kernel of attention ran, so nothing was replaced: the step took what it takes"
 _NOT_PLACED = "layout='planned' is not rehearsed: memory came from PyTorch's own allocator"
-#: Where a step ended that was not begun: no plan fits, or memory was short before there was one.
-NO_PLAN, PROFILED = "none fits", "while it was profiled"
+#: Where a step ended that was not begun: no plan fits, the system gives less host memory, or memory was short before.
+NO_PLAN, NO_HOST, PROFILED = "none fits", "its host memory", "while it was profiled"
 _NO_OPTIMIZER = "no optimizer= was given: what its step and its state take is not in the peak"
 
 
@@ -300,7 +300,7 @@ def _where(error: BaseException, step: _Step, stand_ins: StandIns) -> str:
     forward, backward = (sum(getattr(one, way) for one in stand_ins.calls.values()) for way in ("forward", "backward"))
     if isinstance(error, PlanInfeasibleError):
         step.phase = "plan"
-        return "its host memory" if isinstance(error, PinningError) else NO_PLAN
+        return NO_HOST if isinstance(error, PinningError) else NO_PLAN
     if step.phase == "plan":
         return PROFILED
     if step.phase == "forward":

@@ -107,6 +107,22 @@ def test_peaks_and_copies_of_a_rehearsal_are_those_of_a_step(kernel, way):
         assert found.host_bytes == totals.host_bytes
 
 
+@pytest.mark.parametrize("way", ["replay", "tiled"])
+def test_a_first_step_of_a_few_tiles_is_as_good_as_a_whole_one(way):
+    found = []
+    for shorter in (None, lambda tokens: batch(1, tokens)):
+        model = memo.wrap(llama(torch.bfloat16, hidden=1024), **WAYS[way])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        found.append(memo.rehearse(model, batch(1, 49_152), optimizer=optimizer, shorter=shorter))
+        memo.unwrap(model)
+    twice, once = found
+    print(f"{way}: {twice}\n{once}")
+    assert once.fits
+    assert once.peak_bytes == pytest.approx(twice.peak_bytes, rel=0.01)
+    assert once.replaced == twice.replaced
+    assert (once.bytes_to_host, once.bytes_to_device) == (twice.bytes_to_host, twice.bytes_to_device)
+
+
 def test_a_rehearsal_is_over_far_sooner(quiet_machine):
     model, data = llama(torch.bfloat16, hidden=1024), batch(1, 65_536)
     with sdpa_kernel([BACKENDS["cudnn"]]):

@@ -6,6 +6,7 @@ import torch
 import memo_runtime as memo
 from memo_runtime.errors import ArgumentTypeError
 from memo_runtime.rehearsal.first_step import few_tokens, under_plan
+from memo_runtime.rehearsal.planned import without_plan
 from memo_runtime.wrapping import find_wrapped
 from tests.api.towers import tower
 
@@ -85,3 +86,18 @@ def test_a_refused_plan_is_told_by_a_rehearsal_that_would_begin_with_a_few_tiles
     model = memo.wrap(tower(), policy="swap", keep_last=0, host_budget="32KiB")
     found = memo.rehearse(model, batch(), loss=mean_square, shorter=batch)
     assert (found.fits, found.phase, found.where) == (False, "plan", "none fits")
+
+
+def test_a_plan_that_the_system_has_no_host_memory_for_is_none(monkeypatch):
+    model = memo.wrap(tower(), policy="swap", keep_last=0)
+    assert without_plan(model, (batch(),), {}) is None
+    pool = find_wrapped(model).session.tools.pool
+    assert pool.reserved == 0
+    monkeypatch.setattr(pool, "_within_cgroup", lambda size: (0, "3.00 MiB of 64.00 MiB are left by cgroup v2"))
+    found = without_plan(model, (batch(),), {})
+    assert (found.fits, found.phase, found.where) == (False, "plan", "its host memory")
+    assert found.error.endswith("of host memory cannot be had: 3.00 MiB of 64.00 MiB are left by cgroup v2")
+    monkeypatch.undo()
+    mean_square(model(batch())).backward()
+    monkeypatch.setattr(pool, "_within_cgroup", lambda size: (0, "nothing is left"))
+    assert without_plan(model, (batch(),), {}) is None, "what is there is there"

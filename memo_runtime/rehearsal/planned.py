@@ -19,7 +19,8 @@ from memo_runtime.wrapping import find_wrapped
 def without_plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rehearsal | None:
     """How a step of ``model`` ends for want of a plan, or of memory while one is made; None: it has one, or needs none.
 
-    Nothing is reserved for it, but what the system leaves of host memory is asked. The model is profiled in the first call, and plans for other lengths are made from that.
+    Nothing is reserved for it, but what the system leaves of host memory is asked. The model is profiled in the first
+    call, and plans for other lengths are made from that.
 
     Raises:
         MemoError: what ``wrap`` and the first step raise, infeasible plans aside.

@@ -15,6 +15,8 @@ WAYS = {
     "memo": {"policy": "memo", "alpha": 0.4},
     "recompute": {"policy": "recompute"},
     "tiled": {"policy": "tiled", "alpha": 0.5, "tile": 32},
+    # Inputs made again from the block below, one after another.
+    "chained": {"policy": "tiled", "tile": 32, "budget": "3MiB", "host_budget": "2500KiB"},
 }
 
 
@@ -37,6 +39,7 @@ def rehearsed(way, **settings):
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     found = memo.rehearse(model, batch(), loss=loss, optimizer=optimizer, **settings)
+    assert (way == "chained") == any(block.from_below for block in find_wrapped(model).session.plan.blocks)
     return found, lengths
 
 
@@ -45,7 +48,8 @@ def test_one_whole_step_shows_what_two_do(way, monkeypatch):
     monkeypatch.setattr("memo_runtime.rehearsal.first_step._TOKENS", 64)
     twice, whole = rehearsed(way)
     once, lengths = rehearsed(way, shorter=batch)
-    few = 3 * (32 if way == "tiled" else 64) + TOKENS % (32 if way == "tiled" else 64)
+    tile = 32 if way in ("tiled", "chained") else 64
+    few = 3 * tile + TOKENS % tile
     assert whole == [TOKENS, TOKENS]
     assert lengths == [few, TOKENS]
     assert once.fits

@@ -22,7 +22,7 @@ from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -289,6 +289,7 @@ class Profile:
             entry: of these, what the first block is given, where nobody holds it once the forward is over.
         outside_peak: device bytes that the head and loss need on top, after the last block, once their gradients are
             there. loss_peak: that they need before, where the loss runs by tiles.
+        result: device bytes of what the model returns, which its caller may hold while blocks go backward.
         outside_seconds: embedding, head and loss, forward and backward.
         norm_behind: a norm follows the blocks: its backward makes the gradient that the last one gets, and lets it go.
     """
@@ -310,6 +311,7 @@ class Profile:
     entry: Growth = field(default_factory=Growth)
     outside_peak: Growth = field(default_factory=Growth)
     loss_peak: Growth = field(default_factory=Growth)
+    result: Growth = field(default_factory=Growth)
     outside_seconds: Growth = field(default_factory=Growth)
     norm_behind: bool = False
     notes: tuple[str, ...] = ()

@@ -130,7 +130,7 @@ def _profile_faults(profile: Profile, at: str) -> Iterator[Fault]:
         yield Fault(f"{at}blocks", [], "at least one block")
     names: set[str] = set()
     longest = max((block.tokens for block in profile.blocks), default=0)
-    for name in ("shared", "outside_forward", "entry", "outside_peak", "loss_peak", "outside_seconds"):
+    for name in ("shared", "outside_forward", "entry", "outside_peak", "loss_peak", "result", "outside_seconds"):
         yield from _negative(getattr(profile, name), longest, f"{at}{name}")
     for index, block in enumerate(profile.blocks):
         where = f"{at}blocks[{index}]"

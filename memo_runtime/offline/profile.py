@@ -32,7 +32,7 @@ from memo_runtime.offline.subject import Subject
 from memo_runtime.offline.tiles import tiles_of
 from memo_runtime.offline.timing import growth_of
 from memo_runtime.offline.windows import note_on_windows
-from memo_runtime.profiling.outside import loss_peak, outside_peak
+from memo_runtime.profiling.outside import loss_peak, outside_peak, result_bytes
 from memo_runtime.profiling.states import measure_states
 from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, TiledProfile
 from memo_runtime.units import GiB, MiB, format_bytes
@@ -276,6 +276,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         entry=Growth(linear=hidden_bytes / local) if subject.tiled_loss else Growth(),
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
+        result=result_bytes(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss),
         outside_seconds=_outside_seconds(made, machine, rows),
         norm_behind=made.norm_behind,
         notes=(*_notes(machine, ranks), *_note_on_precision(made.wide, machine)),

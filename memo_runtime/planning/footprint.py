@@ -48,7 +48,7 @@ class Footprint:
         gradients: of its own parameters. kept_rows: of ``kept``, rows that are copied for it; all else that is
             kept stays where it is.
         gathered: copies of small tensors, made when its stash is sorted to be sent together.
-        held: what its backward takes more where somebody else holds the gradient of its result.
+        output: of its result.
         stretches: by tiles, what its backward takes before its attention, with it and behind it, as far as there is
             such a stretch: transient bytes, and of these what has landed of products.
         sent: products that go to the host.
@@ -80,7 +80,7 @@ class Footprint:
     gradients: int
     kept_rows: int = 0
     gathered: int = 0
-    held: int = 0
+    output: int = 0
     stretches: tuple[tuple[Stretch, int, int], ...] = ()
     sent: SentProducts = NO_PRODUCTS
     entry: int = 0
@@ -153,6 +153,7 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         gradients=block.gradients,
         kept_rows=kept_rows,
         gathered=gathered,
+        output=block.output.at(tokens),
         entry=entry,
     )
 
@@ -187,7 +188,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         end_peak=0,
         rerun_peak=0,
         gradients=block.gradients,
-        held=block.output.at(tokens),
+        output=block.output.at(tokens),
         stretches=stretches,
         sent=_sent_products(takes, plan, link) if plan.sent else NO_PRODUCTS,
         entry=takes.stash[0].at(min(tokens, block.tokens)) if plan.device_rows and not plan.from_below else 0,

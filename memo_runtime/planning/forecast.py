@@ -84,8 +84,9 @@ class Surroundings:
             all blocks have gone backward; 0 if not gradual.
         outside_peak: bytes of head and loss while they go backward; 0 where no allocator counts (CPU). loss_peak:
             likewise, of a loss that runs by tiles in the forward, beside ``outside_gradients``. stepping: likewise, of
-            the optimizer's step. held: who made the gradient that the last block gets may keep it. entry: of
-            ``base_bytes``, what the first block is given, where it is gone when blocks go backward.
+            the optimizer's step. held: who made the gradient that the last block gets may keep it. result: of what the
+            model returned, which its caller may hold until backward is over. entry: of ``base_bytes``, what the first
+            block is given, where it is gone when blocks go backward.
     """
 
     asynchronous: bool
@@ -98,6 +99,7 @@ class Surroundings:
     loss_peak: int = 0
     stepping: int = 0
     held: bool = True
+    result: int = 0
     entry: int = 0
 
     @classmethod
@@ -133,6 +135,7 @@ class Surroundings:
             outside_seconds=profile.outside_seconds.exact(tokens),
             stepping=states.stepping if asynchronous else 0,
             held=not profile.norm_behind,
+            result=profile.result.at(tokens) if asynchronous else 0,
             entry=profile.entry.at(tokens) if asynchronous else 0,
         )
 
@@ -204,14 +207,15 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
         block, stash, gradients = blocks[index], stashes[index], there[index]
         if block.late:
             for held, peak in passed[index].highest:
-                yield stash - block.full + held, transient * peak, gradients, index, "input made again"
+                beside = transient * peak + around.result
+                yield stash - block.full + held, beside, gradients, index, "input made again"
         elif top and passed[index].peak:
-            yield stash + block.sent.first, transient * passed[index].peak, gradients, index, "input made again"
+            beside = transient * passed[index].peak + around.result
+            yield stash + block.sent.first, beside, gradients, index, "input made again"
         top = not block.from_below
         if block.rerun_peak or block.spent:
-            yield stash, transient * block.rerun_peak, gradients, index, "rerun"
-        # What comes behind the last block is not ours, and may keep the gradient that it hands over; a norm does not.
-        held = block.held if around.held and index == len(blocks) - 1 else 0
+            yield stash, transient * block.rerun_peak + around.result, gradients, index, "rerun"
+        held = held_behind(around, block, last=index == len(blocks) - 1)
         for stretch, peak, landed in block.stretches:
             # The block below is fetched when products are back, and its first ones when attention is over.
             waiting = fetched[index] if stretch is Stretch.EARLY and block.sent.total else 0
@@ -220,8 +224,19 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
             yield held_stash, transient * rest, gradients, index, "backward"
         if not block.stretches:
             yield stash - block.spent, transient * (block.backward_peak + held), gradients, index, "backward"
-    yield 0, 0, all_gradients(around, blocks), 0, "end of backward"
-    yield 0, around.stepping, all_gradients(around, blocks), 0, "optimizer's step"
+    yield 0, around.result, all_gradients(around, blocks), 0, "end of backward"
+    yield 0, around.stepping + around.result, all_gradients(around, blocks), 0, "optimizer's step"
+
+
+def held_behind(around: Surroundings, block: Footprint, *, last: bool) -> int:
+    """Bytes that others hold while ``block`` goes backward, beyond what was seen when it was timed with its result.
+
+    They are of what the model returned; and who made the gradient that the last block is handed may keep it, which a
+    norm does not. Where that is the caller, who gave the gradient of a result, mostly one of both is new in the step.
+    """
+    if not block.stretches:
+        return max(0, around.result - block.output)
+    return max(around.result, block.output if around.held and last else 0)
 
 
 def _fetched_and_stashed(blocks: Sequence[Footprint]) -> tuple[list[int], list[int]]:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from memo_runtime.planning.cbc import solve
 from memo_runtime.planning.footprint import Footprint, copy_seconds
-from memo_runtime.planning.forecast import all_gradients, gradients_above, put_off, to_device_cover, to_host_cover
+from memo_runtime.planning.forecast import (
+    all_gradients,
+    gradients_above,
+    held_behind,
+    put_off,
+    to_device_cover,
+    to_host_cover,
+)
 from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.linear import Linear, LinearProgram, Sense, total
 from memo_runtime.planning.lines import Lines
@@ -155,16 +162,17 @@ class PrefixProgram:
             waits = isinstance(landing, int) and put_off(foot, landing)
             backward = foot.full + fetched + (0 if waits else landing) + there[index]
             if index in self.lines or foot.rerun_peak or foot.spent:
-                self._hold(kept + scale * (backward + transient * rerun - later))
+                self._hold(kept + scale * (backward + transient * rerun + around.result - later))
             # What autograd does not read is gone again: all of the rows that are copied to be rebuilt from.
             read = backward - fetched - foot.spent
-            self._hold(kept + scale * (read + transient * foot.backward_peak - later))
+            peak = foot.backward_peak + held_behind(around, foot, last=index == len(feet) - 1)
+            self._hold(kept + scale * (read + transient * peak - later))
             if foot.copies:
                 landing = foot.landing + fetched
             outgoing = foot.outgoing if around.asynchronous else 0
         head = max(around.loss_peak, around.outside_peak - around.entry) + around.outside_gradients
         self._hold(kept + scale * (head - room))
-        self._hold(scale * (all_gradients(around, feet) - later))
+        self._hold(scale * (all_gradients(around, feet) + around.result - later))
 
     def _hold(self, excess: Linear | float) -> None:
         """``excess`` must not be positive."""

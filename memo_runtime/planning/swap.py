@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
-from memo_runtime.planning.forecast import compute_seconds, gradients_above, put_off
+from memo_runtime.planning.forecast import compute_seconds, gradients_above, held_behind, put_off
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.lines import Lines, lines_of
 from memo_runtime.planning.program import PrefixProgram, least_of
@@ -136,7 +136,8 @@ def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], roo
     there = gradients_above(sheet.around, feet)
     for index, foot in enumerate(feet):
         kept += foot.kept
-        peak = max(transient * foot.rerun_peak, transient * foot.backward_peak - foot.spent)
+        behind = held_behind(sheet.around, foot, last=index == len(feet) - 1)
+        peak = transient * max(foot.rerun_peak + sheet.around.result, foot.backward_peak + behind - foot.spent)
         arriving = 0 if put_off(foot, landing) else landing
         if kept + foot.full + arriving + peak + there[index] > room:
             crowded.add(lower)

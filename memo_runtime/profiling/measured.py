@@ -106,6 +106,7 @@ class Measured:
             entry=times(profile.entry, to_last),
             outside_peak=times(profile.outside_peak, to_last),
             loss_peak=replace(times(profile.loss_peak, to_last), constant=profile.loss_peak.constant),
+            result=times(profile.result, to_last),
             outside_seconds=times(profile.outside_seconds, to_last),
         )
 

@@ -33,7 +33,7 @@ from memo_runtime.profiling.machine import (
     usable_device_bytes,
 )
 from memo_runtime.profiling.measured import Measured
-from memo_runtime.profiling.outside import loss_peak, outside_peak, outside_seconds
+from memo_runtime.profiling.outside import loss_peak, outside_peak, outside_seconds, result_bytes
 from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start
@@ -298,6 +298,7 @@ def profile_model(
         entry=Growth(linear=min(outside, hidden_bytes) / max(1, tokens) if observer.goes else 0.0),
         outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
         loss_peak=loss_peak(model, measured, hidden_bytes) if tiled_loss else Growth(),
+        result=result_bytes(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
         outside_seconds=seconds,
         norm_behind=final_norm(model, [profile.name for profile in measured]) is not None,
         notes=_notes(measured),

@@ -105,6 +105,21 @@ def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: 
     return Growth(constant=constant, linear=hidden_bytes * copies / tokens)
 
 
+def result_bytes(
+    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden_bytes: int, *, tiled_loss: bool
+) -> Growth:
+    """Device bytes of what the model returns, by tokens: a variable of the training loop mostly has it to the end.
+
+    Hidden states where there is no head, logits where the loss does not run by tiles, else a number.
+    """
+    tokens = max(1, profiles[-1].tokens)
+    heads = list(_heads(model, profiles))
+    if not heads:
+        return Growth(linear=hidden_bytes / tokens)
+    item = heads[0].weight.element_size()
+    return Growth() if tiled_loss else Growth(linear=float(rows * item * sum(head.out_features for head in heads)))
+
+
 def outside_seconds(
     model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden: torch.Tensor | None, *, tiled_loss: bool
 ) -> Growth:

@@ -159,6 +159,7 @@ def peaks(profile, plan, accumulating=False):
     stash.append(everything)
     head = outside if walked else 0
     going_back = len(device)
+    returned = profile.result.at(tokens) if cuda else 0
     device.append(everything + head + (profile.outside_peak.at(tokens) if cuda else 0))
     for i in reversed(range(count)):
         held = sum(kept(profile, plan, j) for j in range(i + 1)) + full(profile, plan, i)
@@ -172,9 +173,11 @@ def peaks(profile, plan, accumulating=False):
         stash.append(held)
         again = rerun(profile, plan, i)
         if again is not None:
-            device.append(held + above + (again if cuda else 0))
+            device.append(held + above + (again + returned if cuda else 0))
         held -= spent(profile, plan, i)
-        device.append(held + above + (profile.blocks[i].backward_peak.at(plan[i].tokens) if cuda else 0))
+        # A block is timed with its result there.
+        beside = max(0, returned - profile.blocks[i].output.at(plan[i].tokens))
+        device.append(held + above + (profile.blocks[i].backward_peak.at(plan[i].tokens) + beside if cuda else 0))
     gone = profile.entry.at(tokens) if cuda else 0
     forward, backward = device[:going_back], device[going_back:]
     if cuda:
@@ -182,7 +185,7 @@ def peaks(profile, plan, accumulating=False):
         device = [held - entry(profile, plan) for held in forward]
         device += [held - (gone or entry(profile, plan)) for held in backward]
     device.append(-gone)
-    device[-1] += ((outside + sum(gradients) if walked else 0) + (profile.states.stepping if cuda else 0))
+    device[-1] += (outside + sum(gradients) if walked else 0) + (profile.states.stepping + returned if cuda else 0)
     states = profile.states
     if cuda:
         base = profile.allocated_bytes - states.gradients_present

@@ -281,7 +281,7 @@ def test_the_gradient_that_the_last_block_gets_counts_twice_unless_a_norm_made_i
     block = Footprint(
         skeletal=0, outgoing=0, kept=0, full=0, spent=0, landing=0, copies=False, stashed=False, forward=0.0,
         backward=0.0, again=0.0, to_host=0.0, to_device=0.0, forward_peak=0, backward_peak=0, end_peak=0, rerun_peak=0,
-        gradients=0, held=10**9, stretches=((Stretch.MIDDLE, 10**10, 0),),
+        gradients=0, output=10**9, stretches=((Stretch.MIDDLE, 10**10, 0),),
     )  # fmt: skip
     peaks = []
     for behind in (False, True):
@@ -289,6 +289,24 @@ def test_the_gradient_that_the_last_block_gets_counts_twice_unless_a_norm_made_i
         peaks.append(run_course(around, [block, block]).device_peak)
     assert peaks[0] - peaks[1] == 10**9
     assert peaks[1] >= 10**10
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_what_the_model_returned_is_there_until_backward_is_over(tiled):
+    """Blocks that were timed whole had their results with them; the last by tiles is handed one gradient as large."""
+    size = 10**9
+    block = Footprint(
+        skeletal=0, outgoing=0, kept=0, full=0, spent=0, landing=0, copies=False, stashed=False, forward=0.0,
+        backward=0.0, again=0.0, to_host=0.0, to_device=0.0, forward_peak=0, backward_peak=10**10, end_peak=0,
+        rerun_peak=0, gradients=10**7, output=size, stretches=((Stretch.MIDDLE, 10**10, 0),) * tiled,
+    )  # fmt: skip
+    courses = []
+    for returned in (0, size, 3 * size):
+        around = Surroundings.of(replace(small_profile(), result=Growth(constant=returned)), TOKENS)
+        courses.append(run_course(around, [block] * 3))
+    assert [course.index for course in courses] == ([2, 0, 0] if tiled else [0, 0, 0])
+    assert courses[1].device_peak - courses[0].device_peak == (2 * 10**7 if tiled else 0)
+    assert courses[2].device_peak - courses[1].device_peak == 2 * size
 
 
 @pytest.mark.parametrize("kept", [0, 10**9], ids=["sent away", "kept by the first block"])

@@ -74,6 +74,7 @@ def profiles(draw):
         outside_forward=Growth(linear=outside),
         entry=Growth(linear=draw(st.sampled_from([0, outside]))),
         outside_peak=Growth(linear=draw(SIZES)),
+        result=Growth(linear=draw(SIZES)),
         link=Link(to_host=draw(st.floats(1e6, 1e12)), to_device=draw(st.floats(1e6, 1e12))),
     )
     return on_cpu(profile, link=profile.link) if draw(st.booleans()) else profile

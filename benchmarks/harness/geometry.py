@@ -41,16 +41,23 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One matrix product of a block: [tokens, inputs] times [inputs, outputs]."""
+    """One matrix product of a block: [tokens, inputs] times [inputs, outputs]; of several experts, some for a token."""
 
     name: str
     inputs: int
     outputs: int
+    experts: int = 1
+    active: int = 1
 
     @property
     def size(self) -> int:
+        """Parameters that a token meets."""
+        return self.active * self.inputs * self.outputs
+
+    @property
+    def weights(self) -> int:
         """Parameters."""
-        return self.inputs * self.outputs
+        return self.experts * self.inputs * self.outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +67,7 @@ class Shape:
     Attributes:
         heads, kv_heads, head_dim: of attention. vocabulary: of the head, 0 for blocks alone.
         gated: the MLP has a product for its gate.
+        experts, active: MLPs of a block, and those that a token goes through; a router chooses among several.
     """
 
     hidden: int
@@ -70,6 +78,8 @@ class Shape:
     head_dim: int
     vocabulary: int
     gated: bool = True
+    experts: int = 1
+    active: int = 1
 
     @property
     def attention_width(self) -> int:
@@ -85,11 +95,18 @@ class Shape:
             "k_proj": (hidden, keys),
             "v_proj": (hidden, keys),
             "o_proj": (self.attention_width, hidden),
+            **({"router": (hidden, self.experts)} if self.experts > 1 else {}),
+        }
+        mlp = {
             **({"gate_proj": (hidden, self.intermediate)} if self.gated else {}),
             "up_proj": (hidden, self.intermediate),
             "down_proj": (self.intermediate, hidden),
         }
-        return tuple(Linear(name=name, inputs=a, outputs=b) for name, (a, b) in sizes.items())
+        several = {"experts": self.experts, "active": self.active}
+        return (
+            *(Linear(name=name, inputs=a, outputs=b) for name, (a, b) in sizes.items()),
+            *(Linear(name=name, inputs=a, outputs=b, **several) for name, (a, b) in mlp.items()),
+        )
 
     def model_flops(self, tokens: int) -> int:
         """Forward and backward of one sequence, nothing counted twice: ``6 N S + 6 L d S^2``.
@@ -105,8 +122,9 @@ class Shape:
         """FLOPs of running every block once more for its backward, with or without its attention.
 
         Without ``last`` the last product is not repeated: nobody saved its output, and PyTorch's checkpoint stops
-        before it.
+        before it. That of experts is: what they are weighted with wants it for its gradient.
         """
+        last = last or self.experts > 1
         products = sum(2 * linear.size for linear in self.linears if last or linear.name != "down_proj")
         repeated = products * tokens + (2 * self.attention_width * tokens * tokens if attention else 0)
         return self.blocks * repeated
@@ -169,13 +187,17 @@ def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:
             f"a config of type {config.model_type!r} has no {', '.join(missing)}: what is measured are blocks of "
             "attention and an MLP, such as those of Llama"
         )
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    inside = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
     return Shape(
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=inside or config.intermediate_size,
         blocks=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size if scope == Scope.STEP else 0,
         gated=config.model_type not in _UNGATED,
+        experts=experts,
+        active=config.num_experts_per_tok if experts > 1 else 1,
     )

@@ -88,7 +88,7 @@ class Subject:
             if self.settings.scope == Scope.STEP:
                 return AutoModelForCausalLM.from_config(self.config, **made).train()
             # An embedding comes with the layers; of one row, since nothing reads it.
-            self.config.vocab_size = 1
+            self.config.vocab_size, self.config.pad_token_id = 1, None
             whole = AutoModel.from_config(self.config, **made)
             return BlockStack(whole.layers, whole.rotary_emb).train()
 
@@ -162,12 +162,12 @@ def _check_products(layer: nn.Module, shape: Shape) -> None:
     Raises:
         ValueError: a block has other matrix products than its shape.
     """
-    counted = sum(linear.size for linear in shape.linears)
-    there = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+    counted = sum(linear.weights for linear in shape.linears)
+    there = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1)
     if there != counted:
         raise ValueError(
             f"a block of this geometry has {there:,} weights in matrix products, and FLOPs would be counted for "
-            f"{counted:,}: the harness knows decoders with attention and one MLP, gated or not "
+            f"{counted:,}: the harness knows decoders with attention and an MLP, gated or not, or experts "
             "(benchmarks/harness/geometry.py)"
         )
 

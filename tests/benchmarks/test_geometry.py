@@ -5,7 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.geometry import Scope, make_config, make_shape
+from benchmarks.harness.subject import Subject
 
 
 def shape(name, scope=Scope.BLOCKS, blocks=None):
@@ -30,6 +32,25 @@ def test_the_share_of_the_paper_s_7b_is_an_eighth_of_its_blocks():
     # GPT 7B: 12 h^2 parameters in the products of a block.
     assert sum(linear.size for linear in found.linears) == 12 * 4096 * 4096 // 8
     assert "gate_proj" not in [linear.name for linear in found.linears]
+
+
+def test_a_token_meets_some_of_the_experts_and_their_router():
+    found = shape("olmoe-1b-7b", blocks=1)
+    block = 4 * 2048 * 2048 + 64 * 2048 + 8 * 3 * 2048 * 1024
+    assert found.model_flops(512) == 6 * block * 512 + 6 * 2048 * 512**2
+    assert sum(one.weights for one in found.linears) == 4 * 2048 * 2048 + 64 * 2048 + 64 * 3 * 2048 * 1024
+
+
+@pytest.mark.parametrize("geometry", ["olmoe-1b-7b", "olmo2-1b", "qwen3-0.6b", "llama-8b"])
+def test_blocks_of_every_geometry_are_those_that_are_counted(make_job, geometry):
+    settings = replace(make_job("unwrapped").settings, geometry=geometry, device="meta")
+    assert len(Subject(settings, longest=64).layers) == 2
+
+
+def test_kernels_are_not_those_of_experts(make_job):
+    job = make_job("kernels")
+    with pytest.raises(SkippedError, match="this geometry has experts"):
+        CONTENDERS["kernels"](replace(job, settings=replace(job.settings, geometry="olmoe-1b-7b")))
 
 
 def test_a_geometry_whose_products_are_not_counted_is_refused(make_job, monkeypatch):

@@ -13,6 +13,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness.contenders.base import Contender
+from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.geometry import Linear, Scope, make_config, make_shape
 from benchmarks.harness.job import Job
 from benchmarks.harness.subject import BACKENDS, OnGradients
@@ -34,6 +35,8 @@ class Kernels(Contender):
         config = make_config(settings.geometry, tokens=max(job.lengths), blocks=settings.blocks)
         # Blocks alone in either scope: head and loss are no part of the definition.
         self.shape = make_shape(config, Scope.BLOCKS)
+        if self.shape.experts > 1:
+            raise SkippedError("kernels are those of attention and one MLP, and this geometry has experts")
         torch.manual_seed(settings.seed)
         self._weights = {linear: self._random(linear.outputs, linear.inputs) for linear in self.shape.linears}
         self._weight_gradient = torch.empty_like(max(self._weights.values(), key=torch.Tensor.numel)).flatten()

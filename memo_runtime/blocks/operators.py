@@ -49,6 +49,12 @@ _NAMED_HERE = frozenset({MASKED_ATTENTION, f"{MASKED_ATTENTION}_backward"})
 _registered_mixers: set[str] = set()
 
 
+@cache
+def full_name(func: Any) -> str:
+    """Name of an overload or of an operator with all its overloads, which PyTorch would put together at every call."""
+    return str(func)
+
+
 def base_name(name: str) -> str:
     """Operator of an overload name: ``aten.bmm.default`` -> ``bmm``."""
     parts = name.split(".")
@@ -62,8 +68,8 @@ def register_mixer_operator(name: str) -> None:
 
 def is_registered_mixer(name: str) -> bool:
     """``name`` (an overload) was named as one that mixes tokens, by the user or here."""
-    named = registered_mixers()
-    return name in named or name.rsplit(".", 1)[0] in named
+    base = name.rsplit(".", 1)[0]
+    return any(one in _registered_mixers or one in _NAMED_HERE for one in (name, base))
 
 
 def registered_mixers() -> frozenset[str]:
@@ -73,10 +79,15 @@ def registered_mixers() -> frozenset[str]:
 
 def pin_kind(name: str) -> PinKind | None:
     """Why the result of operator ``name`` must be saved rather than recomputed; None: it need not by its name."""
+    known = _pin_kind_unnamed(name)
+    return PinKind.MIXER if known is not PinKind.MIXER and is_registered_mixer(name) else known
+
+
+@cache
+def _pin_kind_unnamed(name: str) -> PinKind | None:
+    """The same where nobody has named it."""
     base = base_name(name)
     if any(mark in name for mark in _MIXER_MARKS) and "backward" not in base:
-        return PinKind.MIXER
-    if is_registered_mixer(name):
         return PinKind.MIXER
     if base in _ALONG_A_DIMENSION:
         return PinKind.MIXER
@@ -141,7 +152,7 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     packet = getattr(func, "_overloadpacket", None)
     if packet is None:
         return 0
-    name = str(packet)
+    name = full_name(packet)
     if name == MASKED_ATTENTION:
         return _masked_flops(*args[:4])
     formula = flop_registry.get(packet)

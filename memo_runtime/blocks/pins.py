@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.aside import is_aside
-from memo_runtime.blocks.operators import base_name, is_mutable, operator_flops, pin_kind, written_by
+from memo_runtime.blocks.operators import base_name, full_name, is_mutable, operator_flops, pin_kind, written_by
 from memo_runtime.records import Pin, PinKind
 
 PinKey = tuple[str, int]
@@ -83,7 +83,7 @@ class CountingMode(TorchDispatchMode):
 
     def next_key(self, func: Any) -> PinKey:
         """(operator, how many calls of it came before)."""
-        name = str(func)
+        name = full_name(func)
         call = self._calls[name]
         self._calls[name] += 1
         return name, call

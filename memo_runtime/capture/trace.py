@@ -128,6 +128,9 @@ def trace(
         raise CaptureRefusedError(ARGUMENTS, f"{tokens} token is not enough to tell what grows with tokens")
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env)
+    # Results by symbolic sizes are kept for one trace alone, and hardly anything in a block is done twice: making them
+    # to be kept took half of a capture.
+    mode.cache_enabled = False
     states = _state_names(block)
     copied, fakes = _fake_copy(block, mode, states)
     leaves = [index for index, _ in call.tensors()]

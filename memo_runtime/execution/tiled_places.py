@@ -86,9 +86,13 @@ class Placed:
         return yielded[self.factors :]
 
 
-def placed(part: fx.GraphModule, count: int, compiler: Callable[[fx.GraphModule], Program]) -> Placed:
-    """``part``, whose first ``count`` results are written to as many inputs behind its own, through ``compiler``."""
-    graph = part.graph
+def as_module(graph: fx.Graph) -> fx.GraphModule:
+    """``graph`` as compilers take it: its code is written here, so it must be whole."""
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def placed(graph: fx.Graph, count: int, compiler: Callable[[fx.GraphModule], Program]) -> Placed:
+    """The program whose first ``count`` results are written to as many inputs behind its own, through ``compiler``."""
     (end,) = (node for node in graph.nodes if node.op == "output")
     results = list(end.args[0])
     first = next(node for node in graph.nodes if node.op != "placeholder")
@@ -113,8 +117,7 @@ def placed(part: fx.GraphModule, count: int, compiler: Callable[[fx.GraphModule]
             _write(graph, place, source, first)
     end.args = ((*factors, *results[count:]),)
     _erase_unused(graph, results[:count])
-    part.recompile()
-    return Placed(compiler(part), tuple(products), len(factors), flops)
+    return Placed(compiler(as_module(graph)), tuple(products), len(factors), flops)
 
 
 def _write(graph: fx.Graph, place: fx.Node, source: fx.Node, first: fx.Node) -> None:

@@ -35,7 +35,7 @@ from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept,
 from memo_runtime.capture.split import Segment
 from memo_runtime.execution.compilers import Program, run_eagerly
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
-from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
+from memo_runtime.execution.tiled_places import Placed, as_module, placed, viewed_product
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -179,11 +179,11 @@ def make_programs(
     backward, backward_kept = _part(graph, again, wanted), _part(graph, again_kept, wanted)
     rerun = _forward_nodes(graph, given)
     cost = Cost(
-        forward=sum(node_flops(node) for node in forward.graph.nodes),
+        forward=sum(node_flops(node) for node in forward.nodes),
         again=_flops_between(graph, again, wanted, rerun),
         again_kept=_flops_between(graph, again_kept, wanted, rerun),
-        forward_bytes=ProgramBytes.of(forward.graph, forward_keep.graph, fused=fused),
-        backward_bytes=ProgramBytes.of(backward.graph, backward_kept.graph, fused=fused),
+        forward_bytes=ProgramBytes.of(forward, forward_keep, fused=fused),
+        backward_bytes=ProgramBytes.of(backward, backward_kept, fused=fused),
         output_bytes=sum(tensor_bytes(node.meta["val"]) for node in outputs),
         product_bytes=sum(tensor_bytes(node.meta["val"]) for node in products),
         choice_bytes=sum(tensor_bytes(node.meta["val"]) for node in choices if node.meta["val"].dim()),
@@ -191,12 +191,12 @@ def make_programs(
     )
     run_forward = placed(forward, len(outputs), compiler)
     return Programs(
-        casts=run_eagerly(_part(graph, inputs[: len(sources)], casts)),
+        casts=run_eagerly(as_module(_part(graph, inputs[: len(sources)], casts))),
         forward=run_forward,
         forward_keep=placed(forward_keep, len(outputs), compiler),
         rebuild=placed(rebuild, len(outputs), compiler) if rebuild is not None else run_forward,
-        backward=compiler(backward),
-        backward_kept=compiler(backward_kept),
+        backward=compiler(as_module(backward)),
+        backward_kept=compiler(as_module(backward_kept)),
         choices=len(choices),
         places=places,
         layouts=layouts,
@@ -353,7 +353,7 @@ class _Copying:
             self.copies[node].meta = dict(node.meta)
 
 
-def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
     """The part of ``graph`` that makes ``results`` out of ``inputs``, which may be inside it."""
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -371,7 +371,7 @@ def _part(graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node]
         if node in needed:
             copying.copy(node)
     part.output(tuple(copies[node] for node in results))
-    return fx.GraphModule(torch.nn.Module(), part)
+    return part
 
 
 def _between(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> set[fx.Node]:

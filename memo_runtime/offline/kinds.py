@@ -16,6 +16,7 @@ from memo_runtime.errors import ArgumentError, ProfileError
 from memo_runtime.offline.loops import check_no_loop
 from memo_runtime.offline.materialise import real_block, real_call
 from memo_runtime.offline.measure import BlockRun, run_block
+from memo_runtime.offline.products import ProductsInFloat32
 from memo_runtime.offline.sequences import check_length
 from memo_runtime.offline.timing import growth_of
 from memo_runtime.offline.windows import window_of, within_window
@@ -103,7 +104,7 @@ def _likeness(block: nn.Module, call: BlockCall) -> tuple[object, ...]:
 def _look(ref: BlockRef, call: BlockCall) -> Kind:
     block, arguments = real_block(ref.module), real_call(call, ref.name)
     start = Start([(ref.name, block), ("its arguments", arguments.leaves)], torch.device("cpu"))
-    with fused_attention_on_cpu():
+    with ProductsInFloat32(), fused_attention_on_cpu():
         profile = calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
     del block, arguments, start
     weights = {storage_key(p): p.untyped_storage().nbytes() for p in ref.module.parameters()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from memo_runtime.blocks.operators import base_name
+from memo_runtime.blocks.operators import base_name, full_name
 
 Arguments = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ def check_bounds(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
     Raises:
         IndexError: it would; nothing was run.
     """
-    name = base_name(str(func).replace("::", "."))
+    name = base_name(full_name(func).replace("::", "."))
     rule = _RULES.get(name.removesuffix("_"))
     schema = getattr(func, "_schema", None)
     if rule is None or schema is None:

@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 # environment says, since tests start Python many times.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
+# Compiles what tests need of PyTorch while pip works at the rest, which would be twice, in two test processes at once.
+WARM := $(BIN)/python -W ignore -c 'import torch._dynamo, torch._inductor.compile_fx, torch.export' 2>/dev/null
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
 
 .PHONY: demo test bench-smoke clean
@@ -25,10 +27,10 @@ demo: $(VENV)/.installed
 # All of it runs even when a part fails, so that one run tells everything.
 test: $(VENV)/.installed-dev
 	@status=0; \
+	echo "== mypy, in the background"; $(BIN)/python -m mypy & types=$$!; \
 	echo "== ruff";   $(BIN)/python -m ruff check . || status=1; \
 	echo "== sizes";  $(BIN)/python -m tests.house.sizes || status=1; \
-	echo "== mypy, in the background, and pytest"; $(BIN)/python -m mypy & types=$$!; \
-	$(BIN)/python -m pytest -n $(JOBS) || status=1; \
+	echo "== pytest"; $(BIN)/python -m pytest -n $(JOBS) || status=1; \
 	wait $$types || status=1; \
 	exit $$status
 
@@ -56,7 +58,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	$(PIP) --editable '.[dev]' '$(TORCH)'
+	@$(WARM) & $(PIP) --editable '.[dev]' '$(TORCH)'; status=$$?; wait; exit $$status
 	@touch $@ $(VENV)/.installed
 
 clean:

@@ -151,11 +151,18 @@ def stacks_of(model: nn.Module, blocks: Any = None) -> list[str]:
     return [" ".join(ref.name.removeprefix("layers.") for ref in refs if ref.stack == stack) for stack in range(count)]
 
 
-@pytest.mark.parametrize("case", SHAPES)
-def test_the_blocks_of_a_shape_are_found_and_train_exactly(case: str) -> None:
+#: Whose blocks are managed once more, by another policy, after they were left alone.
+AGAIN = ("lists of two parts", "stages", "one block in two places")
+
+
+@pytest.mark.parametrize(("case", "policies"), [
+    *((case, ("memo", "swap") if case in AGAIN else ("memo",)) for case in SHAPES),
+    *(pytest.param(case, ("memo", "swap"), marks=pytest.mark.slow) for case in SHAPES if case not in AGAIN),
+], ids=lambda value: value if isinstance(value, str) else " then ".join(value))  # fmt: skip
+def test_the_blocks_of_a_shape_are_found_and_train_exactly(case: str, policies: tuple[str, ...]) -> None:
     model, plain = made(case), made(case)
     assert stacks_of(model) == SHAPES[case][2]
-    for policy in ("memo", "swap"):
+    for policy in policies:
         memo.wrap(model, **POLICIES[policy])
         for _ in range(2):
             assert_trains_as(model, plain, signal())

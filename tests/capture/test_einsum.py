@@ -60,7 +60,7 @@ class Written(nn.Module):
         return x + torch.einsum("...f,df->...d", turned.mT, self.narrow)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_block_that_is_written_so_is_exact(rows):
     torch.manual_seed(0)
     block = Written().double()

@@ -61,6 +61,8 @@ MEMO = Way("memo", 0.37)
 WAYS = (SWAP, RECOMPUTE, MEMO, *(pytest.param(Way("memo", alpha), marks=pytest.mark.slow) for alpha in (0.0, 1.0)))
 #: For what is tried in other settings: memo copies and runs again, so that a swap of everything adds little.
 MAIN_WAYS = (pytest.param(SWAP, marks=pytest.mark.slow), RECOMPUTE, MEMO)
+#: For what has nothing to do with how much of a block is run again.
+OTHER_WAYS = (*(pytest.param(way, marks=pytest.mark.slow) for way in (SWAP, RECOMPUTE)), MEMO)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -41,16 +42,23 @@ def test_every_policy(batch_first: bool, norm_first: bool, way: Way) -> None:
     assert_exact(model, batch(batch_first=batch_first, mask="none"), way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("mask", ["padding", "causal"])
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
+def most_pairs(count: int) -> Any:
+    """All of ``count`` layouts and places, and a mask: in CI each pair of two of them, the rest slow."""
+    cases = []
+    for flags in itertools.product([False, True], repeat=count):
+        for mask in ("padding", "causal"):
+            even = (sum(flags) + (mask == "causal")) % 2 == 0
+            cases.append(pytest.param(*flags, mask, marks=() if even else pytest.mark.slow))
+    return cases
+
+
+@pytest.mark.parametrize(("batch_first", "norm_first", "mask"), most_pairs(2))
 def test_masks(batch_first: bool, norm_first: bool, mask: str) -> None:
     model = stack(batch_first=batch_first, norm_first=norm_first)
     assert_exact(model, batch(batch_first=batch_first, mask=mask), MEMO, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("mask", ["padding", "causal"])
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("batch_first", "mask"), most_pairs(1))
 def test_one_row(batch_first: bool, mask: str) -> None:
     model = stack(batch_first=batch_first, norm_first=True)
     inputs = batch(batch_first=batch_first, mask=mask, rows=1, tokens=33)

@@ -13,8 +13,8 @@ import memo_runtime as memo
 from memo_runtime.records import BlockReport, Executor
 from memo_runtime.wrapping import Wrapped, find_wrapped
 from tests.exactness.compare import (
-    MAIN_WAYS,
     MEMO,
+    OTHER_WAYS,
     SWAP,
     Way,
     assert_acted,
@@ -27,7 +27,7 @@ from tests.exactness.compare import (
 )
 from tests.exactness.hand_written import Attention, Part, Stack, TwoMixers, merge_heads, sequence
 
-three_ways = pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
+three_ways = pytest.mark.parametrize("way", OTHER_WAYS, ids=str)
 LATE = "not called when the model was profiled"
 
 

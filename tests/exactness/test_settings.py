@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import memo_runtime as memo
 from tests.exactness import hand_written as blocks
 from tests.exactness.compare import (
-    MAIN_WAYS,
+    OTHER_WAYS,
     Step,
     Way,
     assert_acted,
@@ -29,7 +29,7 @@ from tests.exactness.compare import (
 )
 from tests.exactness.models import FAMILIES, text
 
-three_ways = pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
+three_ways = pytest.mark.parametrize("way", OTHER_WAYS, ids=str)
 
 
 def autocast_loss(model: nn.Module, inputs: Any) -> Tensor:

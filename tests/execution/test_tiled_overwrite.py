@@ -181,10 +181,11 @@ class Adds(hand_written.Attention):
         return x + self.merge(mixed)
 
 
-@pytest.mark.parametrize("kind", [Mirrored, Adds])
-@pytest.mark.parametrize(
-    "size", [(1, 11), (3, 5), *(pytest.param(one, marks=pytest.mark.slow) for one in ((1, 5), (3, 11)))]
-)
+@pytest.mark.parametrize(("kind", "size"), [
+    (Mirrored, (1, 11)), (Mirrored, (3, 5)), (Adds, (1, 11)),
+    *(pytest.param(*one, marks=pytest.mark.slow)
+      for one in ((Adds, (3, 5)), *((kind, size) for kind in (Mirrored, Adds) for size in ((1, 5), (3, 11))))),
+])  # fmt: skip
 def test_views_of_the_gradient_are_read_before_it_is_written_over(kind, size):
     """Where a tile is a view of the whole: one sequence, or one tile."""
     rows, tokens = size
@@ -217,8 +218,10 @@ def test_two_inputs_and_two_results(rows):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["as it is", "by tiles"])
-@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
+@pytest.mark.parametrize(("family", "long"), [
+    ("Llama", True), ("GPTNeoX", False),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("Llama", False), ("GPTNeoX", True))),
+], ids=lambda value: value if isinstance(value, str) else "by tiles" if value else "as it is")  # fmt: skip
 def test_a_norm_behind_the_blocks_holds_no_gradient(family, long, monkeypatch):
     """Forecasts count on it: ``Profile.norm_behind``."""
     transformers = pytest.importorskip("transformers")

@@ -7,9 +7,10 @@ import ast
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from tests.house.sources import FOLDERS, ROOT, project_files, python_files, shown, tree
+from tests.house.sources import FOLDERS, ROOT, project_files, python_files, shown, statements, tree
 
 MAX_FILE = 500
 MAX_FUNCTION = 80
@@ -43,6 +44,7 @@ def code_files() -> list[Path]:
     return [path for path in project_files() if path.suffix in _CODE]
 
 
+@cache
 def num_lines(path: Path) -> int:
     """Physical lines."""
     return len(path.read_text(encoding="utf-8").splitlines())
@@ -50,15 +52,22 @@ def num_lines(path: Path) -> int:
 
 def functions(*folders: str) -> list[Function]:
     """All functions and methods of the Python files below ``folders``."""
+    return [one for path in python_files(*folders) for one in _functions_of(path)]
+
+
+@cache
+def _functions_of(path: Path) -> tuple[Function, ...]:
     found = []
-    for path in python_files(*folders):
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-                positional = len(names) - (names[:1] != [] and names[0] in _IMPLICIT)
-                lines = node.end_lineno - node.lineno + 1
-                found.append(Function(path, node.name, node.lineno, lines, positional))
-    return found
+    pending: list[ast.AST] = [tree(path)]
+    while pending:
+        node = pending.pop()
+        pending.extend(statements(node))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+            positional = len(names) - (names[:1] != [] and names[0] in _IMPLICIT)
+            lines = node.end_lineno - node.lineno + 1
+            found.append(Function(path, node.name, node.lineno, lines, positional))
+    return tuple(found)
 
 
 def p90(values: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,16 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+def statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """The statements right inside ``node``: no expression holds one, and most nodes of a tree are expressions."""
+    for name in ("body", "orelse", "finalbody"):
+        inside = getattr(node, name, ())
+        if isinstance(inside, list):  # of a lambda and of a conditional it is an expression
+            yield from inside
+    for part in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+        yield from part.body
+
+
 def shown(path: Path) -> str:
     """The path as messages show it."""
     return path.relative_to(ROOT).as_posix()
@@ -66,23 +77,24 @@ class Import:
         return f"{shown(self.path)}:{self.line} imports {self.module}"
 
 
-def imports(path: Path) -> list[Import]:
+@cache
+def imports(path: Path) -> tuple[Import, ...]:
     """All imports of a file, with ``from package import name`` as ``package.name``."""
     found = []
 
     def visit(node: ast.AST, lazy: bool, typing: bool) -> None:
-        for child in ast.iter_child_nodes(node):
+        for child in statements(node):
             if isinstance(child, ast.Import):
                 names = [alias.name for alias in child.names]
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{shown(path)}:{child.lineno}: relative import"
                 names = [f"{child.module}.{alias.name}" for alias in child.names]
             else:
-                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
                 guarded = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
                 visit(child, lazy or inside, typing or guarded)
                 continue
             found.extend(Import(path, child.lineno, name, lazy, typing) for name in names)
 
     visit(tree(path), lazy=False, typing=False)
-    return found
+    return tuple(found)

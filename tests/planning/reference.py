@@ -158,6 +158,8 @@ def peaks(profile, plan, accumulating=False):
     tokens = plan[-1].tokens if count else 0
     stash.append(everything)
     head = outside if walked else 0
+    # A loss may make the head's gradient in the forward.
+    device.append(everything + head + (profile.loss_peak.at(tokens) if cuda else 0))
     going_back = len(device)
     returned = profile.result.at(tokens) if cuda else 0
     device.append(everything + head + (profile.outside_peak.at(tokens) if cuda else 0))

@@ -82,6 +82,11 @@ class ProgramBytes:
             self.bare + more, self.kept + more, self.bare_results + more, self.kept_results + more
         )
 
+    def adding(self, more: int) -> ProgramBytes:
+        """With ``more`` bytes that are there beside its results when it is over."""
+        bare, kept = self.bare_results + more, self.kept_results + more
+        return ProgramBytes(max(self.bare, bare), max(self.kept, kept), bare, kept)
+
 
 def bytes_yielded(graph: fx.Graph) -> int:
     """Bytes of the results that are no inputs."""

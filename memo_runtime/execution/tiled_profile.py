@@ -25,6 +25,7 @@ from memo_runtime.execution.mixers.attention import (
     Kernel,
 )
 from memo_runtime.execution.tiled_chain import result_stage
+from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_heads import grouping, head_count
 from memo_runtime.execution.tiled_moments import (
     Needs,
@@ -35,7 +36,8 @@ from memo_runtime.execution.tiled_moments import (
     results_of_mixers,
     stashed_results,
 )
-from memo_runtime.execution.tiled_programs import Cost, Programs, make_programs
+from memo_runtime.execution.tiled_overwrite import overwritten
+from memo_runtime.execution.tiled_programs import Cost, Programs, RowFactors, make_programs
 from memo_runtime.execution.tiled_rows import (
     empty_by_token,
     gapless_rows,
@@ -164,8 +166,32 @@ class _Tracing:
         return replace(
             cost,
             forward_bytes=cost.forward_bytes.beside(given + made),
-            backward_bytes=cost.backward_bytes.beside(given + tangents),
+            backward_bytes=cost.backward_bytes.adding(self._products(segment, programs, tile)).beside(given + tangents),
         )
+
+    def _products(self, segment: Segment, programs: Programs, tile: int) -> int:
+        """Bytes of the largest gradient of a tile that is left to a GEMM, where that cannot write to its place.
+
+        The rows of several sequences do not lie together; and what goes over another gradient may be read from it.
+        """
+        over, largest = overwritten(self.captured), 0
+        for source, place in zip(segment.sources, programs.places, strict=False):
+            axis = segment.axes[source]
+            if not isinstance(place, RowFactors) or axis is None:
+                continue
+            whole = _whole(self.captured, source, 2 * tile, by_token=source in self.by_token)
+            target = gapless_rows(whole, axis, 0, tile)
+            if source in over or target is None or not same_memory(target, place.layout):
+                largest = max(largest, tensor_bytes(place.layout))
+        return largest
+
+
+def _whole(captured: Captured, node: fx.Node, tokens: int, *, by_token: bool) -> torch.Tensor:
+    """A value of ``tokens`` tokens on meta, as it lies in memory."""
+    value = node.meta["val"]
+    shape, stride = ([int(captured.size(one, tokens)) for one in many] for many in (value.shape, value.stride()))
+    whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
+    return empty_by_token(shape, whole) if by_token else whole
 
 
 def _tile_copies(
@@ -179,12 +205,10 @@ def _tile_copies(
     drawn = {draw.mask for draw in captured.draws}
     given = made = tangents = 0
     for node in segment.sources:
-        axis, value = segment.axes[node], node.meta["val"]
+        axis = segment.axes[node]
         if axis is None:
             continue
-        shape, stride = ([int(captured.size(one, 2 * tile)) for one in many] for many in (value.shape, value.stride()))
-        whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
-        whole = empty_by_token(shape, whole) if node in by_token else whole
+        whole = _whole(captured, node, 2 * tile, by_token=node in by_token)
         part = packed(whole, axis, 2 * tile, 0, tile)
         if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
             given += part.numel() * part.element_size()

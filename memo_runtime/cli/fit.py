@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from memo_runtime.offline.fit import Fit, Reach
 
 
+_MOST_MINUTES = 7 * 24 * 60
+
+
 def fit(
     *,
     model: Model,
@@ -115,8 +118,9 @@ def check_minutes(minutes: float | None, *, rehearse: bool) -> None:
     """
     if minutes is not None and not rehearse:
         raise ArgumentError("--minutes is the time of a --rehearse: give both, or none")
-    if minutes is not None and not minutes > 0:
-        raise ArgumentError(f"--minutes {minutes:g} is no time: give more than 0")
+    if minutes is not None and not 0 < minutes <= _MOST_MINUTES:
+        most = f"{_MOST_MINUTES:,} (a week) at most"
+        raise ArgumentError(f"--minutes {minutes:g} is no time: give more than 0, and {most}")
 
 
 def _as_text(found: Fit, request: Request, name: str) -> str:

@@ -276,7 +276,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         entry=Growth(linear=hidden_bytes / local) if subject.tiled_loss else Growth(),
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
-        result=result_bytes(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss),
+        result=result_bytes(model, behind, rows, hidden_bytes / local, tiled_loss=subject.tiled_loss),
         outside_seconds=_outside_seconds(made, machine, rows),
         norm_behind=made.norm_behind,
         notes=(*_notes(machine, ranks), *_note_on_precision(made.wide, machine)),

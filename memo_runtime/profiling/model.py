@@ -298,7 +298,9 @@ def profile_model(
         entry=Growth(linear=min(outside, hidden_bytes) / max(1, tokens) if observer.goes else 0.0),
         outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
         loss_peak=loss_peak(model, measured, hidden_bytes) if tiled_loss else Growth(),
-        result=result_bytes(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
+        result=result_bytes(
+            model, measured, observer.rows, hidden_bytes / max(1, measured[0].tokens), tiled_loss=tiled_loss
+        ),
         outside_seconds=seconds,
         norm_behind=final_norm(model, [profile.name for profile in measured]) is not None,
         notes=_notes(measured),

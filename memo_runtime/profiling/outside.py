@@ -106,18 +106,17 @@ def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: 
 
 
 def result_bytes(
-    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden_bytes: int, *, tiled_loss: bool
+    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, per_token: float, *, tiled_loss: bool
 ) -> Growth:
     """Device bytes of what the model returns, by tokens: a variable of the training loop mostly has it to the end.
 
-    Hidden states where there is no head, logits where the loss does not run by tiles, else a number.
+    Logits where the loss does not run by tiles, else a number; hidden states, of ``per_token`` bytes, where there is no
+    head. A linear module outside the blocks need not be one: where its logits would be less, states are counted.
     """
-    tokens = max(1, profiles[-1].tokens)
-    heads = list(_heads(model, profiles))
-    if not heads:
-        return Growth(linear=hidden_bytes / tokens)
-    item = heads[0].weight.element_size()
-    return Growth() if tiled_loss else Growth(linear=float(rows * item * sum(head.out_features for head in heads)))
+    if tiled_loss:
+        return Growth()
+    logits = sum(rows * head.out_features * head.weight.element_size() for head in _heads(model, profiles))
+    return Growth(linear=max(per_token, float(logits)))
 
 
 def outside_seconds(

@@ -122,7 +122,12 @@ def test_a_search_that_is_cut_says_so(trial):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [(("--minutes", "5"), "give both, or none"), (("--rehearse", "--minutes", "0"), "is no time")]
+    ("given", "said"),
+    [
+        (("--minutes", "5"), "give both, or none"),
+        (("--rehearse", "--minutes", "0"), "is no time"),
+        (("--rehearse", "--minutes", "inf"), "10,080 (a week) at most"),
+    ],
 )
 def test_a_time_that_is_none_is_refused(given, said):
     result = CliRunner().invoke(app, ["fit", "--model", "llama-1b", *given])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memo_runtime.losses.tiles import ROWS_BYTES, TILE_BYTES
-from memo_runtime.profiling.outside import loss_peak, outside_peak
+from memo_runtime.profiling.outside import loss_peak, outside_peak, result_bytes
 from memo_runtime.recording.meta_scalars import PlainAnswers
 from memo_runtime.recording.operators import OperatorRecorder
 from memo_runtime.records import BlockProfile
@@ -49,6 +49,17 @@ def test_a_scale_of_the_model_itself_counts_as_something_behind() -> None:
     model = Stack()
     model.scale = nn.Parameter(torch.ones(16))
     assert peak(model) == 7 * HIDDEN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("behind", "tiled_loss", "features"),
+    [({}, False, 16), ({"head": nn.Linear(16, 100)}, False, 100), ({"head": nn.Linear(16, 100)}, True, 0),
+     ({"condition": nn.Linear(1, 1)}, False, 16)],
+    ids=["bare", "head", "loss by tiles", "no head"],
+)  # fmt: skip
+def test_a_model_returns_states_logits_or_a_number(behind, tiled_loss, features) -> None:
+    found = result_bytes(Stack(**behind), profiles(2), 1, HIDDEN_BYTES / TOKENS, tiled_loss=tiled_loss)
+    assert found.at(TOKENS) == TOKENS * features * 4
 
 
 @pytest.mark.parametrize("tiled_loss", [False, True])

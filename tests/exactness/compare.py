@@ -57,8 +57,10 @@ class Way:
 SWAP = Way("swap")
 RECOMPUTE = Way("recompute")
 MEMO = Way("memo", 0.37)
-#: Every way. Alpha 0 and 1 are nearly recompute and swap, and slow tests.
-WAYS = (SWAP, RECOMPUTE, MEMO, *(pytest.param(Way("memo", alpha), marks=pytest.mark.slow) for alpha in (0.0, 1.0)))
+#: Nearly recompute and swap, and slow tests.
+ENDS = (Way("memo", 0.0), Way("memo", 1.0))
+#: Every way.
+WAYS = (SWAP, RECOMPUTE, MEMO, *(pytest.param(way, marks=pytest.mark.slow) for way in ENDS))
 #: For what is tried in other settings: memo copies and runs again, so that a swap of everything adds little.
 MAIN_WAYS = (pytest.param(SWAP, marks=pytest.mark.slow), RECOMPUTE, MEMO)
 #: For what has nothing to do with how much of a block is run again.

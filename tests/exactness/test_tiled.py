@@ -94,8 +94,8 @@ def test_a_model_by_tiles(blocks, alpha, keep_last, tokens, tile):
 
 
 @pytest.mark.parametrize("kind", [
-    hand_written.TwoMixers, hand_written.BufferedMask,
-    pytest.param(hand_written.EagerAttention, marks=pytest.mark.slow),
+    hand_written.TwoMixers,
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in (hand_written.BufferedMask, hand_written.EagerAttention)),
 ])  # fmt: skip
 def test_other_blocks(kind):
     assert_tiled(stack(kind, kind).eval(), batch_of())  # tiles draw other dropout masks

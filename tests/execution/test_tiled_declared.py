@@ -160,8 +160,11 @@ def hidden(tokens: int = 29, rows: int = 3) -> Tensor:
     return torch.randn(rows, tokens, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["behind attention", "before attention"])
-@pytest.mark.parametrize("inner", [Kernel, Experts])
+#: Experts behind attention are compared in evaluation mode below.
+@pytest.mark.parametrize(("inner", "first"), [
+    (Kernel, False), (Experts, True),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in ((Kernel, True), (Experts, False))),
+], ids=lambda value: {False: "behind attention", True: "before attention"}.get(value))  # fmt: skip
 def test_exact(inner, first):
     block = around(inner(), first=first)
     assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8, alpha=0.5))
@@ -191,13 +194,13 @@ def test_without_the_word_it_is_refused():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("mixtral", "mlp"), ("qwen3-moe", "mlp.experts"),
-        pytest.param("mixtral", "mlp.experts", marks=pytest.mark.slow),
-        pytest.param("qwen3-moe", "mlp", marks=pytest.mark.slow),
+        ("qwen3-moe", "mlp.experts"),
+        *(pytest.param(*one, marks=pytest.mark.slow)
+          for one in (("mixtral", "mlp"), ("mixtral", "mlp.experts"), ("qwen3-moe", "mlp"))),
     ],
 )  # fmt: skip
 def test_routed_experts(name, part):
-    """The whole of a sparse MLP, or its experts alone: the router is captured then, and its choices are kept."""
+    """The whole of a sparse MLP, as above, or its experts alone: the router is captured then, its choices are kept."""
     call = calls_of(FAMILIES[name], tokens=19, output_router_logits=False)[0]
     declare_token_wise(call.block.get_submodule(part))
     assert_exact(call, TiledBlock(call.block, tile=5, alpha=0.5))

@@ -203,7 +203,7 @@ CASES = [
     *(Case(GROUPED, keep=keep, swapped=swapped) for keep, swapped in ((0, 0), (0, 2), (2, 1), (6, 2), (6, 0))),
     *(Case(GROUPED, tile=tile, keep=1, swapped=1) for tile in (40, TOKENS)),
     *(Case(GROUPED, keep=keep, held=True) for keep in (0, 3)),
-    Case(Kind(shared=1, blocks=3), swapped=3, held=True),
+    Case(Kind(shared=1, wide=8, blocks=3), swapped=3, held=True),
     *(Case(ADAPTED, keep=keep, swapped=swapped, tile=20) for keep, swapped in ((2, 2), (5, 1))),
     Case(ADAPTED, held=True, tile=7),
     Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart

@@ -24,10 +24,10 @@ DIGITS = 3
 
 
 def committed():
-    """(file, row) of every committed row of memo that was measured."""
+    """(file, row) of every committed row of memo that was measured; those of the allocator carry out another's plan."""
     for path in sorted(RESULTS.glob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if row.get("contender", "").partition("@")[0] in MEMO and row["status"] == "ok":
+            if row.get("contender", "").partition("@")[0] in MEMO and row["status"] == "ok" and "way" not in row:
                 yield path.name, row
 
 

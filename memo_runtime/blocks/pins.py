@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.aside import is_aside
+from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import base_name, full_name, is_mutable, operator_flops, pin_kind, written_by
 from memo_runtime.records import Pin, PinKind
 
@@ -67,18 +67,11 @@ def pin_values(name: str, outputs: tuple[Any, ...], wanted: tuple[int, ...] | No
     }
 
 
-class CountingMode(TorchDispatchMode):
+class CountingMode(OutsideCompiled):
     """A dispatch mode that numbers the calls of each operator and leaves compiled regions compiled."""
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled regions stay compiled; their operators are not seen."""
-        return True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._calls: Counter[str] = Counter()
 
     def next_key(self, func: Any) -> PinKey:

@@ -1,7 +1,7 @@
 """Matrix products of half precision on the CPU, in float32.
 
-A processor without instructions for bfloat16 takes five times as long for a product in it as for one in float32, and a
-block that is tried for its structure is run some fifty times: nearly all of that time was in products. Kernels sum in
+A processor without instructions for bfloat16 takes several times as long for a product in it as for one in float32, and
+a block that is tried for its structure is run many times: nearly all of that time is in products. Kernels sum in
 float32 and round the result, which is what is done here.
 """
 
@@ -11,25 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from memo_runtime.blocks.dispatch import OutsideCompiled
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class ProductsInFloat32(TorchDispatchMode):
+class ProductsInFloat32(OutsideCompiled):
     """While it is entered, products of tensors in half precision on the CPU are those of float32, rounded."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled regions stay compiled; their products are their own."""
-        return True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, its factors in float32 where they are to be."""

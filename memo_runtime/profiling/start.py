@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.aside import is_aside
+from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.outside import Outside
 from memo_runtime.blocks.reach import Reach, reach
@@ -149,18 +149,11 @@ class _FromHere:
             return self.forward(*args, **kwargs)
 
 
-class _FirstWrites(TorchDispatchMode):
+class _FirstWrites(OutsideCompiled):
     """Tells a Start of every tensor that is about to be written to."""
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled regions stay compiled."""
-        return True
-
     def __init__(self, start: Start) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._start = start
 
     def __torch_dispatch__(

@@ -126,6 +126,8 @@ def test_what_is_said_of_24_gib_is_made_of_rows():
     above = rows["memo-tiled@24GiB", 262144]
     assert f"the step took {above['peak_allocated'] / GIB:.2f} GiB" in tiled
     assert f"forecast was {-100 * off(above)['peak']:.1f} % short" in tiled
+    older = run_of("harness_tiled_h200.jsonl", "issue6-8b-h200e")["memo-tiled@24GiB", 262144]
+    assert f"{older['step_seconds']:.2f} s with a peak of {older['peak_allocated'] / GIB:.1f} GiB; no row" in tiled
     assert f"reserved {rows['memo-tiled@24GiB', 131072]['peak_reserved'] / GIB:.1f} GiB at 131,072 tokens" in tiled
     (capped,) = run_of("harness_tiled_h200.jsonl", "issue6-8b-h200g-24").values()
     assert capped["config"]["memory"] == 24 * GIB >= capped["peak_reserved"]

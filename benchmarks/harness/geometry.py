@@ -68,6 +68,7 @@ class Shape:
         heads, kv_heads, head_dim: of attention. vocabulary: of the head, 0 for blocks alone.
         gated: the MLP has a product for its gate.
         experts, active: MLPs of a block, and those that a token goes through; a router chooses among several.
+        rank: of the adapters beside every product of the blocks, all else being frozen; 0: there are none.
     """
 
     hidden: int
@@ -80,6 +81,7 @@ class Shape:
     gated: bool = True
     experts: int = 1
     active: int = 1
+    rank: int = 0
 
     @property
     def attention_width(self) -> int:
@@ -108,26 +110,35 @@ class Shape:
             *(Linear(name=name, inputs=a, outputs=b, **several) for name, (a, b) in mlp.items()),
         )
 
+    @property
+    def adapters(self) -> int:
+        """Parameters of the adapters of one block: two thin matrices for each of its products."""
+        return sum(self.rank * (linear.inputs + linear.outputs) for linear in self.linears)
+
     def model_flops(self, tokens: int) -> int:
-        """Forward and backward of one sequence, nothing counted twice: ``6 N S + 6 L d S^2``.
+        """Forward and backward of one sequence, nothing counted twice: ``6 N S + 6 L d S^2``, ``4 N S`` of frozen N.
 
         N counts matrix products only; norms, about 0.004 % of an 8B block's parameters, are left out.
         """
-        parameters = self.blocks * sum(linear.size for linear in self.linears) + self.vocabulary * self.hidden
+        own = self.blocks * sum(linear.size for linear in self.linears) + self.vocabulary * self.hidden
         return model_flops(
-            parameters=parameters, layers=self.blocks, attention_width=self.attention_width, tokens=tokens
-        )
+            parameters=own + self.blocks * self.adapters, frozen=own if self.rank else 0, layers=self.blocks,
+            attention_width=self.attention_width, tokens=tokens,
+        )  # fmt: skip
 
     def rerun_flops(self, tokens: int, *, attention: bool, last: bool = False) -> int:
         """FLOPs of running every block once more for its backward, with or without its attention.
 
         Without ``last`` the last product is not repeated: nobody saved its output, and PyTorch's checkpoint stops
-        before it. That of experts is: what they are weighted with wants it for its gradient.
+        before it. That of experts is: what they are weighted with wants it for its gradient. So is one with an adapter,
+        whose first product comes after it; what ends there is the adapter's second one.
         """
         last = last or self.experts > 1
-        products = sum(2 * linear.size for linear in self.linears if last or linear.name != "down_proj")
-        repeated = products * tokens + (2 * self.attention_width * tokens * tokens if attention else 0)
-        return self.blocks * repeated
+        repeated = self.linears if last or self.rank else [one for one in self.linears if one.name != "down_proj"]
+        products = sum(2 * linear.size for linear in repeated) + 2 * self.adapters
+        if self.rank and not last:
+            products -= 2 * self.rank * self.hidden
+        return self.blocks * (products * tokens + (2 * self.attention_width * tokens * tokens if attention else 0))
 
 
 class UnknownGeometryError(ValueError):
@@ -174,8 +185,8 @@ def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConf
     return geometries.make_config(found, tokens=tokens, layers=blocks)
 
 
-def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:
-    """What of a config the harness counts with.
+def make_shape(config: PreTrainedConfig, scope: Scope, *, rank: int = 0) -> Shape:
+    """What of a config the harness counts with, with adapters of ``rank`` or, with 0, without.
 
     Raises:
         UnknownGeometryError: its blocks are not of attention and an MLP.
@@ -200,4 +211,5 @@ def make_shape(config: PreTrainedConfig, scope: Scope) -> Shape:
         gated=config.model_type not in _UNGATED,
         experts=experts,
         active=config.num_experts_per_tok if experts > 1 else 1,
+        rank=rank,
     )

@@ -22,6 +22,7 @@ class Settings:
         host_memory: bytes that may be in use on the whole machine; beyond that a contender is ended. None: no limit.
         steps: cap on steady and on warm-up steps; None: as many as the length asks for.
         learning_rate: of AdamW, in scope ``step``.
+        lora: rank of adapters beside every linear module of the blocks, which alone are trained; None: all is trained.
         rehearse: attention is replaced, and what counts is memory.
     """
 
@@ -37,6 +38,7 @@ class Settings:
     steps: int | None = None
     seed: int = 0
     learning_rate: float = 1e-5
+    lora: int | None = None
     rehearse: bool = False
 
 

@@ -25,6 +25,9 @@ NAMES = (
     "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *OTHERS, *(f"memo-{way}" for way in MEMO_WAYS),
 )  # fmt: skip
 
+#: They train layers of their own, or nothing, and so none that has adapters.
+WITHOUT_ADAPTERS = ("kernels", "megatron-full", "megatron-selective", "megatron-mlp-chunks")
+
 
 class ContenderError(ValueError):
     """No such contender, or one that depends on another that does not come before it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.harness.geometry import SHARES, Scope, UnknownGeometryError, check_geometry
 from benchmarks.harness.job import Settings
-from benchmarks.harness.names import ContenderError, Entry, parse_contenders
+from benchmarks.harness.names import WITHOUT_ADAPTERS, ContenderError, Entry, parse_contenders
 from benchmarks.harness.provenance import allocator, commit, gpu_facts
 from benchmarks.harness.rows import RowError, read_rows
 from memo_runtime.units import parse_bytes, parse_tokens
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: bfloat16, float32 on the CPU")
     add("--attention", choices=ATTENTION, help="the kernel of all contenders; default: cudnn, auto on the CPU")
     add("--loss", default="auto", choices=["auto", "tiled", "native"], help="head and loss of all, scope step")
+    add("--lora", type=int, metavar="RANK", help="train PEFT's adapters of this rank beside the blocks' products only")
     add("--steps", type=int, help="cap on steady and on warm-up steps")
     add("--seed", type=int, default=0)
     add("--traces", type=Path, metavar="FOLDER", help="one more step of each as a Chrome trace, and its copies' shares")
@@ -130,6 +131,14 @@ def _not_rehearsed(entries: Sequence[Entry], lengths: Sequence[int], traces: Pat
     return "a trace of a rehearsed step would show no attention: leave --traces out" if traces is not None else ""
 
 
+def _not_adapted(entries: Sequence[Entry], rank: int) -> str:
+    """What does not go with adapters of ``rank``; "": nothing."""
+    if rank < 1:
+        return "a rank is 1 or more"
+    other = next((entry.name for entry in entries if entry.name in WITHOUT_ADAPTERS), None)
+    return "" if other is None else f"{other} has no layers that adapters could be beside: leave it out"
+
+
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """The options of ``arguments``; exits with 2 and what is wrong."""
     parser = _parser()
@@ -152,6 +161,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         parser.error(f"--geometry {given.geometry} is {SHARES[given.geometry]}: give --scope blocks")
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps {given.steps}: at least one step is measured")
+    if given.lora is not None and (refused := _not_adapted(entries, given.lora)):
+        parser.error(f"--lora {given.lora}: {refused}")
     found = given.commit or commit()
     if found is None:
         parser.error("this is no checkout, so nobody knows what runs: name it with --commit HASH")
@@ -167,6 +178,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         host_memory=given.host_memory,
         steps=given.steps,
         seed=given.seed,
+        lora=given.lora,
         rehearse=given.rehearse,
     )
     options = Options(

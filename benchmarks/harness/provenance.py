@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch", "transformers", "pulp", "ortools", "triton", "nvidia-cudnn-cu13", "liger-kernel", "trl", "accelerate",
-    "deepspeed", "megatron-core", "trainstream",
+    "peft", "deepspeed", "megatron-core", "trainstream",
 )  # fmt: skip
 
 

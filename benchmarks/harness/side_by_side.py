@@ -130,6 +130,8 @@ def _heading(comparison: Comparison) -> str:
     kernel = f"{config['attention']} attention" if config["attention"] != "auto" else "attention as PyTorch chooses"
     if config.get("allocator"):
         kernel += f", allocator {config['allocator']}"
+    if config.get("lora"):
+        stack += f" with LoRA of rank {config['lora']}"
     if row["geometry"] in SHARES:
         stack = f"{SHARES[row['geometry']]}, {stack}"
     what = f"`{row['geometry']}`, {stack}, {config['dtype']}, {kernel}"

@@ -6,7 +6,7 @@ which is chosen once for forward and backward: reruns in backward read the choic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -72,10 +72,12 @@ class Subject:
         self._attention = attention
         self.device = torch.device(settings.device)
         self.config = make_config(settings.geometry, tokens=longest, blocks=settings.blocks)
-        self.shape: Shape = make_shape(self.config, settings.scope)
+        self.shape: Shape = make_shape(self.config, settings.scope, rank=settings.lora or 0)
         torch.manual_seed(settings.seed)
         self.model = self._build()
         self.layers = _find_layers(self.model)
+        if settings.lora is not None:
+            _add_adapters(self.model, self.layers, settings.lora)
         _check_products(self.layers[0], self.shape)
         self.optimizer = self._optimizer()
         self._loss: Any = None
@@ -93,7 +95,7 @@ class Subject:
             return BlockStack(whole.layers, whole.rotary_emb).train()
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        parameters = list(self.model.parameters())
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.settings.scope == Scope.BLOCKS:
             # Never stepped: it says that there are no states, where AdamW's would be assumed.
             return torch.optim.SGD(parameters, lr=0.0)
@@ -162,7 +164,7 @@ def _check_products(layer: nn.Module, shape: Shape) -> None:
     Raises:
         ValueError: a block has other matrix products than its shape.
     """
-    counted = sum(linear.weights for linear in shape.linears)
+    counted = sum(linear.weights for linear in shape.linears) + shape.adapters
     there = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1)
     if there != counted:
         raise ValueError(
@@ -170,6 +172,21 @@ def _check_products(layer: nn.Module, shape: Shape) -> None:
             f"{counted:,}: the harness knows decoders with attention and an MLP, gated or not, or experts "
             "(benchmarks/harness/geometry.py)"
         )
+
+
+def _add_adapters(model: nn.Module, layers: Sequence[nn.Module], rank: int) -> None:
+    """PEFT's LoRA beside every linear module of ``layers``, in its dtype; all else is frozen.
+
+    Their second matrices are no zeros, as they would be at first: gradients of the others are looked at too.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inside = {module for layer in layers for module in layer.modules()}
+    wanted = [name for name, module in names.items() if module in inside]
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=wanted, init_lora_weights=False), model
+    )  # fmt: skip
 
 
 def _find_layers(model: nn.Module) -> list[nn.Module]:

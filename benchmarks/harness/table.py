@@ -69,6 +69,8 @@ def _conditions(row: Row) -> str:
     kinds = f"{config['dtype']}, {config['attention']} attention, torch {row['versions']['torch']}"
     if config.get("allocator"):
         kinds += f", allocator {config['allocator']}"
+    if config.get("lora"):
+        kinds += f", LoRA of rank {config['lora']}"
     share = f" ({SHARES[row['geometry']]})" if row["geometry"] in SHARES else ""
     return f"run {row['run']}: {row['geometry']}{share}, {blocks} blocks, scope {row['scope']}, {kinds}, {where}"
 

@@ -8,7 +8,8 @@ costs, forward and backward together,
     6 N S  +  6 L d S^2        causal attention; 12 L d S^2 where every token sees every other
 
 since each parameter and token is one multiplication and one addition in forward and two of each in backward,
-and attention is two S x S x d matmuls per layer, half of which a causal mask leaves out.
+and attention is two S x S x d matmuls per layer, half of which a causal mask leaves out. Parameters that are
+frozen, as those beside adapters, have no gradient of their own: 4 N S for their part.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def peak_flops(device_name: str) -> PeakFlops | None:
 def model_flops(
     *,
     parameters: int,
+    frozen: int = 0,
     layers: int,
     attention_width: int,
     tokens: int,
@@ -80,10 +82,10 @@ def model_flops(
     """FLOPs of one training step on ``sequences`` sequences of ``tokens`` tokens, nothing counted twice.
 
     ``parameters`` leaves out the embedding table and includes the head, tied or not; ``attention_width`` is
-    the number of query heads times their size.
+    the number of query heads times their size. ``frozen`` are those of ``parameters`` that are not trained.
     """
     attention = (6 if causal else 12) * layers * attention_width * tokens * tokens
-    return sequences * (6 * parameters * tokens + attention)
+    return sequences * ((6 * parameters - 2 * frozen) * tokens + attention)
 
 
 def utilization(flops: float, seconds: float, device_name: str, *, devices: int = 1) -> float | None:

@@ -59,6 +59,14 @@ def test_a_geometry_whose_products_are_not_counted_is_refused(make_job, monkeypa
         CONTENDERS["unwrapped"](make_job("unwrapped"))
 
 
+def test_what_is_frozen_beside_adapters_has_four_flops_and_not_six():
+    config = make_config("llama-8b", tokens=1024, blocks=None)
+    whole, adapted = make_shape(config, Scope.STEP), make_shape(config, Scope.STEP, rank=16)
+    own = 32 * sum(one.size for one in whole.linears) + 128_256 * 4096
+    thin = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * (4096 + 14336))
+    assert whole.model_flops(1024) - adapted.model_flops(1024) == (2 * own - 6 * thin) * 1024
+
+
 def products(job):
     """FLOPs of matrix products in one step."""
     contender = CONTENDERS[job.contender](job)
@@ -70,18 +78,25 @@ def products(job):
     return contender, sum(flops for op, flops in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
-@pytest.mark.parametrize("geometry", ["tiny", "gpt-7b-tp8"])
-def test_a_step_has_the_products_of_the_formula(make_job, geometry):
+@pytest.mark.parametrize(("geometry", "lora"), [("tiny", None), ("gpt-7b-tp8", None), ("tiny", 4)])
+def test_a_step_has_the_products_of_the_formula(make_job, geometry, lora):
     job = make_job("unwrapped", blocks=1)
-    contender, found = products(replace(job, settings=replace(job.settings, geometry=geometry)))
+    contender, found = products(replace(job, settings=replace(job.settings, geometry=geometry, lora=lora)))
     attention = 6 * contender.subject.shape.attention_width * 64**2
     assert found == contender.model_flops(64) - attention
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "selective", "save_on_cpu"])
-def test_what_is_run_again_is_what_rows_say(make_job, name):
-    _, once = products(make_job("unwrapped"))
-    contender, found = products(make_job(name))
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [("checkpoint", None), ("checkpoint", 4), ("selective", None), ("selective", 4), ("save_on_cpu", None)],
+)
+def test_what_is_run_again_is_what_rows_say(make_job, name, lora):
+    def job(name):
+        made = make_job(name)
+        return replace(made, settings=replace(made.settings, lora=lora))
+
+    _, once = products(job("unwrapped"))
+    contender, found = products(job(name))
     again = contender.subject.shape.rerun_flops(64, attention=False)
     assert found - once == again
     attention = 0 if name == "selective" else 2 * 2 * contender.subject.shape.attention_width * 64**2

@@ -182,6 +182,15 @@ def test_wrong_gradients_are_an_error_however_fast(in_process, arguments, monkey
     assert row["gradient_difference"] > 1e-4
 
 
+def test_adapters_alone_are_trained_where_a_rank_is_given(in_process, arguments, capsys):
+    given = arguments("unwrapped,memo-replay", "--scope", "step", "--lora", "4", lengths="96")
+    assert main(given) == 0
+    rows = rows_of(given)[1:]
+    assert [row["config"]["lora"] for row in rows] == [4] * 2
+    assert all(0 < row["gradient_difference"] < 1e-4 for row in rows)
+    assert "LoRA of rank 4" in capsys.readouterr().out
+
+
 def test_a_run_does_not_go_on_with_other_settings(in_process, arguments, capsys):
     assert main(arguments("unwrapped", lengths="48")) == 0
     assert main(arguments("unwrapped", "--seed", "1", lengths="48")) == 2
@@ -218,6 +227,8 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatc
     for more, message in (
         (["--contenders", "nonsense"], "contender 'nonsense' is unknown"),
         (["--steps", "0"], "at least one step"),
+        (["--lora", "0"], "--lora 0: a rank is 1 or more"),
+        (["--lora", "8", "--contenders", "unwrapped,kernels"], "kernels has no layers that adapters could be beside"),
         (["--lengths", "many"], "argument --lengths: 'many' is not a token count"),
         (["--budget", "24GiBi"], "argument --budget: '24GiBi' is not a size"),
         (["--geometry", "nonsense"], "--geometry nonsense is unknown; there are: tiny, qwen3-tiny, llama-1b-d128,"),

@@ -133,11 +133,19 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, A
         planned = PlannedSteps(planned_allocator(), 0, notes.append, long_lived=lambda: _long_lived(contender))
 
     def step(tokens: int, look: OnGradients | None = None) -> float:
+        # The batch of hidden states before this one goes first: two of them would be what a step has beside its plan.
+        contender.finish()
         contender.start(tokens)
         if planned is None:
             return _timed(contender, look)
+
+        def behind(gradients: Mapping[str, torch.Tensor]) -> None:
+            planned.end()  # what a look takes is none of the step
+            assert look is not None, "it is called where there is a look"
+            look(gradients)
+
         planned.begin("varied", tokens)
-        seconds = _timed(contender, look)
+        seconds = _timed(contender, behind if look is not None else None)
         planned.end()
         return seconds
 

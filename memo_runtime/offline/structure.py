@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +11,7 @@ from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.offline.subject import Subject
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
-from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks
+from memo_runtime.profiling.states import gradient_bytes, gradients_of_blocks, gradients_of_embeddings
 from memo_runtime.records import Fingerprint
 
 
@@ -52,7 +52,7 @@ class Structure:
             fingerprint=make_fingerprint(model, names, batch_signature(*subject.batch), "offline", device),
             gradients=gradients_of_blocks(model, [(ref.name, ref.module) for ref in called]),
             # Of a model that is known: its embeddings are called before the first block, and nowhere else.
-            embeddings=_embeddings(model, inside) if subject.tiled_loss else 0,
+            embeddings=gradients_of_embeddings(model, inside) if subject.tiled_loss else 0,
             root_bytes=_bytes(root),
             root_gradients=sum(gradient_bytes(p) for p in root),
             block_bytes=max(_bytes(model.get_submodule(name).parameters()) for name in names),
@@ -70,19 +70,6 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 def _name(parameter: nn.Parameter) -> str:
     return str(parameter.dtype).removeprefix("torch.")
-
-
-def _embeddings(model: nn.Module, inside: Container[int]) -> int:
-    """Bytes of gradients of embeddings outside of the blocks that are no head as well."""
-    owned: dict[int, tuple[nn.Parameter, set[bool]]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owned.setdefault(id(parameter), (parameter, set()))[1].add(isinstance(module, nn.Embedding))
-    return sum(
-        gradient_bytes(parameter)
-        for key, (parameter, embeds) in owned.items()
-        if embeds == {True} and key not in inside
-    )
 
 
 def _around(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:

@@ -37,7 +37,7 @@ from memo_runtime.profiling.outside import loss_peak, outside_peak, outside_seco
 from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start
-from memo_runtime.profiling.states import gradients_of_blocks, measure_states
+from memo_runtime.profiling.states import gradients_of_blocks, gradients_of_embeddings, measure_states
 from memo_runtime.profiling.timing import time_block
 from memo_runtime.profiling.trial import Subject
 from memo_runtime.profiling.walk import Batch, NamedBlock, Run, Walk, roots_of, unprofiled
@@ -287,7 +287,10 @@ def profile_model(
         host_bytes=host_bytes,
         host_source=host_source,
         link=link,
-        states=measure_states(model, optimizer, device.type),
+        states=replace(
+            measure_states(model, optimizer, device.type),
+            gradients_last=_last_gradients(model, seen) if tiled_loss else 0,
+        ),
         rows=observer.rows,
         blocks=measured,
         # More than at the start: libraries took further workspaces.
@@ -307,6 +310,19 @@ def profile_model(
     )
     shared_by_all = observer.shared_growth(tokens, by_row=False)
     return Measured(profile, observer.laws, observer.pairs, shared_by_all)
+
+
+def _last_gradients(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> int:
+    """Bytes of gradients that come when all ``blocks`` have gone backward, in a causal language model.
+
+    Its embeddings are called before the first block, and nowhere else. Those of a decoder behind an encoder are done
+    before the encoder's blocks: of such a model, or of several stacks, nothing is said.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    encoded = any(getattr(config, "is_encoder_decoder", False) for config in configs)
+    if encoded or len({name.rpartition(".")[0] for name, _ in blocks}) > 1:
+        return 0
+    return gradients_of_embeddings(model, {id(one) for _, block in blocks for one in block.parameters()})
 
 
 def _notes(profiles: Sequence[BlockProfile]) -> tuple[str, ...]:

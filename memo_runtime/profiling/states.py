@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
@@ -42,6 +42,19 @@ def gradients_of_blocks(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]
         counted |= set(own)
         found[name] = sum(gradient_bytes(parameter) for parameter in own.values())
     return found
+
+
+def gradients_of_embeddings(model: nn.Module, inside: Container[int]) -> int:
+    """Bytes of gradients of embeddings that are no head as well, and none of the parameters ``inside`` blocks (ids)."""
+    owned: dict[int, tuple[nn.Parameter, set[bool]]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owned.setdefault(id(parameter), (parameter, set()))[1].add(isinstance(module, nn.Embedding))
+    return sum(
+        gradient_bytes(parameter)
+        for key, (parameter, embeds) in owned.items()
+        if embeds == {True} and key not in inside
+    )
 
 
 def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, device_type: str) -> ModelStates:

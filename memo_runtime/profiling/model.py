@@ -287,10 +287,7 @@ def profile_model(
         host_bytes=host_bytes,
         host_source=host_source,
         link=link,
-        states=replace(
-            measure_states(model, optimizer, device.type),
-            gradients_last=_last_gradients(model, seen) if tiled_loss else 0,
-        ),
+        states=replace(measure_states(model, optimizer, device.type), gradients_last=tiled_loss * _last(model, seen)),
         rows=observer.rows,
         blocks=measured,
         # More than at the start: libraries took further workspaces.
@@ -312,7 +309,7 @@ def profile_model(
     return Measured(profile, observer.laws, observer.pairs, shared_by_all)
 
 
-def _last_gradients(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> int:
+def _last(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> int:
     """Bytes of gradients that come when all ``blocks`` have gone backward, in a causal language model.
 
     Its embeddings are called before the first block, and nowhere else. Those of a decoder behind an encoder are done

@@ -31,9 +31,11 @@ from memo_runtime.units import show_value
 
 logger = logging.getLogger("memo_runtime")
 
+_MORE = "its chunks of logits grow with the tokens, and here are larger than tiles"
+
 
 class Backend(StrEnum):
-    """Who computes the loss; ``auto`` is Liger where it can, else the tiles of this package."""
+    """Who computes the loss; ``auto`` is Liger where it can in no more memory, else the tiles of this package."""
 
     AUTO = "auto"
     LIGER = "liger"
@@ -146,6 +148,11 @@ def _choose(head: Head, criterion: Criterion, reduction: str, backend: str) -> B
         bias=needs_grad and head.bias is not None and head.bias.requires_grad,
     )
     reason = liger.obstacle(head, criterion, reduction=reduction, wanted=wanted)
+    (tokens, width), vocabulary = head.hidden.shape, head.weight.shape[0]
+    if reason is None and asked is Backend.AUTO:
+        # What is forecast is what tiles take; Liger's logits grow, to 16 GiB for two million tokens of a Llama.
+        taken = liger.chunk_bytes(tokens, width, vocabulary, head.compute)
+        reason = _MORE if taken > tiles.largest_bytes(vocabulary, head.compute) else None
     if reason is None:
         return Backend.LIGER
     if asked is Backend.LIGER:

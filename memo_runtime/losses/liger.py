@@ -59,6 +59,15 @@ def obstacle(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted
     return _load()[1] or None
 
 
+def chunk_bytes(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Bytes of the logits [chunk, V] that it has at once for hidden states [tokens, width].
+
+    As many tokens as make them as large as the hidden states, rounded up to a power of two.
+    """
+    share = -(-tokens // -(-vocabulary // width))
+    return min(1 << (share - 1).bit_length(), tokens) * vocabulary * dtype.itemsize
+
+
 def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted) -> tuple[Tensor, Gradients]:
     """Loss (a scalar, float32; 0 for a mean of nothing) and its gradients. Call only without an obstacle."""
     forward, reason = _load()

@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,6 @@ from benchmarks.harness.memory import limit_memory, release
 from benchmarks.harness.provenance import gpu_facts, now, versions
 from benchmarks.harness.subject import OnGradients
 from benchmarks.harness.timing import percentiles
-from memo_runtime.allocator.library import Counts
 from memo_runtime.rehearsal.failure import ran_out
 from memo_runtime.units import parse_bytes, parse_tokens
 
@@ -159,8 +159,9 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, A
     facts: dict[str, Any] = {"notes": notes}
     if report is not None:
         facts |= {
-            "arena": report.planned_peak, "bound": report.lower_bound, "residents": report.resident_bytes,
-            "plans": report.plans,
+            "arena": report.planned_peak, "bound": report.lower_bound, "plans": report.plans,
+            # Weights and the batch, of the longest step.
+            "residents": torch.cuda.memory_allocated(),
         }  # fmt: skip
     return lambda look=None: step(draw.randint(shortest, longest), look), facts
 
@@ -231,9 +232,11 @@ def _measured(one: Step, steps: int, way: str, facts: dict[str, Any]) -> dict[st
 
     one(look)
     torch.cuda.reset_peak_memory_stats()
-    start = planned_allocator().statistics(0).total if way == "planned" else None
-    before = torch.cuda.memory_stats()
-    seconds = [one(None) for _ in range(steps)]
+    before, seconds, counts = torch.cuda.memory_stats(), [], Counter()
+    for _ in range(steps):
+        seconds.append(one(None))
+        if way == "planned":
+            counts.update(asdict(planned_allocator().statistics(0).last_step))
     after = torch.cuda.memory_stats()
     facts |= {
         **percentiles(seconds),
@@ -244,10 +247,10 @@ def _measured(one: Step, steps: int, way: str, facts: dict[str, Any]) -> dict[st
         "device_frees": (after["num_device_free"] - before["num_device_free"]) / steps,
         "retries": after["num_alloc_retries"] - before["num_alloc_retries"],
     }
-    if start is not None:
+    if counts:
         found = planned_allocator().statistics(0)
-        facts |= _shares(start, found.total)
-        facts |= {"last_step": asdict(found.last_step), "arena_bytes": found.arena_bytes}
+        facts |= _shares(counts)
+        facts |= {"timed_steps": dict(counts), "arena_bytes": found.arena_bytes}
         facts["reserved_over"] = facts["peak_reserved"] / (found.arena_bytes + facts["residents"])
         facts["arena_over_bound"] = facts["arena"] / max(1, facts["bound"])
     return facts
@@ -264,14 +267,12 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _pieces(part)
 
 
-def _shares(before: Counts, after: Counts) -> dict[str, float]:
+def _shares(counts: Mapping[str, int]) -> dict[str, float]:
     """Of the requests and bytes of the timed steps, what was served by plan."""
-    requests, size = after.requests - before.requests, after.bytes - before.bytes
-    served, resident = after.served - before.served, after.resident - before.resident
     return {
-        "served_requests": served / max(1, requests),
-        "served_bytes": (after.served_bytes - before.served_bytes) / max(1, size),
-        "planned_requests_served": served / max(1, requests - resident),
+        "served_requests": counts["served"] / max(1, counts["requests"]),
+        "served_bytes": counts["served_bytes"] / max(1, counts["bytes"]),
+        "planned_requests_served": counts["served"] / max(1, counts["requests"] - counts["resident"]),
     }
 
 

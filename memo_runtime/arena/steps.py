@@ -171,6 +171,8 @@ class PlannedSteps:
         self._recording: Recorder | None = None
         self._solving: _Job | None = None
         self._served: tuple[Counts, ArenaPlan] | None = None
+        #: PyTorch's allocator keeps what it served for want of room, which the next placement has.
+        self._spare = False
         #: The latest step had no plan.
         self._missed = True
         self._given_back = allocator.statistics(device).given_back
@@ -317,6 +319,9 @@ class PlannedSteps:
             kind.placements = [one for one in kind.placements if not placement.serves(one.tokens)]
         kind.placements = [*kind.placements[-MOST_KINDS:], placement]
         kind.weak = 0
+        if self._spare:
+            self._spare = False
+            torch.cuda.empty_cache()
         logger.info(
             "memo: %d requests of a step placed in an arena of %s (at least %s) in %.1f s",
             len(plan.rows), format_bytes(plan.size), format_bytes(plan.lower_bound), plan.seconds,
@@ -370,6 +375,7 @@ class PlannedSteps:
         without_room = placement.learn(tokens, plan, self._allocator.misfits(self._device), last)
         if without_room and self._idle and kind.grown < _MOST_GROWN:
             kind.grown += 1
+            self._spare = True
             self._place(kind, placement.sample, placement.pair)
         job = self._solving
         return without_room if job is not None and job.pair is placement.pair else 0

@@ -7,7 +7,7 @@ only if something behind the kernel needs it.
     level    0          1             1               2
 
 An operator is of the level of its latest product; operators of one level are one kernel. Products read and write at
-their own rate, which is measured with them. Views cost nothing.
+their own rate, which is measured with them, but for those so thin that they wait for memory. Views cost nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from memo_runtime.execution.tiled_costs import node_flops
-from memo_runtime.offline.work import Work
+from memo_runtime.offline.work import Work, is_thin
 
 
 @dataclass(slots=True)
@@ -83,11 +83,13 @@ def _one(node: fx.Node, memory: _Memory) -> int:
     made = {key: size for key, size in _storages(node.meta.get("val")) if key not in memory.maker}
     level = max((memory.level[key] for key in given), default=0)
     flops = node_flops(node)
+    thin = bool(flops) and is_thin(node.target, fx.node.map_arg(node.args, lambda one: one.meta["val"]))
     if node.target is torch.ops.aten.copy_.default:
         return _stored(node, memory)
     if not made:
         return flops
-    kernel = None if flops else level
+    # A thin product is a kernel of its own, which reads and writes at the rate of memory.
+    kernel = -1 - len(memory.maker) if thin else None if flops else level
     for key, size in given.items():
         memory.read(key, size, kernel)
     for key, size in made.items():

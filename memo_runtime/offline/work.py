@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memo_runtime.blocks.operators import is_mutable, operator_flops
 from memo_runtime.blocks.rerun import storage_key
+
+#: A product of 16-bit matrices does as many FLOPs a byte as its smallest side has, where the others are far larger.
+#: Below this it waits for memory on any GPU (an A100 has 150 FLOPs for each byte at its peaks, an H100 290).
+_THIN, _FAR = 64, 8
+#: Products by name, and where their two matrices are among the arguments.
+_MATRICES = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.baddbmm": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +72,23 @@ class WorkMeter(TorchDispatchMode):
                 self._note_heads(args[0], args[1])
         else:
             self._matmul += flops
+            self._traffic += _traffic(func, args, kwargs, result) if is_thin(func, args) else 0
         return result
 
     def _note_heads(self, query: torch.Tensor, key: torch.Tensor) -> None:
         rows, heads, _, width = query.shape
         size = rows * width * query.element_size()
         self.heads.append(Heads(heads, key.shape[1], heads * size, key.shape[1] * size))
+
+
+def is_thin(func: Any, args: Sequence[Any]) -> bool:
+    """Whether ``func`` is a product that takes as long as its bytes, and not its FLOPs, such as those of adapters."""
+    first = _MATRICES.get(str(getattr(func, "_overloadpacket", "")))
+    if first is None:
+        return False
+    left, right = args[first : first + 2]
+    small, middle, _ = sorted((left.shape[-2], left.shape[-1], right.shape[-1]))
+    return bool(small < _THIN and _FAR * small <= middle)
 
 
 def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:

@@ -13,8 +13,10 @@ import pytest
 from benchmarks.harness.geometry import make_config
 from memo_runtime.config import longest_tile, make_settings
 from memo_runtime.machines.catalogue import find_machine
+from memo_runtime.offline.planning import plan_at
 from memo_runtime.offline.profile import study_model
 from memo_runtime.offline.subject import subject_named
+from memo_runtime.offline.trainable import trained_in_part
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.tiles import by_tiles
@@ -92,3 +94,16 @@ def test_a_step_by_tiles(case, study):
     assert forecast.recomputed_flops == row["recomputed_flops"]
     assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.05)
     assert forecast.peak_bytes == pytest.approx(row["peak_allocated"], rel=0.001)
+
+
+@pytest.mark.slow
+def test_a_step_with_adapters_of_an_8b():
+    """Its thin products take what their bytes take: by their FLOPs alone it would be 5 % too short."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/harness_step_h200.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row["run"] == "issue7-8b-lora" and row["seq_len"] == 32768)
+    subject = trained_in_part(subject_named("llama-8b"), lora=16, trainable=None)
+    offline = study_model(subject, find_machine("h100-80gb")).at(32768, host_bytes=row["host_budget"], tiles=True)
+    forecast = plan_at(offline, make_settings(policy="tiled", budget=row["budget"])).forecast
+    assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.03)
+    assert forecast.peak_bytes == pytest.approx(row["peak_allocated"], rel=0.01)
+    assert forecast.host_bytes == 0

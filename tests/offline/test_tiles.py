@@ -15,6 +15,7 @@ from memo_runtime.offline.fusion import fused_work
 from memo_runtime.offline.planning import plan_at, with_placement
 from memo_runtime.offline.profile import study_model
 from memo_runtime.offline.subject import subject_named, subject_of
+from memo_runtime.offline.work import WorkMeter
 from memo_runtime.records import Executor
 
 H100 = find_machine("h100-80gb")
@@ -140,3 +141,17 @@ def test_views_cost_nothing():
     work = fused_work(traced(lambda x, w: (x.t().reshape(8, 16) @ w).view(16, 8), (8, 16), (16, 16)))
     assert work.traffic == 2 * 4 * 8 * 16  # reshape copies
     assert fused_work(traced(lambda x: x.t().unsqueeze(0), (8, 16))).traffic == 0
+
+
+def test_a_thin_product_reads_and_writes_as_fast_as_memory():
+    tokens, width, rank = 512, 256, 16
+    work = fused_work(traced(lambda x, a, b: x @ a @ b, (tokens, width), (width, rank), (rank, width)))
+    assert work.matmul == 4 * tokens * width * rank
+    first = tokens * width + width * rank + tokens * rank
+    second = tokens * rank + rank * width + tokens * width
+    assert work.traffic == 4 * (first + second)
+    # Of others it is in the rate of products.
+    assert fused_work(traced(lambda x, w: x @ w, (tokens, width), (width, width))).traffic == 0
+    with WorkMeter() as meter, torch.device("meta"):
+        _ = torch.empty(tokens, width) @ torch.empty(width, rank)
+    assert meter.take().traffic == 4 * first

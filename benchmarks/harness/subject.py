@@ -97,8 +97,8 @@ class Subject:
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.settings.scope == Scope.BLOCKS:
-            # Never stepped: it says that there are no states, where AdamW's would be assumed.
-            return torch.optim.SGD(parameters, lr=0.0)
+            # Never stepped: it says that there are no states and takes no time, where AdamW's would be assumed.
+            return torch.optim.SGD(parameters[:1], lr=0.0)
         return torch.optim.AdamW(parameters, lr=self.settings.learning_rate, fused=self.device.type == "cuda")
 
     @property

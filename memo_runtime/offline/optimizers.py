@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from memo_runtime.errors import ArgumentError
-from memo_runtime.profiling.states import measure_states
-from memo_runtime.profiling.stepping import stepping_of
+from memo_runtime.profiling.states import gradient_bytes, measure_states
+from memo_runtime.profiling.stepping import fused_bytes, stepping_of
 from memo_runtime.records import ModelStates
 
 #: 8-bit states have a scale in float32 for each block of so many (bitsandbytes' block-wise quantisation).
@@ -40,6 +40,15 @@ class Optimizer:
         step = None if self.made is None or not trained else stepping_of(self.made(trained), "cuda")
         stepping = 0 if step is None else step.temporaries
         return replace(found, optimizer=total, optimizer_name=self.name, assumed=False, stepping=stepping)
+
+    def moved(self, model: nn.Module) -> int:
+        """Bytes that its step reads and writes: by one kernel, or as PyTorch's does where that has temporaries."""
+        if self.name == "none":
+            return 0
+        trained = [p for p in model.parameters() if p.requires_grad]
+        step = None if self.made is None or not trained else stepping_of(self.made(trained), "cuda")
+        parameters, states = sum(p.nbytes for p in trained), round(sum(self.size(p) for p in trained))
+        return fused_bytes(parameters, sum(map(gradient_bytes, trained)), states) if step is None else step.moved
 
 
 def _with_master(parameter: nn.Parameter) -> float:

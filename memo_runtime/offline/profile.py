@@ -23,7 +23,7 @@ from memo_runtime.offline.kinds import Kind, check_attention_is_fused, find_kind
 from memo_runtime.offline.loops import note_on_launches
 from memo_runtime.offline.measure import BlockRun, run_block
 from memo_runtime.offline.on_rank import on_rank
-from memo_runtime.offline.optimizers import Optimizer
+from memo_runtime.offline.optimizers import Optimizer, find_optimizer
 from memo_runtime.offline.positions import note_on_positions
 from memo_runtime.offline.ranks import Ranks, choose_ranks
 from memo_runtime.offline.sequences import note_on_sequences, note_on_tables
@@ -69,6 +69,7 @@ class Study:
     optimizer: Optimizer | None
     _tiles: dict[str, tuple[TiledProfile | None, str]] = field(default_factory=dict)
     _states: dict[str, ModelStates] = field(default_factory=dict)
+    _moved: dict[str, int] = field(default_factory=dict)
 
     def tiles(self, kind: str) -> tuple[TiledProfile | None, str]:
         """What the block called ``kind`` takes by tiles, and why it cannot run so; looked at once."""
@@ -85,6 +86,14 @@ class Study:
         if name not in self._states:
             self._states[name] = measure_states(model, None, "cuda") if made is None else made.states(model)
         return self._states[name]
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the optimizer's step reads and writes, AdamW's where none is named; worked out once for each."""
+        made = find_optimizer("adamw") if self.optimizer is None else self.optimizer
+        if made.name not in self._moved:
+            self._moved[made.name] = made.moved(self.subject.model)
+        return self._moved[made.name]
 
     def at(self, tokens: int, *, host_bytes: int | None = None, tiles: bool = False) -> Offline:
         """The profile of one rank for a step on ``tokens`` tokens.
@@ -278,7 +287,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
         loss_peak=loss,
         result=result_bytes(model, behind, rows, hidden_bytes / local, tiled_loss=subject.tiled_loss),
-        outside_seconds=_outside_seconds(made, machine, rows),
+        outside_seconds=_outside_seconds(made, machine, rows, study.moved // gpus),
         norm_behind=made.norm_behind,
         notes=(*_notes(machine, ranks), *_note_on_precision(made.wide, machine)),
     )
@@ -306,11 +315,13 @@ def _shared(blocks: Sequence[BlockProfile], call: BlockCall, tokens: int) -> Gro
     return Growth(constant=by_dims[0], linear=by_dims[1] / tokens, quadratic=by_dims[2] / tokens**2)
 
 
-def _outside_seconds(made: Structure, machine: Machine, rows: int) -> Growth:
-    """Head and loss, forward and backward: their products, and what logits move."""
-    shares = machine.shares
-    products = rows * made.flops_outside_called / (machine.peak_flops * shares.matmul)
-    return Growth(linear=products + _LOGIT_TRAFFIC * rows * made.logits / (machine.memory_rate * shares.elementwise))
+def _outside_seconds(made: Structure, machine: Machine, rows: int, moved: int) -> Growth:
+    """Head and loss, forward and backward: their products, and what logits move; and the optimizer's step, which moves
+    ``moved`` bytes.
+    """
+    rate = machine.memory_rate * machine.shares.elementwise
+    products = rows * made.flops_outside_called / (machine.peak_flops * machine.shares.matmul)
+    return Growth(constant=moved / rate, linear=products + _LOGIT_TRAFFIC * rows * made.logits / rate)
 
 
 def _model_flops(kinds: Sequence[Kind], made: Structure, tokens: int) -> int:

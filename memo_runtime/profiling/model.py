@@ -33,6 +33,7 @@ from memo_runtime.profiling.machine import (
     usable_device_bytes,
 )
 from memo_runtime.profiling.measured import Measured
+from memo_runtime.profiling.optimizer_time import with_optimizer
 from memo_runtime.profiling.outside import loss_peak, outside_peak, outside_seconds, result_bytes
 from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
@@ -274,6 +275,7 @@ def profile_model(
     hidden, observer.hidden = observer.hidden, None
     hidden_bytes = hidden.numel() * hidden.element_size() if hidden is not None else 0
     seconds = outside_seconds(model, measured, observer.rows, hidden, tiled_loss=tiled_loss)
+    seconds = with_optimizer(seconds, model, optimizer)
     del hidden
     shared = observer.shared_growth(tokens)
     outside = max(0, (observer.allocated or start) - start - shared.at(tokens))

@@ -25,10 +25,18 @@ _RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """Bytes of ``states`` that stay, and of ``temporaries`` at the highest point of a step."""
+    """Bytes of ``states`` that stay, of ``temporaries`` at the highest point of a step, and those that it reads and
+    writes (``moved``).
+    """
 
     states: int
     temporaries: int
+    moved: int
+
+
+def fused_bytes(parameters: int, gradients: int, states: int) -> int:
+    """What a step by one kernel reads and writes: parameters and states both ways, gradients once."""
+    return 2 * parameters + gradients + 2 * states
 
 
 def state_bytes(state: Any, device_type: str) -> int:
@@ -45,7 +53,7 @@ def state_bytes(state: Any, device_type: str) -> int:
 
 def stepping_of(optimizer: torch.optim.Optimizer, device_type: str) -> Stepping | None:
     """What ``optimizer`` takes on a device of ``device_type``; None: its class does not step without data."""
-    states = temporaries = 0
+    states = temporaries = moved = 0
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
         if not trained:
@@ -57,7 +65,9 @@ def stepping_of(optimizer: torch.optim.Optimizer, device_type: str) -> Stepping 
         states += found.states
         # A fused step has no temporaries, whatever the twin that stands for it takes.
         temporaries = max(temporaries, 0 if group.get("fused") else found.temporaries)
-    return Stepping(states, temporaries)
+        size = sum(getattr(p, "_local_tensor", p).nbytes for p in trained)
+        moved += fused_bytes(size, size, found.states) if group.get("fused") else found.moved
+    return Stepping(states, temporaries, moved)
 
 
 def _at_once(
@@ -93,18 +103,20 @@ def _tried(
     with _Alive() as alive:
         # The first makes states, some classes only in part; others go on from what the first has left.
         for _ in range(2):
-            alive.peak = alive.now
+            alive.peak, alive.moved = alive.now, 0
             twin.step()
             most = max(most, alive.peak - alive.now)
-    return Stepping(sum(state_bytes(twin.state[one], "meta") for one in stand_ins), most)
+    return Stepping(sum(state_bytes(twin.state[one], "meta") for one in stand_ins), most, alive.moved)
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors on meta that operators make, for as long as somebody holds them."""
+    """Counts the bytes of tensors on meta that operators make, for as long as somebody holds them, and those that
+    operators read and write.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = self.moved = 0
         self._holders: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -114,7 +126,8 @@ class _Alive(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0
         result = func(*args, **(kwargs or {}))
-        given = {_key(one) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        given = {_key(one): one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        self.moved += _moved(func, args, given, result)
         for one in tree_leaves(result):
             if isinstance(one, torch.Tensor) and one.is_meta and (_key(one) in self._holders or _key(one) not in given):
                 self._hold(one)
@@ -133,6 +146,17 @@ class _Alive(TorchDispatchMode):
         if not self._holders[key]:
             del self._holders[key]
             self.now -= size
+
+
+def _moved(func: Any, args: tuple[Any, ...], given: Mapping[int, torch.Tensor], result: Any) -> int:
+    """Bytes that ``func`` reads and writes; a view does neither."""
+    named = zip(func._schema.arguments, args, strict=False)
+    into = [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
+    made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor) and _key(one) not in given]
+    if not into and not made:
+        return 0
+    written = [one for one in tree_leaves(into) if isinstance(one, torch.Tensor)]
+    return sum(one.nbytes for one in (*given.values(), *written, *made))
 
 
 def _key(tensor: torch.Tensor) -> int:

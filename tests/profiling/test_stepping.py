@@ -114,3 +114,22 @@ def test_a_class_that_needs_data_says_nothing():
     model = nn.Linear(4, 4)
     found = measure_states(model, Reading(model.parameters(), lr=0.1), "cuda")
     assert (found.assumed, found.optimizer_name, found.stepping) == (True, "AdamW", 0)
+
+
+def moved(optimizer) -> int:
+    found = stepping_of(optimizer, "cuda")
+    assert found is not None
+    return found.moved
+
+
+def test_what_a_step_reads_and_writes() -> None:
+    weights = [nn.Parameter(torch.zeros(64, 32)), nn.Parameter(torch.zeros(1000))]
+    size = sum(one.nbytes for one in weights)
+    # Parameters both ways, gradients, and of AdamW two states both ways.
+    fused = moved(torch.optim.AdamW(weights, fused=True))
+    assert 0 <= fused - (2 + 1 + 4) * size < 1024  # step counters
+    # PyTorch's other steps go over all of it again for each operator.
+    assert moved(torch.optim.AdamW(weights, foreach=True)) > 1.5 * fused
+    # A parameter is read and written, its gradient read.
+    assert moved(torch.optim.SGD(weights, lr=0.1, foreach=False)) == 3 * size
+    assert moved(torch.optim.SGD(weights, lr=0.1)) == 3 * size

@@ -1,6 +1,7 @@
 """A traced graph made into one of pure operators: no writes, no modes, no random draws, no views that may fail.
 
-* An operator that writes to its argument becomes the one that yields a new value, where nothing else sees the write.
+* An operator that writes to its argument becomes one that yields a new value (``writes.py``).
+* A tensor that is made from Python data becomes an operator without arguments that makes it (``constants.py``).
 * Dropout becomes a product with a mask that is an input of the graph: a tile that is rebuilt, in another segment or in
   backward, must drop the same elements.
 * ``view`` becomes ``reshape``: a tile of a tensor has gaps in memory where the whole has none.
@@ -15,8 +16,10 @@ import torch
 from torch import fx
 
 from memo_runtime.blocks.operators import pin_kind
+from memo_runtime.capture.constants import lift_constants
 from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.trace import NEEDS_GRAD, Trace
+from memo_runtime.capture.writes import without_writes
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.records import PinKind
 
@@ -46,13 +49,10 @@ def make_functional(trace: Trace) -> tuple[Draw, ...]:
             dropout, or switches gradients or autocast in a way that tiles could not follow.
     """
     graph = trace.graph
+    lift_constants(graph)
+    # Before modes, so that what was written with a gradient is seen to have one where it is read without.
+    without_writes(graph, trace.token)
     _drop_modes(graph)
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            raise CaptureRefusedError(str(node.target), "a tensor made from Python data is part of the trace")
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            _without_write(graph, node)
     draws = _lift_dropout(trace)
     for node in graph.nodes:
         if node.op != "call_function":
@@ -98,41 +98,7 @@ def _erase_autocast(graph: fx.Graph, node: fx.Node, name: str) -> None:
 
 def _floating(value: Any) -> bool:
     values = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(one, torch.Tensor) and one.is_floating_point() for one in values)
-
-
-def _storage(value: Any) -> int | None:
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def _without_write(graph: fx.Graph, node: fx.Node) -> None:
-    name = operator_name(node)
-    target = node.args[0]
-    assert isinstance(target, fx.Node), "operators write to a value"
-    pure = _pure_overload(node)
-    if pure is None:
-        raise CaptureRefusedError(name, "it writes to its argument and has no form that does not")
-    order = {one: index for index, one in enumerate(graph.nodes)}
-    storage = _storage(target.meta["val"])
-    for other in list(graph.nodes)[: order[node]]:
-        if _storage(other.meta.get("val")) != storage:
-            continue
-        if other.op == "placeholder":
-            raise CaptureRefusedError(name, "it writes to an argument, a parameter or a buffer of the block")
-        if other is not target and any(order[user] > order[node] for user in other.users):
-            raise CaptureRefusedError(name, "it writes to a value of which a view is used afterwards")
-    node.target = pure
-    for user in list(target.users):
-        if order[user] > order[node]:
-            user.replace_input_with(target, node)
-
-
-def _pure_overload(node: fx.Node) -> Any:
-    packet, overload = operator_name(node).removeprefix("aten."), node.target._overloadname  # type: ignore[union-attr]
-    if not packet.endswith("_"):
-        return None
-    found = getattr(getattr(aten, packet[:-1], None), overload, None)
-    return None if found is None or found._schema.is_mutable else found
+    return any(isinstance(one, torch.Tensor) and (one.is_floating_point() or one.is_complex()) for one in values)
 
 
 def _lift_dropout(trace: Trace) -> list[Draw]:

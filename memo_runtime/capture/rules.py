@@ -136,8 +136,8 @@ def follow(node: fx.Node, axes: Mapping[fx.Node, AxisTree], token: TokenSymbol) 
 # ---- rules
 
 
-def _aligned(tensors: Sequence[tuple[torch.Tensor, Axis]], result: torch.Tensor) -> Axis:
-    """Axis of the broadcast of ``tensors``: all must have tokens at the same place, counted from the last dimension."""
+def _aligned(tensors: Sequence[tuple[torch.Tensor, Axis]], dims: int) -> Axis:
+    """Axis of the broadcast of ``tensors`` to ``dims`` dimensions: all have tokens at the same place from the end."""
     places = {(a.dim - value.dim(), a.outer, a.inner) for value, a in tensors if isinstance(a, TokenAxis)}
     if not places:
         return None
@@ -147,11 +147,11 @@ def _aligned(tensors: Sequence[tuple[torch.Tensor, Axis]], result: torch.Tensor)
     for value, axis in tensors:
         if axis is None and value.dim() >= -place and value.shape[place] != 1:
             raise NotTokenWiseError("an argument without tokens has values along the token dimension")
-    return at(place + result.dim(), outer, inner)
+    return at(place + dims, outer, inner)
 
 
 def _pointwise(op: Operator) -> AxisTree:
-    return _aligned(op.tensors(), op.result)
+    return _aligned(op.tensors(), op.result.dim())
 
 
 def _same(op: Operator) -> AxisTree:
@@ -192,7 +192,7 @@ def _squeeze(op: Operator) -> AxisTree:
 
 
 def _expand(op: Operator) -> AxisTree:
-    return _aligned([(op.arguments["self"].meta["val"], op.moving())], op.result)
+    return _aligned([(op.arguments["self"].meta["val"], op.moving())], op.result.dim())
 
 
 def _off_axis(op: Operator) -> AxisTree:
@@ -296,7 +296,7 @@ def _addmm(op: Operator) -> AxisTree:
     product = _product(op, left, right)
     added = op.arguments["self"].meta["val"]
     return _aligned([(op.result, product if isinstance(product, TokenAxis) else None), (added, op.axis("self"))],
-                    op.result)  # fmt: skip
+                    op.result.dim())  # fmt: skip
 
 
 def _norm(op: Operator) -> AxisTree:
@@ -317,9 +317,54 @@ def _embedding(op: Operator) -> AxisTree:
 
 
 def _gather(op: Operator) -> AxisTree:
-    axis = _aligned(op.tensors(["self", "index"]), op.result)
-    if not isinstance(axis, TokenAxis) or op.dim() == axis.dim or op.axis("self") != op.axis("index"):
+    """``gather`` and ``scatter``: each token's own values, by numbers of its own."""
+    parts = op.tensors(["self", "index", "src"])
+    axis = _aligned(parts, op.result.dim())
+    if not isinstance(axis, TokenAxis) or op.dim() == axis.dim or len({one for _, one in parts}) > 1:
         raise NotTokenWiseError("it gathers along the token dimension")
+    return axis
+
+
+def _index(op: Operator) -> AxisTree:
+    """Values picked by tensors of numbers: of every token the same ones, or for every token some of what has none."""
+    used = [dim for dim, one in enumerate(op.arguments["indices"]) if one is not None]
+    picked = op.tensors(["indices"])
+    if any(value.dtype in (torch.bool, torch.uint8) for value, _ in picked):
+        raise NotTokenWiseError("how many values it picks depends on data")
+    count = max(value.dim() for value, _ in picked)
+    together = used == list(range(used[0], used[-1] + 1))
+    first = used[0] if together else 0
+    axis, found = op.axis("self"), _aligned(picked, count)
+    if axis is None and isinstance(found, TokenAxis):
+        return at(first + found.dim, found.outer, found.inner)
+    if not isinstance(axis, TokenAxis) or isinstance(found, TokenAxis) or axis.dim in used:
+        raise NotTokenWiseError("it picks tokens")
+    before = axis.dim - sum(dim < axis.dim for dim in used)
+    return at(before + (count if first <= before else 0), axis.outer, axis.inner)
+
+
+def _slice_scatter(op: Operator) -> AxisTree:
+    axis = _aligned(op.tensors(["self", "src"]), op.result.dim())
+    if not isinstance(axis, TokenAxis) or op.dim() == axis.dim:
+        raise NotTokenWiseError("it writes to a part of the tokens")
+    return axis
+
+
+def _select_scatter(op: Operator) -> AxisTree:
+    ((whole, axis), (part, written)), dim = op.tensors(["self", "src"]), op.dim()
+    if isinstance(written, TokenAxis):
+        written = at(written.dim + (dim <= written.dim), written.outer, written.inner)
+    axis = _aligned([(whole, axis), (part.unsqueeze(dim), written)], op.result.dim())
+    if not isinstance(axis, TokenAxis) or dim == axis.dim:
+        raise NotTokenWiseError("it writes to single tokens")
+    return axis
+
+
+def _complex(op: Operator) -> AxisTree:
+    """Pairs of numbers in the last dimension become one number."""
+    axis = op.moving()
+    if axis.dim == len(op.shape()) - 1:
+        raise NotTokenWiseError("it takes tokens for parts of numbers")
     return axis
 
 
@@ -335,12 +380,12 @@ def _attention(op: Operator) -> AxisTree:
         raise NotTokenWiseError("every query meets every token")
     count = len(op.shape("query"))
     if query.dim < count - 2:
-        return _aligned(op.tensors(), op.result)
+        return _aligned(op.tensors(), op.result.dim())
     if query.dim == count - 1 or keys or values or op.arguments.get("is_causal"):
         raise NotTokenWiseError("every token meets every other")
     if op.arguments.get("attn_mask") is not None:
         mask = op.arguments["attn_mask"].meta["val"]
-        _aligned([(op.arguments["query"].meta["val"], query), (mask, op.axis("attn_mask"))], op.result)
+        _aligned([(op.arguments["query"].meta["val"], query), (mask, op.axis("attn_mask"))], op.result.dim())
     return query
 
 
@@ -399,8 +444,9 @@ def _named(rule: Rule, names: str) -> dict[str, Rule]:
 
 _RULES: dict[str, Rule] = {
     **_named(_pointwise, "where masked_fill type_as clamp expand_as"),
-    **_named(_same, "contiguous clone detach alias to _to_copy zeros_like ones_like full_like lift_fresh_copy float"
-                    " dropout native_dropout"),
+    **_named(_same, "contiguous clone detach alias to _to_copy zeros_like ones_like full_like empty_like"
+                    " lift_fresh_copy float fill zero dropout native_dropout view_as_real real imag"
+                    " conj _conj resolve_conj"),
     **_named(_reshape, "view reshape _unsafe_view flatten unflatten"),
     **_named(_transpose, "transpose t swapaxes"),
     **_named(_permute, "permute"),
@@ -419,8 +465,12 @@ _RULES: dict[str, Rule] = {
     **_named(_addmm, "addmm baddbmm"),
     **_named(_norm, "layer_norm rms_norm native_layer_norm"),
     **_named(_embedding, "embedding"),
-    **_named(_gather, "gather"),
-    **_named(_created, "zeros ones full new_zeros new_ones new_full scalar_tensor"),
+    **_named(_gather, "gather scatter scatter_add"),
+    **_named(_complex, "view_as_complex"),
+    **_named(_index, "index"),
+    **_named(_slice_scatter, "slice_scatter"),
+    **_named(_select_scatter, "select_scatter"),
+    **_named(_created, "zeros ones full new_zeros new_ones new_full new_empty scalar_tensor"),
     **_named(_attention, "scaled_dot_product_attention"),
     **_named(_mirror, "flip roll"),
     **_named(_pad, "constant_pad_nd pad"),

@@ -37,7 +37,7 @@ from memo_runtime.records import TokenAxis
 #: Operators whose arguments may be sizes; elsewhere a number of tokens would be a number in a formula.
 _SIZED = (
     "reshape", "view", "expand", "flatten", "unflatten", "slice", "zeros", "ones", "full", "new_zeros", "new_ones",
-    "new_full", "broadcast_to", "split", "split_with_sizes", "narrow",
+    "new_full", "new_empty", "broadcast_to", "split", "split_with_sizes", "narrow",
 )  # fmt: skip
 PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
 MIXERS = ("aten.scaled_dot_product_attention",)

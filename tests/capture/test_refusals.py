@@ -16,7 +16,6 @@ REFUSED = {
     blocks.StraightThrough: ("autograd.Function 'Round'", "backward"),
     blocks.TensorHook: ("Tensor.register_hook", "hook"),
     blocks.WritesInput: ("aten.mul_", "writes to an argument"),
-    blocks.WritesView: ("aten.add_", "view"),
     blocks.Counts: ("aten.add_", "buffer"),
     blocks.CountsInPython: ("attribute 'calls'", "changes when the block runs"),
     blocks.AppendsALoss: ("global 'LOSSES' of tests.capture.blocks", "changes when the block runs"),

@@ -127,7 +127,8 @@ class _Splitter:
         self.tile: set[fx.Node] = set()
         self.mixed: list[fx.Node] = []
         self.whole: set[fx.Node] = set()  # available at full length: arguments, fixed, weight
-        self.row_axes: dict[fx.Node, TokenAxis] = {}
+        self.row_axes: dict[fx.Node, AxisTree] = {}
+        #: Values of which rows of scores take rows of their own, and the operator that does.
         self.row_source: dict[fx.Node, fx.Node] = {}
 
     # ---- one value
@@ -295,19 +296,38 @@ class _Splitter:
             if one not in self.axes:
                 raise CaptureRefusedError(operator_name(node), "a size is used between products of attention")
             axes[one] = self.row_axes.get(one) or self._row_axis_of(one, moving=one is left)
-        try:
-            axis = follow(node, axes, self.token)
-        except NotTokenWiseError as error:
-            raise CaptureRefusedError(operator_name(node), f"in attention that is written out: {error}") from error
-        dims = self.token.dims(node.meta["val"]) if isinstance(node.meta["val"], torch.Tensor) else []
-        if not isinstance(axis, TokenAxis) or axis.dim not in dims or axis.outer * axis.inner != 1:
-            raise CaptureRefusedError(operator_name(node), "queries cannot be followed through it")
+        axis = self._follow_row(node, axes)
+        value: Any = node.meta["val"]
+        for one, its in zip(value, axis, strict=True) if isinstance(axis, tuple) else [(value, axis)]:
+            dims = self.token.dims(one) if isinstance(one, torch.Tensor) else []
+            if not isinstance(its, TokenAxis) or its.dim not in dims or its.outer * its.inner != 1:
+                raise CaptureRefusedError(operator_name(node), "queries cannot be followed through it")
         self.row_axes[node] = axis
-        if len(dims) > 1:
+        if isinstance(axis, TokenAxis) and len(self.token.dims(value)) > 1:
             self.axes[node] = SQUARE
             return
         self.axes[node] = axis
-        self._close_rows(node, axis)
+        if isinstance(axis, TokenAxis) and not self._meets_scores(node):
+            self._close_rows(node, axis)
+
+    def _follow_row(self, node: fx.Node, axes: dict[fx.Node, AxisTree]) -> AxisTree:
+        """Axis of a value of attention that is written out; what else has tokens is used whole, or by rows too."""
+        try:
+            return follow(node, axes, self.token)
+        except NotTokenWiseError as error:
+            refusal = CaptureRefusedError(operator_name(node), f"in attention that is written out: {error}")
+            refusal.__cause__ = error
+        others = [one for one, axis in axes.items() if axis is None and isinstance(self.axes[one], TokenAxis)]
+        try:
+            found = follow(node, axes | {one: self.axes[one] for one in others}, self.token)
+        except NotTokenWiseError:
+            raise refusal from refusal.__cause__
+        self.row_source |= dict.fromkeys(others, node)
+        return found
+
+    def _meets_scores(self, node: fx.Node) -> bool:
+        """A number for each row of scores that goes back to them, as the largest one, which a softmax subtracts."""
+        return any(one in self.row_axes for user in node.users for one in user.all_input_nodes if one is not node)
 
     def _row_axis_of(self, node: fx.Node, *, moving: bool) -> AxisTree:
         if moving:
@@ -319,7 +339,7 @@ class _Splitter:
 
     def _close_rows(self, node: fx.Node, axis: TokenAxis) -> None:
         """The product with the values is over: everything since the scores is one stage."""
-        inside, sources = self._walk([node], {one for one in self.row_axes if self.axes[one] is SQUARE} | {node})
+        inside, sources = self._walk([node], set(self.row_axes) | {node})
         rows: dict[fx.Node, TokenAxis | None] = {}
         for one in sources:
             if one in self.row_source and _used_whole(one, self.row_source[one], inside):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.axes import rows
@@ -75,7 +76,8 @@ def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> i
     """Tokens of a tile of ``segment``: ``tile``, or fewer where each takes a row of scores."""
     if not segment.by_rows:
         return tile
-    sizes = ([int(captured.size(size, tokens)) for size in node.meta["val"].shape] for node in segment.nodes)
+    values = [one for node in segment.nodes for one in _pytree.tree_leaves(node.meta["val"])]
+    sizes = ([int(captured.size(size, tokens)) for size in one.shape] for one in values)
     scores = max(math.prod(one) // tokens for one in sizes)
     return max(1, min(tile, MAX_SCORES // max(1, scores)))
 

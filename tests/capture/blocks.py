@@ -272,6 +272,23 @@ class MaskByTiles(Part):
         return self.finish(x * mask.diagonal(dim1=-2, dim2=-1).mean(1)[..., None], merge_heads(mixed))
 
 
+class Sinks(Part):
+    """Attention by products: scores scaled by each query, with a learned one more, less the largest of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.scale = nn.Linear(WIDTH, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) * self.scale(x).transpose(1, 2).unsqueeze(-1)
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], -1)
+        scores = torch.cat((scores, sinks), dim=-1)
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        return self.finish(x, merge_heads(torch.softmax(scores, -1)[..., :-1] @ v))
+
+
 class MaskOfRows(Part):
     """A mask for each row of the batch, or for all of them, without a dimension of heads."""
 

@@ -23,7 +23,7 @@ BLOCKS = [
     hand_written.Attention, hand_written.TwoMixers, hand_written.NoMixer, hand_written.OwnPositions,
     hand_written.BufferedMask, hand_written.DictOutput, hand_written.TimeFirst, hand_written.Normalised,
     hand_written.Twice, blocks.Detached, blocks.LearnedBias, blocks.PassThrough, blocks.AnotherWay,
-    blocks.Tables, blocks.WritesView,
+    blocks.Tables, blocks.WritesView, blocks.Sinks,
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -71,10 +72,8 @@ class TokenSymbol:
 
     def at(self, size: Any, tokens: int) -> int | float | bool:
         """The value of ``size`` for a number of tokens."""
-        value = sympy.sympify(self.expression(size)).subs(self.symbol, tokens)
-        if value in (sympy.true, sympy.false):
-            return bool(value)
-        return int(value) if value.is_Integer else float(value)
+        node = getattr(size, "node", None)
+        return _value(node.expr, self.symbol, tokens) if node is not None else int(size)
 
     def dims(self, value: torch.Tensor) -> list[int]:
         """Dimensions of ``value`` that grow with tokens."""
@@ -112,6 +111,14 @@ class TokenSymbol:
                 raise NotTokenWiseError("the token dimension has another size than expected")
         elif dims:
             raise NotTokenWiseError("a value without tokens grows with them")
+
+
+@lru_cache(maxsize=4096, typed=True)  # asked of few sizes, by everything that runs by tiles
+def _value(expression: sympy.Expr, symbol: sympy.Symbol, tokens: int) -> int | float | bool:
+    value = sympy.sympify(expression).subs(symbol, tokens)
+    if value in (sympy.true, sympy.false):
+        return bool(value)
+    return int(value) if value.is_Integer else float(value)
 
 
 def reshaped(before: Sequence[Any], axis: TokenAxis, after: Sequence[Any], token: TokenSymbol) -> TokenAxis:

@@ -10,17 +10,36 @@ from torch import fx
 
 #: A program: tensors in, a tuple out.
 Program = Callable[..., tuple[Any, ...]]
+#: Makes a program of a graph, which nobody changes any more.
+Compiler = Callable[[fx.Graph], Program]
 
 
-def run_eagerly(module: fx.GraphModule) -> Program:
+def as_module(graph: fx.Graph) -> fx.GraphModule:
+    """``graph`` as code, which is written here: it must be whole."""
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def run_eagerly(graph: fx.Graph) -> Program:
     """A program as PyTorch runs it, operator by operator."""
-    program: Program = module.forward
-    return program
+    return _Eager(graph)
 
 
-def compiled(module: fx.GraphModule) -> Program:
+def compiled(graph: fx.Graph) -> Program:
     """A program through ``torch.compile``: norms, rotary embeddings and gates fuse."""
-    return _Compiled(module)
+    return _Compiled(as_module(graph))
+
+
+class _Eager:
+    """A program whose code is written when it first runs: of those that are traced for what they take none does."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._program: Program | None = None
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        if self._program is None:
+            self._program = as_module(self._graph).forward
+        return self._program(*tensors)
 
 
 class _Compiled:

@@ -11,14 +11,14 @@ and the GEMM writes to the rows, or adds to what the program has put there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from memo_runtime.execution.compilers import Program
+from memo_runtime.execution.compilers import Compiler, Program
 from memo_runtime.execution.tiled_costs import node_flops
 from memo_runtime.execution.tiled_rows import is_dense, same_memory
 
@@ -86,12 +86,7 @@ class Placed:
         return yielded[self.factors :]
 
 
-def as_module(graph: fx.Graph) -> fx.GraphModule:
-    """``graph`` as compilers take it: its code is written here, so it must be whole."""
-    return fx.GraphModule(torch.nn.Module(), graph)
-
-
-def placed(graph: fx.Graph, count: int, compiler: Callable[[fx.GraphModule], Program]) -> Placed:
+def placed(graph: fx.Graph, count: int, compiler: Compiler) -> Placed:
     """The program whose first ``count`` results are written to as many inputs behind its own, through ``compiler``."""
     (end,) = (node for node in graph.nodes if node.op == "output")
     results = list(end.args[0])
@@ -117,7 +112,7 @@ def placed(graph: fx.Graph, count: int, compiler: Callable[[fx.GraphModule], Pro
             _write(graph, place, source, first)
     end.args = ((*factors, *results[count:]),)
     _erase_unused(graph, results[:count])
-    return Placed(compiler(as_module(graph)), tuple(products), len(factors), flops)
+    return Placed(compiler(graph), tuple(products), len(factors), flops)
 
 
 def _write(graph: fx.Graph, place: fx.Node, source: fx.Node, first: fx.Node) -> None:

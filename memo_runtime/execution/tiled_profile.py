@@ -20,7 +20,7 @@ from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, kept_values
 from memo_runtime.capture.split import Mixer, Segment, mixed_values
-from memo_runtime.execution.compilers import Program, run_eagerly
+from memo_runtime.execution.compilers import Compiler, run_eagerly
 from memo_runtime.execution.mixers.attention import (
     Kernel,
 )
@@ -233,7 +233,7 @@ def tile_programs(
     tile: int,
     autocast: AutocastState,
     *,
-    compiler: Callable[[fx.GraphModule], Program] = run_eagerly,
+    compiler: Compiler = run_eagerly,
     by_token: Collection[fx.Node] = (),
     fused: bool = False,
 ) -> tuple[Programs, int]:

@@ -33,9 +33,9 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept, owned, run_again
 from memo_runtime.capture.split import Segment
-from memo_runtime.execution.compilers import Program, run_eagerly
+from memo_runtime.execution.compilers import Compiler, Program, run_eagerly
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
-from memo_runtime.execution.tiled_places import Placed, as_module, placed, viewed_product
+from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -149,7 +149,7 @@ def make_programs(
     tokens: int,
     autocast: AutocastState,
     *,
-    compiler: Callable[[fx.GraphModule], Program],
+    compiler: Compiler,
     fused: bool = False,
 ) -> Programs:
     """Trace segment number ``stage`` for tiles like ``sources``, with the choices that it borrows behind them.
@@ -191,12 +191,12 @@ def make_programs(
     )
     run_forward = placed(forward, len(outputs), compiler)
     return Programs(
-        casts=run_eagerly(as_module(_part(graph, inputs[: len(sources)], casts))),
+        casts=run_eagerly(_part(graph, inputs[: len(sources)], casts)),
         forward=run_forward,
         forward_keep=placed(forward_keep, len(outputs), compiler),
         rebuild=placed(rebuild, len(outputs), compiler) if rebuild is not None else run_forward,
-        backward=compiler(as_module(backward)),
-        backward_kept=compiler(as_module(backward_kept)),
+        backward=compiler(backward),
+        backward_kept=compiler(backward_kept),
         choices=len(choices),
         places=places,
         layouts=layouts,
@@ -210,33 +210,49 @@ def _trace(
     """(the graph of outputs, choices, and a gradient or None of each source; what gradients of outputs look like)."""
     segment, wanted = captured.segment(stage), captured.stages.differentiable
     needs = [node in wanted for node in segment.sources]
+    tangents: list[torch.Tensor] = []
     mode = FakeTensorMode()
+    mode.cache_enabled = False  # hardly anything in a tile is done twice
 
-    def joint(inputs: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[Any]:
-        leaves = [one.detach().requires_grad_(need) for one, need in zip(inputs, needs, strict=False)]
-        outputs, chosen = segment_outputs(captured, stage, [*leaves, *inputs[len(leaves) :]], tokens)
+    def joint(inputs: list[torch.Tensor]) -> list[Any]:
+        outputs, chosen = segment_outputs(captured, stage, inputs, tokens)
+        # What they look like is known once outputs are there; they become inputs of the graph afterwards.
+        tangents.extend(_alike(out) for out in outputs)
         pairs = [(out, tangent) for out, tangent in zip(outputs, tangents, strict=True) if out.requires_grad]
-        sought = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        sought = [one for one, need in zip(inputs, needs, strict=False) if need]
         found: tuple[Any, ...] = (None,) * len(sought)
         if pairs and sought:
             results, grads = zip(*pairs, strict=True)
             found = torch.autograd.grad(results, sought, grads, allow_unused=True)
         each = iter(found)
-        return [*(out.detach() for out in outputs), *chosen, *(next(each) if need else None for need in needs)]
+        return [*tangents, *outputs, *chosen, *(next(each) if need else None for need in needs)]
 
     one_thread = torch.autograd.set_multithreading_enabled(False)
     # Anomaly mode asks gradients whether they are NaN, and these have no values.
     no_questions = torch.autograd.set_detect_anomaly(False)
     with TRACING, mode, torch.enable_grad(), autocast.uncached().restored(), one_thread, no_questions:
         fakes = [_alike(one) for one in sources]
-        with torch.no_grad():
-            shapes, _ = segment_outputs(captured, stage, fakes, tokens)
-        tangents = [_alike(one) for one in shapes]
-        module: fx.GraphModule = make_fx(joint, tracing_mode="real")(fakes, tangents)
+        for one, need in zip(fakes, needs, strict=False):
+            one.requires_grad_(need)
+        module: fx.GraphModule = make_fx(joint, tracing_mode="real")(fakes)
     for node in list(module.graph.nodes):
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+    _results_to_inputs(module.graph, len(tangents))
     return module, tuple(_on_meta(one) for one in tangents)
+
+
+def _results_to_inputs(graph: fx.Graph, count: int) -> None:
+    """Make the first ``count`` results of ``graph`` inputs, behind those that it has."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    results = list(output.args[0])
+    output.args = (results[count:],)
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        given = [graph.placeholder(f"result_{number}") for number in range(count)]
+    for node, one in zip(results, given, strict=False):
+        one.meta = dict(node.meta)
+        node.replace_all_uses_with(one)
+        graph.erase_node(node)
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
-from memo_runtime.execution.compilers import Program, run_eagerly
+from memo_runtime.execution.compilers import Compiler, run_eagerly
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.tiled_chain import Input, Yielded, result_stage
@@ -46,7 +46,7 @@ from memo_runtime.records import TokenAxis
 class ProgramCache:
     """Programs by segment and tile size; blocks with the same graph share one."""
 
-    def __init__(self, compiler: Callable[[fx.GraphModule], Program]) -> None:
+    def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._programs: dict[tuple[Any, ...], Programs] = {}
         #: Signatures of captures that were compared with their modules.

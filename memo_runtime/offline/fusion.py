@@ -18,24 +18,24 @@ from typing import Any
 import torch
 from torch import fx
 
+from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled_costs import node_flops
 from memo_runtime.offline.work import Work, is_thin
 
 
 @dataclass(slots=True)
 class FusedWork:
-    """A program of ``torch.compile`` that is counted and not compiled: it runs as ``module`` does."""
+    """A program of ``torch.compile`` that is counted and not compiled: it runs as ``graph`` says."""
 
-    module: fx.GraphModule
+    graph: fx.Graph
     work: Work = field(init=False)
 
     def __post_init__(self) -> None:
-        self.work = fused_work(self.module.graph)
+        self.work = fused_work(self.graph)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Run it, operator by operator."""
-        result: tuple[Any, ...] = self.module.forward(*tensors)
-        return result
+        return run_eagerly(self.graph)(*tensors)
 
 
 @dataclass(slots=True)

@@ -166,7 +166,7 @@ def _rows(captured: Captured, segment: Segment, node: fx.Node, tokens: int, tile
 def _gradients(captured: Captured, segment: Segment, programs: Programs, tokens: int, tile: int) -> Work:
     """What adding up the gradients of one tile takes: those of rows are written once, those of weights are sums."""
     assert isinstance(programs.backward, FusedWork)
-    results = _results(programs.backward.module)
+    results = _results(programs.backward.graph)
     flops = traffic = 0
     for node, place in zip(segment.sources, programs.places, strict=True):
         if place is None:
@@ -191,6 +191,6 @@ def _flops(left: torch.Tensor, right: torch.Tensor) -> int:
     return 2 * int(left.numel()) * int(right.shape[-1])
 
 
-def _results(module: fx.GraphModule) -> Sequence[torch.Tensor]:
-    (output,) = (node for node in module.graph.nodes if node.op == "output")
+def _results(graph: fx.Graph) -> Sequence[torch.Tensor]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
     return [node.meta["val"] for node in output.args[0]]

@@ -13,6 +13,7 @@ from torch.nn import functional
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.declared import declare_token_wise
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.compilers import as_module
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_run import ProgramCache
@@ -170,9 +171,9 @@ def test_exact(inner, first):
     assert_exact(call_of(block, hidden()), TiledBlock(block, tile=8, alpha=0.5))
 
 
-def _through_aot(module: Any) -> Any:
+def _through_aot(graph: Any) -> Any:
     """As ``torch.compile`` runs programs on a GPU, with autograd's keys left out, but without a compiler's minutes."""
-    return torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
+    return torch.compile(as_module(graph), fullgraph=True, dynamic=False, backend="aot_eager")
 
 
 @pytest.mark.parametrize(

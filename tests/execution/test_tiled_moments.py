@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_profile import tiled_profile
 from memo_runtime.execution.tiled_run import ProgramCache, Run
@@ -143,10 +144,12 @@ class Watched:
         self.left_over = []
         self._results = []
 
-    def __call__(self, module):
+    def __call__(self, graph):
+        run = run_eagerly(graph)
+
         def program(*args):
             self.left_over.append(sum(one() is not None for one in self._results))
-            results = module.forward(*args)
+            results = run(*args)
             given = {one.untyped_storage().data_ptr() for one in args}
             made = [one for one in results if one.untyped_storage().data_ptr() not in given]
             self._results = [weakref.ref(one) for one in made]

@@ -25,7 +25,9 @@ from memo_runtime.blocks.declared import declared_in
 from memo_runtime.blocks.operators import registered_mixers
 from memo_runtime.blocks.reach import _is_engine, _may_hold_state, reach
 from memo_runtime.capture.key import hooks_of_all_modules
-from memo_runtime.execution import tiled, tiled_run
+from memo_runtime.execution import tiled, tiled_profile, tiled_run
+from memo_runtime.offline import kinds as looking
+from memo_runtime.offline import profile as studying
 from memo_runtime.profiling import model as profiling
 from memo_runtime.profiling import timing
 from memo_runtime.profiling.likeness import Example
@@ -110,13 +112,14 @@ class Teller:
         return f"{_itself(type(value))}[{' '.join(items)}]"
 
     def _tensor(self, tensor: torch.Tensor) -> str:
-        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.device.type != "cpu":
+        without_values = tensor.device.type == "meta" and not self._values
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or not (tensor.is_cpu or without_values):
             raise NotToldError(type(tensor))
         if self._values and tensor.numel() and id(tensor) not in self._numbers:
             packed = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             self._hash.update(packed.view(torch.uint8).numpy().tobytes())
         looks = (type(tensor).__name__, tuple(tensor.shape), tensor.stride(), str(tensor.dtype), tensor.requires_grad,
-                 tensor.is_leaf, tensor._is_view(), tensor.storage_offset())  # fmt: skip
+                 tensor.is_leaf, tensor._is_view(), tensor.storage_offset(), tensor.is_meta)  # fmt: skip
         return f"{looks}{self._number(tensor)}{self._number(tensor.untyped_storage())}"
 
     def _function(self, value: Any) -> str:
@@ -191,6 +194,7 @@ class _Known(dict[Any, Any]):
 
 
 _calibrations, _times, _captures, _programs = _Known(), _Known(), _Known(), _Known()
+_kinds, _tiles = _Known(), _Known()
 
 
 def _calibrate(
@@ -235,17 +239,28 @@ def _capture(block: nn.Module, call: Any, forward: Any = None) -> Any:
 
 
 def _make_programs(
-    captured: Any, stage: int, sources: Any, tokens: int, autocast: Any, *, compiler: Any
+    captured: Any, stage: int, sources: Any, tokens: int, autocast: Any, *, compiler: Any, fused: bool = False
 ) -> Any:
     layout = tuple((tuple(one.shape), one.stride(), one.dtype, one.device) for one in sources)
     key = None
     if not captured.traced.declared.live:
-        key = (captured.signature, stage, tokens, autocast, layout, compiler)
+        key = (captured.signature, stage, tokens, autocast, layout, compiler, fused)
     return _programs.or_made(
-        key, lambda: _MAKE_PROGRAMS(captured, stage, sources, tokens, autocast, compiler=compiler)
+        key, lambda: _MAKE_PROGRAMS(captured, stage, sources, tokens, autocast, compiler=compiler, fused=fused)
     )
 
 
+def _look(ref: Any, call: Any) -> Any:
+    key = _key_of([("", ref.module), ("", call.leaves)], ref.name, ref.stack, str(call.spec), values=False)
+    return _kinds.or_made(key, lambda: _LOOK(ref, call))
+
+
+def _tiles_of(ref: Any, call: Any, machine: Any) -> Any:
+    key = _key_of([("", ref.module), ("", call.leaves)], ref.name, str(call.spec), repr(machine), values=False)
+    return _tiles.or_made(key, lambda: _TILES_OF(ref, call, machine))
+
+
+_LOOK, _TILES_OF = looking._look, studying.tiles_of
 _CALIBRATE, _TIME_BLOCK = profiling.calibrate, profiling.time_block
 _CAPTURE, _MAKE_PROGRAMS = tiled.capture, tiled_run.make_programs
 
@@ -258,5 +273,8 @@ def shared_work(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setattr(profiling, "calibrate", _calibrate)
             patch.setattr(profiling, "time_block", _time_block)
             patch.setattr(tiled, "capture", _capture)
-            patch.setattr(tiled_run, "make_programs", _make_programs)
+            for module in (tiled_run, tiled_profile):
+                patch.setattr(module, "make_programs", _make_programs)
+            patch.setattr(looking, "_look", _look)
+            patch.setattr(studying, "tiles_of", _tiles_of)
         yield

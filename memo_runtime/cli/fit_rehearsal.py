@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 #: Nothing longer than this many times the forecast is tried.
 _MOST = 1.5
 _NEARLY = 1.02
-#: Seconds that a CPU may take for the products of one step, and the side of the product that shows its rate.
-_PATIENCE, _SQUARE = 3600.0, 1024
+#: Seconds that a CPU may take for the products of one step.
+_PATIENCE = 3600.0
+#: Sides of the products that show its rate. The first is enough where it takes so many seconds: in half precision a
+#: processor without instructions for it takes tens of times as long, three seconds for each of the second.
+_SIDES, _LONG = (512, 1024), 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +115,15 @@ def check_rehearsable(subject: Subject, longest: Reach, here: Here) -> None:
         return
     # Forward, and the gradients of inputs: of what is trained it is half as much again.
     flops = 4 * longest.tokens * sum(weight.numel() for weight in linears)
-    square = torch.ones(_SQUARE, _SQUARE, dtype=linears[0].dtype)
-    square @ square
-    began = time.perf_counter()
-    square @ square
-    seconds = flops / (2 * _SQUARE**3) * (time.perf_counter() - began)
+    for side in _SIDES:
+        square = torch.ones(side, side, dtype=linears[0].dtype)
+        square @ square
+        began = time.perf_counter()
+        square @ square
+        took = time.perf_counter() - began
+        if took > _LONG:
+            break
+    seconds = flops / (2 * side**3) * took
     if seconds > _PATIENCE:
         raise ArgumentError(
             f"--rehearse: there is no GPU here, and the matrix products of one step of {longest.tokens:,} tokens, the "

@@ -15,6 +15,10 @@ import memo_runtime as memo
 from memo_runtime.blocks.stack import find_blocks
 from memo_runtime.errors import NoBlocksError
 from tests.api.subjects import refused
+from tests.sharing import shared_work
+from tests.tiny import few_samples
+
+__all__ = ["few_samples", "shared_work"]
 
 
 def _ids() -> torch.Tensor:

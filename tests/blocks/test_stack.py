@@ -15,6 +15,10 @@ from memo_runtime.blocks.stack import find_blocks
 from memo_runtime.errors import BlockListError, NoBlocksError
 from tests.api.subjects import acted, assert_trains_as, refused
 from tests.api.towers import HIDDEN, POLICIES, Block, Tower, signal
+from tests.sharing import shared_work
+from tests.tiny import few_samples
+
+__all__ = ["few_samples", "shared_work"]
 
 
 class MLP(nn.Module):

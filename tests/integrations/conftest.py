@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from memo_runtime.integrations import huggingface
+from tests.sharing import shared_work
 from tests.tiny import few_samples, one_thread
 
-__all__ = ["few_samples", "lazy_whatever_the_size", "one_thread"]
+__all__ = ["few_samples", "lazy_whatever_the_size", "one_thread", "shared_work"]
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,9 @@ from memo_runtime.execution.tiled_block import Tiling
 from memo_runtime.profiling import model as profiling
 from memo_runtime.profiling import timing
 from tests.api.towers import tower
+from tests.tiny import few_samples
+
+__all__ = ["few_samples"]
 
 
 def test_no_result_of_the_pass_is_alive_when_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

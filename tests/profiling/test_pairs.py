@@ -14,9 +14,10 @@ from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import assert_close, assert_nothing_held, step
 from tests.api.towers import POLICIES
 from tests.exactness.models import FAMILIES
+from tests.sharing import shared_work
 from tests.tiny import few_samples
 
-__all__ = ["few_samples"]
+__all__ = ["few_samples", "shared_work"]
 
 every_policy = pytest.mark.parametrize("policy", MAIN_POLICIES)
 

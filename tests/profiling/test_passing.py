@@ -8,6 +8,9 @@ import memo_runtime as memo
 from memo_runtime.profiling import passing
 from memo_runtime.records import Role
 from tests.api.towers import Block, tower
+from tests.tiny import few_samples
+
+__all__ = ["few_samples"]
 
 LONG = 4096
 LOG: list[int] = []

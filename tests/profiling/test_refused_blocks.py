@@ -14,6 +14,9 @@ from memo_runtime.errors import BlockFallbackError
 from memo_runtime.records import Executor, Report
 from tests.exactness import hand_written as blocks
 from tests.exactness.compare import MAIN_WAYS, MEMO, SWAP, assert_gradients, output_loss, run_step
+from tests.tiny import few_samples
+
+__all__ = ["few_samples"]
 
 
 class Branch(blocks.NoMixer):

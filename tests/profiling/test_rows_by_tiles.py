@@ -10,6 +10,9 @@ from typing import Any
 from memo_runtime.profiling.rows import tiled_at
 from memo_runtime.records import Growth
 from tests.execution.test_tiled_peak import TOKENS, Kind, Stack
+from tests.tiny import few_samples
+
+__all__ = ["few_samples"]
 
 
 def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

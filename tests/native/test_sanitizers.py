@@ -22,7 +22,7 @@ def test_the_core_is_clean(tmp_path, kind, level):
     flags = [f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g1"]
     if compiler() is None or not supported(tmp_path, flags):
         pytest.skip(f"needs a C++ compiler with -fsanitize={kind}")
-    driver = fake_driver(tmp_path, *flags)
+    driver = fake_driver(tmp_path, *flags, level)
     target = tmp_path / "core_test"
     built = compile_together([*core_sources(), HERE / "core_test.cpp"], target, level, "-Werror", *flags)
     assert built.returncode == 0, built.stderr

@@ -292,7 +292,8 @@ def test_packed_documents():
     assert_tiled(stack(DocumentMask, DocumentMask), batch)
 
 
-@pytest.mark.parametrize("name", ["mistral", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES_BY_TILES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", *FAMILIES_BY_TILES])
 def test_a_family(name, monkeypatch):
     """Mistral has a sliding window of six tokens."""
     norm = transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm
@@ -309,7 +310,7 @@ def test_lengths_and_batch_sizes_that_follow_each_other():
     model = stack()
     plain = copy.deepcopy(model)
     memo.wrap(model, **TILED)
-    for tokens, rows in ((17, 3), (29, 3), (17, 1), (17, 3)):
+    for tokens, rows in ((17, 3), (25, 3), (17, 1), (17, 3)):
         batch = batch_of(tokens, rows)
         assert_close(run_step(model, batch, output_loss), run_step(plain, batch, output_loss))
         assert_trade(model)
@@ -331,7 +332,7 @@ def test_positions_that_are_made_of_a_parameter_have_the_length_of_each_call():
     model = FirstOfResults(LearnedPositions(), LearnedPositions()).double()
     plain = copy.deepcopy(model)
     memo.wrap(model, **TILED)
-    for tokens in (19, 20, 17):
+    for tokens in (19, 27, 11):  # one token more or less would make another last tile, which is traced anew
         assert_close(
             run_step(model, batch_of(tokens), output_loss), run_step(plain, batch_of(tokens), output_loss)
         )

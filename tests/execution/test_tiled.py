@@ -231,6 +231,7 @@ def test_a_global_that_is_another_at_every_call_is_named(monkeypatch):
     assert "global 'GAIN' of " in tiled.restless
 
 
+@pytest.mark.slow
 def test_lora_with_its_adapter_switched():
     peft = pytest.importorskip("peft")
     base = nn.Sequential(double(hand_written.Attention))

@@ -43,7 +43,8 @@ def rehearsed(way, **settings):
     return found, lengths
 
 
-@pytest.mark.parametrize("way", WAYS)
+#: By tiles in a chain too, and kept products are told in test_rehearse.py.
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way == "tiled" else ()) for way in WAYS])
 def test_one_whole_step_shows_what_two_do(way, monkeypatch):
     monkeypatch.setattr("memo_runtime.rehearsal.first_step._TOKENS", 64)
     twice, whole = rehearsed(way)

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+from memo_runtime.blocks.declared import declare_token_wise
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_heads import grouping
@@ -106,6 +107,15 @@ def test_experts_are_refused():
     call = calls_of(FAMILIES["mixtral"])[0]
     with pytest.raises(CaptureRefusedError, match=r"depends on data|cannot be traced"):
         TiledBlock(call.block, tile=8)(*call.args, **call.kwargs)
+
+
+def test_attention_with_sinks():
+    """GPT-OSS writes it out, and routes to experts."""
+    settings = _DECODER | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
+    family = Family(transformers.GptOssForCausalLM, transformers.GptOssConfig, settings)
+    (call,) = calls_of(family, experts_implementation="eager")
+    declare_token_wise(call.block.mlp)
+    assert_exact(call, TiledBlock(call.block, tile=8, alpha=0.5))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama-eager"])

@@ -76,10 +76,10 @@ def run_again(
     def pack(tensor: torch.Tensor) -> _Kept | None:
         nonlocal count
         index, count = count, count + 1
-        receiver[0](index, tensor.detach())
+        receiver[0](index, _detached(tensor))
         if index == last:
             raise _AllSavedError
-        kept = _Kept(tensor.detach()) if walks else None
+        kept = _Kept(_detached(tensor)) if walks else None
         if held is not None and kept is not None:
             held.append(weakref.ref(kept))
         return kept
@@ -102,6 +102,14 @@ def run_again(
             receiver.clear()
             walker.clear()
     return count
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without its graph. Modes that count a block's operators are not asked: it is none of them."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return tensor.detach()  # a subclass has its own
+    with torch._C._DisableTorchDispatch():
+        return tensor.detach()
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -22,7 +22,7 @@ from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -259,7 +259,8 @@ class ModelStates:
 
     ``optimizer`` is the state in total; ``optimizer_present`` and ``gradients_present`` are what existed when
     profiled. ``gradients_last``: of ``gradients``, those that come when all blocks have gone backward (of embeddings
-    that are no head), as far as that is known. ``stepping``: temporaries of the optimizer's step. ``optimizer_name``
+    that are no head), as far as that is known. ``gradients_tied``: of embeddings that are a head as well, whose two
+    gradients are summed then. ``stepping``: temporaries of the optimizer's step. ``optimizer_name``
     says whose state it is, ``assumed`` that nobody named one.
     """
 
@@ -269,6 +270,7 @@ class ModelStates:
     optimizer: int
     gradients_present: int = 0
     gradients_last: int = 0
+    gradients_tied: int = 0
     optimizer_present: int = 0
     stepping: int = 0
     optimizer_name: str = "AdamW"

@@ -100,6 +100,7 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
         gradients = [step.allocate("gradients outside blocks", around.outside_gradients)]
         gradients += _backward(step, blocks, kept)
         gradients.append(step.allocate("gradients of embeddings", around.last_gradients))
+        step.passing("backward of embeddings", around.embedding_peak)
         step.free(embedded)
         step.free(across)
         step.passing("optimizer's step", around.stepping)

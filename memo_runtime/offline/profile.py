@@ -300,7 +300,8 @@ def _sharded(states: ModelStates, gpus: int) -> ModelStates:
     return replace(
         states,
         parameters=share(states.parameters), gradients=share(states.gradients), optimizer=share(states.optimizer),
-        gradients_last=share(states.gradients_last), stepping=share(states.stepping),
+        gradients_last=share(states.gradients_last), gradients_tied=share(states.gradients_tied),
+        stepping=share(states.stepping),
     )  # fmt: skip
 
 

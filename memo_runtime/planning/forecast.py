@@ -14,8 +14,9 @@ rerun reads is gone then.
 
 On a device with an allocator, gradients come as backward walks down: those outside the blocks (head, embedding)
 with the head, a block's own within its ``backward_peak``, those of the blocks above while a block goes backward,
-all of them at the end. In a step that starts with gradients (accumulation) all are there at every point. Behind that,
-with all gradients and nothing of the blocks, the optimizer's step has its temporaries.
+all of them at the end, beside what embeddings take to go backward. In a step that starts with gradients (accumulation)
+all are there at every point. Behind that, with all gradients and nothing of the blocks, the optimizer's step has its
+temporaries.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Course:
 _UNSPLIT = MiB
 #: It rounds small requests up to this.
 _SMALLEST = 512
+#: Bytes of a sum in float32 for each of a 16-bit gradient.
+_WIDER = 2
 
 
 def allowance(profile: Profile, tokens: int) -> int:
@@ -84,9 +87,10 @@ class Surroundings:
             all blocks have gone backward; 0 if not gradual.
         outside_peak: bytes of head and loss while they go backward; 0 where no allocator counts (CPU). loss_peak:
             likewise, of a loss that runs by tiles in the forward, beside ``outside_gradients``. stepping: likewise, of
-            the optimizer's step. held: who made the gradient that the last block gets may keep it. result: of what the
-            model returned, which its caller may hold until backward is over. entry: of ``base_bytes``, what the first
-            block is given, where it is gone when blocks go backward.
+            the optimizer's step. embedding_peak: likewise, of the backward of embeddings. held: who made the gradient
+            that the last block gets may keep it. result: of what the model returned, which its caller may hold until
+            backward is over. entry: of ``base_bytes``, what the first block is given, where it is gone when blocks go
+            backward.
     """
 
     asynchronous: bool
@@ -98,6 +102,7 @@ class Surroundings:
     outside_seconds: float
     loss_peak: int = 0
     stepping: int = 0
+    embedding_peak: int = 0
     held: bool = True
     result: int = 0
     entry: int = 0
@@ -134,10 +139,26 @@ class Surroundings:
             loss_peak=max(0, profile.loss_peak.at(tokens) - outside) if asynchronous else 0,
             outside_seconds=profile.outside_seconds.exact(tokens),
             stepping=states.stepping if asynchronous else 0,
+            embedding_peak=_embedding_peak(profile, tokens) if gradual else 0,
             held=not profile.norm_behind,
             result=profile.result.at(tokens) if asynchronous else 0,
             entry=profile.entry.at(tokens) if asynchronous else 0,
         )
+
+
+def _embedding_peak(profile: Profile, tokens: int) -> int:
+    """Bytes beside all gradients while embeddings go backward, where gradients come gradually.
+
+    On a GPU PyTorch sums rows in float32, a tenth of the tokens' and one for each that occurs, beside the gradient of
+    the hidden states. Of a table that is a head as well there are two gradients then, and their sum is a third.
+    """
+    states = profile.states
+    last, tied = states.gradients_last, states.gradients_tied
+    if not (last or tied) or not profile.blocks:
+        return 0
+    hidden = profile.blocks[-1].output.at(tokens)
+    read = hidden + hidden // 10 * _WIDER + _WIDER * min(hidden, max(last, tied))
+    return max(read + tied, 2 * tied)
 
 
 def run_course(around: Surroundings, blocks: Sequence[Footprint]) -> Course:
@@ -224,7 +245,7 @@ def _backward_points(around: Surroundings, blocks: Sequence[Footprint]) -> Itera
             yield held_stash, transient * rest, gradients, index, "backward"
         if not block.stretches:
             yield stash - block.spent, transient * (block.backward_peak + held), gradients, index, "backward"
-    yield 0, around.result, all_gradients(around, blocks), 0, "end of backward"
+    yield 0, around.result + around.embedding_peak, all_gradients(around, blocks), 0, "end of backward"
     yield 0, around.stepping + around.result, all_gradients(around, blocks), 0, "optimizer's step"
 
 

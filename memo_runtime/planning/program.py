@@ -172,7 +172,7 @@ class PrefixProgram:
             outgoing = foot.outgoing if around.asynchronous else 0
         head = max(around.loss_peak, around.outside_peak - around.entry) + around.outside_gradients
         self._hold(kept + scale * (head - room))
-        self._hold(scale * (all_gradients(around, feet) + around.result - later))
+        self._hold(scale * (all_gradients(around, feet) + around.result + around.embedding_peak - later))
 
     def _hold(self, excess: Linear | float) -> None:
         """``excess`` must not be positive."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -46,15 +46,16 @@ def gradients_of_blocks(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]
 
 def gradients_of_embeddings(model: nn.Module, inside: Container[int]) -> int:
     """Bytes of gradients of embeddings that are no head as well, and none of the parameters ``inside`` blocks (ids)."""
+    return sum(gradient_bytes(one) for one, embeds in _owned(model) if embeds == {True} and id(one) not in inside)
+
+
+def _owned(model: nn.Module) -> Iterable[tuple[nn.Parameter, set[bool]]]:
+    """Each parameter, and whether what has it is an embedding (of a tied one both)."""
     owned: dict[int, tuple[nn.Parameter, set[bool]]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owned.setdefault(id(parameter), (parameter, set()))[1].add(isinstance(module, nn.Embedding))
-    return sum(
-        gradient_bytes(parameter)
-        for key, (parameter, embeds) in owned.items()
-        if embeds == {True} and key not in inside
-    )
+    return owned.values()
 
 
 def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, device_type: str) -> ModelStates:
@@ -79,6 +80,7 @@ def measure_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, de
         parameters=sum(_bytes(p) for p in parameters),
         buffers=sum(_bytes(b) for b in itertools.chain(model.buffers())),
         gradients=gradients,
+        gradients_tied=sum(gradient_bytes(one) for one, embeds in _owned(model) if embeds == {True, False}),
         optimizer=total,
         # Under functional_call a parameter may be no leaf, and then it has no gradient of its own.
         gradients_present=sum(_bytes(p.grad) for p in trainable if p.is_leaf and p.grad is not None),

@@ -177,6 +177,23 @@ def test_where_gradients_are_large_the_end_of_backward_is_the_highest_point():
         forecast_of(profile, policy="none", budget="900MB")
 
 
+@pytest.mark.parametrize(
+    ("last", "tied", "more"),
+    # Beside all gradients: rows of hidden states, and their sums in float32, a tenth of the rows' and one for each that
+    # occurs; of a table that is a head as well its second gradient, and then the sum of both.
+    [(0, 0, 0), (10**7, 0, 32 * 100), (1000, 0, 12 * 100 + 2000), (0, 10**7, 2 * 10**7), (0, 2000, 32 * 100 + 2000)],
+)
+def test_embeddings_go_backward_beside_all_gradients(last, tied, more):
+    states = ModelStates(
+        parameters=1000, buffers=10, gradients=10**9 + 10**7, gradients_last=last, gradients_tied=tied, optimizer=2000
+    )
+    block = replace(small_block(0), gradients=10**9, output=Growth(constant=1000))
+    profile = profile_of(
+        [block], states=states, allocated_bytes=5000, shared=Growth(), outside_forward=Growth(), outside_peak=Growth()
+    )
+    assert forecast_of(profile, policy="none").peak_bytes == 5000 + 2000 + 10**9 + 10**7 + more + ALLOWED
+
+
 def test_temporaries_of_the_optimizers_step_come_behind_backward():
     """With all gradients and nothing of the blocks; in steps that start with gradients too."""
     there = {"shared": Growth(), "outside_forward": Growth(), "outside_peak": Growth(), "allocated_bytes": 5000}

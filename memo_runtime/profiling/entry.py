@@ -7,7 +7,7 @@ blocks has saved for its own backward (``tanh`` saves its result).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,21 @@ def is_saved_in_front(hidden: torch.Tensor) -> bool:
             return True
         pending.extend(before for before, _ in node.next_functions)
     return False
+
+
+def leaves_in_front(given: Iterable[torch.Tensor]) -> set[int]:
+    """Ids of the leaves (parameters) that led to ``given``."""
+    pending, seen = [one.grad_fn for one in given], set()
+    found = {id(one) for one in given if one.grad_fn is None}
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        pending.extend(before for before, _ in node.next_functions)
+    return found
 
 
 def _saved(node: Any) -> Iterator[torch.Tensor]:

@@ -20,7 +20,7 @@ from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.errors import ProfileError
 from memo_runtime.profiling.calibrate import calibrate
-from memo_runtime.profiling.entry import is_alone, is_saved_in_front
+from memo_runtime.profiling.entry import is_alone, is_saved_in_front, leaves_in_front
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.likeness import Example, like_one_of, make_of
 from memo_runtime.profiling.link import measure_link
@@ -71,6 +71,8 @@ class Observer(Walk):
     #: What made ``hidden`` goes on holding it; and nobody holds it when the forward is over.
     saved_in_front: bool = False
     goes: bool = False
+    #: Ids of parameters that led to what the first block was given.
+    in_front: set[int] = field(default_factory=set)
     pairs: dict[str, PairLaw] = field(default_factory=dict)
     _called: list[str] = field(default_factory=list)
     _examples: list[Example] = field(default_factory=list)
@@ -80,6 +82,8 @@ class Observer(Walk):
         if self.allocated is None and self.device.type == "cuda":
             self.allocated = torch.cuda.memory_allocated(self.device)
         if block.name not in self.profiles:
+            if not self._called:
+                self.in_front = leaves_in_front([tensor for _, tensor in call.tensors()])
             self._called.append(block.name)
             self.profiles[block.name] = self._profile(block, forward, call)
         return self.profiles[block.name]
@@ -266,7 +270,7 @@ def profile_model(
     if before is not None:
         observer.carry_over(before)
     seen = [(b.name, b.module) for b in observer.in_order()]
-    gradients = gradients_of_blocks(model, seen)
+    gradients, last = gradients_of_blocks(model, seen), tiled_loss * _last(model, seen, observer.in_front)
     measured = tuple(replace(observer.profiles[name], gradients=gradients[name]) for name, _ in seen)
     tokens = max(profile.tokens for profile in measured)
     name, _ = device_memory(device)
@@ -289,7 +293,7 @@ def profile_model(
         host_bytes=host_bytes,
         host_source=host_source,
         link=link,
-        states=replace(measure_states(model, optimizer, device.type), gradients_last=tiled_loss * _last(model, seen)),
+        states=replace(measure_states(model, optimizer, device.type), gradients_last=last),
         rows=observer.rows,
         blocks=measured,
         # More than at the start: libraries took further workspaces.
@@ -311,17 +315,18 @@ def profile_model(
     return Measured(profile, observer.laws, observer.pairs, shared_by_all)
 
 
-def _last(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> int:
+def _last(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], in_front: set[int]) -> int:
     """Bytes of gradients that come when all ``blocks`` have gone backward, in a causal language model.
 
-    Its embeddings are called before the first block, and nowhere else. Those of a decoder behind an encoder are done
-    before the encoder's blocks: of such a model, or of several stacks, nothing is said.
+    Its embeddings are called before the first block, as those ``in_front`` were, and nowhere else. Those of a decoder
+    behind an encoder are done before the encoder's blocks: of such a model, or of several stacks, nothing is said.
     """
     configs = (getattr(module, "config", None) for module in model.modules())
     encoded = any(getattr(config, "is_encoder_decoder", False) for config in configs)
     if encoded or len({name.rpartition(".")[0] for name, _ in blocks}) > 1:
         return 0
-    return gradients_of_embeddings(model, {id(one) for _, block in blocks for one in block.parameters()})
+    elsewhere = {id(one) for one in model.parameters() if id(one) not in in_front}
+    return gradients_of_embeddings(model, elsewhere | {id(one) for _, block in blocks for one in block.parameters()})
 
 
 def _notes(profiles: Sequence[BlockProfile]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import memo_runtime as memo
 
@@ -90,6 +91,25 @@ def test_not_of_frozen_ones_or_where_a_loss_of_the_model_s_own_may_use_them():
     own = llama(tied=False)
     memo.wrap(own, loss="native")
     assert last(own) == 0
+
+
+class Late(LlamaForCausalLM):
+    """Adds an embedding of its own to what the blocks have made."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.late = torch.nn.Embedding(VOCABULARY, WIDTH)
+
+    def forward(self, input_ids=None, labels=None):
+        hidden = self.model(input_ids, use_cache=False).last_hidden_state + self.late(input_ids)
+        logits = self.lm_head(hidden)
+        return CausalLMOutputWithPast(loss=self.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY))
+
+
+def test_not_of_one_that_is_called_behind_the_blocks():
+    model = Late(llama(tied=False).config)
+    memo.wrap(model)
+    assert last(model) == VOCABULARY * WIDTH * FLOAT32
 
 
 def test_nothing_is_said_of_a_decoder_behind_an_encoder():

@@ -166,6 +166,11 @@ def _check_products(layer: nn.Module, shape: Shape) -> None:
     """
     counted = sum(linear.weights for linear in shape.linears) + shape.adapters
     there = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1)
+    if there != counted and shape.rank:
+        raise ValueError(
+            f"--lora {shape.rank}: adapters would be counted beside every product of a block, and PEFT puts them "
+            "beside modules of class nn.Linear alone, which experts and products joined into one are not: leave it out"
+        )
     if there != counted:
         raise ValueError(
             f"a block of this geometry has {there:,} weights in matrix products, and FLOPs would be counted for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,8 @@ from memo_runtime.profiling.states import measure_states
 from memo_runtime.profiling.stepping import fused_bytes, stepping_of
 from memo_runtime.records import Growth
 
+logger = logging.getLogger("memo_runtime")
+
 #: Bytes that are copied to see how fast memory is: several times what caches hold.
 _COPIED = 256 << 20
 
@@ -22,8 +25,12 @@ def with_optimizer(outside: Growth, model: nn.Module, optimizer: torch.optim.Opt
     parameter = next((one for one in model.parameters() if one.requires_grad), None)
     if parameter is None or parameter.device.type != "cuda":
         return outside
-    rate = memory_rate(parameter.device)
-    return replace(outside, constant=outside.constant + moved_bytes(model, optimizer) / rate) if rate else outside
+    try:
+        rate = memory_rate(parameter.device)
+    except torch.OutOfMemoryError as error:
+        logger.info("memo: the optimizer's step is not in the forecast, there is no room to time a copy: %s", error)
+        return outside
+    return replace(outside, constant=outside.constant + moved_bytes(model, optimizer) / rate)
 
 
 def moved_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
@@ -39,11 +46,12 @@ def moved_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> in
 
 @functools.lru_cache(maxsize=8)
 def memory_rate(device: torch.device) -> float:
-    """Bytes per second that a copy on ``device`` reads and writes; once per process. 0: there is no room for one."""
-    try:
-        source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-    except torch.OutOfMemoryError:
-        return 0.0
+    """Bytes per second that a copy on ``device`` reads and writes; once per process.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for one.
+    """
+    source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
     (seconds,) = typical([lambda: target.copy_(source)], device)
     return 2 * _COPIED / seconds

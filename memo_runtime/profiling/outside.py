@@ -16,8 +16,7 @@ from torch import nn
 
 from memo_runtime.blocks.final_norm import LONG_BYTES, final_norm
 from memo_runtime.blocks.stopwatch import typical
-from memo_runtime.losses import linear_cross_entropy
-from memo_runtime.losses.tiles import largest_bytes
+from memo_runtime.losses import liger, linear_cross_entropy, tiles
 from memo_runtime.profiling.growth import fit_seconds, times
 from memo_runtime.records import BlockProfile, Growth
 from memo_runtime.sizes import NORM_TILE
@@ -94,7 +93,7 @@ def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: 
         return Growth()
     head = max(heads, key=lambda linear: linear.out_features)
     dtype = head.weight.dtype
-    constant = largest_bytes(head.out_features, dtype)
+    constant = tiles.largest_bytes(head.out_features, dtype)
     if head.weight.requires_grad:
         growing = head.weight.numel() * max(4, dtype.itemsize)
         done = head.weight.numel() * dtype.itemsize if dtype.itemsize < 4 else 0
@@ -156,6 +155,9 @@ def _time_tiles(head: nn.Linear, rows: int, like: torch.Tensor) -> Growth | None
     if not usable:
         return None
     weight.requires_grad_(head.weight.requires_grad)
+    # Whoever runs it at the whole length: a short one may be another's.
+    at_once = (like.numel() // head.in_features, head.in_features, head.out_features, weight.dtype)
+    backend = "auto" if liger.chunk_bytes(*at_once) <= tiles.largest_bytes(*at_once[2:]) else "tiled"
     most = min(_HEAD_TOKENS.get(like.device.type, _HEAD_TOKENS["cpu"]), like.numel() // head.in_features)
     points = []
     for tokens in sorted({max(1, most // 2), most}):
@@ -164,7 +166,7 @@ def _time_tiles(head: nn.Linear, rows: int, like: torch.Tensor) -> Growth | None
         wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
 
         def run(hidden: torch.Tensor = hidden, target: torch.Tensor = target, wanted: Any = wanted) -> None:
-            torch.autograd.grad(linear_cross_entropy(hidden, weight, target, bias=bias), wanted)
+            torch.autograd.grad(linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend), wanted)
 
         try:
             with torch.enable_grad():

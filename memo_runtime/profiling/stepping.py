@@ -51,8 +51,28 @@ def state_bytes(state: Any, device_type: str) -> int:
     return 0
 
 
+#: What optimizers took when they were last asked, and of what: hundreds of adapters take seconds.
+_asked: weakref.WeakKeyDictionary[Any, tuple[Any, Stepping | None]] = weakref.WeakKeyDictionary()
+
+
 def stepping_of(optimizer: torch.optim.Optimizer, device_type: str) -> Stepping | None:
     """What ``optimizer`` takes on a device of ``device_type``; None: its class does not step without data."""
+    of = device_type, tuple(_description(group) for group in optimizer.param_groups)
+    known = _asked.get(optimizer)
+    if known is None or known[0] != of:
+        known = _asked[optimizer] = of, _stepping(optimizer, device_type)
+    return known[1]
+
+
+def _description(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a step of ``group`` depends on; rates, which schedules change, are none of it."""
+    parameters = tuple((id(p), p.requires_grad, p.shape, p.dtype) for p in group["params"])
+    named = sorted((key, value) for key, value in group.items() if key not in (*_NOT_OPTIONS, "lr"))
+    options = tuple((key, value if isinstance(value, (bool, int, float, str)) else id(value)) for key, value in named)
+    return parameters, isinstance(group.get("lr"), torch.Tensor), options
+
+
+def _stepping(optimizer: torch.optim.Optimizer, device_type: str) -> Stepping | None:
     states = temporaries = moved = 0
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]

@@ -67,6 +67,12 @@ def test_what_is_frozen_beside_adapters_has_four_flops_and_not_six():
     assert whole.model_flops(1024) - adapted.model_flops(1024) == (2 * own - 6 * thin) * 1024
 
 
+def test_adapters_that_peft_does_not_put_beside_all_products_are_refused(make_job):
+    settings = replace(make_job("unwrapped").settings, geometry="olmoe-1b-7b", device="meta", lora=4)
+    with pytest.raises(ValueError, match=r"--lora 4: .* which experts and products joined into one are not"):
+        Subject(settings, longest=64)
+
+
 def products(job):
     """FLOPs of matrix products in one step."""
     contender = CONTENDERS[job.contender](job)

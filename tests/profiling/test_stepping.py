@@ -116,6 +116,23 @@ def test_a_class_that_needs_data_says_nothing():
     assert (found.assumed, found.optimizer_name, found.stepping) == (True, "AdamW", 0)
 
 
+def test_an_optimizer_is_asked_once_until_it_is_another(monkeypatch) -> None:
+    weights = [nn.Parameter(torch.zeros(64, 32)), nn.Parameter(torch.zeros(1000))]
+    optimizer, calls = torch.optim.AdamW(weights, foreach=False), []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: calls.append(1))
+    stepping_of(optimizer, "cuda")
+    once = len(calls)
+    optimizer.param_groups[0]["lr"] = 0.5
+    stepping_of(optimizer, "cuda")
+    assert len(calls) == once > 0
+    weights[0].requires_grad_(False)
+    stepping_of(optimizer, "cuda")
+    assert len(calls) == 2 * once
+    optimizer.param_groups[0]["amsgrad"] = True
+    stepping_of(optimizer, "cuda")
+    assert len(calls) == 3 * once
+
+
 def moved(optimizer) -> int:
     found = stepping_of(optimizer, "cuda")
     assert found is not None

@@ -38,13 +38,14 @@ class _Numbers(tuple[Any, ...]):
 
 @lru_cache(maxsize=64)
 def _made(numbers: _Numbers, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The tensor; kept, since each copy to a GPU waits for it, and nothing in a captured graph writes."""
+    """The tensor, kept on its device: each copy from the host would wait for it."""
     with torch.inference_mode(mode=False):
         return torch.tensor(numbers, dtype=dtype, device=device).reshape(shape)
 
 
 def _constant(numbers: Any, shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return _made(_Numbers(numbers), tuple(shape), dtype, device)
+    # A new one each time: compiled programs write over results of operators that nothing reads any more.
+    return _made(_Numbers(numbers), tuple(shape), dtype, device).clone()
 
 
 def _shape(numbers: Any, shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

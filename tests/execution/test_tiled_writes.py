@@ -222,3 +222,13 @@ def test_blocks_with_other_numbers_share_no_programs_and_a_list_that_changes_is_
     for scale in (1.0, 3.0):
         block.scales[0] = scale
         assert_exact(call_of(block, hidden()), tiled)
+
+
+def test_a_program_may_write_over_a_constant():
+    """Compiled ones do, once nothing reads it any more."""
+    numbers, settings = [1.0, -0.0, 3.0], ([3], torch.float32, torch.device("cpu"))
+    made = torch.ops.memo_runtime.constant(numbers, *settings)
+    made.add_(1)
+    again = torch.ops.memo_runtime.constant(numbers, *settings)
+    assert torch.equal(again, torch.tensor(numbers))
+    assert again.signbit().tolist() == [False, True, False]

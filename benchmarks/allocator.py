@@ -144,7 +144,7 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, A
             assert look is not None, "it is called where there is a look"
             look(gradients)
 
-        planned.begin("varied", tokens)
+        planned.begin("varied", tokens, contender.batch())
         seconds = _timed(contender, behind if look is not None else None)
         planned.end()
         return seconds

@@ -215,7 +215,8 @@ class Wrapped:
         self.session.begin_if_new()
         if self.memory is not None and self.session.steps != steps_before:
             tokens, others = length_of(shapes)
-            self.memory.begin((key, others, found, accumulating), device, tokens)
+            given = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.memory.begin((key, others, found, accumulating), device, tokens, given)
 
     def _found(self) -> tuple[Any, ...]:
         """What reruns have shown so far: a plan made before one was found wrong is not used again."""

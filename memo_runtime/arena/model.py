@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +33,10 @@ class StepMemory:
         """Take the addresses of steps from file ``path``, if it is there, and write those of new ones to it."""
         self._path = path
 
-    def begin(self, kind: Hashable, device: torch.device, tokens: int = 0) -> None:
-        """A step begins, of a kind that asks for the same memory as others of it with as many ``tokens``.
+    def begin(
+        self, kind: Hashable, device: torch.device, tokens: int = 0, batch: Iterable[torch.Tensor] = ()
+    ) -> None:
+        """A step on ``batch`` begins, of a kind that asks for the same memory as others of it with as many ``tokens``.
 
         Raises:
             AllocatorUnavailableError: the model is not on a CUDA device.
@@ -51,7 +53,7 @@ class StepMemory:
                 self._note(f"memory of device {index} is planned for another wrapped model, not for this one")
                 return
             self._steps = self._start(index)
-        self._steps.begin(kind if self._path is None else _digest(repr(kind)), tokens)
+        self._steps.begin(kind if self._path is None else _digest(repr(kind)), tokens, batch)
 
     def _start(self, device: int) -> PlannedSteps:
         moved = partial(long_lived, self._model, self._optimizer)

@@ -224,12 +224,12 @@ def check_memory(plan: ArenaPlan, arena_bytes: int) -> None:
 
 
 def enable(
-    allocator: PlannedAllocator, plan: ArenaPlan, long_lived: Callable[[], Iterable[torch.Tensor]] | None = None
+    allocator: PlannedAllocator, plan: ArenaPlan, long_lived: Callable[[], Iterable[torch.Tensor]] = tuple
 ) -> None:
     """Check ``plan``, give cached memory back where its arena has to be made, and serve it from the next step on.
 
     Args:
-        long_lived: tensors that outlive steps, which are moved together before the arena is made.
+        long_lived: tensors that outlive the step, which are moved together before the arena is made.
 
     Raises:
         AllocatorPlanError: it cannot be enabled; nothing is planned then.
@@ -240,9 +240,8 @@ def enable(
         # What is cached is in the way of the arena, and of no use beside it.
         allocator.disarm(plan.device)
         torch.cuda.empty_cache()
-        if long_lived is not None:
-            given = compact(long_lived(), plan.device)
-            logger.info("memo: long-lived tensors were moved together: %s less reserved", format_bytes(given))
+        given = compact(long_lived(), plan.device)
+        logger.info("memo: long-lived tensors were moved together: %s less reserved", format_bytes(given))
         has = 0
     check_memory(plan, has)
     allocator.arm(plan.device, plan.slots(), plan.size, plan.slot_bounds())

@@ -149,7 +149,7 @@ class PlannedSteps:
         device: int,
         note: Callable[[str], None],
         *,
-        long_lived: Callable[[], Iterable[torch.Tensor]] | None = None,
+        long_lived: Callable[[], Iterable[torch.Tensor]] = tuple,
         known: Mapping[Any, Sequence[Placement]] | None = None,
         on_placed: Callable[[], None] = lambda: None,
         recorder: Callable[[int], Recorder] = _recorder,
@@ -183,8 +183,12 @@ class PlannedSteps:
 
     # ---- steps
 
-    def begin(self, key: Hashable, tokens: int = 0) -> None:
-        """A step of kind ``key`` and ``tokens`` begins, and the one before is over."""
+    def begin(self, key: Hashable, tokens: int = 0, batch: Iterable[torch.Tensor] = ()) -> None:
+        """A step of kind ``key`` and ``tokens`` begins, and the one before is over.
+
+        ``batch`` is what lives for this step and was made before it: moved together with what lives longer, where the
+        arena is made now, since the next batch would take the place of this one among free memory again.
+        """
         self.end()
         if self._off:
             return
@@ -200,7 +204,7 @@ class PlannedSteps:
         placement = kind.placement(tokens) or self._place_longer(kind, tokens)
         self._missed = placement is None
         if placement is not None:
-            if self._arm(placement, tokens):
+            if self._arm(placement, tokens, batch):
                 self._serving = placement
                 self._allocator.begin_step(self._device)
         elif self._wants_recording(kind, tokens):
@@ -330,12 +334,12 @@ class PlannedSteps:
 
     # ---- from plan to step
 
-    def _arm(self, placement: Placement, tokens: int) -> bool:
+    def _arm(self, placement: Placement, tokens: int, batch: Iterable[torch.Tensor]) -> bool:
         try:
             plan = placement.plan(tokens, self._device)
             if plan is self._armed:
                 return True
-            enable(self._allocator, plan, self._long_lived)
+            enable(self._allocator, plan, lambda: itertools.chain(self._long_lived(), batch))
         except AllocatorPlanError as error:
             self._stop(str(error))
             self._note(f"memory is left to PyTorch's allocator: {error}")

@@ -116,7 +116,8 @@ def rig(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    one = SimpleNamespace(allocator=Allocator(), notes=[], solvers=[])
+    one = SimpleNamespace(allocator=Allocator(), notes=[], solvers=[], moved=[])
+    monkeypatch.setattr("memo_runtime.arena.plan.compact", lambda tensors, device: one.moved.append(list(tensors)) or 0)
 
     def solver(trace, seconds):
         one.solvers.append(Solver(trace, seconds))
@@ -155,6 +156,17 @@ def test_the_third_step_is_recorded_and_later_ones_served(rig):
     assert (report.state, report.plans, report.served_bytes, report.bytes) == ("planned", 1, 1650, 1650)
     assert (report.planned_peak, report.lower_bound, report.misses) == (4096, 2048, (("occupied", 1),))
     assert rig.notes == []
+
+
+def test_weights_and_the_batch_are_moved_together_where_the_arena_is_made(rig):
+    weight, batch = torch.ones(1), torch.ones(2)
+    rig.steps._long_lived = lambda: iter([weight])
+    planned(rig, "a")
+    assert rig.moved == []
+    for _ in range(2):
+        rig.steps.begin("a", batch=[batch])
+    (moved,) = rig.moved
+    assert [id(tensor) for tensor in moved] == [id(weight), id(batch)]
 
 
 def test_what_follows_a_step_is_none_of_it(rig):
@@ -354,7 +366,6 @@ class Net(torch.nn.Module):
 
 def test_what_is_being_placed_is_finished_for_the_file(tmp_path, rig, monkeypatch):
     monkeypatch.setattr("memo_runtime.arena.model.planned_allocator", lambda: rig.allocator)
-    monkeypatch.setattr("memo_runtime.arena.plan.compact", lambda tensors, device: 0)
     rig.steps.close()
     path, device = tmp_path / "steps.json", torch.device("cuda", 0)
     memory = StepMemory(Net(), None, rig.notes.append)

@@ -40,6 +40,10 @@ class Contender(ABC):
     def model_flops(self, tokens: int) -> int:
         """FLOPs that a step needs."""
 
+    def batch(self) -> tuple[torch.Tensor, ...]:
+        """What a step is given, where it is made before the step."""
+        return ()
+
     def close(self) -> None:
         """Let go of what belongs to the process; no step comes after it."""
         return
@@ -87,6 +91,10 @@ class Training(Contender):
     def finish(self) -> None:
         """Drop the batch."""
         self._batch = None
+
+    def batch(self) -> tuple[torch.Tensor, ...]:
+        """Its input and its target."""
+        return self._batch or ()
 
     def step(self, on_gradients: OnGradients | None = None) -> None:
         """One step of the subject."""

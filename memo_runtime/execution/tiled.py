@@ -369,15 +369,16 @@ def _input_place(captured: Captured) -> int:
 def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
     """Start the copies to the host, and take what is copied out of ``stash``.
 
-    Copied are inputs with tokens and a gradient, results of mixers, and what belongs to these. Other arguments are
-    shared by all blocks (rotary tables, masks), and parameters stay.
+    Copied are the hidden state, even where it needs no gradient (behind a frozen embedding), inputs with tokens and a
+    gradient, results of mixers, and what belongs to these. Other arguments are shared by all blocks (rotary tables,
+    masks), and parameters stay.
     """
     if run.swap is None:
         return None
     captured, (inputs, extra) = run.captured, ctx.counts
     nodes = [*run.placeholders(), *run.stash()]
     fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
-    chosen = {}
+    chosen, hidden = {}, _input_place(captured)
     kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products if one.dim())
     made, wanted = set(run.stash()), captured.stages.differentiable
     kept += sum(tensor_bytes(tensor) for node, tensor in zip(nodes, stash, strict=False)
@@ -386,11 +387,12 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_dense(tensor):
             continue
         node = nodes[place] if place < inputs + extra else None
-        if node is not None and (node in fixed or node in states or node not in captured.stages.differentiable):
+        moves = node in captured.stages.differentiable or place == hidden
+        if node is not None and (node in fixed or node in states or not moves):
             continue
         if node is None or isinstance(captured.stages.axes[node], TokenAxis):
             chosen[place] = tensor
-    stay = chosen if not run.to_host else {_input_place(captured)} & chosen.keys() if way.input_stays else ()
+    stay = chosen if not run.to_host else {hidden} & chosen.keys() if way.input_stays else ()
     for place in list(stay):
         kept += tensor_bytes(chosen.pop(place))
     run.bytes_kept = kept

@@ -86,13 +86,14 @@ class Meter(Alive):
 
 @dataclass(frozen=True)
 class Kind:
-    """Blocks, and what they are called with."""
+    """Blocks, and what they are called with; ``frozen``: what the first is given needs no gradient."""
 
     shared: int = HEADS
     wide: int = 3
     rows: int = 1
     lora: bool = False
     blocks: int = 2
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,13 @@ class Stack:
         self.kind = kind
         self.layers = [Layer(kind.shared, kind.wide, lora=kind.lora).double() for _ in range(kind.blocks)]
         self.tiles = [TiledBlock(one, tile=1, programs=programs) for one in self.layers]
-        self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
-        call = BlockCall.of((self.source,), {})
+        self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=torch.float64, requires_grad=not kind.frozen)
+        behind = torch.ones_like(self.source).requires_grad_()
+        first, later = (BlockCall.of((one,), {}) for one in (self.source, behind))
         # All are captured here: in the step what counts bytes would ask symbolic sizes for theirs, and so fix them.
-        captured, *_ = [one.captured(call) for one in self.tiles]
-        self.takes = profiling.tiled_profile(captured, call)
+        captured = [one.captured(later if index else first) for index, one in enumerate(self.tiles)]
+        front, rest = (profiling.tiled_profile(captured[at], call) for at, call in ((0, first), (-1, later)))
+        self.takes = [front, *([rest] * (kind.blocks - 1))]
 
     def forecast(self, case):
         """Most bytes of a step, beside its parameters; copies are synchronous, so none are under way."""
@@ -140,7 +143,7 @@ class Stack:
         prints = []
         for index, layer in enumerate(self.layers):
             block = BlockProfile(
-                name="", kind="", stack=0, tokens=TOKENS, token_dim=1, input_leaf=0, tiled=self.takes,
+                name="", kind="", stack=0, tokens=TOKENS, token_dim=1, input_leaf=0, tiled=self.takes[index],
                 output=Growth(linear=bytes_of(self.source) / TOKENS) if case.held else Growth(),
                 gradients=bytes_of(*(one for one in layer.parameters() if one.requires_grad)),
             )  # fmt: skip
@@ -207,6 +210,7 @@ CASES = [
     *(Case(ADAPTED, keep=keep, swapped=swapped, tile=20) for keep, swapped in ((2, 2), (5, 1))),
     Case(ADAPTED, held=True, tile=7),
     Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
+    *(Case(Kind(lora=True, frozen=True), swapped=swapped, keep=2) for swapped in (2, 0)),
 ]
 SENDING = [
     *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)

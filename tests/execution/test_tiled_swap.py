@@ -104,6 +104,26 @@ def test_inputs_are_freed_and_shared_arguments_stay():
     y.sum().backward()
 
 
+def test_a_hidden_state_that_needs_no_gradient_is_freed_too():
+    """As behind a frozen embedding, where adapters alone are trained: plans count it in host memory."""
+    layers, swap = stack(count=2), swap_of()
+    expected = torch.autograd.grad(layers[1](layers[0](2 * hidden())).sum(), [*layers.parameters()])
+    forwards = tiles(layers, swap)
+    for _ in range(2):
+        x = 2 * hidden()
+        alive, before = weakref.ref(x), swap.counters.bytes_to_host
+        y = forwards[1](forwards[0](x))
+        swap.order._release(keep=0)
+        del x
+        gc.collect()
+        assert alive() is None
+        found = torch.autograd.grad(y.sum(), [*layers.parameters()])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    hidden_bytes, lse_bytes = 2 * TOKENS * WIDTH * 8, 2 * TOKENS * HEADS * 8
+    assert swap.counters.bytes_to_host - before == 2 * (2 * hidden_bytes + lse_bytes)
+    assert swap.pool.in_use == 0
+
+
 def test_a_block_fetches_for_the_one_below_before_it_computes():
     class Recorded(TorchEngine):
         def __init__(self):

@@ -22,6 +22,7 @@ from memo_runtime.arena.model import StepMemory
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.final_norm import final_norm
+from memo_runtime.blocks.members import have_gradients, parameters_of
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
@@ -192,7 +193,7 @@ class Wrapped:
         """
         device = model_device(self.model)
         with self.session.turn():
-            key, shapes = self._signature(args, kwargs, device)
+            key, shapes = self._signature(args, kwargs, device, parameters_of(self.model))
             return self._planned(key, shapes, (args, kwargs), device, accumulating=False)
 
     def _ready_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,10 +201,11 @@ class Wrapped:
         refuse_other_optimisers(self.model, {id(ref.module) for ref in self.refs})
         refuse_active_hooks()
         device = model_device(self.model)
-        key, shapes = self._signature(args, kwargs, device)
+        parameters = parameters_of(self.model)
+        key, shapes = self._signature(args, kwargs, device, parameters)
         self._meet_strangers(key, shapes, (args, kwargs))
         found = self._found()
-        accumulating = self._accumulates.get((key, shapes)) is not None or self._has_gradients()
+        accumulating = self._accumulates.get((key, shapes)) is not None or have_gradients(parameters)
         planned = partial(self._planned, key, shapes, (args, kwargs), device, accumulating=accumulating)
         plan = planned()
         if accumulating:
@@ -273,25 +275,16 @@ class Wrapped:
                 return reading.measured.at_tokens(sizes.tokens)
         return None
 
-    def _has_gradients(self) -> bool:
-        """Gradients are there before this step's backward makes them; sharded ones (fully_shard) come another way."""
-        return any(
-            hasattr(p, "_local_tensor") or (p.is_leaf and p.grad is not None)
-            for p in self.model.parameters()
-            if p.requires_grad
-        )
-
     def _signature(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, parameters: Sequence[nn.Parameter]
     ) -> tuple[tuple[Any, ...], Shapes]:
         leaves = leaves_of((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        parameters = tuple((str(p.dtype), p.requires_grad) for p in self.model.parameters())
         key = (
             batch_signature(args, kwargs),
             self.model.training,
             AutocastState.current(device.type).signature(),
-            parameters,
+            tuple((p.dtype, p.requires_grad) for p in parameters),
             str(device),
         )
         return key, shapes

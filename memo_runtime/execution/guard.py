@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memo_runtime.blocks.members import modules_of
 from memo_runtime.errors import MemoError, OffloaderActiveError
 
 _WRAPPERS = {
@@ -25,26 +26,39 @@ def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
     Raises:
         OffloaderActiveError: names the optimiser, where it is, and how to switch it off.
     """
-    for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) is True and not isinstance(module, type):
+    for module in modules_of(model):
+        if _checkpoints(module):
             raise OffloaderActiveError(
-                f"gradient checkpointing is on in '{name or type(model).__name__}' ({type(module).__name__}): "
+                f"gradient checkpointing is on in '{_name(model, module)}' ({type(module).__name__}): "
                 f"{_ADVICE}. Call model.gradient_checkpointing_disable(), and leave gradient_checkpointing=True out of "
                 "the trainer's arguments, or do not wrap"
             )
         kind = type(module).__name__
         if kind in _WRAPPERS and _touches(module, blocks):
-            raise OffloaderActiveError(f"{_WRAPPERS[kind]} is around '{name}': {_ADVICE}. Remove that wrapper")
-        hook = getattr(module, "_hf_hook", None)
+            around = f"{_WRAPPERS[kind]} is around '{_name(model, module)}'"
+            raise OffloaderActiveError(f"{around}: {_ADVICE}. Remove that wrapper")
+        hook = vars(module).get("_hf_hook")
         if hook is not None and getattr(hook, "offload", False):
             raise OffloaderActiveError(
-                f"accelerate offloads the weights of '{name}' ({type(hook).__name__}): {_ADVICE}, and needs them on "
-                "the device. Load the model without device_map offloading"
+                f"accelerate offloads the weights of '{_name(model, module)}' ({type(hook).__name__}): {_ADVICE}, and "
+                "needs them on the device. Load the model without device_map offloading"
             )
 
 
+def _checkpoints(module: nn.Module) -> bool:
+    # A module is slow to say that it has no such attribute, and this is asked of each at every step.
+    name = "gradient_checkpointing"
+    if name in vars(module) or hasattr(type(module), name):
+        return getattr(module, name, False) is True
+    return False
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, one in model.named_modules() if one is module) or type(model).__name__
+
+
 def _touches(module: nn.Module, blocks: set[int]) -> bool:
-    return any(id(inner) in blocks for inner in module.modules())
+    return any(id(inner) in blocks for inner in modules_of(module))
 
 
 def active_hooks() -> Any:

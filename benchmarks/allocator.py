@@ -144,10 +144,12 @@ def _varied(contender: Contender, job: Job, way: str) -> tuple[Step, dict[str, A
             assert look is not None, "it is called where there is a look"
             look(gradients)
 
+        begun = time.perf_counter()
         planned.begin("varied", tokens, contender.batch())
+        switching = time.perf_counter() - begun  # to the plan of another length, which is of the step
         seconds = _timed(contender, behind if look is not None else None)
         planned.end()
-        return seconds
+        return switching + seconds
 
     # Two as they are, two that are recorded, and the longest, which is placed of those, and again if it has to be.
     quarter, half = max(shortest, longest // 4), max(shortest, longest // 2)

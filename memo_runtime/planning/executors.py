@@ -4,7 +4,8 @@ What blocks take by tiles is known only after they were captured, and compiled o
 steps. So the model is profiled and planned for replay first, and its blocks are tried by tiles only if
 
 * no plan by replay fits, or
-* on a GPU, by replay the step takes longer than with everything kept, by enough for the steps to come.
+* on a GPU, compiled tiles that keep everything would make the step shorter, by enough for the steps to come: than by
+  replay, and where everything fits also than the blocks as they are.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from memo_runtime.planning.tiles import ByTiles, some_by_tiles, tiles_seen
 from memo_runtime.records import Executor
 from memo_runtime.units import format_seconds
 
-#: Share below which forecasts do not tell two steps apart. Compiled tiles fuse what the blocks themselves do one by one
-#: (on one H100, 4 blocks of llama-8b at 65,536 tokens: 1.547 s by tiles that repeat 5 %, 1.579 s unwrapped), so that a
-#: replay that hides nearly all of its copies can still be the slower one.
-_CLOSE = 0.005
+#: Share of a step that compiled tiles save, since they fuse what the blocks themselves do one by one: 3.6 to 5.5 % with
+#: everything kept (4 blocks of llama-8b at 32,768 and 65,536 tokens on one H200, benchmarks/results/
+#: harness_tiled_h200.jsonl). What they take is measured once they are tried; this says whether that is worth it.
+_FUSED = 0.035
 #: Steps that a run is taken to have, and seconds that capture and compilation take, in all and for each block.
-_STEPS = 1000
+_STEPS = 5000
 _PREPARING = 20.0
 _PREPARING_EACH = 1.0
 
@@ -49,9 +50,8 @@ def tiles_are_worth_trying(sheet: Sheet, settings: Settings, step_seconds: float
         return False
     if step_seconds is None or not sheet.around.asynchronous:
         return step_seconds is None
-    kept = _kept_seconds(sheet)
     preparing = (_PREPARING + _PREPARING_EACH * len(sheet.blocks)) / _STEPS
-    return step_seconds - kept > max(_CLOSE * kept, preparing)
+    return step_seconds - (1 - _FUSED) * _kept_seconds(sheet) > preparing
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +75,30 @@ class EitherExecutor(Strategy):
         if not tiles_seen(sheet):
             return by_replay if by_replay is None else _untried(sheet, by_replay)
         by_tiles = _BY_TILES.decide(sheet, budgets) if some_by_tiles(sheet) else None
-        chosen, note = by_replay, "blocks run by replay: none can by tiles"
+        way = "as they are" if by_replay is not None and _is_kept(by_replay) else "by replay"
+        chosen, note = by_replay, f"blocks run {way}: none can by tiles"
         if by_replay is None and by_tiles is not None:
             chosen, note = by_tiles, "blocks run by tiles: replay does not fit"
         elif by_replay is not None and by_tiles is not None:
             replay, tiles = (sheet.step_seconds(one.choices) for one in (by_replay, by_tiles))
-            taken, left = ("tiles", "replay") if tiles < replay else ("replay", "tiles")
+            taken, left = ("by tiles", way) if tiles < replay else (way, "by tiles")
             chosen = by_tiles if tiles < replay else by_replay
             first, second = sorted((tiles, replay))
-            note = f"blocks run by {taken}: a step of {format_seconds(first)}, and {format_seconds(second)} by {left}"
+            note = f"blocks run {taken}: a step of {format_seconds(first)}, and {format_seconds(second)} {left}"
         elif by_replay is not None and some_by_tiles(sheet):
-            note = "blocks run by replay: tiles do not fit"
+            note = f"blocks run {way}: tiles do not fit"
         if chosen is None:
             return None
         return Decision(chosen.choices, (note, *_refusals(sheet), *chosen.notes))
 
 
+def _is_kept(decision: Decision) -> bool:
+    return all(choice.executor is Executor.KEEP for choice in decision.choices)
+
+
 def _untried(sheet: Sheet, decision: Decision) -> Decision:
     """``decision`` with a note on tiles, unless everything is kept, which says enough."""
-    if all(choice.executor is Executor.KEEP for choice in decision.choices) or not sheet.around.asynchronous:
+    if _is_kept(decision) or not sheet.around.asynchronous:
         return decision
     kept, step = _kept_seconds(sheet), sheet.step_seconds(decision.choices)
     share = 100 * (step - kept) / max(1e-12, kept)

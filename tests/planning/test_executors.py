@@ -77,11 +77,24 @@ def test_tiles_are_tried_where_replay_hides_nearly_all_of_its_copies():
     assert worth(profile, budget=budget)
 
 
+@pytest.mark.parametrize(("budget", "way"), [("500GiB", "as they are"), ("30GiB", "by replay")])
+def test_tiles_are_tried_where_nothing_needs_to_be_moved_or_is_waited_for(budget, way):
+    profile = llama_profile(tokens=65536, link=Link(to_host=1e12, to_device=1e12))
+    assert worth(profile, budget=budget)
+    without, faster, slower = (
+        plan(one, budget=budget) for one in (profile, tried(profile, speed=1.1), tried(profile, speed=0.9))
+    )
+    assert slower.blocks == without.blocks
+    assert {block.executor for block in faster.blocks} == {Executor.TILED}
+    assert faster.forecast.step_seconds < without.forecast.step_seconds
+    assert re.fullmatch(rf"blocks run by tiles: a step of .* s, and .* s {way}", faster.notes[0])
+    assert slower.notes[0].startswith(f"blocks run {way}: a step of ")
+
+
 @pytest.mark.parametrize(
     ("profile", "settings"),
     {
-        "everything fits": (llama_profile(tokens=4096), {}),
-        "replay hides all copies": (llama_profile(link=Link(to_host=1e12, to_device=1e12)), {"budget": "60GiB"}),
+        "everything fits, in short steps": (llama_profile(tokens=4096), {}),
         "steps too short to pay for it": (llama_profile(1, tokens=2048), {"budget": "8.45GiB", "host_budget": "1GiB"}),
         "another policy": (llama_profile(), {"policy": "replay", "budget": TOO_TIGHT}),
         "blocks that stay were named": (llama_profile(), {"keep_last": 1, "budget": TOO_TIGHT}),

@@ -21,7 +21,8 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
             continue
         seen.add(id(module))
         found.append(module)
-        pending.extend([*module._modules.values()][::-1])
+        if module._modules:
+            pending.extend(reversed(module._modules.values()))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ _WRAPPERS = {
     "CheckpointWrapper": "torch's checkpoint_wrapper (apply_activation_checkpointing)",
     "OffloadWrapper": "torch's offload_wrapper",
 }
+#: Of a module, by which transformers turns checkpointing on.
+_SWITCH = "gradient_checkpointing"
 _ADVICE = "memo plans swap and recompute itself"
 
 
@@ -37,7 +40,7 @@ def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
         if kind in _WRAPPERS and _touches(module, blocks):
             around = f"{_WRAPPERS[kind]} is around '{_name(model, module)}'"
             raise OffloaderActiveError(f"{around}: {_ADVICE}. Remove that wrapper")
-        hook = vars(module).get("_hf_hook")
+        hook = module.__dict__.get("_hf_hook")
         if hook is not None and getattr(hook, "offload", False):
             raise OffloaderActiveError(
                 f"accelerate offloads the weights of '{_name(model, module)}' ({type(hook).__name__}): {_ADVICE}, and "
@@ -47,10 +50,14 @@ def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
 
 def _checkpoints(module: nn.Module) -> bool:
     # A module is slow to say that it has no such attribute, and this is asked of each at every step.
-    name = "gradient_checkpointing"
-    if name in vars(module) or hasattr(type(module), name):
-        return getattr(module, name, False) is True
+    if _SWITCH in module.__dict__ or _has_switch(type(module)):
+        return getattr(module, _SWITCH, False) is True
     return False
+
+
+@cache
+def _has_switch(kind: type) -> bool:
+    return hasattr(kind, _SWITCH)
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:

@@ -56,7 +56,7 @@ def _checkpoints(module: nn.Module) -> bool:
 
 
 @cache
-def _has_switch(kind: type) -> bool:
+def _has_switch(kind: Any) -> bool:
     return hasattr(kind, _SWITCH)
 
 

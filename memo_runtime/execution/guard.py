@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,12 +50,13 @@ def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
 
 def _checkpoints(module: nn.Module) -> bool:
     # A module is slow to say that it has no such attribute, and this is asked of each at every step.
-    if _SWITCH in module.__dict__ or _has_switch(type(module)):
+    kind: Any = type(module)
+    if _SWITCH in module.__dict__ or _has_switch(kind):
         return getattr(module, _SWITCH, False) is True
     return False
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _has_switch(kind: Any) -> bool:
     return hasattr(kind, _SWITCH)
 

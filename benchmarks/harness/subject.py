@@ -139,14 +139,20 @@ class Subject:
 
     def backward(self, batch: tuple[torch.Tensor, torch.Tensor], on_gradients: OnGradients | None = None) -> None:
         """Forward and backward; gradients stay."""
-        inputs, target = batch
+        args, kwargs = self.call(batch)
         with attention_kernel(self.settings.attention):
             if self.settings.scope == Scope.STEP:
-                self.model(input_ids=inputs, labels=target, use_cache=False).loss.backward()
+                self.model(*args, **kwargs).loss.backward()
             else:
-                self.model(inputs).backward(target)
+                self.model(*args, **kwargs).backward(batch[1])
         if on_gradients is not None:
-            on_gradients(self._gradients(inputs))
+            on_gradients(self._gradients(batch[0]))
+
+    def call(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        """What the model is called with."""
+        if self.settings.scope == Scope.STEP:
+            return (), {"input_ids": batch[0], "labels": batch[1], "use_cache": False}
+        return batch[:1], {}
 
     def _gradients(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}

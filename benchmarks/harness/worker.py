@@ -12,8 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +33,6 @@ from benchmarks.harness.timing import percentiles, predicted_seconds, step_count
 from benchmarks.harness.tracing import traced_step
 from memo_runtime.rehearsal.cpu_peak import cpu_peak
 from memo_runtime.rehearsal.failure import ran_out
-from memo_runtime.rehearsal.stand_ins import StandIns
 from memo_runtime.rehearsal.threads import is_of_a_thread
 from memo_runtime.reporting.mfu import utilization
 
@@ -43,6 +41,7 @@ logger = logging.getLogger("benchmarks")
 _MESSAGE_LIMIT = 600
 
 Measurement = dict[str, Any]
+Step = Callable[[OnGradients | None], None]
 
 
 @dataclass(slots=True)
@@ -57,9 +56,13 @@ class _Gradients:
         self.facts["gradient_sketch"] = encode(sketch(gradients))
 
 
-def _timed(contender: Contender, on_gradients: OnGradients | None = None) -> float:
+def _timed(contender: Contender) -> float:
+    return _seconds_of(contender, contender.step)
+
+
+def _seconds_of(contender: Contender, step: Step, on_gradients: OnGradients | None = None) -> float:
     started = time.perf_counter()
-    contender.step(on_gradients)
+    step(on_gradients)
     if contender.device.type == "cuda":
         torch.cuda.synchronize(contender.device)
     return time.perf_counter() - started
@@ -75,8 +78,8 @@ def _warm_up(contender: Contender, job: Job, tokens: int, warm: int) -> Measurem
     facts: Measurement = {"warm_up": 0 if rehearsed else warm}
     reset_peaks(contender.device)
     started = time.perf_counter()
-    with StandIns(contender.device) if rehearsed else nullcontext():
-        facts["first_step_seconds"] = _timed(contender, _Gradients(facts) if tokens == job.sketch_at else None)
+    first = contender.rehearse if rehearsed else contender.step
+    facts["first_step_seconds"] = _seconds_of(contender, first, _Gradients(facts) if tokens == job.sketch_at else None)
     facts["first_peak_allocated"] = cuda_peaks(contender.device).get("peak_allocated")
     for _ in range(facts["warm_up"] - 1):
         _timed(contender)

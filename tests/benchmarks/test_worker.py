@@ -9,6 +9,8 @@ import torch
 from benchmarks.harness import worker
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.contenders.base import Contender
+from benchmarks.harness.geometry import Scope
+from benchmarks.harness.subject import Subject
 from benchmarks.harness.worker import ran_out, walk
 from memo_runtime.errors import HostLimitError, PlanInfeasibleError, PlanMismatchError
 
@@ -149,3 +151,27 @@ def test_what_libraries_print_is_no_measurement(monkeypatch, capfd):
         os.dup2(kept, 1)
         os.close(kept)
     assert capfd.readouterr() == ("row\n", "hello")
+
+
+@pytest.mark.parametrize("scope", [Scope.STEP, pytest.param(Scope.BLOCKS, marks=pytest.mark.slow)])
+def test_before_a_step_of_minutes_a_plan_runs_on_a_few_tiles(make_job, monkeypatch, scope):
+    """Profile and plan are those of the whole, and so is the step that is measured."""
+    seen, step = [], Subject.step
+
+    def counted(self, batch, on_gradients=None):
+        seen.append(batch[0].shape[1])
+        step(self, batch, on_gradients)
+
+    monkeypatch.setattr("benchmarks.harness.timing._REHEARSED_BEYOND", 512)
+    monkeypatch.setattr("benchmarks.harness.contenders.memo._LONG", 0.0)
+    monkeypatch.setattr("memo_runtime.rehearsal.first_step._TOKENS", 64)
+    monkeypatch.setattr(Subject, "step", counted)
+    out = io.StringIO()
+    walk(make_job("memo-replay", (1031,), blocks=2, scope=scope), out)
+    (row,) = (json.loads(line) for line in out.getvalue().splitlines())
+    assert (row["status"], row["warm_up"], row["n"]) == ("ok", 0, 1), row.get("error")
+    few = row["details"]["first_step_tokens"]
+    assert 0 < few <= 1031 / 4
+    # On the CPU one more step is for its peak.
+    assert seen == [few, 1031, 1031]
+    assert sum(row["details"]["executors"].values()) == 2

@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.harness.job import Job
 from benchmarks.harness.subject import OnGradients, Subject
 from memo_runtime.rehearsal.cpu_peak import storage_bytes
+from memo_runtime.rehearsal.stand_ins import StandIns
 
 BlockForward = Callable[..., torch.Tensor]
 
@@ -39,6 +40,11 @@ class Contender(ABC):
     @abstractmethod
     def model_flops(self, tokens: int) -> int:
         """FLOPs that a step needs."""
+
+    def rehearse(self, on_gradients: OnGradients | None = None) -> None:
+        """All of a step but attention, before one that takes long."""
+        with StandIns(self.device):
+            self.step(on_gradients)
 
     def batch(self) -> tuple[torch.Tensor, ...]:
         """What a step is given, where it is made before the step."""

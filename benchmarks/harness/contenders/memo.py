@@ -10,8 +10,13 @@ import memo_runtime
 from benchmarks.harness.contenders.base import Training
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job
+from benchmarks.harness.subject import OnGradients, attention_kernel
 from memo_runtime.persist import save
+from memo_runtime.rehearsal.first_step import few_tokens, under_plan
 from memo_runtime.wrapping import find_wrapped
+
+#: Seconds of a step beyond which the one before it is on a few tiles alone: a rehearsal makes all products again.
+_LONG = 120.0
 
 
 class Memo(Training):
@@ -20,6 +25,7 @@ class Memo(Training):
     def __init__(self, policy: str, alpha: float | None, job: Job) -> None:
         self.policy, self.alpha = policy, alpha
         self._kept: Path | None = None  # where the plan of this length is, or will be
+        self._few: int | None = None  # tokens of the step before the measured one, if it was a short one
         super().__init__(job)
 
     def install(self) -> None:
@@ -41,8 +47,25 @@ class Memo(Training):
             loss=settings.loss if settings.scope == Scope.STEP else "auto",
         )
 
+    def rehearse(self, on_gradients: OnGradients | None = None) -> None:
+        """Profiles and plans for the whole; where even a rehearsal of that takes minutes, a step of a few tiles."""
+        wrapped = find_wrapped(self.subject.model)
+        if wrapped is None or self._batch is None or on_gradients is not None:
+            super().rehearse(on_gradients)
+            return
+        with attention_kernel(self.job.settings.attention):
+            wrapped.before_forward(*self.subject.call(self._batch))
+        plan = wrapped.session.plan
+        self._few = few_tokens(plan) if plan is not None and plan.forecast.step_seconds > _LONG else None
+        if self._few is None:
+            super().rehearse()
+            return
+        with under_plan(wrapped):
+            self.subject.step(self.subject.batch(self._few))
+
     def finish(self) -> None:
         """Give host memory back."""
+        self._few = None
         wrapped = find_wrapped(self.subject.model)
         if self._kept is not None and wrapped is not None and wrapped.session.plan is not None:
             save(wrapped.session.plan, self._kept)
@@ -81,4 +104,4 @@ class Memo(Training):
                 "host_bytes": forecast.host_bytes,
             },
             "notes": list(report.notes),
-        }
+        } | ({} if self._few is None else {"first_step_tokens": self._few})

@@ -29,7 +29,7 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_all_that_grows_with_sequences_does() -> None:
     """Heads in groups too. Of several sequences the rows of a tile do not lie together: their copies are not told."""
-    one, three = (Stack(Kind(shared=2, rows=rows)).takes for rows in (1, 3))
+    one, three = (Stack(Kind(shared=2, rows=rows)).takes[0] for rows in (1, 3))
     assert three.heads == 2
     assert three.forward_by_groups
     found = tiled_at(one, Fraction(3))

@@ -13,12 +13,14 @@ another size says more of sizes at all lengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from memo_runtime.arena.plan import SMALL
 from memo_runtime.arena.sizes import Growth, growth_of
 from memo_runtime.arena.solving import Solved
+from memo_runtime.placement import PlacedRequest
 from memo_runtime.traces.trace import Trace, TraceRequest
 from memo_runtime.traces.windows import last_step
 
@@ -39,6 +41,7 @@ _TELLING = 16
 _MOSTLY = 0.98
 
 Shapes = tuple[tuple[int, ...], ...]
+_Answer = TypeVar("_Answer")
 
 
 def length_of(shapes: Shapes) -> tuple[int, Shapes]:
@@ -90,20 +93,21 @@ class Pair:
 
     def at(self, tokens: int) -> Trace:
         """What the step asks for at ``tokens``, which may be longer or shorter than both."""
-        requests = list(self.long.trace.requests)
+        requests, sizes = list(self.long.trace.requests), _Each(tokens, Growth.at)
         for index, before in enumerate(self.sizes, start=self.first):
-            size = self._growth(index, before).at(tokens)
-            if size != requests[index].size:
-                requests[index] = replace(requests[index], size=max(size, min(1, before)))
+            size = sizes.of(self._growth(index, before))
+            known = requests[index]
+            if size != known.size:  # not by replace(), which takes ten times as long, at every step of a new length
+                requests[index] = TraceRequest(known.lower, known.upper, max(size, min(1, before)), known.stream)
         return replace(self.long.trace, requests=tuple(requests))
 
     def bounds(self, tokens: int, rooms: Mapping[int, tuple[int, int]]) -> list[tuple[int, int]]:
         """Least and most bytes of requests at ``tokens``; ``rooms``: of each the size that is expected and its room."""
-        first, found = self.first, []
+        first, found, each = self.first, [], _Each(tokens, Growth.bounds)
         for index, (size, room) in rooms.items():
             least, most = size, size
             if index not in self.sure:
-                lower, upper = self._growth(index, self.sizes[index - first]).bounds(tokens)
+                lower, upper = each.of(self._growth(index, self.sizes[index - first]))
                 least, most = max(1, min(size, lower)), min(room, max(size, room if upper is None else upper))
             found.append((least, most))
         return found
@@ -133,6 +137,21 @@ class Pair:
         new = indices - self.sure if tokens % _TELLING else set()
         self.sure |= new
         return bool(new)
+
+
+class _Each(Generic[_Answer]):
+    """What ``ask`` says of growths at ``tokens``, asked once of those that are the same: most requests grow alike."""
+
+    def __init__(self, tokens: int, ask: Callable[[Growth, int], _Answer]) -> None:
+        self._tokens, self._ask = tokens, ask
+        self._known: dict[int, tuple[Growth, _Answer]] = {}
+
+    def of(self, growth: Growth) -> _Answer:
+        """The answer."""
+        known = self._known.get(id(growth))
+        if known is None:
+            known = self._known[id(growth)] = growth, self._ask(growth, self._tokens)
+        return known[1]
 
 
 def pair_of(one: Sample, other: Sample) -> Pair | None:
@@ -200,5 +219,10 @@ def fitted(solved: Solved, trace: Trace) -> Solved:
     """``solved`` with the sizes of ``trace`` at its addresses, as far as there is room."""
     pairs = zip(solved.rows, solved.placed, strict=True)
     sizes = ((row, trace.requests[index].size) for row, index in pairs)
-    rows = (row if size >= row.size else replace(row, size=size) for row, size in sizes)
+    rows = (
+        row
+        if size >= row.size
+        else PlacedRequest(id=row.id, lower=row.lower, upper=row.upper, size=size, offset=row.offset)
+        for row, size in sizes
+    )
     return replace(solved, rows=tuple(rows))

@@ -51,7 +51,8 @@ class Placement:
         plan = as_arena_plan(layout, trace, self.sample.handles, device)
         # What has no room counts as a step that has changed.
         without_room = sum(trace.requests[index].size for index in self.solved.placed) - plan.planned_bytes
-        return replace(plan, bounds=tuple(bounds), step_bytes=plan.step_bytes - without_room)
+        step_bytes = plan.step_bytes - without_room
+        return replace(plan, bounds=tuple(bounds), places=self.solved.rows, step_bytes=step_bytes)
 
     def learn(self, tokens: int, plan: ArenaPlan, misfits: Sequence[tuple[int, int]], counts: Counts) -> int:
         """A step of ``tokens`` by ``plan`` had ``misfits``: (slot, bytes). Returns the bytes of those without room."""

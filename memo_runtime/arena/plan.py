@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -69,6 +70,8 @@ class ArenaPlan:
         seconds: that planning took.
         bounds: of each row, the least and the most bytes that it may have, for which there is room; none where all
             sizes are certain.
+        places: of each row, the place that it lies in, of a layout that serves several lengths; none where the rows
+            are the layout.
     """
 
     rows: tuple[PlacedRequest, ...]
@@ -85,6 +88,7 @@ class ArenaPlan:
     process: int
     seconds: float
     bounds: tuple[Bounds, ...] = ()
+    places: tuple[PlacedRequest, ...] = ()
 
     def _ordered(self) -> list[tuple[Slot, int | None]]:
         """Slots, and which row each is; None: it outlives the step."""
@@ -192,10 +196,36 @@ def check_arena_plan(plan: ArenaPlan) -> None:
         both = list(zip(rows, plan.bounds, strict=True))
         if not all(0 < least <= row.size <= most <= _MOST for row, (least, most) in both):
             raise AllocatorPlanError("a size of the plan is not between its bounds")
-        rows = tuple(row if row.size == most else replace(row, size=most) for row, (_, most) in both)
-    fault = layout_fault(rows, plan.size)
+        if not plan.places:
+            rows = tuple(row if row.size == most else replace(row, size=most) for row, (_, most) in both)
+    if plan.places:
+        _check_places(plan)
+        rows = plan.places
+    fault = _fault(rows, plan.size)
     if fault is not None:
         raise AllocatorPlanError(f"the plan cannot be: {fault}")
+
+
+def _check_places(plan: ArenaPlan) -> None:
+    if len(plan.places) != len(plan.rows):
+        raise AllocatorPlanError(f"the plan has {len(plan.rows)} requests and places for {len(plan.places)}")
+    most = [most for _, most in plan.bounds] or [row.size for row in plan.rows]
+    for row, place, size in zip(plan.rows, plan.places, most, strict=True):
+        if (row.offset, row.lower, row.upper) != (place.offset, place.lower, place.upper) or size > place.size:
+            raise AllocatorPlanError(f"request '{row.id}' of the plan, of {size} bytes at most, leaves its place")
+
+
+#: Layouts without a fault, and the bytes of their arenas. One serves steps of many lengths, each of which has a plan.
+_faultless: deque[tuple[tuple[PlacedRequest, ...], int]] = deque(maxlen=16)
+
+
+def _fault(rows: tuple[PlacedRequest, ...], size: int) -> str | None:
+    if any(known is rows and there == size for known, there in _faultless):
+        return None
+    fault = layout_fault(rows, size)
+    if fault is None:
+        _faultless.append((rows, size))
+    return fault
 
 
 def allowed_bytes(device: int) -> int:

@@ -90,6 +90,17 @@ REFUSED = {
     "backwards": (lambda plan: moved(plan, 1, upper=0), "upper 0 is below lower 1"),
     "twice": (lambda plan: moved(plan, 1, id=plan.rows[0].id), "used by more than one request"),
     "no number": (lambda plan: moved(plan, 1, size=600.0), "must be an integer"),
+    "fewer places": (lambda plan: {"places": plan.rows[1:]}, "and places for"),
+    "out of its place": (
+        lambda plan: {"places": plan.rows, "bounds": tuple((1, row.size + (row is plan.rows[1])) for row in plan.rows)},
+        "leaves its place",
+    ),
+    "another place": (lambda plan: {"places": (plan.rows[1], *plan.rows[1:])}, "leaves its place"),
+    "places that overlap": (
+        lambda plan: moved(plan, 1, offset=plan.rows[0].offset)
+        | {"places": moved(plan, 1, offset=plan.rows[0].offset)["rows"]},
+        "share no address",
+    ),
 }
 
 

@@ -65,6 +65,11 @@ class Captured:
         return bool(self.draws) or any(arguments_of(node)["dropout_p"] for node in self.attentions)
 
     @property
+    def goes_backward(self) -> bool:
+        """What it yields needs a gradient, which nothing of a frozen block behind nothing that is trained does."""
+        return any(isinstance(node, fx.Node) and node in self.stages.differentiable for node in self.outputs)
+
+    @property
     def attentions(self) -> tuple[fx.Node, ...]:
         """Attention as one operator."""
         return tuple(stage.node for stage in self.stages.stages if isinstance(stage, Mixer) and not stage.by_graph)

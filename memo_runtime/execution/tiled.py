@@ -387,7 +387,7 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_dense(tensor):
             continue
         node = nodes[place] if place < inputs + extra else None
-        moves = node in captured.stages.differentiable or place == hidden
+        moves = node in wanted or (place == hidden and captured.goes_backward)
         if node is not None and (node in fixed or node in states or not moves):
             continue
         if node is None or isinstance(captured.stages.axes[node], TokenAxis):

@@ -331,7 +331,7 @@ def _stash(captured: Captured, call: BlockCall, tried: Iterable[Trial], tokens: 
     arguments = [
         node for node, leaf in captured.arguments
         if call.leaves[leaf].is_floating_point() and is_dense(call.leaves[leaf])
-        and (node in captured.stages.differentiable or leaf == captured.input_leaf)
+        and (node in captured.stages.differentiable or (leaf == captured.input_leaf and captured.goes_backward))
         and isinstance(captured.stages.axes[node], TokenAxis)
     ]  # fmt: skip
     found = [_total(captured, [node], tokens) for node in [*arguments, *stashed_results(captured)]]

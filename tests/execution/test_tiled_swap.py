@@ -124,6 +124,18 @@ def test_a_hidden_state_that_needs_no_gradient_is_freed_too():
     assert swap.pool.in_use == 0
 
 
+def test_a_hidden_state_stays_where_no_gradient_comes_back():
+    """Of a frozen block behind nothing that is trained."""
+    layers, swap = stack(count=2), swap_of()
+    layers[0].requires_grad_(False)
+    first, second = tiles(layers, swap)
+    y = first(2 * hidden())
+    hidden_bytes, lse_bytes = 2 * TOKENS * WIDTH * 8, 2 * TOKENS * HEADS * 8
+    assert swap.counters.bytes_to_host < hidden_bytes
+    second(y).sum().backward()
+    assert swap.counters.bytes_to_device == 2 * hidden_bytes + lse_bytes
+
+
 def test_a_block_fetches_for_the_one_below_before_it_computes():
     class Recorded(TorchEngine):
         def __init__(self):

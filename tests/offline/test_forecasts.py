@@ -105,5 +105,6 @@ def test_a_step_with_adapters_of_an_8b():
     offline = study_model(subject, find_machine("h100-80gb")).at(32768, host_bytes=row["host_budget"], tiles=True)
     forecast = plan_at(offline, make_settings(policy="tiled", budget=row["budget"])).forecast
     assert forecast.step_seconds == pytest.approx(row["step_seconds"], rel=0.03)
-    assert forecast.peak_bytes == pytest.approx(row["peak_allocated"], rel=0.01)
+    # Behind the frozen embedding too what the first block is given is counted: without it 0.4 % too low.
+    assert forecast.peak_bytes == pytest.approx(row["peak_allocated"], rel=0.001)
     assert forecast.host_bytes == 0

@@ -40,7 +40,7 @@ class StepMemory:
 
         Raises:
             AllocatorUnavailableError: the model is not on a CUDA device.
-        AllocatorPlanError: the file of earlier runs is of something else or not whole.
+            AllocatorPlanError: the file of earlier runs is of something else or not whole.
         """
         if device.type != "cuda":
             raise AllocatorUnavailableError(

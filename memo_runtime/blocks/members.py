@@ -1,7 +1,7 @@
 """Modules and parameters of a model without their names.
 
-What ``modules()`` and ``parameters()`` yield, in their order, in a third of the time: a step asks at each forward, when
-the device has nothing to do yet.
+What ``modules()`` and ``parameters()`` yield, in their order, sooner: a step asks at each forward, when the device has
+nothing to do yet, and names take most of the time.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Pair:
         for index, before in enumerate(self.sizes, start=self.first):
             size = sizes.of(self._growth(index, before))
             known = requests[index]
-            if size != known.size:  # not by replace(), which is slow, and this is done before every step of a new length
+            if size != known.size:  # not by replace(), which is slow: this comes before every step of a new length
                 requests[index] = TraceRequest(known.lower, known.upper, max(size, min(1, before)), known.stream)
         return replace(self.long.trace, requests=tuple(requests))
 

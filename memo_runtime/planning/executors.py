@@ -24,7 +24,8 @@ from memo_runtime.units import format_seconds
 
 #: Share of a step that compiled tiles save at least, since they fuse what the blocks themselves do one by one: 3.6 to
 #: 6.3 % with everything kept (4 blocks of llama-8b at 32,768 and 65,536 tokens on one H200, benchmarks/results/
-#: harness_tiled_h200.jsonl; tests/house/test_figures.py). What they take is measured once they are tried; this says whether that is worth it.
+#: harness_tiled_h200.jsonl; tests/house/test_figures.py). What they take is measured once they are tried; this says
+#: whether that is worth it.
 _FUSED = 0.035
 #: Steps that a run is taken to have, and seconds that capture and compilation take, in all and for each block.
 _STEPS = 5000

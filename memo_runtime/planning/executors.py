@@ -28,7 +28,7 @@ from memo_runtime.units import format_seconds
 #: whether that is worth it.
 _FUSED = 0.035
 #: Steps that a run is taken to have, and seconds that capture and compilation take, in all and for each block.
-_STEPS = 5000
+_STEPS = 10_000
 _PREPARING = 20.0
 _PREPARING_EACH = 1.0
 

@@ -228,13 +228,16 @@ def _none_of_training(wrapped: Wrapped | None) -> Iterator[None]:
     with wrapped.session.turn():
         pass
     memory, wrapped.memory = wrapped.memory, None
+    layout = wrapped.layout
+    if layout is Layout.AUTO:
+        wrapped.layout = Layout.NATIVE
     if memory is not None:
         memory.end()
     try:
         with wrapped.session.rehearsing():
             yield
     finally:
-        wrapped.memory = memory
+        wrapped.memory, wrapped.layout = memory, layout
 
 
 def _rehearsed(

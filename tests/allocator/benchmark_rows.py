@@ -25,18 +25,22 @@ class Contender:
     def __init__(self, job: Job) -> None:
         model = Net().cuda()
         self.subject = SimpleNamespace(model=model, optimizer=None)
+        self.hidden: torch.Tensor | None = None
 
     def start(self, tokens: int) -> None:
-        self.batch = torch.zeros(1, tokens, 64, device="cuda")
+        self.hidden = torch.zeros(1, tokens, 64, device="cuda")
+
+    def batch(self) -> tuple[torch.Tensor, ...]:
+        return () if self.hidden is None else (self.hidden,)
 
     def step(self, look=None) -> None:
-        self.subject.model(self.batch).backward()
+        self.subject.model(self.hidden).backward()
         if look is not None:
             look({name: p.grad for name, p in self.subject.model.named_parameters()})
         self.subject.model.zero_grad(set_to_none=True)
 
     def finish(self) -> None:
-        del self.batch
+        self.hidden = None
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def report(capsys, text):
         print(f"\n    {text}", end=" ")
 
 
-def test_pinning_is_fast_and_pinned(big, capsys):
+def test_pinning_is_fast_and_pinned(quiet_machine, big, capsys):
     slab, seconds, _ = big
     report(capsys, f"16 GiB pinned in {seconds:.2f} s, on the GPU's NUMA node: {slab.on_node}")
     assert slab.memory[:1].is_pinned()

@@ -195,6 +195,7 @@ def work(job: Job, way: str, steps: int, *, varied: bool) -> Iterator[dict[str, 
     """The measurements of one process: one for each length, shortest first, or one where they vary."""
     from benchmarks.harness.contenders import CONTENDERS
     from memo_runtime.allocator.library import planned_allocator
+    from memo_runtime.profiling.machine import settle_libraries
 
     if job.settings.memory is not None:
         limit_memory(job.settings.memory, torch.device("cuda", 0))
@@ -204,6 +205,8 @@ def work(job: Job, way: str, steps: int, *, varied: bool) -> Iterator[dict[str, 
         planned_allocator().install()  # before anything that stays is allocated: what is resized later is ours too
         host = {"native_host_seconds": host["host_seconds"], "host_seconds": _host_seconds(planned=True)}
     contender = CONTENDERS[job.contender](job)
+    # As the profile of a wrapped model does; not all contenders are wrapped.
+    settle_libraries(contender.device, getattr(torch, job.settings.dtype))
     for tokens in job.lengths[-1:] if varied else job.lengths:
         try:
             one, facts = _varied(contender, job, way) if varied else _fixed(contender, tokens, way)

@@ -125,8 +125,8 @@ def wrap(
         blocks: the blocks, if they should not be searched: modules, a ``ModuleList``, or names.
         keep_last: blocks at the end of each stack that stay on the device.
         tile: tokens of a tile, for ``tiled``.
-        layout: ``planned``: memory of steps by plan, in an arena; a file (``.json``, ``.json.gz``) keeps it for another
-            run. ``native``: PyTorch's allocator. ``auto``: planned where that is built and memory is short.
+        layout: ``planned``: memory of steps by plan, in an arena (docs/allocator.md). A file (``.json``, ``.json.gz``):
+            the same, and it keeps the plans for the next run. ``native``, and ``auto``: PyTorch's allocator.
         loss: ``auto`` and ``tiled`` evaluate head and loss of Hugging Face causal LMs by tiles; ``native`` does not.
         strict: a block that cannot take the policy is an error before the first step, and one whose rerun is found
             wrong in a step stays one (otherwise the next step runs it in a safer way).

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from memo_runtime.arena.auto import memory_if_short
 from memo_runtime.arena.lengths import length_of
 from memo_runtime.arena.model import StepMemory
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.members import have_gradients, parameters_of
-from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet, several_ranks
+from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
 from memo_runtime.errors import ArgumentError, MemoError, PinningError, PlanInfeasibleError
@@ -43,7 +42,7 @@ from memo_runtime.planning.executors import tiles_are_worth_trying
 from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
 from memo_runtime.profiling.later import Later
-from memo_runtime.profiling.machine import device_memory, joins_free_memory
+from memo_runtime.profiling.machine import device_memory
 from memo_runtime.profiling.measured import Measured, cautious
 from memo_runtime.profiling.model import model_device, profile_model
 from memo_runtime.profiling.reading import Reading, Shapes, Sizes
@@ -114,9 +113,8 @@ class Wrapped:
     _integration: Any = None
     _masks: MaskInstallation | None = None
     _norm: nn.Module | None = None
-    #: Places the memory of steps: for ``layout='planned'``, and for ``auto`` once a step may run short of it.
+    #: Places the memory of steps, for ``layout='planned'``.
     memory: StepMemory | None = None
-    _weighed: Plan | None = None
 
     def __str__(self) -> str:
         asked, given = self.settings, self.given_plan
@@ -171,8 +169,7 @@ class Wrapped:
             self.settings == other.settings
             and self.loss == other.loss
             and self.on_refusal == other.on_refusal
-            and self.layout == other.layout
-            and (self.layout is Layout.AUTO or str(self.memory) == str(other.memory))
+            and (self.layout, str(self.memory)) == (other.layout, str(other.memory))
             and self.given_plan == other.given_plan
             and [ref.name for ref in self.refs] == [ref.name for ref in other.refs]
         )
@@ -217,10 +214,6 @@ class Wrapped:
         if plan is not self.session.plan:
             self._adopt(plan, planned, device)
         steps_before = self.session.steps
-        if self.layout is Layout.AUTO and self.memory is None and plan is not self._weighed:
-            self._weighed, peak = plan, plan.forecast.peak_bytes
-            if not (several_ranks() or joins_free_memory(device)):  # it is others' too, or does not splinter
-                self.memory = memory_if_short(self.model, self.optimizer, self.session.note, peak, device)
         self.session.begin_if_new()
         if self.memory is not None and self.session.steps != steps_before:
             tokens, others = length_of(shapes)

@@ -22,8 +22,6 @@ import torch
 _WORTH = 2 << 20
 #: Host memory that is in use at one time.
 _BATCH = 2 << 30
-#: What one batch frees may lie in a segment that another still holds, and be taken by the first again.
-_MOST_PASSES = 3
 
 
 def compact(tensors: Iterable[torch.Tensor], device: int) -> int:
@@ -34,18 +32,8 @@ def compact(tensors: Iterable[torch.Tensor], device: int) -> int:
     """
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    before = reserved = torch.cuda.memory_reserved(device)
-    movable = list(_movable(tensors, device))
-    for _ in range(_MOST_PASSES):
-        _pass({storage.data_ptr(): storage for storage in movable}, device)
-        had, reserved = reserved, torch.cuda.memory_reserved(device)
-        if had - reserved < _WORTH:
-            break
-    return before - reserved
-
-
-def _pass(storages: dict[int, torch.UntypedStorage], device: int) -> None:
-    """Empty and fill again what is in sparse segments; ``storages`` by address."""
+    before = torch.cuda.memory_reserved(device)
+    storages = {storage.data_ptr(): storage for storage in _movable(tensors, device)}
     with torch.cuda.device(device):
         for batch in _batches(_sparse(storages, device)):
             kept = [(storage, _bytes_of(storage).cpu()) for storage in batch]
@@ -57,6 +45,7 @@ def _pass(storages: dict[int, torch.UntypedStorage], device: int) -> None:
                     storage.resize_(values.numel())
                     _bytes_of(storage).copy_(values)
     torch.cuda.synchronize(device)
+    return before - torch.cuda.memory_reserved(device)
 
 
 @contextlib.contextmanager

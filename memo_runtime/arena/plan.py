@@ -25,9 +25,6 @@ logger = logging.getLogger("memo_runtime")
 _MOST = 2**64 - 1
 #: Bytes of the largest small request; PyTorch's allocator keeps those in segments of their own too.
 SMALL = 1 << 20
-#: Share of what may be reserved up to which a step is left to PyTorch's allocator: that takes up to a quarter more than
-#: what lives, and lengths that vary make it worse.
-ROOMY = 0.7
 
 
 class Placed(Protocol):

@@ -25,9 +25,8 @@ import torch
 from memo_runtime.allocator.library import Counts, PlannedAllocator
 from memo_runtime.arena.lengths import Pair, Sample, longest_of_bucket, pair_of
 from memo_runtime.arena.placing import Placement
-from memo_runtime.arena.plan import ROOMY, ArenaPlan, allowed_bytes, by_size, enable
+from memo_runtime.arena.plan import ArenaPlan, allowed_bytes, by_size, enable
 from memo_runtime.arena.solving import Solving
-from memo_runtime.arena.workspaces import make_workspaces
 from memo_runtime.errors import AllocatorPlanError, TraceError
 from memo_runtime.placement import ArenaReport
 from memo_runtime.recording.allocator import AllocatorRecorder
@@ -48,6 +47,9 @@ MOST_TRIES = 3
 _MOST_GROWN = 8
 #: Kinds that are remembered; a run may have a new length at every step.
 MOST_KINDS = 16
+#: Share of the device's memory that a step may need at least and is still tried without a plan: PyTorch's allocator
+#: takes up to a quarter more than what lives, and lengths that vary make it worse.
+_ROOMY = 0.7
 #: Above this share there is no room for steps longer than any so far.
 _TIGHT = 0.95
 _SOLVER_SECONDS = 10.0
@@ -178,7 +180,6 @@ class PlannedSteps:
         self._off = ""
         self.closed = False
         _owners[device] = self
-        make_workspaces(device)
 
     # ---- steps
 
@@ -298,7 +299,7 @@ class PlannedSteps:
             return None
         if self._idle:
             self._place(kind, pair.long, pair)
-        if _most_bytes(pair.at(tokens)) < ROOMY * allowed_bytes(self._device):
+        if _most_bytes(pair.at(tokens)) < _ROOMY * allowed_bytes(self._device):
             return None
         for _ in range(2):  # something else may be under way
             self.wait()

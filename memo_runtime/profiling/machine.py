@@ -42,8 +42,13 @@ def _allowed_bytes(device: torch.device) -> int:
 
 
 def settle_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Let matrix products, forward and backward, take their workspaces: they stay, and belong to no block."""
+    """Let matrix products, forward and backward, take their workspaces: they stay, and belong to no block.
+
+    They are never moved. Where a large segment is cached one takes the front of it, which is then never given back, so
+    what is cached goes first.
+    """
     if device.type == "cuda" and dtype.is_floating_point:
+        torch.cuda.empty_cache()
         with torch.enable_grad():
             weight = torch.zeros(64, 64, dtype=dtype, device=device, requires_grad=True)
             # From a thread of autograd's own, which has other handles, and so other workspaces.

@@ -228,16 +228,13 @@ def _none_of_training(wrapped: Wrapped | None) -> Iterator[None]:
     with wrapped.session.turn():
         pass
     memory, wrapped.memory = wrapped.memory, None
-    layout = wrapped.layout
-    if layout is Layout.AUTO:
-        wrapped.layout = Layout.NATIVE
-    if memory is not None:
-        memory.end()
     try:
+        if memory is not None:
+            memory.end()
         with wrapped.session.rehearsing():
             yield
     finally:
-        wrapped.memory, wrapped.layout = memory, layout
+        wrapped.memory = memory
 
 
 def _rehearsed(

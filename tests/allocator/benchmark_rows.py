@@ -14,6 +14,7 @@ from benchmarks import allocator as benchmark
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job, Settings
+from memo_runtime.profiling import machine
 from tests.allocator.wrapped_steps import Net
 
 
@@ -45,6 +46,7 @@ class Contender:
 
 def main() -> None:
     CONTENDERS["stack"] = Contender
+    machine.settle_libraries = lambda *arguments: None  # nothing can be multiplied there
     settings = Settings(
         geometry="tiny", scope=Scope.BLOCKS, blocks=4, device="cuda", dtype="bfloat16", attention="auto"
     )  # fmt: skip

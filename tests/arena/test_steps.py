@@ -270,7 +270,7 @@ def test_where_memory_is_short_there_is_no_room_for_longer_steps(rig, lengths, m
 
 def test_a_step_that_may_run_out_of_memory_waits_for_its_place(rig, lengths, monkeypatch):
     lengths(900, 900, 1000, 1200, 1300)
-    monkeypatch.setattr("memo_runtime.arena.steps.ROOMY", 1e-6)
+    monkeypatch.setattr("memo_runtime.arena.steps._ROOMY", 1e-6)
     assert lengths(2100) == ["disarm", "arm", "begin", "end"]
 
 
@@ -289,7 +289,7 @@ def test_what_an_earlier_run_placed_serves_the_first_step_even_a_longer_one(rig,
     again.begin("a", 1100)
     again.end()
     assert rig.allocator.calls == ["disarm", "arm", "begin", "end"]
-    monkeypatch.setattr("memo_runtime.arena.steps.ROOMY", 1e-6)
+    monkeypatch.setattr("memo_runtime.arena.steps._ROOMY", 1e-6)
     rig.allocator.calls.clear()
     again.begin("a", 2100)  # no step ran without a plan before it
     again.end()

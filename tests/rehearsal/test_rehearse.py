@@ -164,19 +164,6 @@ def test_a_wrapped_model_counts_training_steps_only():
     assert Rehearsal.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
-def test_whether_memory_is_placed_by_plan_is_asked_of_training_steps_only(monkeypatch):
-    asked = []
-    monkeypatch.setattr("memo_runtime.wrapping.memory_if_short", lambda *given: asked.append(given))
-    model, inputs = made("memo"), batch()
-    memo.rehearse(model, inputs, loss=mean_square)
-    assert asked == []
-    for _ in range(2):
-        mean_square(model(inputs)).backward()
-        model.zero_grad()
-    ((*_, peak, device),) = asked
-    assert (peak, device) == (memo.report(model).totals.forecast.peak_bytes, torch.device("cpu"))
-
-
 class Short(torch.autograd.Function):
     """Has no memory when it is asked."""
 

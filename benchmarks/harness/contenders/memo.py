@@ -45,7 +45,6 @@ class Memo(Training):
             **(asked if self._kept is None or not self._kept.exists() else {"plan": self._kept}),
             optimizer=self.subject.optimizer,
             loss=settings.loss if settings.scope == Scope.STEP else "auto",
-            layout="native",  # everybody has PyTorch's allocator; benchmarks.allocator compares those
         )
 
     def rehearse(self, on_gradients: OnGradients | None = None) -> None:

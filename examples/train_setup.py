@@ -28,6 +28,7 @@ from train_progress import Workload
 import memo_runtime as memo
 from memo_runtime.errors import DeviceUnavailableError
 from memo_runtime.persist import load_plan
+from memo_runtime.rehearsal.positions import named
 from memo_runtime.reporting.mfu import model_flops
 
 if TYPE_CHECKING:
@@ -122,12 +123,13 @@ def prepare(options: Options) -> Setup:
 
 def _check_positions(geometry: Geometry, seq_len: int) -> None:
     """A shape that was published for shorter sequences is trained at longer ones only if that was asked for."""
-    there = getattr(make_config(geometry, tokens=1), "max_position_embeddings", seq_len)
+    config = make_config(geometry, tokens=1)
+    there = getattr(config, "max_position_embeddings", seq_len)
     if geometry.name not in GEOMETRIES and there < seq_len:
         raise GeometryError(
             f"--geometry {geometry.name} has positions for {there:,} tokens and --seq-len asks for {seq_len:,}: give "
-            "--extend-positions, which raises max_position_embeddings (rotary tables go on; for trained weights also "
-            f"set rope_parameters in the config), or --seq-len {there}"
+            f"--extend-positions, which raises {named(config)} (rotary tables go on, and for trained weights also set "
+            f"rope_parameters in the config; a learned table is longer then), or --seq-len {there}"
         )
 
 

@@ -22,14 +22,21 @@ def about_squares(call: BlockCall) -> str | None:
         if tensor is not source and sum(size == tokens for size in tensor.shape) > 1
     ]  # fmt: skip
     largest = max(found, key=_bytes, default=None)
-    if largest is None or _bytes(largest) < _WORTH_SAYING:
+    if largest is None:
         return None
     kwargs = call.original[1] if call.original is not None else {}
     named = next((f"'{name}', " for name, value in kwargs.items() if value is largest), "")
     shape = " x ".join(f"{size:,}" for size in largest.shape)
+    one = f"an argument for all pairs of tokens ({named}{str(largest.dtype).removeprefix('torch.')}, {shape}) takes"
+    return what_squares_take(one, _bytes(largest), tokens)
+
+
+def what_squares_take(begin: str, size: int, tokens: int) -> str | None:
+    """What to say of ``size`` bytes for all pairs of ``tokens`` tokens, after ``begin``; None: they are few."""
+    if size < _WORTH_SAYING:
+        return None
     return (
-        f"an argument for all pairs of tokens ({named}{str(largest.dtype).removeprefix('torch.')}, {shape}) takes "
-        f"{format_bytes(_bytes(largest))} at {tokens:,} tokens, and four times as much at twice as many; nothing here "
+        f"{begin} {format_bytes(size)} at {tokens:,} tokens, and four times as much at twice as many; nothing here "
         "makes it smaller. Say causal attention by is_causal=True and no mask, windows and documents by a kernel that "
         "takes them (flex attention, flash-attn, memo.register_mixer); Hugging Face decoders need no such mask with "
         "attn_implementation='sdpa', see docs/masks.md"

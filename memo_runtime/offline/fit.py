@@ -28,6 +28,8 @@ _SHOWN = 6
 _UNLIMITED = 1 << 60
 #: Share of a step below which more memory is no gain.
 _GAIN = 0.01
+#: Gradients are a smaller share of the parameters where most of those are frozen already.
+_FROZEN = 0.1
 
 
 class Bound(StrEnum):
@@ -200,8 +202,9 @@ def _with_optimizers(search: _Search) -> PlanInfeasibleError:
         ]
         said = f"--optimizer {', '.join(fitting)} instead of {asked}"
         if not fitting:
-            alone = format_bytes((study.states.parameters + study.states.gradients) // study.ranks.gpus)
-            cures = "--lora or --trainable freezes most of them, more --gpus share them"
-            said = f"no other either: parameters and gradients are {alone}; {cures}"
+            parameters, gradients = study.states.parameters, study.states.gradients
+            alone = format_bytes((parameters + gradients) // study.ranks.gpus)
+            freeze = "--lora or --trainable freezes most of them, " if gradients >= _FROZEN * parameters else ""
+            said = f"no other either: parameters and gradients are {alone}; {freeze}more --gpus share them"
         return type(error)(f"{error}\n  optimizer  {said}, at {shortest * search.unit:,} tokens")
     raise AssertionError("what is feasible was planned")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from memo_runtime.blocks.squares import what_squares_take
 from memo_runtime.config import Policy, Settings
 from memo_runtime.machines.machine import Machine
 from memo_runtime.offline.iteration import iteration_trace
@@ -151,4 +152,7 @@ def finished(plan: Plan, offline: Offline) -> Plan:
         collective_bytes=offline.sent_bytes,
         collective_seconds=offline.sent_seconds,
     )
-    return replace(plan, forecast=forecast, seq_len=offline.tokens, gpus=gpus)
+    of_pairs = round(offline.profile.shared.quadratic * offline.tokens**2)
+    about = what_squares_take("masks or biases for all pairs of tokens take", of_pairs, offline.tokens)
+    notes = (*plan.notes, about) if about is not None else plan.notes
+    return replace(plan, forecast=forecast, seq_len=offline.tokens, gpus=gpus, notes=notes)

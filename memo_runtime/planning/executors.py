@@ -51,8 +51,7 @@ def tiles_are_worth_trying(sheet: Sheet, settings: Settings, step_seconds: float
         return False
     if step_seconds is None or not sheet.around.asynchronous:
         return step_seconds is None
-    preparing = (_PREPARING + _PREPARING_EACH * len(sheet.blocks)) / _STEPS
-    return step_seconds - (1 - _FUSED) * _kept_seconds(sheet) > preparing
+    return _saved(sheet, step_seconds) > _preparing(sheet) / _STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +97,31 @@ def _is_kept(decision: Decision) -> bool:
 
 
 def _untried(sheet: Sheet, decision: Decision) -> Decision:
-    """``decision`` with a note on tiles, unless everything is kept, which says enough."""
-    if _is_kept(decision) or not sheet.around.asynchronous:
-        return decision
+    """``decision`` with a note on tiles, which only a GPU has any use for where replay fits."""
     kept, step = _kept_seconds(sheet), sheet.step_seconds(decision.choices)
-    share = 100 * (step - kept) / max(1e-12, kept)
-    note = f"blocks were not tried by tiles: by replay a step takes {share:.1f} % longer than with everything kept"
+    pays = _saved(sheet, step) > _preparing(sheet) / _STEPS  # then somebody else left them out, who knows
+    if not sheet.around.asynchronous or (pays and _is_kept(decision)):
+        return decision
+    note = "blocks were not tried by tiles"
+    if not _is_kept(decision):
+        share = 100 * (step - kept) / max(1e-12, kept)
+        note += f": by replay a step takes {share:.1f} % longer than with everything kept"
+    if not pays:
+        note += (
+            f"; these would take {format_seconds(_preparing(sheet))} before the first step, more than what {_STEPS:,} "
+            "steps are taken to save (policy='tiled' tries them)"
+        )
     return Decision(decision.choices, (*decision.notes, note))
+
+
+def _saved(sheet: Sheet, step_seconds: float) -> float:
+    """Seconds by which a step by tiles is taken to be shorter than one of ``step_seconds``."""
+    return step_seconds - (1 - _FUSED) * _kept_seconds(sheet)
+
+
+def _preparing(sheet: Sheet) -> float:
+    """Seconds that capture and compilation take."""
+    return _PREPARING + _PREPARING_EACH * len(sheet.blocks)
 
 
 def _refusals(sheet: Sheet) -> Iterator[str]:

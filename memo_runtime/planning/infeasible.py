@@ -25,6 +25,8 @@ from memo_runtime.units import format_bytes
 _STEP = "optimizer's step"
 #: Phases of a step that are in no block.
 _OUTSIDE = ("head and loss", "end of backward", _STEP)
+#: Share of the parameters from which on something is worth making smaller.
+_WORTH_NAMING = 0.1
 
 
 def infeasible(sheet: Sheet, settings: Settings, words: PythonWords = PYTHON) -> PlanInfeasibleError:
@@ -113,8 +115,16 @@ def _suggestions(found: Sequence[suggest.Suggestion], otherwise: str) -> list[st
 
 
 def _no_length(sheet: Sheet) -> str:
-    base = format_bytes(sheet.around.base_bytes)
-    return f"no length: {base} are there before any activation; a smaller model or optimizer state would"
+    states = sheet.profile.states
+    there = f"{format_bytes(sheet.around.base_bytes)} are there before any activation"
+    if sheet.around.gradual:
+        there += f", and {format_bytes(states.gradients)} of gradients come with backward"
+    cures = ["a smaller model"]
+    if states.gradients > _WORTH_NAMING * states.parameters:
+        cures.append("fewer trained weights")
+    if states.optimizer > _WORTH_NAMING * states.parameters:
+        cures.append("a smaller optimizer state")
+    return f"no length: {there}; {' or '.join(cures)} would"
 
 
 def _floor_line(sheet: Sheet, settings: Settings) -> str:

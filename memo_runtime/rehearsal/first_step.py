@@ -10,8 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
+from memo_runtime.blocks.containers import leaves_of
+from memo_runtime.errors import ArgumentError
 from memo_runtime.records import Plan
-from memo_runtime.wrapping import Wrapped
+from memo_runtime.wrapping import Batch, Wrapped
 
 #: From a number of tokens to a batch.
 Shorter = Callable[[int], Any]
@@ -30,6 +34,27 @@ def few_tokens(plan: Plan | None) -> int | None:
     tile = max((block.tile for block in plan.blocks), default=0) or _TOKENS
     few = _TILES * tile + plan.seq_len % tile
     return few if few <= _SHORT * plan.seq_len else None
+
+
+def check_short(short: Batch, whole: Batch, few: int, tokens: int) -> None:
+    """Raise where ``short`` is no batch of ``few`` tokens as ``whole`` is one of ``tokens``.
+
+    Raises:
+        ArgumentError: says which shapes were expected, and which came.
+    """
+    pairs = [
+        (made, given)
+        for made, given in zip(leaves_of(short), leaves_of(whole), strict=False)
+        if isinstance(made, torch.Tensor) and isinstance(given, torch.Tensor) and made.dim() == given.dim()
+    ]
+    # A hidden size may be that of the sequence, and stays.
+    came = [size for made, given in pairs for size, had in zip(made.shape, given.shape, strict=True) if had == tokens]
+    if few in came and set(came) <= {few, tokens}:
+        return
+    raise ArgumentError(
+        f"shorter= was asked for a batch of {few:,} tokens, as the whole one is of {tokens:,}: tensors of shapes "
+        f"{[list(given.shape) for _, given in pairs]} came as {[list(made.shape) for made, _ in pairs]}"
+    )
 
 
 @contextlib.contextmanager

@@ -7,16 +7,25 @@ from torch import nn
 
 from memo_runtime.wrapping import Batch
 
+_NAME = "max_position_embeddings"
+
+
+def named(config: object) -> str:
+    """What ``config`` calls its number of positions; GPT-2's is ``n_positions``, for one."""
+    names = getattr(config, "attribute_map", None)
+    return str(names.get(_NAME, _NAME)) if isinstance(names, dict) else _NAME
+
 
 def beyond_positions(model: nn.Module, batch: Batch) -> str:
     """What has to be said of it; "": nothing."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    positions = getattr(config, _NAME, None)
     tokens = _tokens(batch)
     if not isinstance(positions, int) or tokens <= positions:
         return ""
     return (
         f"{tokens:,} tokens are beyond the {positions:,} positions that {type(model).__name__} is made for "
-        "(max_position_embeddings in its config): a table of positions has to be longer, rotary embeddings have to be "
+        f"({named(config)} in its config): a table of positions has to be longer, rotary embeddings have to be "
         "scaled to be of use (rope_parameters in the config)"
     )
 

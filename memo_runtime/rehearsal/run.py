@@ -36,7 +36,7 @@ from memo_runtime.errors import (
 from memo_runtime.profiling.model import model_device
 from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
 from memo_runtime.rehearsal.failure import forget, innermost_module, ran_out
-from memo_runtime.rehearsal.first_step import Shorter, few_tokens, under_plan
+from memo_runtime.rehearsal.first_step import Shorter, check_short, few_tokens, under_plan
 from memo_runtime.rehearsal.kept import Kept
 from memo_runtime.rehearsal.positions import beyond_positions
 from memo_runtime.rehearsal.record import Rehearsal, ReplacedKernel
@@ -129,7 +129,7 @@ class _Step:
     def _loss_of(self, output: Any) -> torch.Tensor:
         found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if self.loss is not None:
-            found = self.loss(output)
+            found = self._given_loss(output)
         elif isinstance(output, torch.Tensor) and output.dim() == 0:
             found = output
         if isinstance(found, torch.Tensor) and found.dim() == 0 and found.requires_grad:
@@ -143,6 +143,19 @@ class _Step:
             f"a rehearsal needs the loss that training takes, and {given} no scalar with a gradient ({what}): give "
             "labels in the batch, or loss=, a function from the model's output to the loss"
         )
+
+
+    def _given_loss(self, output: Any) -> Any:
+        assert self.loss is not None, "it was given"
+        try:
+            return self.loss(output)
+        except Exception as error:
+            if isinstance(error, MemoError) or ran_out(error):
+                raise
+            raise RehearsalError(
+                f"loss= raised {type(error).__name__}: {error}. It is called with what {type(self.model).__name__} "
+                f"returns, {type(output).__name__} here, and gives the scalar that training goes backward from"
+            ) from error
 
 
 def rehearse(
@@ -278,10 +291,12 @@ def _first(step: _Step, wrapped: Wrapped | None, shorter: Shorter | None) -> Non
         step.phase, whole = "plan", step.batch
         with torch.enable_grad():
             wrapped.before_forward(*whole)
-        few = few_tokens(wrapped.session.plan)
-        if few is not None:
+        plan = wrapped.session.plan
+        few = few_tokens(plan)
+        if plan is not None and few is not None:
             logger.info("rehearsal: a step of %d tokens first, under the plan of the whole", few)
             step.batch = as_batch(shorter(few))
+            check_short(step.batch, whole, few, plan.seq_len)
             with under_plan(wrapped):
                 step.run()
             step.batch = whole

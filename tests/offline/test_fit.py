@@ -20,6 +20,7 @@ from memo_runtime.offline.profile import study_model
 from memo_runtime.offline.subject import subject_named, subject_of
 from memo_runtime.offline.trainable import LowRank, trained_in_part
 from memo_runtime.persist import load_plan
+from memo_runtime.sizes import Growth
 from memo_runtime.units import GiB, MiB, format_bytes
 
 transformers = pytest.importorskip("transformers")
@@ -100,6 +101,14 @@ def test_what_cannot_fit_names_the_optimizers_that_do(study):
     assert "memo fit" not in said
     with pytest.raises(HostLimitError):
         plan_at(study.at(1 << 17, host_bytes=MiB), make_settings(policy="swap"))
+
+
+def test_what_grows_with_the_square_of_the_length_is_said(study):
+    offline, settings = study.at(16384), make_settings(policy="recompute")
+    assert not any("all pairs" in note for note in plan_at(offline, settings).notes)
+    masked = replace(offline, profile=replace(offline.profile, shared=Growth(quadratic=2.0)))
+    *_, note = plan_at(masked, settings).notes
+    assert note.startswith("masks or biases for all pairs of tokens take 512.00 MiB at 16,384 tokens, and four times")
 
 
 def test_states_of_optimizers(study):

@@ -131,10 +131,25 @@ def test_the_faster_is_taken_and_both_times_are_said():
     assert fast.blocks == alone.blocks
 
 
+def about_tiles(profile, **settings):
+    return [note for note in plan(profile, **settings).notes if "tiles" in note]
+
+
 def test_an_untried_plan_says_what_it_costs():
-    (note,) = (note for note in plan(llama_profile(), budget=TIGHT, host_budget="16GiB").notes if "tiles" in note)
-    assert "blocks were not tried by tiles: by replay a step takes" in note
-    assert not any("tiles" in note for note in plan(llama_profile(tokens=4096)).notes)
+    (note,) = about_tiles(llama_profile(), budget=TIGHT, host_budget="16GiB")
+    assert note.startswith("blocks were not tried by tiles: by replay a step takes")
+    assert note.endswith("% longer than with everything kept")
+    assert about_tiles(llama_profile(tokens=65536), budget="500GiB") == []  # a run tries them
+
+
+def test_steps_too_short_for_tiles_are_said():
+    (note,) = about_tiles(llama_profile(tokens=4096))
+    assert note == (
+        "blocks were not tried by tiles; these would take 36.00 s before the first step, more than what 10,000 steps "
+        "are taken to save (policy='tiled' tries them)"
+    )
+    assert about_tiles(on_cpu(llama_profile(tokens=4096))) == []
+
 
 
 def test_where_replay_does_not_fit_tiles_do():

@@ -1,6 +1,7 @@
 """Refusals: by how much, why, and what would fit, which is then planned here once more."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -119,8 +120,13 @@ def test_the_floor_names_its_parts_and_they_add_up():
 
 
 def test_a_model_that_is_too_big_by_itself_is_told_so():
-    text = refused(policy="recompute", budget="1GiB", host_budget="1GiB")
+    settings = {"policy": "recompute", "budget": "1GiB", "host_budget": "1GiB"}
+    text = refused(**settings)
     assert "no length" in text
+    assert "; a smaller model or fewer trained weights or a smaller optimizer state would" in text
+    profile = llama_profile(12)
+    frozen = replace(profile.states, gradients=10**6, optimizer=2 * 10**6)
+    assert "; a smaller model would" in refused(replace(profile, states=frozen), **settings)
 
 
 def test_the_place_is_named():

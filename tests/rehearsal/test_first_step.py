@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import memo_runtime as memo
-from memo_runtime.errors import ArgumentTypeError
-from memo_runtime.rehearsal.first_step import few_tokens, under_plan
+from memo_runtime.errors import ArgumentError, ArgumentTypeError
+from memo_runtime.rehearsal.first_step import check_short, few_tokens, under_plan
 from memo_runtime.rehearsal.planned import without_plan
 from memo_runtime.wrapping import find_wrapped
 from tests.api.towers import tower
@@ -66,6 +66,24 @@ def test_where_none_is_short_two_whole_steps_are_taken():
     assert lengths == [TOKENS, TOKENS]
     with pytest.raises(ArgumentTypeError, match="shorter=3 is no function from a number of tokens to a batch"):
         memo.rehearse(tower(), batch(), loss=mean_square, shorter=3)
+
+
+def test_a_shorter_batch_of_another_length_is_refused(monkeypatch):
+    monkeypatch.setattr("memo_runtime.rehearsal.first_step._TOKENS", 64)
+    few = 3 * 64 + TOKENS % 64
+    expected = (
+        rf"shorter= was asked for a batch of {few} tokens, as the whole one is of 1,000: tensors of shapes "
+        rf"\[\[2, 1000, 8\]\] came as \[\[2, {few - 3}, 8\]\]"
+    )
+    with pytest.raises(ArgumentError, match=expected):
+        rehearsed("recompute", shorter=lambda tokens: batch(tokens - 3))
+
+
+def test_a_dimension_that_is_as_long_as_the_sequence_may_stay():
+    whole, other = torch.empty(1, 64, 64), torch.empty(5)
+    check_short((torch.empty(1, 8, 64), other), (whole, other), 8, 64)
+    with pytest.raises(ArgumentError):
+        check_short((whole, other), (whole, other), 8, 64)
 
 
 def test_the_plan_of_the_whole_is_that_of_the_short_step_and_of_no_later_one():

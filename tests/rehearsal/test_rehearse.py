@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import memo_runtime as memo
 from benchmarks.harness.contenders.selective import save_attention
 from memo_runtime.errors import ArgumentError, ArgumentTypeError, NotBuiltError, RehearsalError
+from memo_runtime.rehearsal.positions import named
 from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.stand_ins import StandIns
 from tests.api.towers import tower
@@ -279,6 +280,18 @@ def test_what_takes_two_real_steps_says_so_before_it_does(caplog):
     caplog.clear()
     memo.rehearse(tower(), batch(), loss=mean_square)
     assert "two whole steps" not in caplog.text
+
+
+def test_a_loss_that_raises_is_named_and_not_the_batch():
+    expected = r"^loss= raised AttributeError: .*nothing.*It is called with what \w+ returns, Tensor here"
+    with pytest.raises(RehearsalError, match=expected):
+        memo.rehearse(made("memo"), batch(), loss=lambda output: output.nothing)
+
+
+def test_positions_are_called_what_the_config_calls_them():
+    transformers = pytest.importorskip("transformers")
+    assert named(transformers.GPT2Config()) == "n_positions"
+    assert named(transformers.LlamaConfig()) == named(None) == "max_position_embeddings"
 
 
 def test_a_batch_beyond_the_positions_of_its_model_is_said():

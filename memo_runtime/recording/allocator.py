@@ -62,7 +62,9 @@ class AllocatorRecorder:
     ) -> None:
         torch.cuda.synchronize(self._index)
         self._entries = _snapshot()["device_traces"][self._index]
-        torch.cuda.memory._record_memory_history(enabled=None)
+        # Ours has no stacks: where an entry has one, somebody began to record meanwhile, and wants to go on.
+        if not any(entry.get("frames") for entry in self._entries):
+            torch.cuda.memory._record_memory_history(enabled=None)
         if not self._measure:
             return
         stats = torch.cuda.memory_stats(self._index)

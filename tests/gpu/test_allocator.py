@@ -226,6 +226,23 @@ def test_history_and_the_visualiser_see_planned_tensors(allocator):
     assert "<html" in _memory_viz.trace_plot(snapshot).lower() or _memory_viz.trace_plot(snapshot)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_history_that_somebody_begins_to_record_meanwhile_goes_on(begun):
+    with AllocatorRecorder(measure=False) as recorder:
+        recorder.begin(Phase.STEP)
+        made = [torch.empty(3 * MiB, dtype=torch.uint8, device="cuda")]
+        if begun:
+            torch.cuda.memory._record_memory_history()
+        made.append(torch.empty(5 * MiB, dtype=torch.uint8, device="cuda"))
+        made.clear()
+        recorder.end(Phase.STEP)
+    try:
+        assert torch._C._cuda_isHistoryEnabled() == begun
+        assert [request.size for request in recorder.trace().requests] == [3 * MiB, 5 * MiB]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
 def test_bytes_go_from_stream_to_stream_in_order(allocator):
     side = torch.cuda.Stream()
     wrong = torch.zeros(1, dtype=torch.int64, device="cuda")

@@ -176,6 +176,8 @@ class PlannedSteps:
         #: The latest step had no plan.
         self._missed = True
         self._given_back = allocator.statistics(device).given_back
+        #: The arena was given back between two steps before.
+        self._returned = False
         #: Why nothing is planned any more.
         self._off = ""
         self.closed = False
@@ -192,6 +194,7 @@ class PlannedSteps:
         self.end()
         if self._off:
             return
+        self._make_again()
         self._collect()
         kind = self._kinds.pop(key, None) or _Kind()
         self._kinds[key] = kind  # the latest is last
@@ -346,6 +349,16 @@ class PlannedSteps:
             return False
         self._armed = plan
         return True
+
+    def _make_again(self) -> None:
+        """Something between two steps, such as an evaluation, needed the memory of the arena: it is over by now."""
+        given_back = self._allocator.statistics(self._device).given_back
+        if given_back == self._given_back:
+            return
+        self._given_back, self._armed = given_back, None
+        if not self._returned:
+            self._note("memory ran out between two steps: the arena was given back, and is made again for the next one")
+        self._returned = True
 
     def _judge(self, kind: _Kind, tokens: int, placement: Placement, plan: ArenaPlan) -> None:
         found = self._allocator.statistics(self._device)

@@ -325,6 +325,24 @@ def test_an_arena_that_was_given_back_is_not_made_again(rig):
     assert "memory ran out beside the arena" in rig.notes[0]
 
 
+def test_an_arena_that_an_evaluation_took_is_made_again(rig):
+    planned(rig, "a")
+    run(rig, "a", 2)
+    for given_back in (1, 2):
+        rig.steps.end()  # an evaluation begins
+        rig.allocator.calls.clear()
+        rig.allocator.given_back, rig.allocator.arena = given_back, 0
+        assert run(rig, "a", 2)[-4:] == ["arm", "begin", "end", "begin"]
+    assert rig.notes == [
+        "memory ran out between two steps: the arena was given back, and is made again for the next one"
+    ]
+    rig.steps.end()
+    rig.allocator.given_back, rig.allocator.arena = 3, 0
+    rig.allocator.refuses = "the plan needs 5 GiB too much"
+    run(rig, "a", 1)
+    assert rig.steps.report().state == "the plan needs 5 GiB too much"
+
+
 def test_somebody_elses_history_is_left_alone(rig, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: True, raising=False)
     assert run(rig, "a", 6) == []

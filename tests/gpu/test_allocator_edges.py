@@ -209,6 +209,45 @@ def test_steps_are_recorded_placed_and_served_by_themselves(allocator):
     assert notes == []
 
 
+def test_an_evaluation_may_take_the_memory_of_the_arena_and_steps_get_it_back(allocator):
+    notes: list[str] = []
+    steps = PlannedSteps(allocator, 0, notes.append)
+    weight = torch.zeros(1000, device="cuda", requires_grad=True)
+
+    def step():
+        steps.begin("step")
+        x = torch.zeros(20_000, 1000, device="cuda")
+        for _ in range(5):
+            x = (x + weight).relu() * 2
+        x.sum().backward()
+        weight.grad = None
+
+    for _ in range(SETTLING + 2):
+        step()
+    steps._solving.solving._process.wait()
+    for _ in range(2):
+        step()
+    steps.end()
+    arena = steps.report().arena_bytes
+    assert arena > 200 * MiB
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * MiB) / total)
+    try:
+        taken(arena // 2 + 64 * MiB)  # an evaluation, which is over behind it
+        assert allocator.statistics(0).arena_bytes == 0
+        for _ in range(3):
+            step()
+        steps.end()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = steps.report()
+    assert (found.state, found.arena_bytes) == ("planned", arena)
+    assert found.served_bytes >= 0.99 * found.bytes
+    (note,) = notes
+    assert "memory ran out between two steps" in note
+    steps.close()
+
+
 def test_two_recorded_lengths_plan_all_of_a_bucket(allocator):
     notes: list[str] = []
     steps = PlannedSteps(allocator, 0, notes.append)

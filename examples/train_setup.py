@@ -28,7 +28,7 @@ from train_progress import Workload
 import memo_runtime as memo
 from memo_runtime.errors import DeviceUnavailableError
 from memo_runtime.persist import load_plan
-from memo_runtime.rehearsal.positions import named
+from memo_runtime.rehearsal.positions import positions_name
 from memo_runtime.reporting.mfu import model_flops
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ def _check_positions(geometry: Geometry, seq_len: int) -> None:
     if geometry.name not in GEOMETRIES and there < seq_len:
         raise GeometryError(
             f"--geometry {geometry.name} has positions for {there:,} tokens and --seq-len asks for {seq_len:,}: give "
-            f"--extend-positions, which raises {named(config)} (rotary tables go on, and for trained weights also set "
-            f"rope_parameters in the config; a learned table is longer then), or --seq-len {there}"
+            f"--extend-positions, which raises {positions_name(config)} (rotary tables go on, and for trained weights "
+            f"also set rope_parameters in the config; a learned table is longer then), or --seq-len {there}"
         )
 
 

@@ -176,7 +176,7 @@ class PlannedSteps:
         #: The latest step had no plan.
         self._missed = True
         self._given_back = allocator.statistics(device).given_back
-        #: The arena was given back between two steps before.
+        #: The arena was given back outside of planned steps before.
         self._returned = False
         #: Why nothing is planned any more.
         self._off = ""
@@ -351,13 +351,17 @@ class PlannedSteps:
         return True
 
     def _make_again(self) -> None:
-        """Something between two steps, such as an evaluation, needed the memory of the arena: it is over by now."""
+        """What no plan served, such as an evaluation, needed the memory of the arena: it is over by now."""
+        if self._armed is None:
+            return
         given_back = self._allocator.statistics(self._device).given_back
         if given_back == self._given_back:
             return
         self._given_back, self._armed = given_back, None
         if not self._returned:
-            self._note("memory ran out between two steps: the arena was given back, and is made again for the next one")
+            self._note(
+                "memory ran out outside of planned steps: the arena was given back, and is made again for the next one"
+            )
         self._returned = True
 
     def _judge(self, kind: _Kind, tokens: int, placement: Placement, plan: ArenaPlan) -> None:

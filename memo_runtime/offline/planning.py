@@ -152,7 +152,8 @@ def finished(plan: Plan, offline: Offline) -> Plan:
         collective_bytes=offline.sent_bytes,
         collective_seconds=offline.sent_seconds,
     )
-    of_pairs = round(offline.profile.shared.quadratic * offline.tokens**2)
-    about = what_squares_take("masks or biases for all pairs of tokens take", of_pairs, offline.tokens)
+    tokens = offline.study.ranks.local(offline.tokens)  # of one GPU, as everything else in the plan
+    of_pairs = round(offline.profile.shared.quadratic * tokens**2)
+    about = what_squares_take("masks or biases for all pairs of tokens take", of_pairs, tokens)
     notes = (*plan.notes, about) if about is not None else plan.notes
     return replace(plan, forecast=forecast, seq_len=offline.tokens, gpus=gpus, notes=notes)

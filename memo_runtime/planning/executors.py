@@ -51,7 +51,7 @@ def tiles_are_worth_trying(sheet: Sheet, settings: Settings, step_seconds: float
         return False
     if step_seconds is None or not sheet.around.asynchronous:
         return step_seconds is None
-    return _saved(sheet, step_seconds) > _preparing(sheet) / _STEPS
+    return _pays(sheet, step_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,15 @@ def _is_kept(decision: Decision) -> bool:
 
 def _untried(sheet: Sheet, decision: Decision) -> Decision:
     """``decision`` with a note on tiles, which only a GPU has any use for where replay fits."""
-    kept, step = _kept_seconds(sheet), sheet.step_seconds(decision.choices)
-    pays = _saved(sheet, step) > _preparing(sheet) / _STEPS  # then somebody else left them out, who knows
-    if not sheet.around.asynchronous or (pays and _is_kept(decision)):
+    if not sheet.around.asynchronous:
+        return decision
+    step, keeps = sheet.step_seconds(decision.choices), _is_kept(decision)
+    pays = _pays(sheet, step)  # then a run tries them, and this plan is of a profile without
+    if pays and keeps:
         return decision
     note = "blocks were not tried by tiles"
-    if not _is_kept(decision):
+    if not keeps:
+        kept = _kept_seconds(sheet)
         share = 100 * (step - kept) / max(1e-12, kept)
         note += f": by replay a step takes {share:.1f} % longer than with everything kept"
     if not pays:
@@ -114,9 +117,9 @@ def _untried(sheet: Sheet, decision: Decision) -> Decision:
     return Decision(decision.choices, (*decision.notes, note))
 
 
-def _saved(sheet: Sheet, step_seconds: float) -> float:
-    """Seconds by which a step by tiles is taken to be shorter than one of ``step_seconds``."""
-    return step_seconds - (1 - _FUSED) * _kept_seconds(sheet)
+def _pays(sheet: Sheet, step_seconds: float) -> bool:
+    """Whether steps by tiles are taken to be so much shorter than ``step_seconds`` that a run makes up for them."""
+    return step_seconds - (1 - _FUSED) * _kept_seconds(sheet) > _preparing(sheet) / _STEPS
 
 
 def _preparing(sheet: Sheet) -> float:

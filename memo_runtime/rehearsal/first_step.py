@@ -37,7 +37,7 @@ def few_tokens(plan: Plan | None) -> int | None:
 
 
 def check_short(short: Batch, whole: Batch, few: int, tokens: int) -> None:
-    """Raise where ``short`` is no batch of ``few`` tokens as ``whole`` is one of ``tokens``.
+    """Raise where ``short`` is no batch of ``few`` tokens as ``whole`` is one of ``tokens``, as far as shapes say that.
 
     Raises:
         ArgumentError: says which shapes were expected, and which came.
@@ -47,9 +47,9 @@ def check_short(short: Batch, whole: Batch, few: int, tokens: int) -> None:
         for made, given in zip(leaves_of(short), leaves_of(whole), strict=False)
         if isinstance(made, torch.Tensor) and isinstance(given, torch.Tensor) and made.dim() == given.dim()
     ]
-    # A hidden size may be that of the sequence, and stays.
-    came = [size for made, given in pairs for size, had in zip(made.shape, given.shape, strict=True) if had == tokens]
-    if few in came and set(came) <= {few, tokens}:
+    # A hidden size may be that of the sequence, and stays; what models make tokens of (patches) has other sizes.
+    came = {size for made, given in pairs for size, had in zip(made.shape, given.shape, strict=True) if had == tokens}
+    if not came or (few in came and came <= {few, tokens}):
         return
     raise ArgumentError(
         f"shorter= was asked for a batch of {few:,} tokens, as the whole one is of {tokens:,}: tensors of shapes "

@@ -10,7 +10,7 @@ from memo_runtime.wrapping import Batch
 _NAME = "max_position_embeddings"
 
 
-def named(config: object) -> str:
+def positions_name(config: object) -> str:
     """What ``config`` calls its number of positions; GPT-2's is ``n_positions``, for one."""
     names = getattr(config, "attribute_map", None)
     return str(names.get(_NAME, _NAME)) if isinstance(names, dict) else _NAME
@@ -25,8 +25,8 @@ def beyond_positions(model: nn.Module, batch: Batch) -> str:
         return ""
     return (
         f"{tokens:,} tokens are beyond the {positions:,} positions that {type(model).__name__} is made for "
-        f"({named(config)} in its config): a table of positions has to be longer, rotary embeddings have to be "
-        "scaled to be of use (rope_parameters in the config)"
+        f"({positions_name(config)} in its config): a table of positions has to be longer, rotary embeddings have to "
+        "be scaled to be of use (rope_parameters in the config)"
     )
 
 

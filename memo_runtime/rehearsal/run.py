@@ -144,7 +144,6 @@ class _Step:
             "labels in the batch, or loss=, a function from the model's output to the loss"
         )
 
-
     def _given_loss(self, output: Any) -> Any:
         assert self.loss is not None, "it was given"
         try:

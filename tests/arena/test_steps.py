@@ -334,7 +334,7 @@ def test_an_arena_that_an_evaluation_took_is_made_again(rig):
         rig.allocator.given_back, rig.allocator.arena = given_back, 0
         assert run(rig, "a", 2)[-4:] == ["arm", "begin", "end", "begin"]
     assert rig.notes == [
-        "memory ran out between two steps: the arena was given back, and is made again for the next one"
+        "memory ran out outside of planned steps: the arena was given back, and is made again for the next one"
     ]
     rig.steps.end()
     rig.allocator.given_back, rig.allocator.arena = 3, 0

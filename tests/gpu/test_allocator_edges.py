@@ -244,7 +244,7 @@ def test_an_evaluation_may_take_the_memory_of_the_arena_and_steps_get_it_back(al
     assert (found.state, found.arena_bytes) == ("planned", arena)
     assert found.served_bytes >= 0.99 * found.bytes
     (note,) = notes
-    assert "memory ran out between two steps" in note
+    assert "memory ran out outside of planned steps" in note
     steps.close()
 
 

@@ -84,6 +84,7 @@ def test_a_dimension_that_is_as_long_as_the_sequence_may_stay():
     check_short((torch.empty(1, 8, 64), other), (whole, other), 8, 64)
     with pytest.raises(ArgumentError):
         check_short((whole, other), (whole, other), 8, 64)
+    check_short((torch.empty(1, 3, 16, 8),), (torch.empty(1, 3, 32, 32),), 8, 64)  # patches of 4 x 4
 
 
 def test_the_plan_of_the_whole_is_that_of_the_short_step_and_of_no_later_one():

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import memo_runtime as memo
 from benchmarks.harness.contenders.selective import save_attention
 from memo_runtime.errors import ArgumentError, ArgumentTypeError, NotBuiltError, RehearsalError
-from memo_runtime.rehearsal.positions import named
+from memo_runtime.rehearsal.positions import positions_name
 from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.stand_ins import StandIns
 from tests.api.towers import tower
@@ -290,8 +290,8 @@ def test_a_loss_that_raises_is_named_and_not_the_batch():
 
 def test_positions_are_called_what_the_config_calls_them():
     transformers = pytest.importorskip("transformers")
-    assert named(transformers.GPT2Config()) == "n_positions"
-    assert named(transformers.LlamaConfig()) == named(None) == "max_position_embeddings"
+    assert positions_name(transformers.GPT2Config()) == "n_positions"
+    assert positions_name(transformers.LlamaConfig()) == positions_name(None) == "max_position_embeddings"
 
 
 def test_a_batch_beyond_the_positions_of_its_model_is_said():

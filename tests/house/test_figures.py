@@ -107,6 +107,17 @@ def test_what_is_said_of_the_line_up_is_made_of_rows():
     assert min(run[name, 131072]["step_seconds"] for name in again) / run["memo-auto", 131072]["step_seconds"] >= 1.25
 
 
+def test_what_is_said_of_8192_tokens_is_made_of_rows():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert set(run_of("harness_8b_h200.jsonl", "issue9-8b")["memo-auto", 8192]["details"]["executors"]) == {"keep"}
+    run = run_of("harness_8b_h200.jsonl", "issue9-8b-short")
+    auto, unwrapped = run["memo-auto", 8192], run["unwrapped", 8192]
+    assert set(auto["details"]["executors"]) == {"tiled"}
+    seconds, other = auto["step_seconds"], unwrapped["step_seconds"]
+    less = f"{100 * (1 - seconds / other):.1f} % less than unwrapped ({1e3 * other:.1f} ms, run issue9-8b-short)"
+    assert f"by tiles it takes {1e3 * seconds:.1f} ms since, {less}" in readme
+
+
 def test_what_is_said_of_forecasts_by_tiles_is_made_of_rows():
     rows = [row for row in rows_of("harness_tiled_h200.jsonl") if row["contender"].startswith("memo-tiled")]
     worst = max(abs(off(row)["step"]) for row in rows)
@@ -207,6 +218,7 @@ def test_what_is_said_of_experts_and_lengths_that_vary_is_made_of_rows():
         ("llama-8b", 78): "selective, lengths that vary",
         ("llama-8b", 44): "selective, lengths that vary, within 44 GiB",
     }
+    commits: list[str] = []
     for (geometry, memory), name in names.items():
         found = {row["way"]: row for row in rows if (row["geometry"], row["memory"] // GIB) == (geometry, memory)}
         assert len({row["peak_allocated"] for row in found.values() if row["status"] == "ok"}) == 1
@@ -215,19 +227,27 @@ def test_what_is_said_of_experts_and_lengths_that_vary_is_made_of_rows():
         seconds = [f"{row['step_seconds']:.3f}" if row["status"] == "ok" else "-" for row in ways]
         allocated = f"{found['planned']['peak_allocated'] / GIB:.2f}"
         assert f"| {' | '.join([name, allocated, *reserved, *seconds])} |\n" in document
+        commits.append(found["planned"]["commit"][:7])
+    assert "(commits {}, {} and {};".format(*commits) in document
     planned = {row["memory"] // GIB: row for row in rows if row["way"] == "planned" and row["geometry"] == "llama-8b"}
     native = {row["memory"] // GIB: row for row in rows if row["way"] == "native" and row["geometry"] == "llama-8b"}
     text = " ".join(document.split())
     assert (planned[78]["served_requests"], planned[78]["served_bytes"]) == (1.0, 1.0)
     assert f"({100 * planned[44]['served_requests']:.2f} % in the row of 44 GiB" in text
-    more = 100 * (planned[78]["step_seconds"] / native[78]["step_seconds"] - 1)
-    assert f"at {more:.1f} % more time" in text
-    assert f"Reserved are {planned[78]['reserved_over']:.3f} times arena and residents" in text
+    older = {row["way"]: row for row in rows if row["commit"].startswith("4796d4c")}
+    less, more = (100 * (one["planned"]["step_seconds"] / one["native"]["step_seconds"] - 1)
+                  for one in ({"planned": planned[78], "native": native[78]}, older))  # fmt: skip
+    assert f"in {-less:.1f} % less time than natively ({more:.1f} % more in older rows, of 4796d4c)" in text
     others = [row for row in rows_of("allocator_h200.jsonl") if row["commit"] == "efaa637" and "arena_bytes" in row]
     fixed = {_beside(row) for row in others}
     assert len(fixed) == 1
-    over, least = (round(size / 2**20) for size in (_beside(planned[78]), *fixed))
-    assert f"residents, {over} MiB more, of which steps of one length have {least}. The other {over - least}" in text
+    assert {_beside(planned[78])} == fixed
+    over, least = (round(size / 2**20) for size in (_beside(older["planned"]), *fixed))
+    now = f"{planned[78]['reserved_over']:.4f} times arena and residents: {least} MiB more, as in steps of one length"
+    assert f"Reserved are {now}" in text
+    before = f"{older['planned']['reserved_over']:.3f} times, {over} MiB more"
+    assert f"In the older row it was {before}. What fits the other {over - least} is" in text
+    assert f"older still, with {planned[44]['reserved_over']:.3f} times" in text
     assert all(row["device_allocs"] == row["device_frees"] == row["retries"] == 0 for row in planned.values())
     (again,) = (row["device_allocs"] for row in rows if row["way"] == "expandable" and row["memory"] == 44 * GIB)
     assert f"({again:.1f} times a step)" in text
@@ -253,6 +273,97 @@ def test_what_is_said_of_rehearsed_peaks_is_made_of_rows():
     text = " ".join((ROOT / "docs/rehearsal.md").read_text(encoding="utf-8").split())
     assert "were those of the real steps to 0.00003 %" in text
     assert max(apart) <= 3e-7
+    later = run_of("harness_step_h200.jsonl", "issue7-1b-four")
+    assert sorted({length for _, length in rehearsed} & {length for _, length in later}) == [131072, 262144, 524288]
+    pairs = [(row, later[key]) for key, row in rehearsed.items()]
+    apart = [abs(row[what] / other[what] - 1) for row, other in pairs for what in ("peak_allocated", "pinned_bytes")]
+    assert f"they were the same to {100 * max(apart):.5f} %" in text
+
+
+def test_what_is_said_of_four_lengths_is_made_of_rows():
+    tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
+    run = run_of("harness_step_h200.jsonl", "issue7-1b-four")
+    assert sorted(length for _, length in run) == [131072, 262144, 524288, 1048576]
+    assert len({row["commit"] for row in run.values()}) == 1
+    assert [row["n"] for (_, length), row in run.items() if length > 131072] == [1, 1, 1]
+    step, peak = (100 * max(abs(off(row)[what]) for row in run.values()) for what in ("step", "peak"))
+    assert f"Their forecasts are within {step:.1f} % (step) and {peak:.1f} % (peak), host bytes exact" in tiled
+    assert all(row["pinned_bytes"] - row["details"]["host_bytes"] < 16 for row in run.values())
+    before, after = (run_of("harness_step_h200.jsonl", name)["memo-tiled", 131072]
+                     for name in ("issue7-1b-h200c", "issue7-1b-four"))  # fmt: skip
+    longer = 100 * (after["step_seconds"] / before["step_seconds"] - 1)
+    assert f"took {longer:.1f} % longer than in the run above, by the same plan and with the same peak" in tiled
+    assert before["peak_allocated"] == after["peak_allocated"]
+    plans = [{name: row["details"][name] for name in ("alpha", "attention", "bytes_kept", "bytes_to_host")}
+             for row in (before, after)]  # fmt: skip
+    assert plans[0] == plans[1]
+
+
+def test_what_is_said_of_two_plans_for_a_million_tokens_is_made_of_rows():
+    """Runs of two leave 8 of 16 inputs of 4 GiB out; without them each block has its input, o and lse."""
+    tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
+    first, latest = (run_of("harness_step_h200.jsonl", name)["memo-tiled", 2**20]
+                     for name in ("issue7-1b-million-h200", "issue7-1b-four"))  # fmt: skip
+    host, again, mfu = zip(*((f"{row['pinned_bytes'] / GIB:.1f} GiB", row["recomputed_flops"] / row["model_flops"],
+                              f"{100 * row['mfu']:.1f} %") for row in (first, latest)), strict=True)  # fmt: skip
+    assert f"{host[0]} of host memory, {100 * again[0]:.1f} % of its FLOPs run again, {mfu[0]} causal MFU" in tiled
+    assert f"more groups of heads: {host[1]}, {100 * again[1]:.1f} % and {mfu[1]}." in tiled
+    kernels = [row["details"]["attention"] for row in (first, latest)]
+    assert kernels == [[f"cudnn, {groups} groups, queries by 65,536"] for groups in (4, 8)]
+    of_block = 2 * 4 * GIB + 16 * 4 * 2**20
+    stashed = [row["details"]["bytes_to_host"] + row["details"]["bytes_kept"] for row in (first, latest)]
+    assert stashed == [16 * of_block - 8 * 4 * GIB, 16 * of_block]
+    assert latest["details"]["bytes_kept"] == 3 * of_block
+    assert "the first has 4 and the latest 8" in tiled
+
+
+def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
+    docs = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
+    tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    run = run_of("harness_step_h200.jsonl", "issue9-1b")
+    seconds = {key: row["step_seconds"] for key, row in run.items()}
+    others = {key: row for key, row in run.items() if not key[0].startswith(("memo", "kernels", "reference"))}
+    assert len({name for name, _ in others}) == 9
+    lengths = [length for name, length in run if name == "memo-auto"]
+    assert lengths == [8192, 16384, 32768, 65536, 131072]
+    ahead = [min(row["step_seconds"] for (_, there), row in others.items() if there == length)
+             / seconds["memo-auto", length] for length in lengths]  # fmt: skip
+    assert f"is {min(ahead):.2f} to {max(ahead):.2f} times as fast as the fastest other" in docs
+    assert all(set(run["memo-auto", length]["details"]["executors"]) == {"tiled"} for length in lengths)
+    behind = {length: seconds["memo-auto", length] / seconds["memo-tiled", length] - 1 for length in lengths}
+    assert [length for length, part in behind.items() if part <= 0] == [16384]
+    assert f"at all lengths but 16,384, by {100 * max(behind.values()):.1f} % at most" in docs
+    names = ("checkpoint", "hf-offload", "hf-offload+liger", "deepspeed", "megatron-full")
+    again = min(names, key=lambda name: seconds[name, 131072])
+    faster = [seconds[name, 131072] / seconds["memo-auto", 131072] for name in ("selective", again)]
+    assert f"{faster[0]:.2f} times as fast as selective and {faster[1]:.2f} times as fast as {again}" in docs
+    auto, selective = run["memo-auto", 131072], run["selective", 131072]
+    device, host = (f"{auto[name] / GIB:.1f} GiB" for name in ("peak_allocated", "pinned_bytes"))
+    its = f"{selective['peak_allocated'] / GIB:.1f} GiB"
+    assert f"takes {device} and {host} of host memory for that, selective {its}" in docs
+    least = {length: min((row["peak_allocated"], name) for (name, there), row in others.items() if there == length)
+             for length in lengths}  # fmt: skip
+    assert {name for _, name in least.values()} == {"hf-offload+liger"}
+    pool = [run_of("harness_step_h200.jsonl", name)["hf-offload+liger", 131072]["pinned_bytes"] / GIB
+            for name in ("issue9-1b", "issue7-1b-h200c")]  # fmt: skip
+    assert f"has {pool[0]:.1f} GiB at 131,072 tokens here, and {pool[1]:.1f} GiB where it began with that" in docs
+    gap = seconds["hf-offload+liger", 131072] / seconds["selective", 131072]
+    assert f"of which selective is {gap:.2f} times as fast as it" in tiled
+    short = {name: sorted(-100 * off(row)["step"] for (one, _), row in run.items() if one == name)
+             for name in ("memo-auto", "memo-tiled", "memo-replay")}  # fmt: skip
+    said = [f"{steps[0]:.1f} to {steps[-1]:.1f} % for {name}" for name, steps in short.items()]
+    assert f"Step forecasts are too short: by {said[0]}, {said[1]} and {said[2]}" in docs
+    assert f"up to {max(max(steps) for steps in short.values()):.1f} % too short below 131,072 tokens" in readme
+    memo = [row for (name, _), row in run.items() if name.startswith("memo")]
+    longest = max(-100 * off(row)["step"] for row in memo if row["seq_len"] == 131072)
+    assert f"at 131,072 tokens they are within {longest:.1f} %" in docs
+    assert f"Peaks are within {100 * max(abs(off(row)['peak']) for row in memo):.1f} % of their forecasts" in docs
+    assert all(row["pinned_bytes"] - row["details"]["host_bytes"] < 16 for row in memo)
+    ended = [row for row in rows_of("harness_step_h200.jsonl") if row["run"] == "issue9-1b" and row["status"] == "oom"]
+    (replay,) = (row for row in ended if row["contender"] == "memo-replay")
+    assert (replay["seq_len"], "3.87 GiB is reserved by PyTorch but unallocated" in replay["error"]) == (65536, True)
+    assert "memo-replay ran out of memory at 65,536 tokens, with 3.87 GiB reserved and not in use" in docs
 
 
 def test_what_is_said_of_8b_steps_is_made_of_rows():
@@ -264,9 +375,15 @@ def test_what_is_said_of_8b_steps_is_made_of_rows():
         assert f"{step}, {share}, {row['peak_allocated'] / GIB:.1f} GiB" in tiled
     assert f"forecast {-100 * off(lora)['step']:.1f} and {-100 * off(whole)['step']:.1f} % too short" in tiled
     assert f"{-100 * off(lora)['peak']:.1f} % too low and {100 * off(whole)['peak']:.1f} % too high" in tiled
-    again = run_of("harness_step_h200.jsonl", "issue7-8b-adamw-longest")["memo-tiled", 32768]
-    assert f"({-100 * off(again)['step']:.1f} % in a later run" in tiled
-    assert f"where {100 * again['details']['trace']['exposed_share']:.1f} % of its" in tiled
+    between = run_of("harness_step_h200.jsonl", "issue7-8b-adamw-longest")["memo-tiled", 32768]
+    (latest,) = run_of("harness_step_h200.jsonl", "issue7-8b-adamw-trace").values()
+    assert (latest["seq_len"], latest["config"]["allocator"]) == (32768, whole["config"]["allocator"])
+    short, before = (f"{-100 * off(row)['step']:.1f} %" for row in (latest, between))
+    short = f"{short} too short ({before} in one between)"
+    assert f"all of it took {latest['step_seconds']:.2f} s, forecast {short}" in tiled
+    trace = latest["details"]["trace"]
+    exposed = f"{100 * trace['exposed_share']:.1f} % of its {trace['copy_seconds']:.2f} s of copies were not hidden"
+    assert f"where {exposed}" in tiled
 
 
 def test_what_tiles_are_taken_to_save_is_the_least_of_rows():
@@ -318,7 +435,7 @@ def test_what_is_said_of_a_confirmed_fit_is_made_of_rows():
 
 
 def test_what_is_said_of_a_million_tokens_is_made_of_rows():
-    (row,) = (row for row in rows_of("harness_step_h200.jsonl") if row["seq_len"] == 2**20)
+    row = run_of("harness_step_h200.jsonl", "issue7-1b-four")["memo-tiled", 2**20]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"1,048,576 tokens took {row['step_seconds']:.1f} s" in readme
     assert f"{100 * row['mfu']:.1f} % causal MFU" in readme

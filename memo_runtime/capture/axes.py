@@ -45,6 +45,8 @@ class TokenSymbol:
 
     def __init__(self, symbol: sympy.Symbol) -> None:
         self.symbol = symbol
+        #: What ``text`` has said: it is asked at every call of a block, and sympy is slow.
+        self._texts: dict[sympy.Expr, str] = {}
 
     def expression(self, size: Any) -> sympy.Expr:
         """``size`` (an int or a SymInt) as an expression."""
@@ -53,7 +55,12 @@ class TokenSymbol:
 
     def text(self, size: Any) -> str:
         """``size`` in words that do not depend on what the symbol is called: it has another name in each trace."""
-        return str(self.expression(size).subs(self.symbol, sympy.Symbol("tokens")))
+        if isinstance(size, int):
+            return str(int(size))
+        found = self.expression(size)
+        if found not in self._texts:
+            self._texts[found] = str(found.subs(self.symbol, sympy.Symbol("tokens")))
+        return self._texts[found]
 
     def grows(self, size: Any) -> bool:
         """``size`` depends on the number of tokens."""

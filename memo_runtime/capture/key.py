@@ -25,6 +25,9 @@ from memo_runtime.capture.copying import HOOK_TABLES
 from memo_runtime.capture.dims import USUAL, Reading, token_dims
 
 Key = tuple[Any, ...]
+#: By address, an object, how deep it was looked into, and what was found. It holds what it knows: the address of an
+#: object that has gone is another's.
+Seen = dict[int, tuple[Any, int, Any]]
 
 
 class Itself:
@@ -57,8 +60,10 @@ _SKIPPED = ("_parameters", "_buffers", "_modules", "__getstate__", "forward")
 _DEPTH = 4
 
 
-def capture_key(block: nn.Module, call: BlockCall, reading: Reading = USUAL) -> Key:
+def capture_key(block: nn.Module, call: BlockCall, reading: Reading = USUAL, state: Key | None = None) -> Key:
     """The key of ``call`` of ``block``; hashable, equal where one capture under ``reading`` serves both.
+
+    ``state``: the block's ``state_key``, where somebody has it already.
 
     Raises:
         CaptureRefusedError: the call has no input with tokens.
@@ -68,7 +73,7 @@ def capture_key(block: nn.Module, call: BlockCall, reading: Reading = USUAL) -> 
     device = call.leaves[next(iter(dims))].device
     precision = AutocastState.current(device.type).signature()
     ambient = (reading, precision, torch.get_default_dtype(), bool(hooks_of_all_modules()))
-    return (str(call.spec), leaves, registered_mixers(), ambient, state_key(block))
+    return (str(call.spec), leaves, registered_mixers(), ambient, state_key(block) if state is None else state)
 
 
 def hooks_of_all_modules() -> list[Any]:
@@ -93,34 +98,41 @@ def value_key(value: Any) -> Any:
     return _value(value, {}, _DEPTH)
 
 
-def state_key(block: nn.Module) -> Key:
-    """Python state of ``block`` and of all modules inside: attributes, modes, hooks, and what its tensors are."""
-    seen: dict[int, tuple[Any, int, Any]] = {}
+def state_key(block: nn.Module, seen: Seen | None = None) -> Key:
+    """Python state of ``block`` and of all modules inside: attributes, modes, hooks, and what its tensors are.
+
+    ``seen``: an empty one, for whoever wants to know what was looked into.
+    """
+    seen = {} if seen is None else seen
     found: list[Any] = []
     for name, module in block.named_modules():
         attributes = tuple(
             (key, _value(value, seen, _DEPTH)) for key, value in module.__dict__.items() if key not in _SKIPPED
         )
-        tensors = tuple(
-            (key, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-            if tensor is not None
-        )
-        found.append((name, type(module), "forward" in module.__dict__, attributes, tensors))
+        found.append((name, type(module), "forward" in module.__dict__, attributes, tensors_key(module)))
     return tuple(found)
+
+
+def tensors_key(module: nn.Module) -> Key:
+    """What the parameters and buffers of ``module`` itself are."""
+    return tuple(
+        (key, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None
+    )
 
 
 def kinds_inside(block: nn.Module, call: BlockCall) -> set[type]:
     """Classes of the objects that ``block`` and ``call`` hold; modules aside."""
-    seen: dict[int, tuple[Any, int, Any]] = {}
+    seen: Seen = {}
     for module in block.modules():
         for name, value in module.__dict__.items():
             if name not in _SKIPPED:
                 _value(value, seen, _DEPTH)
     for leaf in call.leaves:
         _value(leaf, seen, _DEPTH)
-    return {type(value) for value, _, _ in seen.values() if not _opaque(value)}
+    return {type(value) for value, _, _ in seen.values() if not is_opaque(value)}
 
 
 def difference(before: Key, after: Key, call: BlockCall) -> str:
@@ -144,12 +156,8 @@ def changed(before: Key, after: Key) -> str:
     return "an attribute"
 
 
-def _value(value: Any, seen: dict[int, tuple[Any, int, Any]], depth: int) -> Any:
-    """``value`` as something hashable that changes when it does.
-
-    ``seen``: by address, an object, how deep it was looked into, and what was found. It holds what it knows: the
-    address of an object that has gone is another's.
-    """
+def _value(value: Any, seen: Seen, depth: int) -> Any:
+    """``value`` as something hashable that changes when it does."""
     if isinstance(value, PLAIN):
         return (type(value), value)
     known = seen.get(id(value))
@@ -164,20 +172,20 @@ def _value(value: Any, seen: dict[int, tuple[Any, int, Any]], depth: int) -> Any
         found = tuple(sorted(items, key=str) if isinstance(value, (set, frozenset)) else items)
     elif is_small_array(value):
         found = (Itself(value), value.shape, value.dtype.str, value.tobytes())
-    elif depth and not _opaque(value):
-        inner = ((key, one) for key, one in _attributes(value) if not isinstance(one, torch.Tensor))
+    elif depth and not is_opaque(value):
+        inner = ((key, one) for key, one in attributes_of(value) if not isinstance(one, torch.Tensor))
         found = (type(value), Itself(value), *((key, _value(one, seen, depth - 1)) for key, one in inner))
     seen[id(value)] = (value, depth, found)
     return found
 
 
-def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """Those of an object, with and without a dictionary of its own."""
+def attributes_of(value: Any) -> list[tuple[str, Any]]:
+    """Those of an object, with their names, with and without a dictionary of its own."""
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if name[:2] != "__"]
     found = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
     return [*found, *getattr(value, "__dict__", {}).items()]
 
 
-def _opaque(value: Any) -> bool:
+def is_opaque(value: Any) -> bool:
     """Told apart by identity alone."""
     return isinstance(value, (nn.Module, torch.Tensor, type)) or inspect.isroutine(value)

@@ -23,6 +23,7 @@ from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import TRACING, Captured, capture
 from memo_runtime.capture.key import Key, capture_key, difference
+from memo_runtime.capture.watch import StateWatch
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
@@ -109,6 +110,7 @@ class TiledBlock:
         self.kernels: list[str] = []
         #: Bytes that it left on the device.
         self.bytes_kept = 0
+        self._state = StateWatch(block)
         #: The last one used comes last.
         self._captures: list[tuple[Key, Captured]] = []
         self._in_a_row = 0
@@ -138,7 +140,7 @@ class TiledBlock:
         """
         if any(call.caches()[1:]):
             raise CaptureRefusedError("arguments", "a key/value cache that holds tokens already")
-        keys = cache(partial(capture_key, self.block, call))
+        keys = cache(partial(capture_key, self.block, call, state=self._state.key()))
         serves = (pair for pair in reversed(self._captures) if pair[0] == keys(pair[1].reading) and pair[1].holds(call))
         known = next(serves, None)
         if known is not None:

@@ -7,6 +7,10 @@ host. What remains is one synchronisation per call: Liger counts the valid targe
 By default Liger adds dW over its chunks in the weight's dtype, which for bf16 is wrong by up to several times
 the rounding of an ordinary matmul (its issues 512, 827, 1391); ``accum_dtype=torch.float32`` repairs that.
 Versions without that option are not used. API read from liger-kernel 0.8.5.
+
+It works through the tokens in chunks, each of which reads and writes all of dW in float32. By default they are some
+sixty of a Llama 1B, however few the tokens: 256 of them at 8,192, where that traffic is half of the time. Where a
+version can be told so (``chunk_mem_const``), they are as large as a tile.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memo_runtime.losses.tiles import Criterion, Gradients, Head, Wanted
+from memo_runtime.losses.tiles import TILE_BYTES, Criterion, Gradients, Head, Wanted
 
+_CONSTANT = "chunk_mem_const"
 _MODULE = "liger_kernel.ops.fused_linear_cross_entropy"
 
 
@@ -59,19 +64,34 @@ def obstacle(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted
     return _load()[1] or None
 
 
-def chunk_bytes(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> int:
+def chunk_bytes(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, constant: int = 1) -> int:
     """Bytes of the logits [chunk, V] that it has at once for hidden states [tokens, width].
 
-    As many tokens as make them as large as the hidden states, rounded up to a power of two.
+    As many tokens as make them ``constant`` times as large as the hidden states, rounded up to a power of two. At 1,
+    its own default, they are as few as it can have.
     """
-    share = -(-tokens // -(-vocabulary // width))
+    share = -(-tokens // -(-vocabulary // (constant * width)))
     return min(1 << (share - 1).bit_length(), tokens) * vocabulary * dtype.itemsize
+
+
+def chunk_constant(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """The factor with which its chunks are as large as they can be and no larger than a tile; at least 1."""
+    rows = TILE_BYTES["cuda"] // (vocabulary * dtype.itemsize)
+    if tokens <= rows:
+        return -(-vocabulary // width)
+    if not rows:
+        return 1
+    # So many chunks at least, since each has a power of two; and the largest factor that makes no fewer.
+    chunks = -(-tokens // (1 << (rows.bit_length() - 1)))
+    return max(1, -(-vocabulary // ((chunks - 1) * width)) - 1)
 
 
 def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted) -> tuple[Tensor, Gradients]:
     """Loss (a scalar, float32; 0 for a mean of nothing) and its gradients. Call only without an obstacle."""
     forward, reason = _load()
     assert forward is not None, f"liger was chosen although {reason}"
+    sizes = (*head.hidden.shape, head.weight.shape[0], head.compute)
+    chunks = {_CONSTANT: chunk_constant(*sizes)} if _CONSTANT in inspect.signature(forward).parameters else {}
     result = forward(
         _input=head.hidden,
         weight=head.weight,
@@ -82,6 +102,7 @@ def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted
         reduction=reduction,
         softcap=criterion.softcap,
         accum_dtype=torch.float32,
+        **chunks,
     )
     loss: Tensor = result[0]
     # The gradients end the tuple in every version; what stands between them and the loss has grown.

@@ -34,7 +34,8 @@ from memo_runtime.profiling.machine import (
 )
 from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.optimizer_time import with_optimizer
-from memo_runtime.profiling.outside import loss_peak, outside_peak, outside_seconds, result_bytes
+from memo_runtime.profiling.outside import loss_peak, outside_peak, result_bytes
+from memo_runtime.profiling.outside_time import outside_seconds
 from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
 from memo_runtime.profiling.start import Start

@@ -17,7 +17,7 @@ from memo_runtime.blocks.stopwatch import Beside
 from memo_runtime.profiling import mixers, timing
 from memo_runtime.profiling.mixers import Attention, is_attention, time_attention
 from memo_runtime.profiling.observe import OperatorRecord, observe
-from memo_runtime.profiling.outside import outside_seconds
+from memo_runtime.profiling.outside_time import outside_seconds
 from memo_runtime.profiling.timing import lengths_to_time
 from memo_runtime.records import BlockProfile, Growth
 from tests.api.towers import Block, tower

@@ -1,0 +1,162 @@
+"""Seconds of what lies outside the blocks: embeddings, the final norm, the head and the loss, forward and backward.
+
+They are run on as many tokens as are affordable before the first step, one behind the other, as in a step. What they
+are given is like what a norm yields, and targets and tokens are random: products of numbers that are small or alike,
+as the first hidden states of a fresh model are, draw less power, and a GPU at its power limit runs them faster.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memo_runtime.blocks.final_norm import final_norm
+from memo_runtime.blocks.stopwatch import typical
+from memo_runtime.losses import liger, linear_cross_entropy, tiles
+from memo_runtime.profiling.growth import fit_seconds, times
+from memo_runtime.profiling.outside import around_blocks, heads_of
+from memo_runtime.records import BlockProfile, Growth
+
+logger = logging.getLogger("memo_runtime")
+
+#: Most tokens on which they are timed.
+_MOST_TOKENS = {"cuda": 8192, "cpu": 256}
+_Run = Callable[[], object]
+
+
+def outside_seconds(
+    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden: torch.Tensor | None, *, tiled_loss: bool
+) -> Growth:
+    """Seconds of all that by tokens of one of ``rows`` sequences.
+
+    ``hidden``, the input of the first block, says on how many tokens it is timed at most, and of which kind. Head and
+    loss are timed where the runtime itself runs them, by tiles; otherwise, and where the head cannot be run alone, it
+    is taken to run at the rate that the blocks' own products reached.
+    """
+    heads = list(heads_of(model, profiles))
+    head = max(heads, key=lambda linear: linear.out_features, default=None) if tiled_loss else None
+    measured, with_head = Growth(), False
+    if hidden is not None:
+        points = []
+        most = min(_MOST_TOKENS.get(hidden.device.type, _MOST_TOKENS["cpu"]), hidden.numel() // hidden.shape[-1])
+        for tokens in sorted({max(1, most // 2), most}):
+            loss = None if head is None else _head_and_loss(head, tokens, hidden)
+            runs = [*_around(model, profiles, tokens, hidden), *([] if loss is None else [loss])]
+            with_head = loss is not None
+            points.append((tokens, sum(typical(runs, hidden.device, range(len(runs)))) if runs else 0.0))
+        measured = times(fit_seconds(points, curved=False), Fraction(rows))
+    if with_head:
+        return measured
+    guessed = _at_the_rate_of_blocks(heads, profiles, rows)
+    return Growth(constant=measured.constant, linear=measured.linear + guessed)
+
+
+def _at_the_rate_of_blocks(heads: Sequence[nn.Linear], profiles: Sequence[BlockProfile], rows: int) -> float:
+    """Seconds of the products of ``heads`` for a token."""
+    timed = [p for p in profiles if p.timed_tokens and p.forward_seconds.exact(p.timed_tokens) > 0]
+    if not timed:
+        return 0.0
+    flops = timed[0].forward_flops.exact(timed[0].timed_tokens)
+    seconds = timed[0].forward_seconds.exact(timed[0].timed_tokens)
+    weights = sum(head.in_features * head.out_features for head in heads)
+    return 6 * rows * weights * seconds / max(flops, 1.0)
+
+
+def _around(
+    model: nn.Module, profiles: Sequence[BlockProfile], tokens: int, like: torch.Tensor
+) -> Iterator[_Run]:
+    """Runs of the embeddings and of the final norm."""
+    found = [module for module in around_blocks(model, profiles) if isinstance(module, nn.Embedding)]
+    runs = [_embedding(module, tokens, like) for module in found if _is_plain(module, like)]
+    norm = final_norm(model, [profile.name for profile in profiles])
+    # One with buffers may count what it sees.
+    if norm is not None and _is_plain(norm, like) and next(norm.buffers(), None) is None:
+        runs.append(_norm(norm, tokens, like))
+    return (run for run in runs if _runs(run, "what is around the blocks"))
+
+
+def _is_plain(module: nn.Module, like: torch.Tensor) -> bool:
+    """Its parameters are there, and none is sharded, freed or quantised."""
+    return all(
+        not hasattr(one, "_local_tensor")
+        and one.is_floating_point()
+        and one.untyped_storage().nbytes() > 0
+        and one.device == like.device
+        for one in module.parameters()
+    )
+
+
+def _runs(run: _Run, what: str) -> bool:
+    """Whether ``run`` does; it has no room beside the model, or is called otherwise by its own, where it does not."""
+    try:
+        run()
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+        logger.info("memo: the time of %s is not measured: %s", what, error)
+        return False
+    return True
+
+
+def _normal(*shape: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As behind a norm; PyTorch's own generators stay where they are."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.empty(shape, dtype=dtype, device=like.device).normal_(generator=generator)
+
+
+def _classes(tokens: int, count: int, like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randint(count, (tokens,), device=like.device, generator=generator)
+
+
+def _gradients(made: torch.Tensor, wanted: Sequence[torch.Tensor], tangent: torch.Tensor | None = None) -> None:
+    wanted = [tensor for tensor in wanted if tensor.requires_grad]
+    if wanted:
+        torch.autograd.grad(made, wanted, tangent)
+
+
+def _embedding(module: nn.Embedding, tokens: int, like: torch.Tensor) -> _Run:
+    weight = module.weight.detach().requires_grad_(module.weight.requires_grad)
+    ids = _classes(tokens, module.num_embeddings, like)
+    tangent = _normal(tokens, module.embedding_dim, like=like, dtype=weight.dtype)
+
+    def run() -> None:
+        with torch.enable_grad():
+            # Without ``max_norm``, which writes to the weight.
+            _gradients(functional.embedding(ids, weight, sparse=module.sparse), [weight], tangent)
+
+    return run
+
+
+def _norm(module: nn.Module, tokens: int, like: torch.Tensor) -> _Run:
+    hidden = _normal(1, tokens, like.shape[-1], like=like, dtype=like.dtype).requires_grad_()
+    tangent = hidden.detach().flip(-1)
+
+    def run() -> None:
+        with torch.enable_grad():
+            # Past hooks, which would see runs of nobody's.
+            _gradients(module.forward(hidden), [hidden, *module.parameters()], tangent)
+
+    return run
+
+
+def _head_and_loss(head: nn.Linear, tokens: int, like: torch.Tensor) -> _Run | None:
+    """The loss by tiles on ``tokens`` tokens; None where the head cannot be run alone."""
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    if not _is_plain(head, like) or tuple(weight.shape) != (head.out_features, like.shape[-1]):
+        return None
+    weight.requires_grad_(head.weight.requires_grad)
+    # Whoever runs it at the whole length: a short one may be another's.
+    at_once = (like.numel() // head.in_features, head.in_features, head.out_features, weight.dtype)
+    backend = "auto" if liger.chunk_bytes(*at_once) <= tiles.largest_bytes(*at_once[2:]) else "tiled"
+    hidden = _normal(tokens, head.in_features, like=like, dtype=weight.dtype).requires_grad_()
+    target = _classes(tokens, head.out_features, like)
+
+    def run() -> None:
+        with torch.enable_grad():
+            _gradients(linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend), [hidden, weight])
+
+    return run if _runs(run, "head and loss") else None

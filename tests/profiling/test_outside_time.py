@@ -1,0 +1,129 @@
+"""What embeddings, the final norm, the head and the loss take is timed, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from memo_runtime.profiling import outside_time
+from memo_runtime.profiling.outside_time import outside_seconds
+from memo_runtime.records import BlockProfile, Growth
+
+TOKENS, WIDTH, ROWS = 64, 16, 2
+
+
+class Inner(nn.Module):
+    def __init__(self, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH, max_norm=0.1)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.final_norm = norm
+
+
+class Model(nn.Module):
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = Inner(norm)
+        self.head = nn.Linear(WIDTH, 100)
+
+
+class OfTwo(nn.Module):
+    """A norm that its model gives more than a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x * self.weight * scale
+
+
+class LayerNormOfTwo(OfTwo):
+    pass
+
+
+def profiles() -> list[BlockProfile]:
+    return [
+        BlockProfile(
+            name=f"model.layers.{number}", kind="Linear", stack=0, tokens=TOKENS, token_dim=1, input_leaf=0,
+            timed_tokens=TOKENS, forward_seconds=Growth(linear=1.0), forward_flops=Growth(linear=1.0),
+        )
+        for number in range(2)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """(tokens of a run, number of runs) of each time that something was timed; every run takes a second a token."""
+    seen: list[int] = []
+    at: list[int] = []
+
+    def typical(runs, device, timed):
+        for run in runs:
+            run()
+        seen.append(len(runs))
+        return [float(at[-1]) for _ in timed]
+
+    def classes(tokens, count, like, made=outside_time._classes):
+        at.append(tokens)
+        return made(tokens, count, like)
+
+    monkeypatch.setattr(outside_time, "typical", typical)
+    monkeypatch.setattr(outside_time, "_classes", classes)
+    return seen
+
+
+def seconds(model: nn.Module, *, tiled_loss: bool = True) -> float:
+    hidden = torch.randn(ROWS, TOKENS, WIDTH)
+    return outside_seconds(model, profiles(), ROWS, hidden, tiled_loss=tiled_loss).exact(TOKENS)
+
+
+def test_embeddings_norm_head_and_loss_are_timed_one_behind_the_other(timed) -> None:
+    assert seconds(Model(nn.LayerNorm(WIDTH))) == 3 * ROWS * TOKENS
+    assert timed == [3, 3]
+
+
+def test_without_tiles_the_head_runs_at_the_rate_of_the_blocks(timed) -> None:
+    head = 6 * ROWS * TOKENS * WIDTH * 100
+    assert seconds(Model(nn.LayerNorm(WIDTH)), tiled_loss=False) == 2 * ROWS * TOKENS + head
+    assert timed == [2, 2]
+
+
+def test_what_cannot_be_run_alone_is_left_out_and_said(timed, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="memo_runtime"):
+        assert seconds(Model(LayerNormOfTwo())) == 2 * ROWS * TOKENS
+    assert "missing 1 required positional argument: 'scale'" in caplog.text
+    assert seconds(Model(nn.BatchNorm1d(TOKENS))) == 2 * ROWS * TOKENS, "it counts what it sees"
+
+
+def test_nothing_is_left_behind() -> None:
+    model = Model(nn.LayerNorm(WIDTH))
+    calls = []
+    for module in (model.model.embed, model.model.final_norm, model.head):
+        module.register_forward_hook(lambda *_: calls.append(1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert seconds(model) > 0
+    assert not calls
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_generator_of_the_user_moves() -> None:
+    model, hidden = Model(nn.LayerNorm(WIDTH)), torch.randn(ROWS, TOKENS, WIDTH)
+    state = torch.get_rng_state()
+    outside_seconds(model, profiles(), ROWS, hidden, tiled_loss=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_frozen_parts_go_forward_alone(timed) -> None:
+    model = Model(nn.LayerNorm(WIDTH)).requires_grad_(False)
+    assert seconds(model) == 3 * ROWS * TOKENS
+
+
+def test_without_a_hidden_state_nothing_is_timed(timed) -> None:
+    found = outside_seconds(Model(), profiles(), ROWS, None, tiled_loss=True)
+    assert found == Growth(linear=6 * ROWS * WIDTH * 100)
+    assert not timed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -23,8 +24,8 @@ def packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: 
 
 def without_gaps(part: torch.Tensor) -> torch.Tensor:
     """``part`` itself where its elements lie together in memory, else a copy in the same order of dimensions."""
-    strides = _gapless(part.shape, _steps(part))
-    if _lie(part, strides):
+    strides, there = _without_gaps(part.shape, part.stride())
+    if there:
         return part.as_strided(part.shape, strides)
     return torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
 
@@ -34,8 +35,8 @@ def gapless_rows(whole: torch.Tensor, axis: TokenAxis, start: int, stop: int) ->
     if axis.outer != 1:
         return None
     part = whole.narrow(axis.dim, start * axis.inner, (stop - start) * axis.inner)
-    strides = _gapless(part.shape, _steps(part))
-    return part.as_strided(part.shape, strides) if _lie(part, strides) else None
+    strides, there = _without_gaps(part.shape, part.stride())
+    return part.as_strided(part.shape, strides) if there else None
 
 
 def lies_by_token(strides: Sequence[int]) -> bool:
@@ -51,8 +52,15 @@ def empty_by_token(shape: Sequence[int], alike: torch.Tensor) -> torch.Tensor:
 
 def gapless_like(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Memory without gaps, its dimensions in the order of ``layout``."""
-    strides = _gapless(layout.shape, _steps(layout))
+    strides, _ = _without_gaps(layout.shape, layout.stride())
     return torch.empty_strided(layout.shape, strides, dtype=layout.dtype, device=device)
+
+
+@lru_cache(maxsize=1 << 12)
+def _without_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """(strides without gaps in the same memory order, whether these lie so already); blocks ask often."""
+    found = tuple(_gapless(shape, _steps(shape, strides)))
+    return found, _alike(shape, strides, found)
 
 
 def _gapless(shape: Sequence[int], steps: Sequence[int]) -> list[int]:
@@ -69,27 +77,27 @@ def _gapless(shape: Sequence[int], steps: Sequence[int]) -> list[int]:
     return _strides(shape, sorted(range(len(shape)), key=place))
 
 
-def _lie(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
-    """Its strides are these wherever strides matter."""
-    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
+def _alike(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
+    """Strides are the same wherever they matter."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, one, other, strict=True))
 
 
-def _steps(tensor: torch.Tensor) -> list[int]:
-    """Strides, of expanded dimensions what they would be outside of those behind them.
+def _steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """``strides``, of expanded dimensions what they would be outside of those behind them.
 
     As the innermost ones, where a stride of 0 would put them, features of a head would lie apart: kernels of attention
     take that for granted, and yield something else.
     """
-    steps = [int(stride) for stride in tensor.stride()]
-    for dim in reversed(range(tensor.dim())):
-        if steps[dim] == 0 and tensor.shape[dim] != 1:
-            steps[dim] = max((steps[inner] * tensor.shape[inner] for inner in range(dim + 1, tensor.dim())), default=1)
+    steps = [int(stride) for stride in strides]
+    for dim in reversed(range(len(shape))):
+        if steps[dim] == 0 and shape[dim] != 1:
+            steps[dim] = max((steps[inner] * shape[inner] for inner in range(dim + 1, len(shape))), default=1)
     return steps
 
 
 def same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
     """Both have the same strides wherever strides matter."""
-    return _lie(tensor, layout.stride())
+    return _alike(tensor.shape, tensor.stride(), layout.stride())
 
 
 def like(
@@ -98,7 +106,7 @@ def like(
     """Full-length memory for an output, its dimensions in the memory order of its first tile."""
     shape = list(tile.shape)
     shape[axis.dim] = shape[axis.dim] // length * tokens
-    steps = _steps(tile)
+    steps = _steps(tile.shape, tile.stride())
     order = sorted(range(tile.dim()), key=lambda dim: (-steps[dim], dim))
     # No view: autograd refuses in-place operations on a result that is one.
     return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=device or tile.device)

@@ -52,10 +52,11 @@ def host_facts(device: torch.device) -> dict[str, int | None]:
 
 
 def release(device: torch.device) -> None:
-    """Give unused memory back, so that the next length starts with none reserved."""
+    """Give unused memory back, so that the next length starts with none reserved, nor pinned by PyTorch's pool."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()
 
 
 def reset_peaks(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def test_contenders_agree_and_say_what_they_used(reference, name):
         assert row["pinned_bytes"] > 0
     if not name.startswith("memo"):
         assert row["peak_allocated"] < reference["peak_allocated"]
+
+
+def test_what_a_shorter_length_has_pinned_is_given_back():
+    pinned = {}
+    for lengths in ((TOKENS, 2 * TOKENS), (2 * TOKENS,)):
+        out = io.StringIO()
+        walk(replace(job("hf-offload"), lengths=lengths), out)
+        pinned[lengths] = json.loads(out.getvalue().splitlines()[-1])["pinned_bytes"]
+    both, alone = pinned.values()
+    assert both == alone > 0
 
 
 def test_gradients_in_bf16_are_near_those_in_float32(reference):

@@ -120,6 +120,11 @@ class Subject:
         if self.settings.scope == Scope.STEP and self._loss is None:
             self._loss = huggingface.install(self.model, loss=Loss(self.settings.loss))
 
+    @property
+    def full_logits(self) -> tuple[str, ...]:
+        """Why the loss of a contender that does not wrap had full logits; empty where it ran by tiles."""
+        return self._loss.full_logits if self._loss is not None else ()
+
     def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(input, target) of ``tokens``: token ids twice, or hidden states and the gradient of their result."""
         generator = torch.Generator(self.device).manual_seed(self.settings.seed + tokens)

@@ -143,6 +143,12 @@ class Installation:
     _head: nn.Module | None = None
     _loss: CausalLoss | None = None
     _hooks: list[tuple[nn.Module, RemovableHandle]] = field(default_factory=list)
+    _switch: _Switch = field(default_factory=_Switch)
+
+    @property
+    def full_logits(self) -> tuple[str, ...]:
+        """Why forwards with labels made full logits all the same; empty if none did."""
+        return tuple(sorted(self._switch.reasons))
 
     @property
     def tiles_loss(self) -> bool:
@@ -212,6 +218,7 @@ def _install(path: list[nn.Module], backend: str) -> Installation:
         _model=language_model,
         _head=head,
         _loss=causal,
+        _switch=switch,
     )
     instance.place(language_model, "_loss_function", causal)
     instance.install_forward(head, _Head(head, switch))

@@ -57,6 +57,14 @@ def test_gradients_with_everything_on_the_host_in_two_steps(started, make_job):
     assert {one.host.data_ptr() for one in second} == {one.host.data_ptr() for one in first}
 
 
+def test_the_next_length_begins_with_nothing_on_the_host(started):
+    contender, _ = started
+    contender.step()
+    assert contender._copies._unused
+    contender.finish()
+    assert not contender._copies._unused
+
+
 def test_the_row_says_how(started):
     contender, _ = started
     assert contender.details()["settings"]["host"] == ["layer inputs", "attention outputs"]

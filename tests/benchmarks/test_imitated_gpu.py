@@ -103,6 +103,8 @@ def test_trl_sends_what_is_saved_to_the_host(make_job, monkeypatch, scope, name,
         patch.setattr(torch, "get_device_module", lambda *_: accelerator)
         patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cpu"))
         contender = CONTENDERS[name](job)
+    head = getattr(contender.subject.model, "lm_head", None)
+    assert not any(trl._hooks(head)), "a head with hooks has full logits"
     assert_same(contender, job)
     sent = contender._manager.s1.events
     assert sent >= fewest

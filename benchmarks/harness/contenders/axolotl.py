@@ -88,6 +88,11 @@ class Axolotl(Training):
         self._last = None
         super().step(on_gradients)
 
+    def finish(self) -> None:
+        """Also of what it has pinned for this length."""
+        super().finish()
+        self._copies.forget()
+
     def recomputed_flops(self, tokens: int) -> int:
         """Every block's products once more."""
         return self.subject.shape.rerun_flops(tokens, attention=False)

@@ -112,8 +112,9 @@ class Training(Contender):
         return self.subject.shape.model_flops(tokens)
 
     def details(self) -> dict[str, Any]:
-        """The settings, where there are any to choose."""
-        return {"settings": self.settings} if self.settings else {}
+        """The settings, where there are any to choose, and why the loss did not run by tiles, if it did not."""
+        found = {"settings": self.settings, "full_logits": self.subject.full_logits}
+        return {name: value for name, value in found.items() if value}
 
     def resident_bytes(self) -> int:
         """Parameters, buffers, optimizer states and the batch."""

@@ -54,6 +54,10 @@ class HostCopies:
         self._leaving.append(sent)
         return sent
 
+    def forget(self) -> None:
+        """Let go of buffers: the next step has other sizes."""
+        self._unused.clear()
+
     def prefetch(self, sent: Sent) -> None:
         """Begin to bring it back, if it has left."""
         if sent.device is not None:

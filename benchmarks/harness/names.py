@@ -18,8 +18,8 @@ MEMO_WAYS: dict[str, tuple[str, float | None]] = {
 #: What other projects recommend for long sequences. One that is not installed is a row with status ``skipped``.
 OTHERS = (
     "axolotl", "hf-offload", "trl-offload", "trl-offload-all", "liger", "hf-offload+liger", "deepspeed",
-    "deepspeed-zero-offload", "megatron-full", "megatron-selective", "megatron-mlp-chunks", "memory-budget",
-    "trainstream",
+    "deepspeed-zero-offload", "megatron-full", "megatron-selective", "megatron-mlp-chunks",
+    "unwrapped+compile", "selective+compile", "memory-budget", "trainstream",
 )  # fmt: skip
 NAMES = (
     "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *OTHERS, *(f"memo-{way}" for way in MEMO_WAYS),

@@ -32,6 +32,8 @@ ATTENTION_AGAIN = {
     "megatron-full": True,
     "megatron-selective": False,
     "megatron-mlp-chunks": True,
+    "unwrapped+compile": False,
+    "selective+compile": False,
     "memory-budget": False,
     "trainstream": False,
 }

@@ -11,10 +11,11 @@ from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.contenders.selective import ATTENTION
 from benchmarks.harness.geometry import Scope
 
-#: The compiler takes half a minute on the CPU.
-SLOW = {"memory-budget"}
+#: The compiler takes half a minute for each on the CPU.
+COMPILED = ("memory-budget", "unwrapped+compile", "selective+compile")
+SLOW = set(COMPILED)
 #: Norms are in float32 whatever the model is. Compiled ones round otherwise, and Megatron's are not: relative L2.
-ROUNDING = {"memory-budget": 1e-6, **dict.fromkeys(WAYS, 1e-6)}
+ROUNDING = dict.fromkeys((*COMPILED, *WAYS), 1e-6)
 TRAINING = [name for name in CONTENDERS if name != "kernels"]
 CASES = [(name, Scope.BLOCKS) for name in TRAINING]
 CASES += [(name, Scope.STEP) for name in ("selective", "memo-auto", "axolotl", "deepspeed", "megatron-full")]

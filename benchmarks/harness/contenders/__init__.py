@@ -8,6 +8,7 @@ from functools import partial
 from benchmarks.harness.contenders.axolotl import Axolotl
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.checkpoint import Checkpoint
+from benchmarks.harness.contenders.compiled import CompiledBlocks, CompiledSelective
 from benchmarks.harness.contenders.deepspeed import DeepSpeed
 from benchmarks.harness.contenders.deepspeed_zero import DeepSpeedZeroOffload
 from benchmarks.harness.contenders.hf_offload import HfOffload
@@ -39,6 +40,8 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "deepspeed": DeepSpeed,
     "deepspeed-zero-offload": DeepSpeedZeroOffload,
     **{name: partial(Megatron, name) for name in WAYS},
+    "unwrapped+compile": CompiledBlocks,
+    "selective+compile": CompiledSelective,
     "memory-budget": MemoryBudget,
     "trainstream": TrainStream,
     **{f"memo-{way}": partial(Memo, policy, alpha) for way, (policy, alpha) in MEMO_WAYS.items()},

@@ -1,0 +1,37 @@
+"""Blocks compiled one by one (``torch.compile``): as they are, or with selective checkpointing inside, as torchtitan does.
+
+memo's own tiles are compiled; these say what compilation alone is worth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness.contenders.base import Training
+from benchmarks.harness.contenders.selective import Selective
+
+_OPTIONS: dict[str, Any] = {"dynamic": False}
+
+
+class CompiledBlocks(Training):
+    """The blocks and nothing else."""
+
+    def install(self) -> None:
+        """Every block compiled, for each length of its own."""
+        super().install()
+        _compile(self)
+
+
+class CompiledSelective(Selective):
+    """All but attention runs again, in a backward that the compiler makes."""
+
+    def install(self) -> None:
+        """Every block compiled with its checkpoint."""
+        super().install()
+        _compile(self)
+
+
+def _compile(contender: Training) -> None:
+    for layer in contender.subject.layers:
+        layer.compile(**_OPTIONS)
+    contender.settings |= {"torch.compile": _OPTIONS}

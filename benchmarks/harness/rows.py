@@ -1,7 +1,7 @@
 """Rows as JSON lines: one schema version per file, appended at once, never repeated.
 
 A run may be interrupted at any moment. What is in the file is done; a line that was cut off while it was written
-is dropped, and measured again.
+is dropped, and measured again. What is no file of rows is refused and stays as it is.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ FIELDS = (
 )  # fmt: skip
 #: What must agree between the rows of one run: without that they are not comparable.
 RUN_FIELDS = ("geometry", "scope", "blocks", "config", "gpu", "driver", "cpu", "cores", "commit", "versions")
+#: What rows of this schema did not have at first.
+_ADDED = ("gradient_sketch", "rehearsed")
+#: How every row begins: what is at the end of a file and begins otherwise was not cut off by a run.
+_BEGINNING = b'{"schema": '
 
 Row = dict[str, Any]
 
@@ -60,32 +65,97 @@ def make_row(values: Row) -> Row:
     return row
 
 
+@contextmanager
+def _said(doing: str, path: Path) -> Iterator[None]:
+    """What the system refuses as one message.
+
+    Raises:
+        RowError: an ``OSError`` inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RowError(f"cannot {doing} {path}: {error.strerror or error}") from error
+
+
 def _parse(path: Path, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise RowError(f"{path}:{number} is not JSON: {error}") from error
     found = row.get("schema") if isinstance(row, dict) else None
-    if found != SCHEMA:
-        what = f"schema {found}" if found is not None else "no schema version"
+    if type(found) is not int or found != SCHEMA:
+        what = f"schema {json.dumps(found)}" if found is not None else "no schema version"
         raise RowError(
             f"{path}:{number} has {what}, this harness reads and writes {SCHEMA}: they are not mixed, use another file"
         )
     assert isinstance(row, dict), "only a mapping has a schema"
+    missing = [name for name in FIELDS if name not in row and name not in _ADDED]
+    if missing:
+        raise RowError(f"{path}:{number} is no row of this harness, it has no field {missing[0]!r}: use another file")
     return row
 
 
-def read_rows(path: Path) -> tuple[list[Row], int]:
-    """(rows, bytes they take) of a file; bytes after them are a line that was cut off.
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def exists(path: Path) -> bool:
+    """Whether ``path`` is there.
 
     Raises:
-        RowError: a line that is whole and no row of this schema.
+        RowError: it is no regular file, or nothing can be there.
     """
-    if not path.exists():
+    try:
+        with _said("use", path):
+            mode = path.stat().st_mode
+    except RowError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return False
+        raise
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
+        raise RowError(f"cannot use {path}: it is {what}; rows are kept in a regular file")
+    return True
+
+
+def read_rows(path: Path) -> tuple[list[Row], int]:
+    """(rows, bytes they take) of a file; bytes after them are the beginning of a row that was cut off.
+
+    A last row is one without its newline too.
+
+    Raises:
+        RowError: a line that is no row of this schema, or the file cannot be read.
+    """
+    if not exists(path):
         return [], 0
-    whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    lines = whole.decode("utf-8").split("\n") if newline else []
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)], len(whole) + len(newline)
+    with _said("read", path):
+        found = path.read_bytes()
+    lines = found.split(b"\n")
+    last = lines.pop()
+    size = len(found) - len(last)
+    if last and _is_json(last):
+        lines.append(last)
+        size = len(found)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError(f"{path}:{number} is not UTF-8, so this is no file of rows: use another file") from error
+        rows.append(_parse(path, number, text))
+    # However short: what was cut off behind other rows may be cut off within its first word.
+    begins = found[size:].startswith(_BEGINNING) or (rows and _BEGINNING.startswith(found[size:]))
+    if size < len(found) and not begins:
+        raise RowError(
+            f"{path}:{len(lines) + 1} is no row, nor the beginning of one that was cut off: nothing was changed, "
+            "use another file"
+        )
+    return rows, size
 
 
 @contextmanager
@@ -93,19 +163,27 @@ def held(path: Path) -> Iterator[None]:
     """Keep ``path`` for this process: two that write to it would double rows, or drop one that is being written.
 
     Raises:
-        RowError: another process has it.
+        RowError: another process has it, or it cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RowError(f"another run is writing to {path}: wait for its end, or give another --out") from None
+    created = not exists(path)
+    with _said("write to", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A link to nothing is there, and is not made by this.
+        created = created and not path.is_symlink()
+        file = path.open("ab")
+    with file:
+        with _said("lock", path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RowError(f"another run is writing to {path}: wait for its end, or give another --out") from None
         try:
             yield
         finally:
-            if not path.stat().st_size:  # nothing was measured
-                path.unlink()
+            with suppress(OSError):
+                mine = os.fstat(file.fileno())
+                if created and not mine.st_size and os.path.samestat(mine, path.lstat()):  # nothing was measured
+                    path.unlink()
 
 
 @dataclass(slots=True)
@@ -126,12 +204,13 @@ class RowFile:
         """The file with what it holds of ``run``.
 
         Raises:
-            RowError: rows of another schema.
+            RowError: rows of another schema, or no file of rows.
         """
         rows, size = read_rows(path)
-        cut_off = path.stat().st_size - size if path.exists() else 0
-        if cut_off:
-            os.truncate(path, size)
+        with _said("write to", path):
+            cut_off = path.stat().st_size - size if path.exists() else 0
+            if cut_off:
+                os.truncate(path, size)
         return cls(path, run, [row for row in rows if row["run"] == run], cut_off)
 
     def check_conditions(self, conditions: Row) -> None:
@@ -160,13 +239,18 @@ class RowFile:
         """Write a row, through to the disk.
 
         Raises:
-            RowError: the run has this row already.
+            RowError: the run has this row already, or it cannot be written.
         """
         if self.find(row["contender"], row["seq_len"]) is not None:
             raise RowError(f"run '{self.run}' has a row of {row['contender']} at {row['seq_len']} already")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps(row).encode("utf-8") + b"\n"
+        with _said("write to", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else b"\n" + line
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         self.rows.append(row)

@@ -22,7 +22,7 @@ from benchmarks.harness.job import WIDER, Job
 from benchmarks.harness.longest import next_lengths
 from benchmarks.harness.names import Entry
 from benchmarks.harness.options import Options, parse_options
-from benchmarks.harness.rows import REFERENCE, Row, RowError, RowFile, held, make_row
+from benchmarks.harness.rows import REFERENCE, Row, RowError, RowFile, held, make_row, read_rows
 from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.table import first_line, run_table
 from benchmarks.harness.timing import warms_up_by_rehearsal
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return runner.run()
             finally:
                 # What the file holds: an interrupt may come when a row is written and not yet known here.
-                print(run_table(RowFile.open(options.out, options.run).rows))
+                print(run_table([row for row in read_rows(options.out)[0] if row["run"] == options.run]))
     except RowError as error:
         say(f"error: {error}")
         return USAGE

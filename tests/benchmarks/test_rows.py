@@ -1,8 +1,10 @@
+import errno
 import json
+import os
 
 import pytest
 
-from benchmarks.harness.rows import SCHEMA, RowError, RowFile, make_row, read_rows
+from benchmarks.harness.rows import SCHEMA, RowError, RowFile, held, make_row, read_rows
 from tests.house.sources import ROOT
 
 CONDITIONS = {
@@ -34,7 +36,7 @@ def test_rows_of_other_runs_stay_and_do_not_count(tmp_path):
     assert len(read_rows(other.path)[0]) == 2
 
 
-@pytest.mark.parametrize("cut", [1, 40])
+@pytest.mark.parametrize("cut", [2, 40])
 def test_a_row_that_was_cut_off_is_dropped_and_the_file_goes_on(tmp_path, cut):
     file = RowFile.open(tmp_path / "rows.jsonl", "a")
     file.append(row(tokens=64))
@@ -47,6 +49,89 @@ def test_a_row_that_was_cut_off_is_dropped_and_the_file_goes_on(tmp_path, cut):
     assert file.path.stat().st_size == whole
     again.append(row(tokens=128))
     assert [r["seq_len"] for r in read_rows(file.path)[0]] == [64, 128]
+
+
+@pytest.mark.parametrize("run", ["a", "b"])
+def test_a_last_row_without_its_newline_is_a_row(tmp_path, run):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row(run=run)))
+    file = RowFile.open(path, "a")
+    assert (len(file.rows), file.cut_off) == (run == "a", 0)
+    file.append(row(tokens=128))
+    assert [(r["run"], r["seq_len"]) for r in read_rows(path)[0]] == [(run, 64), ("a", 128)]
+
+
+ROW = json.dumps(row())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"precious":1}', "rows:1 has no schema version"),
+        ('{"precious":1', "rows:1 is no row, nor the beginning of one"),
+        ("my notes", "rows:1 is no row, nor the beginning of one"),
+        ('{"sc', "rows:1 is no row, nor the beginning of one"),
+        (f"{ROW}\nmy notes", "rows:2 is no row, nor the beginning of one"),
+        (json.dumps(row() | {"schema": 2}), "rows:1 has schema 2, this harness"),
+        (f"{ROW}\n" + json.dumps(row() | {"schema": 2}), "rows:2 has schema 2, this harness"),
+        (json.dumps(row() | {"schema": True}) + "\n", "rows:1 has schema true, this harness"),
+        ('{"schema": 1, "run": "a"}\n', "rows:1 is no row of this harness, it has no field 'contender'"),
+        (b"\xff\xfe\n", "rows:1 is not UTF-8"),
+        (b"\xff\xfe", "rows:1 is no row, nor the beginning of one"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_of_rows_is_refused_and_stays(tmp_path, content, said):
+    path, content = tmp_path / "rows", content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(content)
+    with pytest.raises(RowError, match=said), held(path):
+        RowFile.open(path, "a")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_row_that_was_cut_off_is_dropped_by_how_it_begins(tmp_path, rows):
+    path = tmp_path / "rows"
+    path.write_text(f"{ROW}\n" * rows + ('{"s' if rows else ROW[:13]))
+    assert RowFile.open(path, "a").cut_off == (3 if rows else 13)
+    assert path.read_text() == f"{ROW}\n" * rows
+
+
+def test_rows_are_kept_in_regular_files_only(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name, said in (
+        ("folder", "it is a folder; rows are kept in a regular file"),
+        ("file/rows", "Not a directory"),
+        ("pipe", "it is a device, a pipe or a socket"),
+        ("link", "it is a device, a pipe or a socket"),
+    ):
+        for use in (held, lambda path: RowFile.open(path, "a")):
+            with pytest.raises(RowError, match=said), use(tmp_path / name):
+                pytest.fail("it was taken")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_nothing_is_removed_but_what_the_run_made_itself(tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to("target")
+    for name in ("empty", "link", "new", "target"):
+        with held(tmp_path / name):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "target"]
+
+
+def test_what_the_system_refuses_is_one_message(tmp_path, monkeypatch):
+    file = RowFile.open(tmp_path / "rows", "a")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RowError, match=r"cannot write to .*rows: No space left"):
+        file.append(row())
 
 
 def test_rows_of_another_schema_are_refused_with_their_place(tmp_path):

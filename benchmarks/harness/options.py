@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="memo bench run",
         description="Measure contenders on one step, each in a process of its own, and print a table.",
         epilog="docs/benchmarks.md says what is measured. Exit codes: 0 done, 1 a contender failed, 2 usage, 4 not all "
-        "done in --minutes (the same command goes on).",
+        "done in --minutes, 130 interrupted (the same command goes on).",
     )
     add = parser.add_argument
     add("--run", default="bench", help="name of the run; the same name and --out go on where it stopped")

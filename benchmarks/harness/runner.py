@@ -12,10 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from benchmarks.harness import ending, forecast, provenance
+from benchmarks.harness.bound import held_back, terminable
 from benchmarks.harness.ending import LastWords
 from benchmarks.harness.host_guard import HostGuard
 from benchmarks.harness.job import WIDER, Job
@@ -27,7 +29,7 @@ from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.table import first_line, run_table
 from benchmarks.harness.timing import warms_up_by_rehearsal
 
-DONE, FAILED, USAGE, NOT_IN_TIME = 0, 1, 2, 4
+DONE, FAILED, USAGE, NOT_IN_TIME, INTERRUPTED = 0, 1, 2, 4, 130
 #: Whose gradients the others are compared with where there is no wider reference.
 PLAIN = "unwrapped"
 #: Largest relative L2 distance of gradients from the reference's: rounding stays far below, and mistakes do not. Where
@@ -56,25 +58,27 @@ class Child:
     said: tuple[str, ...] = ()
     guard: HostGuard | None = None
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Generator[Row]:
         """Measurements as they come."""
-        command = [sys.executable, "-P", "-m", "benchmarks.harness.worker"]
+        command = [sys.executable, "-P", "-m", "benchmarks.harness.bound", str(os.getpid())]
         # As this process finds modules, whatever it was told; and the profiler need not say that it starts.
         paths = os.pathsep.join([str(provenance.ROOT), *(path for path in sys.path if path)])
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"},
-        )  # fmt: skip
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        environment = {**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "99"}
+        with held_back():
+            process = subprocess.Popen(command, text=True, errors="replace", env=environment, **pipes)
         timer, words = self._timer(process), LastWords(process)
         if self.job.settings.host_memory is not None:
             self.guard = HostGuard(process, self.job.settings.host_memory)
         try:
             assert process.stdin is not None, "it is a pipe"
             assert process.stdout is not None, "it is a pipe"
-            process.stdin.write(self.job.to_json())
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended already, and how says why
+                process.stdin.write(self.job.to_json())
+                process.stdin.close()
             for line in process.stdout:
-                yield json.loads(line)
+                if line.endswith("\n"):  # else it was killed while it wrote
+                    yield json.loads(line)
             self.returned = process.wait()
         finally:
             if timer is not None:
@@ -222,10 +226,11 @@ class Runner:
             traces=self._traces(entry),
         )
         child = Child(job)
-        for measured in child:
-            self._append(entry, measured, budgets)
-            if measured["status"] != "ok" and not (job.own_budgets and measured["status"] == "oom"):
-                return
+        with closing(iter(child)) as measurements:  # its process ends before anything else is done
+            for measured in measurements:
+                self._append(entry, measured, budgets)
+                if measured["status"] != "ok" and not (job.own_budgets and measured["status"] == "oom"):
+                    return
         failure = child.failure()
         if failure is not None:
             left = next((tokens for tokens in lengths if self.file.find(entry.label, tokens) is None), None)
@@ -296,15 +301,22 @@ class Runner:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the run's table; an exit code."""
-    options = parse_options(arguments)
     try:
-        with held(options.out):
-            runner = Runner.of(options)
-            try:
-                return runner.run()
-            finally:
-                # What the file holds: an interrupt may come when a row is written and not yet known here.
-                print(run_table([row for row in read_rows(options.out)[0] if row["run"] == options.run]))
+        with terminable():
+            return _measure(parse_options(arguments))
     except RowError as error:
         say(f"error: {error}")
         return USAGE
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on where it stopped")
+        return INTERRUPTED
+
+
+def _measure(options: Options) -> int:
+    with held(options.out):
+        runner = Runner.of(options)
+        try:
+            return runner.run()
+        finally:
+            # What the file holds: an interrupt may come when a row is written and not yet known here.
+            print(run_table([row for row in read_rows(options.out)[0] if row["run"] == options.run]), flush=True)

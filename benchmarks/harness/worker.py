@@ -221,6 +221,3 @@ def main() -> int:
         walk(Job.from_json(sys.stdin.read()), out)
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

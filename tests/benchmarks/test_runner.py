@@ -316,6 +316,7 @@ def test_a_run_in_processes_survives_an_interrupt(arguments, tmp_path):
     first.send_signal(signal.SIGINT)
     printed, _ = first.communicate(timeout=60)
     assert "64 tokens" in printed
+    assert first.returncode == 130
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
     rows, _ = read_rows(out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import textwrap
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -146,7 +147,9 @@ class UnknownGeometryError(ValueError):
 
 
 def check_geometry(name: str) -> None:
-    """That ``name`` can be measured: a geometry, or the path of a Hugging Face config. Needs no torch.
+    """That ``name`` is a geometry, or the path of a Hugging Face config. Needs no torch.
+
+    What it is a config of, transformers say to the first contender's process: here they would bring torch.
 
     Raises:
         UnknownGeometryError: it is neither, or what makes models of them is not installed.
@@ -177,12 +180,16 @@ def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConf
     """The Hugging Face config of geometry ``name``, cut to ``blocks``, with room for ``tokens`` positions.
 
     Raises:
-        UnknownGeometryError: no such geometry.
+        UnknownGeometryError: no such geometry, or the installed transformers make none of it.
     """
     found = _find(name)
     import geometries
 
-    return geometries.make_config(found, tokens=tokens, layers=blocks)
+    try:
+        return geometries.make_config(found, tokens=tokens, layers=blocks)
+    except geometries.GeometryError as error:
+        # Where a type is unknown, transformers list all that they know.
+        raise UnknownGeometryError(textwrap.shorten(str(error), 300, placeholder=" ...")) from error
 
 
 def make_shape(config: PreTrainedConfig, scope: Scope, *, rank: int = 0) -> Shape:

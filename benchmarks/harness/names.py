@@ -81,9 +81,12 @@ def parse_contenders(text: str, *, budget_from: str | None = None) -> tuple[Entr
         budget_from: every memo contender also runs as ``memo-POLICY@budget_from``, before it runs without.
 
     Raises:
-        ContenderError: an unknown name, a name twice, or ``@OTHER`` where OTHER does not come before.
+        ContenderError: an unknown name, a name twice, ``@OTHER`` where OTHER does not come before, or ``budget_from``
+            where nobody takes a budget.
     """
     entries: list[Entry] = []
+    if budget_from is not None and budget_from not in NAMES:
+        raise ContenderError(f"--budget-from {budget_from} is unknown; there are: {', '.join(NAMES)}")
     for entry in (_entry(label) for label in text.split(",") if label.strip()):
         if budget_from is not None and entry.takes_budget and entry.label == entry.name:
             entries.append(_entry(f"{entry.name}@{budget_from}"))
@@ -99,4 +102,6 @@ def parse_contenders(text: str, *, budget_from: str | None = None) -> tuple[Entr
             )
     if not entries:
         raise ContenderError(f"no contender is named; there are: {', '.join(NAMES)}")
+    if budget_from is not None and not any(entry.budget_from == budget_from for entry in entries):
+        raise ContenderError(f"--budget-from {budget_from}: nobody takes it; name one of memo's, such as memo-auto")
     return tuple(entries)

@@ -159,8 +159,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         parser.error(f"--rehearse: {refused}")
     if given.geometry in SHARES and given.scope == Scope.STEP:
         parser.error(f"--geometry {given.geometry} is {SHARES[given.geometry]}: give --scope blocks")
-    if given.steps is not None and given.steps < 1:
-        parser.error(f"--steps {given.steps}: at least one step is measured")
+    for name, count in (("steps", given.steps), ("blocks", given.blocks)):
+        if count is not None and count < 1:
+            parser.error(f"--{name} {count}: at least one {name[:-1]} is measured")
+    if given.scope == Scope.STEP and min(given.lengths or (2,)) < 2:
+        parser.error("--lengths 1: in scope step tokens predict the next one, so there are 2 at least")
     if given.lora is not None and (refused := _not_adapted(entries, given.lora)):
         parser.error(f"--lora {given.lora}: {refused}")
     found = given.commit or commit()
@@ -203,8 +206,8 @@ def confirming(options: Options, run: str) -> Options:
     rows = [row for row in read_rows(options.out)[0] if row["run"] == run]
     if not rows or not rows[0].get("rehearsed"):
         raise RowError(f"--confirm {run}: {options.out} has no rehearsed run of that name")
-    asked = {"geometry": options.settings.geometry, "scope": options.settings.scope, "blocks": options.settings.blocks}
-    asked["allocator"] = None
+    settings = options.settings
+    asked = {"geometry": settings.geometry, "scope": settings.scope.value, "blocks": settings.blocks, "allocator": None}
     asked |= {name: value for name, value in options.config.items() if name not in ("rehearse", "steps")}
     for name, value in asked.items():
         there = rows[0][name] if name in ("geometry", "scope", "blocks") else rows[0]["config"].get(name)
@@ -218,6 +221,5 @@ def confirming(options: Options, run: str) -> Options:
         if entry.label not in reached:
             raise RowError(f"--confirm {run}: {entry.label} reached no length there; {', '.join(reached)} did")
     longest = {entry.label: reached[entry.label] for entry in options.entries}
-    settings = replace(options.settings, steps=1)
     lengths = tuple(sorted(set(longest.values())))
-    return replace(options, longest=longest, lengths=lengths, settings=settings, reference=False)
+    return replace(options, longest=longest, lengths=lengths, settings=replace(settings, steps=1), reference=False)

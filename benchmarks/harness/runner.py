@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from benchmarks.harness import ending, forecast, provenance
 from benchmarks.harness.bound import held_back, terminable
 from benchmarks.harness.ending import LastWords
+from benchmarks.harness.geometry import UnknownGeometryError
 from benchmarks.harness.host_guard import HostGuard
 from benchmarks.harness.job import WIDER, Job
 from benchmarks.harness.longest import next_lengths
@@ -228,6 +229,8 @@ class Runner:
         child = Child(job)
         with closing(iter(child)) as measurements:  # its process ends before anything else is done
             for measured in measurements:
+                if "refused" in measured:
+                    raise UnknownGeometryError(measured["refused"])
                 self._append(entry, measured, budgets)
                 if measured["status"] != "ok" and not (job.own_budgets and measured["status"] == "oom"):
                     return
@@ -304,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             return _measure(parse_options(arguments))
-    except RowError as error:
+    except (RowError, UnknownGeometryError) as error:
         say(f"error: {error}")
         return USAGE
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ import torch
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.packages import SkippedError
+from benchmarks.harness.geometry import UnknownGeometryError
 from benchmarks.harness.job import Job
 from benchmarks.harness.memory import cuda_peaks, host_facts, limit_memory, release, reset_peaks
 from benchmarks.harness.reference import refer
@@ -166,7 +167,7 @@ class _Clock:
 
 
 def walk(job: Job, out: TextIO) -> None:
-    """Measure the lengths of ``job`` upward and write a line for each."""
+    """Measure the lengths of ``job`` upward and write a line for each; or one that says why nobody can."""
 
     def emit(facts: Measurement) -> None:
         out.write(json.dumps(facts) + "\n")
@@ -195,6 +196,8 @@ def walk(job: Job, out: TextIO) -> None:
             release(device)
             if facts["status"] == "ok":
                 clock.note(facts, time.perf_counter() - started)
+    except UnknownGeometryError as error:  # nobody's result: no contender could be measured
+        emit({"refused": str(error)})
     except Exception as error:  # whatever a contender does wrong is its result, and the others go on
         if not (ran_out(error) or isinstance(error, SkippedError)):
             traceback.print_exc()

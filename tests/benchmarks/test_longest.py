@@ -122,6 +122,7 @@ def test_a_real_step_of_each_at_its_longest(in_process, arguments, capsys, monke
         (["--confirm", "nonsense"], "has no rehearsed run of that name"),
         (["--confirm", "real"], "has no rehearsed run of that name"),
         (["--dtype", "float64"], "it was rehearsed with dtype = 'float32', here it is 'float64'"),
+        (["--scope", "step"], "it was rehearsed with scope = 'blocks', here it is 'step'"),
         (["--contenders", "selective"], "selective reached no length there; checkpoint, unwrapped did"),
         (["--lengths", "48"], "give --lengths, such as 16K,32K, or --confirm RUN"),
         (["--rehearse"], "leave --rehearse out"),

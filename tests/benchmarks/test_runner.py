@@ -227,6 +227,11 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatc
     for more, message in (
         (["--contenders", "nonsense"], "contender 'nonsense' is unknown"),
         (["--steps", "0"], "at least one step"),
+        (["--blocks", "0"], "--blocks 0: at least one block is measured"),
+        (["--blocks", "-1"], "--blocks -1: at least one block is measured"),
+        (["--scope", "step", "--lengths", "1,48"], "--lengths 1: in scope step tokens predict the next one"),
+        (["--budget-from", "nope"], "--budget-from nope is unknown; there are: kernels, unwrapped"),
+        (["--budget-from", "selective"], "--budget-from selective: nobody takes it; name one of memo's"),
         (["--lora", "0"], "--lora 0: a rank is 1 or more"),
         (["--lora", "8", "--contenders", "unwrapped,kernels"], "kernels has no layers that adapters could be beside"),
         (["--lengths", "many"], "argument --lengths: 'many' is not a token count"),
@@ -240,6 +245,35 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatc
             main([*arguments("unwrapped"), *more])
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "nonsense"}, "no config of type 'nonsense' can be made from it: "),
+        ({"model_type": "mamba", "num_hidden_layers": 2}, "a config of type 'mamba' has no num_attention_heads"),
+    ],
+)
+@pytest.mark.usefixtures("in_process")
+def test_a_config_of_no_blocks_is_refused_without_a_row(arguments, tmp_path, capsys, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for contenders in ("unwrapped", "kernels"):
+        assert main(arguments(contenders, "--geometry", str(tmp_path / "config.json"))) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert said in last
+        assert len(last) < 400
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_file_that_cannot_be_one_of_rows_is_refused_before_anything_runs(in_process, arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text('{"precious":1}')
+    for name, said in ((".", "it is a folder"), ("file/rows", "Not a directory"), ("file", "no schema version")):
+        assert main([*arguments("unwrapped"), "--out", str(tmp_path / name)]) == 2
+        assert said in (told := capsys.readouterr().err)
+        assert told.startswith("error: ")
+    assert in_process == []
+    assert (tmp_path / "file").read_text() == '{"precious":1}'
 
 
 def test_what_is_left_when_the_time_is_over_is_said_and_done_by_the_next_run(scripted, arguments, capsys):

@@ -43,12 +43,15 @@ class LastWords:
         return tuple(self.lines)
 
 
-def failure(returned: int, said: tuple[str, ...], *, capped: bool) -> Row:
+def failure(returned: int, said: tuple[str, ...], *, capped: bool, plenty: bool = False) -> Row:
     """The row of a process that ``returned`` that and ``said`` this at last.
 
     Args:
         capped: its memory was limited beyond what limits this process.
+        plenty: host memory was not short meanwhile.
     """
+    if returned == -signal.SIGKILL and plenty:
+        return {"status": "error", "error": "killed by signal 9 from outside: host memory was not short"}
     if returned == -signal.SIGKILL:
         # Nobody else kills without asking: the kernel, or a container's memory limit.
         return {"status": "oom", "error": "killed by signal 9, as processes are when host memory runs out"}

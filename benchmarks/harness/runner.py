@@ -69,8 +69,7 @@ class Child:
         with held_back():
             process = subprocess.Popen(command, text=True, errors="replace", env=environment, **pipes)
         timer, words = self._timer(process), LastWords(process)
-        if self.job.settings.host_memory is not None:
-            self.guard = HostGuard(process, self.job.settings.host_memory)
+        self.guard = HostGuard(process, self.job.settings.host_memory)
         try:
             assert process.stdin is not None, "it is a pipe"
             assert process.stdout is not None, "it is a pipe"
@@ -84,8 +83,7 @@ class Child:
         finally:
             if timer is not None:
                 timer.cancel()
-            if self.guard is not None:
-                self.guard.stop()
+            self.guard.stop()
             process.kill()
             process.wait()
             self.said = words.wait(_SECONDS_OF_WORDS)
@@ -111,7 +109,8 @@ class Child:
             return found
         settings = self.job.settings
         capped = settings.memory is not None and settings.device == "cpu"
-        return ending.failure(self.returned, self.said, capped=capped)
+        plenty = self.guard is not None and self.guard.saw_plenty()
+        return ending.failure(self.returned, self.said, capped=capped, plenty=plenty)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -123,6 +124,22 @@ def test_out_of_memory_is_not_tried_again_and_nothing_longer_either(scripted, ma
     again = make_runner("unwrapped", lengths="48,96,192")
     assert again.run() == 0
     assert [(row["seq_len"], row["status"]) for row in again.file.rows] == [(48, "ok"), (96, "oom")]
+
+
+def test_a_row_whose_line_was_deleted_is_measured_again(scripted, arguments):
+    given = arguments("unwrapped,checkpoint")
+    scripted([ok(48), {"status": "error", "seq_len": 96, "error": "no"}])
+    assert main(given) == 1
+    scripted([ok(48), ok(96)])
+    assert main(given) == 1
+    path = Path(given[given.index("--out") + 1])
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["status"] == "ok"))
+    assert main(given) == 0
+    done = [(row["contender"], row["seq_len"], row["status"]) for row in rows_of(given)]
+    assert done == [
+        ("unwrapped", 48, "ok"), ("checkpoint", 48, "ok"), ("unwrapped", 96, "ok"), ("checkpoint", 96, "ok"),
+    ]  # fmt: skip
 
 
 def test_a_budget_from_another_is_there_where_that_one_ran(scripted, make_runner):

@@ -35,8 +35,12 @@ FIELDS = (
 RUN_FIELDS = ("geometry", "scope", "blocks", "config", "gpu", "driver", "cpu", "cores", "commit", "versions")
 #: What rows of this schema did not have at first.
 _ADDED = ("gradient_sketch", "rehearsed")
+#: What a reader takes for granted of some of them.
+_KINDS: dict[str, type] = {"run": str, "contender": str, "seq_len": int, "config": dict, "versions": dict}
 #: How every row begins: what is at the end of a file and begins otherwise was not cut off by a run.
-_BEGINNING = b'{"schema": '
+_BEGINNING = f'{{"schema": {SCHEMA}, "run": '.encode()
+#: As much of it as tells a row where there is no other.
+_TELLS = len('{"schema": ')
 
 Row = dict[str, Any]
 
@@ -93,6 +97,10 @@ def _parse(path: Path, number: int, line: str) -> Row:
     missing = [name for name in FIELDS if name not in row and name not in _ADDED]
     if missing:
         raise RowError(f"{path}:{number} is no row of this harness, it has no field {missing[0]!r}: use another file")
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(row[name], kind)]
+    if wrong or row["status"] not in STATUSES:
+        name = wrong[0] if wrong else "status"
+        raise RowError(f"{path}:{number} is no row of this harness, its {name} is {row[name]!r}: use another file")
     return row
 
 
@@ -102,6 +110,11 @@ def _is_json(text: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _begins(text: bytes, *, alone: bool) -> bool:
+    """Whether ``text`` is the beginning of a row; behind other rows one may be cut off within its first word."""
+    return text.startswith(_BEGINNING) or (_BEGINNING.startswith(text) and not (alone and len(text) < _TELLS))
 
 
 def exists(path: Path) -> bool:
@@ -148,9 +161,7 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
         except UnicodeDecodeError as error:
             raise RowError(f"{path}:{number} is not UTF-8, so this is no file of rows: use another file") from error
         rows.append(_parse(path, number, text))
-    # However short: what was cut off behind other rows may be cut off within its first word.
-    begins = found[size:].startswith(_BEGINNING) or (rows and _BEGINNING.startswith(found[size:]))
-    if size < len(found) and not begins:
+    if size < len(found) and not _begins(last, alone=not rows):
         raise RowError(
             f"{path}:{len(lines) + 1} is no row, nor the beginning of one that was cut off: nothing was changed, "
             "use another file"

@@ -69,6 +69,8 @@ ROW = json.dumps(row())
     [
         ('{"precious":1}', "rows:1 has no schema version"),
         ('{"precious":1', "rows:1 is no row, nor the beginning of one"),
+        ('{"schema": 2, "run": "a', "rows:1 is no row, nor the beginning of one"),
+        (f'{ROW}\n{{"schema": 2, "ru', "rows:2 is no row, nor the beginning of one"),
         ("my notes", "rows:1 is no row, nor the beginning of one"),
         ('{"sc', "rows:1 is no row, nor the beginning of one"),
         (f"{ROW}\nmy notes", "rows:2 is no row, nor the beginning of one"),
@@ -76,6 +78,8 @@ ROW = json.dumps(row())
         (f"{ROW}\n" + json.dumps(row() | {"schema": 2}), "rows:2 has schema 2, this harness"),
         (json.dumps(row() | {"schema": True}) + "\n", "rows:1 has schema true, this harness"),
         ('{"schema": 1, "run": "a"}\n', "rows:1 is no row of this harness, it has no field 'contender'"),
+        (json.dumps(row() | {"config": None}) + "\n", "its config is None"),
+        (json.dumps(row() | {"status": "fine"}) + "\n", "its status is 'fine'"),
         (b"\xff\xfe\n", "rows:1 is not UTF-8"),
         (b"\xff\xfe", "rows:1 is no row, nor the beginning of one"),
     ],

@@ -1,4 +1,4 @@
-"""Blocks compiled one by one (``torch.compile``): as they are, or with selective checkpointing inside, as torchtitan does.
+"""Blocks compiled one by one (``torch.compile``): as they are, or with selective checkpointing inside (torchtitan).
 
 memo's own tiles are compiled; these say what compilation alone is worth.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ logger = logging.getLogger("memo_runtime")
 #: Most tokens on which they are timed.
 _MOST_TOKENS = {"cuda": 8192, "cpu": 256}
 _Run = Callable[[], object]
+#: A run on so many tokens.
+_Make = Callable[[int], _Run]
 
 
 def outside_seconds(
@@ -39,21 +42,33 @@ def outside_seconds(
     is taken to run at the rate that the blocks' own products reached.
     """
     heads = list(heads_of(model, profiles))
-    head = max(heads, key=lambda linear: linear.out_features, default=None) if tiled_loss else None
-    measured, with_head = Growth(), False
+    measured, with_loss = Growth(), False
     if hidden is not None:
-        points = []
-        most = min(_MOST_TOKENS.get(hidden.device.type, _MOST_TOKENS["cpu"]), hidden.numel() // hidden.shape[-1])
-        for tokens in sorted({max(1, most // 2), most}):
-            loss = None if head is None else _head_and_loss(head, tokens, hidden)
-            runs = [*_around(model, profiles, tokens, hidden), *([] if loss is None else [loss])]
-            with_head = loss is not None
-            points.append((tokens, sum(typical(runs, hidden.device, range(len(runs)))) if runs else 0.0))
+        around = _around(model, profiles, hidden)
+        head = max(heads, key=lambda linear: linear.out_features, default=None) if tiled_loss else None
+        loss = None if head is None or not _fits(head, hidden) else partial(_head_and_loss, head, like=hidden)
+        points, makes = _timed([*around, *([] if loss is None else [loss])], hidden)
+        with_loss = loss is not None and loss in makes
         measured = times(fit_seconds(points, curved=False), Fraction(rows))
-    if with_head:
+    if with_loss:
         return measured
     guessed = _at_the_rate_of_blocks(heads, profiles, rows)
     return Growth(constant=measured.constant, linear=measured.linear + guessed)
+
+
+def _timed(makes: Sequence[_Make], like: torch.Tensor) -> tuple[list[tuple[int, float]], list[_Make]]:
+    """(seconds of a run of each of ``makes`` by tokens, those that can be run)."""
+    most = min(_MOST_TOKENS.get(like.device.type, _MOST_TOKENS["cpu"]), like.numel() // like.shape[-1])
+    points: list[tuple[int, float]] = []
+    for tokens in sorted({max(1, most // 2), most}):
+        if not points:
+            makes = [make for make in makes if _runs(make(tokens))]
+        try:
+            runs = [make(tokens) for make in makes]
+            points.append((tokens, sum(typical(runs, like.device, range(len(runs)))) if runs else 0.0))
+        except torch.OutOfMemoryError as error:
+            logger.info("memo: what is around the blocks is not timed on %s tokens: %s", f"{tokens:,}", error)
+    return points, list(makes)
 
 
 def _at_the_rate_of_blocks(heads: Sequence[nn.Linear], profiles: Sequence[BlockProfile], rows: int) -> float:
@@ -67,17 +82,15 @@ def _at_the_rate_of_blocks(heads: Sequence[nn.Linear], profiles: Sequence[BlockP
     return 6 * rows * weights * seconds / max(flops, 1.0)
 
 
-def _around(
-    model: nn.Module, profiles: Sequence[BlockProfile], tokens: int, like: torch.Tensor
-) -> Iterator[_Run]:
+def _around(model: nn.Module, profiles: Sequence[BlockProfile], like: torch.Tensor) -> Iterator[_Make]:
     """Runs of the embeddings and of the final norm."""
-    found = [module for module in around_blocks(model, profiles) if isinstance(module, nn.Embedding)]
-    runs = [_embedding(module, tokens, like) for module in found if _is_plain(module, like)]
+    for module in around_blocks(model, profiles):
+        if isinstance(module, nn.Embedding) and _is_plain(module, like):
+            yield partial(_embedding, module, like=like)
     norm = final_norm(model, [profile.name for profile in profiles])
     # One with buffers may count what it sees.
     if norm is not None and _is_plain(norm, like) and next(norm.buffers(), None) is None:
-        runs.append(_norm(norm, tokens, like))
-    return (run for run in runs if _runs(run, "what is around the blocks"))
+        yield partial(_norm, norm, like=like)
 
 
 def _is_plain(module: nn.Module, like: torch.Tensor) -> bool:
@@ -91,12 +104,12 @@ def _is_plain(module: nn.Module, like: torch.Tensor) -> bool:
     )
 
 
-def _runs(run: _Run, what: str) -> bool:
+def _runs(run: _Run) -> bool:
     """Whether ``run`` does; it has no room beside the model, or is called otherwise by its own, where it does not."""
     try:
         run()
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
-        logger.info("memo: the time of %s is not measured: %s", what, error)
+        logger.info("memo: a part of what is around the blocks is not timed: %s", error)
         return False
     return True
 
@@ -143,11 +156,13 @@ def _norm(module: nn.Module, tokens: int, like: torch.Tensor) -> _Run:
     return run
 
 
-def _head_and_loss(head: nn.Linear, tokens: int, like: torch.Tensor) -> _Run | None:
-    """The loss by tiles on ``tokens`` tokens; None where the head cannot be run alone."""
+def _fits(head: nn.Linear, like: torch.Tensor) -> bool:
+    """Whether ``head`` can be run alone on such states."""
+    return _is_plain(head, like) and tuple(head.weight.shape) == (head.out_features, like.shape[-1])
+
+
+def _head_and_loss(head: nn.Linear, tokens: int, like: torch.Tensor) -> _Run:
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    if not _is_plain(head, like) or tuple(weight.shape) != (head.out_features, like.shape[-1]):
-        return None
     weight.requires_grad_(head.weight.requires_grad)
     # Whoever runs it at the whole length: a short one may be another's.
     at_once = (like.numel() // head.in_features, head.in_features, head.out_features, weight.dtype)
@@ -159,4 +174,4 @@ def _head_and_loss(head: nn.Linear, tokens: int, like: torch.Tensor) -> _Run | N
         with torch.enable_grad():
             _gradients(linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend), [hidden, weight])
 
-    return run if _runs(run, "head and loss") else None
+    return run

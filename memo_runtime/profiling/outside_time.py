@@ -27,6 +27,8 @@ logger = logging.getLogger("memo_runtime")
 
 #: Most tokens on which they are timed.
 _MOST_TOKENS = {"cuda": 8192, "cpu": 256}
+#: Where embeddings are timed: a gradient as large as the table takes a processor a second.
+_EMBEDDINGS_ON = ("cuda",)
 _Run = Callable[[], object]
 #: A run on so many tokens.
 _Make = Callable[[int], _Run]
@@ -84,7 +86,7 @@ def _at_the_rate_of_blocks(heads: Sequence[nn.Linear], profiles: Sequence[BlockP
 
 def _around(model: nn.Module, profiles: Sequence[BlockProfile], like: torch.Tensor) -> Iterator[_Make]:
     """Runs of the embeddings and of the final norm."""
-    for module in around_blocks(model, profiles):
+    for module in around_blocks(model, profiles) if like.device.type in _EMBEDDINGS_ON else ():
         if isinstance(module, nn.Embedding) and _is_plain(module, like):
             yield partial(_embedding, module, like=like)
     norm = final_norm(model, [profile.name for profile in profiles])

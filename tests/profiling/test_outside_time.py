@@ -71,6 +71,7 @@ def timed(monkeypatch):
         at.append(tokens)
         return made(tokens, count, like)
 
+    monkeypatch.setattr(outside_time, "_EMBEDDINGS_ON", ("cuda", "cpu"))
     monkeypatch.setattr(outside_time, "typical", typical)
     monkeypatch.setattr(outside_time, "_classes", classes)
     return seen
@@ -99,7 +100,13 @@ def test_what_cannot_be_run_alone_is_left_out_and_said(timed, caplog) -> None:
     assert seconds(Model(nn.BatchNorm1d(TOKENS))) == 2 * ROWS * TOKENS, "it counts what it sees"
 
 
-def test_nothing_is_left_behind() -> None:
+def test_on_a_processor_no_embedding_is_timed(timed, monkeypatch) -> None:
+    monkeypatch.setattr(outside_time, "_EMBEDDINGS_ON", ("cuda",))
+    assert seconds(Model(nn.LayerNorm(WIDTH))) == 2 * ROWS * TOKENS
+
+
+def test_nothing_is_left_behind(monkeypatch) -> None:
+    monkeypatch.setattr(outside_time, "_EMBEDDINGS_ON", ("cuda", "cpu"))
     model = Model(nn.LayerNorm(WIDTH))
     calls = []
     for module in (model.model.embed, model.model.final_norm, model.head):
@@ -111,7 +118,8 @@ def test_nothing_is_left_behind() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_no_generator_of_the_user_moves() -> None:
+def test_no_generator_of_the_user_moves(monkeypatch) -> None:
+    monkeypatch.setattr(outside_time, "_EMBEDDINGS_ON", ("cuda", "cpu"))
     model, hidden = Model(nn.LayerNorm(WIDTH)), torch.randn(ROWS, TOKENS, WIDTH)
     state = torch.get_rng_state()
     outside_seconds(model, profiles(), ROWS, hidden, tiled_loss=True)

@@ -140,7 +140,7 @@ class TiledBlock:
         """
         if any(call.caches()[1:]):
             raise CaptureRefusedError("arguments", "a key/value cache that holds tokens already")
-        keys = cache(partial(capture_key, self.block, call, state=self._state.key()))
+        keys = cache(lambda reading: capture_key(self.block, call, reading, self._state.key()))
         serves = (pair for pair in reversed(self._captures) if pair[0] == keys(pair[1].reading) and pair[1].holds(call))
         known = next(serves, None)
         if known is not None:

@@ -3,6 +3,8 @@
 They are run on as many tokens as are affordable before the first step, one behind the other, as in a step. What they
 are given is like what a norm yields, and targets and tokens are random: products of numbers that are small or alike,
 as the first hidden states of a fresh model are, draw less power, and a GPU at its power limit runs them faster.
+
+Nothing of the model runs here, but its weights: a forward of the user's might write, count or draw.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.stopwatch import typical
 from memo_runtime.losses import liger, linear_cross_entropy, tiles
@@ -29,6 +32,8 @@ logger = logging.getLogger("memo_runtime")
 _MOST_TOKENS = {"cuda": 8192, "cpu": 256}
 #: Where embeddings are timed: a gradient as large as the table takes a processor a second.
 _EMBEDDINGS_ON = ("cuda",)
+#: What can be multiplied.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _Run = Callable[[], object]
 #: A run on so many tokens.
 _Make = Callable[[int], _Run]
@@ -45,7 +50,7 @@ def outside_seconds(
     """
     heads = list(heads_of(model, profiles))
     measured, with_loss = Growth(), False
-    if hidden is not None:
+    if hidden is not None and hidden.is_floating_point():
         around = _around(model, profiles, hidden)
         head = max(heads, key=lambda linear: linear.out_features, default=None) if tiled_loss else None
         loss = None if head is None or not _fits(head, hidden) else partial(_head_and_loss, head, like=hidden)
@@ -64,7 +69,7 @@ def _timed(makes: Sequence[_Make], like: torch.Tensor) -> tuple[list[tuple[int, 
     points: list[tuple[int, float]] = []
     for tokens in sorted({max(1, most // 2), most}):
         if not points:
-            makes = [make for make in makes if _runs(make(tokens))]
+            makes = [make for make in makes if _runs(make, tokens)]
         try:
             runs = [make(tokens) for make in makes]
             points.append((tokens, sum(typical(runs, like.device, range(len(runs)))) if runs else 0.0))
@@ -87,30 +92,36 @@ def _at_the_rate_of_blocks(heads: Sequence[nn.Linear], profiles: Sequence[BlockP
 def _around(model: nn.Module, profiles: Sequence[BlockProfile], like: torch.Tensor) -> Iterator[_Make]:
     """Runs of the embeddings and of the final norm."""
     for module in around_blocks(model, profiles) if like.device.type in _EMBEDDINGS_ON else ():
-        if isinstance(module, nn.Embedding) and _is_plain(module, like):
+        if isinstance(module, nn.Embedding) and _weight(module, like) is not None:
             yield partial(_embedding, module, like=like)
     norm = final_norm(model, [profile.name for profile in profiles])
-    # One with buffers may count what it sees.
-    if norm is not None and _is_plain(norm, like) and next(norm.buffers(), None) is None:
-        yield partial(_norm, norm, like=like)
+    weight = None if norm is None else _weight(norm, like)
+    if weight is not None and tuple(weight.shape) == like.shape[-1:]:
+        yield partial(_norm, weight, like=like)
 
 
-def _is_plain(module: nn.Module, like: torch.Tensor) -> bool:
-    """Its parameters are there, and none is sharded, freed or quantised."""
-    return all(
-        not hasattr(one, "_local_tensor")
-        and one.is_floating_point()
-        and one.untyped_storage().nbytes() > 0
-        and one.device == like.device
-        for one in module.parameters()
+def _weight(module: nn.Module, like: torch.Tensor) -> torch.Tensor | None:
+    """Its weight, without hooks; None: it is sharded, freed, quantised, or made of others at each call."""
+    weight = module._parameters.get("weight")
+    usable = (
+        weight is not None
+        and not hasattr(weight, "_local_tensor")
+        and weight.dtype in _DTYPES
+        and weight.device == like.device
+        and weight.untyped_storage().nbytes() > 0
     )
+    return weight.detach().requires_grad_(weight.requires_grad) if usable and weight is not None else None
 
 
-def _runs(run: _Run) -> bool:
-    """Whether ``run`` does; it has no room beside the model, or is called otherwise by its own, where it does not."""
+def _runs(make: _Make, tokens: int) -> bool:
+    """Whether such a run does; where it does not, it has no room beside the model, or its weights are odd."""
     try:
-        run()
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+        make(tokens)()
+    except torch.OutOfMemoryError as error:
+        logger.info("memo: a part of what is around the blocks is not timed: %s", error)
+        return False
+    except Exception as error:
+        pass_on(error)
         logger.info("memo: a part of what is around the blocks is not timed: %s", error)
         return False
     return True
@@ -134,9 +145,10 @@ def _gradients(made: torch.Tensor, wanted: Sequence[torch.Tensor], tangent: torc
 
 
 def _embedding(module: nn.Embedding, tokens: int, like: torch.Tensor) -> _Run:
-    weight = module.weight.detach().requires_grad_(module.weight.requires_grad)
-    ids = _classes(tokens, module.num_embeddings, like)
-    tangent = _normal(tokens, module.embedding_dim, like=like, dtype=weight.dtype)
+    weight = _weight(module, like)
+    assert weight is not None, "it was there"
+    ids = _classes(tokens, weight.shape[0], like)
+    tangent = _normal(tokens, weight.shape[1], like=like, dtype=weight.dtype)
 
     def run() -> None:
         with torch.enable_grad():
@@ -146,26 +158,29 @@ def _embedding(module: nn.Embedding, tokens: int, like: torch.Tensor) -> _Run:
     return run
 
 
-def _norm(module: nn.Module, tokens: int, like: torch.Tensor) -> _Run:
-    hidden = _normal(1, tokens, like.shape[-1], like=like, dtype=like.dtype).requires_grad_()
+def _norm(weight: torch.Tensor, tokens: int, like: torch.Tensor) -> _Run:
+    """As Hugging Face's RMSNorm, which works in float32 and takes the most of those that there are."""
+    hidden = _normal(1, tokens, like.shape[-1], like=like, dtype=weight.dtype).requires_grad_()
     tangent = hidden.detach().flip(-1)
 
     def run() -> None:
         with torch.enable_grad():
-            # Past hooks, which would see runs of nobody's.
-            _gradients(module.forward(hidden), [hidden, *module.parameters()], tangent)
+            wide = hidden.to(torch.float32)
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+            _gradients(weight * wide.to(hidden.dtype), [hidden, weight], tangent)
 
     return run
 
 
 def _fits(head: nn.Linear, like: torch.Tensor) -> bool:
     """Whether ``head`` can be run alone on such states."""
-    return _is_plain(head, like) and tuple(head.weight.shape) == (head.out_features, like.shape[-1])
+    weight = _weight(head, like)
+    return weight is not None and tuple(weight.shape) == (head.out_features, like.shape[-1])
 
 
 def _head_and_loss(head: nn.Linear, tokens: int, like: torch.Tensor) -> _Run:
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    weight.requires_grad_(head.weight.requires_grad)
+    weight, bias = _weight(head, like), None if head.bias is None else head.bias.detach()
+    assert weight is not None, "it was there"
     # Whoever runs it at the whole length: a short one may be another's.
     at_once = (like.numel() // head.in_features, head.in_features, head.out_features, weight.dtype)
     backend = "auto" if liger.chunk_bytes(*at_once) <= tiles.largest_bytes(*at_once[2:]) else "tiled"

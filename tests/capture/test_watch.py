@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import deque
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import numpy
@@ -22,6 +23,13 @@ class Slotted:
 
     def __init__(self) -> None:
         self.scale = 1.0
+
+
+class Holder:
+    """As anybody writes one."""
+
+    def __init__(self) -> None:
+        self.heads = 4
 
 
 class Other(nn.Linear):
@@ -42,6 +50,7 @@ class Block(nn.Module):
         self.array = numpy.zeros(3)
         self.slotted = Slotted()
         self.pair = (SimpleNamespace(depth=1), 2)
+        self.holder = Holder()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x) * self.rate
@@ -80,6 +89,9 @@ CHANGES = {
     "another module": lambda block: setattr(block, "inner", nn.Linear(4, 4, bias=False)),
     "a module that comes": lambda block: block.inner.add_module("adapter", nn.Identity()),
     "a buffer that comes": lambda block: block.register_buffer("mask", torch.zeros(1)),
+    "a dictionary of an object": lambda block: setattr(block.holder, "__dict__", {"heads": 5}),
+    "a dictionary of a module": lambda block: setattr(block.inner, "__dict__", {**block.inner.__dict__, "k": 1}),
+    "an object that goes": lambda block: setattr(block, "config", None),
     "a forward that is installed": lambda block: setattr(block.inner, "forward", lambda x: x),
 }  # fmt: skip
 
@@ -93,6 +105,90 @@ def test_every_change_makes_another_key(change) -> None:
     change(block)
     assert watch.key() == state_key(block) != before
     assert watch.key() is watch.key()
+
+
+class Mapped(Mapping):
+    """One that cannot tell how much it has."""
+
+    def __getitem__(self, key):
+        return 1
+
+    def __iter__(self):
+        return iter(["one"])
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+class Named(dict):
+    """One that yields something else than it holds."""
+
+    scale = 1
+
+    def items(self):
+        return [("scale", self.scale)]
+
+
+class Key:
+    """What a weak dictionary can have."""
+
+
+ODD = {
+    "weak values": lambda: weakref.WeakValueDictionary({"one": KEPT}),
+    "weak keys": lambda: weakref.WeakKeyDictionary({KEPT: 1}),
+    "a mapping without a length": Mapped,
+    "a dictionary of its own kind": lambda: Named(a=1),
+    "a list of its own kind": lambda: type("Own", (list,), {"__len__": lambda self: 0})([1]),
+    "a weak reference": lambda: weakref.ref(KEPT),
+}
+KEPT = Key()
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_what_cannot_be_watched_is_read_every_time(make) -> None:
+    block = Block()
+    block.odd = make()
+    watch = StateWatch(block)
+    assert watch.key() == state_key(block)
+    if isinstance(block.odd, Named):
+        block.odd.scale = 2
+    block.rate = 0.5
+    assert watch.key() == state_key(block)
+    assert watch._there is None
+
+
+def test_what_changes_at_every_call_is_watched_no_more_for_a_while(monkeypatch) -> None:
+    block = Block()
+    watch = StateWatch(block)
+    looks = []
+    monkeypatch.setattr(watching._There, "of", lambda *args: looks.append(args))
+    for number in range(40):
+        block.rate = float(number)
+        assert watch.key() == state_key(block)
+    assert 1 <= len(looks) <= 4
+
+
+def test_modules_that_were_exchanged_go_at_once() -> None:
+    block = Block()
+    watch = StateWatch(block)
+    watch.key()
+    gone = weakref.ref(block.inner.weight)
+    block.inner = nn.Linear(4, 4)
+    gc.collect()
+    assert gone() is None
+    assert watch.key() == state_key(block)
+
+
+@pytest.mark.parametrize("hold", [lambda t: (t, 1), lambda t: [(t, 1)], lambda t: {t: 1}], ids=["tuple", "list", "key"])
+def test_no_tensor_in_a_tuple_is_held(hold) -> None:
+    block, last = Block(), torch.zeros(3)
+    block.last = hold(last)
+    watch, gone = StateWatch(block), weakref.ref(last)
+    watch.key()
+    del block.last, last
+    gc.collect()
+    assert gone() is None
+    assert watch.key() == state_key(block)
 
 
 def test_nothing_is_read_again_while_nothing_changes(monkeypatch) -> None:

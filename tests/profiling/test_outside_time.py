@@ -30,19 +30,19 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, 100)
 
 
-class OfTwo(nn.Module):
-    """A norm that its model gives more than a state."""
+class CountingNorm(nn.Module):
+    """One whose forward is the user's own business."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.calls = 0
 
-    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return x * self.weight * scale
-
-
-class LayerNormOfTwo(OfTwo):
-    pass
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            self.weight.mul_(2.0)
+        raise ZeroDivisionError
 
 
 def profiles() -> list[BlockProfile]:
@@ -93,11 +93,46 @@ def test_without_tiles_the_head_runs_at_the_rate_of_the_blocks(timed) -> None:
     assert timed == [2, 2]
 
 
-def test_what_cannot_be_run_alone_is_left_out_and_said(timed, caplog) -> None:
+def test_no_forward_of_the_model_runs(timed) -> None:
+    norm = CountingNorm()
+    assert seconds(Model(norm)) == 3 * ROWS * TOKENS
+    assert norm.calls == 0
+    assert torch.equal(norm.weight, torch.ones(WIDTH))
+
+
+def test_weights_that_cannot_be_multiplied_are_left_out(timed) -> None:
+    guessed = 6 * ROWS * TOKENS * WIDTH * 100
+    odd = Model(nn.LayerNorm(WIDTH))
+    odd.head = nn.utils.parametrizations.spectral_norm(odd.head)
+    before = {name: value.clone() for name, value in odd.state_dict().items()}
+    assert seconds(odd) == 2 * ROWS * TOKENS + guessed
+    assert all(torch.equal(value, before[name]) for name, value in odd.state_dict().items()), "it would go on"
+    small = Model(nn.LayerNorm(WIDTH))
+    small.model.embed.weight = nn.Parameter(torch.empty(50, WIDTH, dtype=torch.float8_e4m3fn), requires_grad=False)
+    assert seconds(small) == 2 * ROWS * TOKENS
+    short = Model(nn.LayerNorm(WIDTH))
+    short.model.embed.weight = nn.Parameter(short.model.embed.weight[:3].detach())
+    assert seconds(short) == 3 * ROWS * TOKENS, "its rows are counted, not what it says"
+    del short.model.embed.weight
+    assert seconds(short) == 2 * ROWS * TOKENS
+
+
+def test_hooks_of_weights_see_nothing(timed) -> None:
+    model, seen = Model(nn.LayerNorm(WIDTH)), []
+    for parameter in model.parameters():
+        parameter.register_hook(seen.append)
+    assert seconds(model) == 3 * ROWS * TOKENS
+    assert not seen
+
+
+def test_what_has_no_room_is_left_out_and_said(timed, monkeypatch, caplog) -> None:
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(outside_time, "linear_cross_entropy", no_room)
     with caplog.at_level(logging.INFO, logger="memo_runtime"):
-        assert seconds(Model(LayerNormOfTwo())) == 2 * ROWS * TOKENS
-    assert "missing 1 required positional argument: 'scale'" in caplog.text
-    assert seconds(Model(nn.BatchNorm1d(TOKENS))) == 2 * ROWS * TOKENS, "it counts what it sees"
+        assert seconds(Model(nn.LayerNorm(WIDTH))) == 2 * ROWS * TOKENS + 6 * ROWS * TOKENS * WIDTH * 100
+    assert "a part of what is around the blocks is not timed: no room" in caplog.text
 
 
 def test_on_a_processor_no_embedding_is_timed(timed, monkeypatch) -> None:

@@ -191,6 +191,20 @@ def test_no_tensor_in_a_tuple_is_held(hold) -> None:
     assert watch.key() == state_key(block)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
+def test_blocks_of_hugging_face_are_watched(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}  # fmt: skip
+    kind = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    names = ("n_embd", "n_layer", "n_head", "vocab_size") if family == "GPT2" else [*sizes][:6]
+    config = getattr(transformers, kind)(**{name: sizes[name] for name in names})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    block = next(module for name, module in model.named_modules() if name.endswith(("layers.0", "h.0")))
+    watch = StateWatch(block)
+    assert watch.key() is watch.key()
+
+
 def test_nothing_is_read_again_while_nothing_changes(monkeypatch) -> None:
     block = Block()
     watch = StateWatch(block)

@@ -20,6 +20,8 @@ def start(*command):
     return subprocess.Popen(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore it, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -39,9 +41,12 @@ def test_a_contender_ends_with_its_runner(arguments, tmp_path, end, code):
     while not (started := [one for one in psutil.Process(run.pid).children() if "python" in one.name()]):
         assert run.poll() is None
         time.sleep(0.02)
-    end(run.pid)
-    _, said = run.communicate(timeout=20)
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    try:
+        end(run.pid)
+        _, said = run.communicate(timeout=60)
+        assert psutil.wait_procs(started, timeout=20)[1] == []
+    finally:
+        run.kill()
     assert run.returncode == code
     assert "Traceback" not in said
     if code == 130:

@@ -8,9 +8,9 @@ By default Liger adds dW over its chunks in the weight's dtype, which for bf16 i
 the rounding of an ordinary matmul (its issues 512, 827, 1391); ``accum_dtype=torch.float32`` repairs that.
 Versions without that option are not used. API read from liger-kernel 0.8.5.
 
-It works through the tokens in chunks, each of which reads and writes all of dW in float32. By default they are some
-sixty of a Llama 1B, however few the tokens: 256 of them at 8,192, where that traffic is half of the time. Where a
-version can be told so (``chunk_mem_const``), they are as large as a tile.
+It works through the tokens in chunks, each of which reads and writes all of dW in float32. By default they are at most
+as many as the vocabulary is times the hidden size, however few the tokens: of a Llama 1B 32 of 256 tokens at 8,192.
+Where a version can be told so (``chunk_mem_const``), they are as large as a tile.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ def _load() -> tuple[Callable[..., Any] | None, str]:
     if "accum_dtype" not in inspect.signature(forward).parameters:
         return None, "this liger-kernel has no accum_dtype: it would add the weight gradient in bf16"
     return forward, ""
+
+
+@cache
+def _takes_constant(forward: Callable[..., Any]) -> bool:
+    """Whether this version can be told how large its chunks are; asked once, not at every step."""
+    return _CONSTANT in inspect.signature(forward).parameters
 
 
 def obstacle(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted) -> str | None:
@@ -91,7 +97,7 @@ def evaluate(head: Head, criterion: Criterion, *, reduction: str, wanted: Wanted
     forward, reason = _load()
     assert forward is not None, f"liger was chosen although {reason}"
     sizes = (*head.hidden.shape, head.weight.shape[0], head.compute)
-    chunks = {_CONSTANT: chunk_constant(*sizes)} if _CONSTANT in inspect.signature(forward).parameters else {}
+    chunks = {_CONSTANT: chunk_constant(*sizes)} if _takes_constant(forward) else {}
     result = forward(
         _input=head.hidden,
         weight=head.weight,

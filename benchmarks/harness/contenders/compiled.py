@@ -19,7 +19,7 @@ class CompiledBlocks(Training):
     def install(self) -> None:
         """Every block compiled, for each length of its own."""
         super().install()
-        _compile(self)
+        compile_blocks(self)
 
 
 class CompiledSelective(Selective):
@@ -28,10 +28,11 @@ class CompiledSelective(Selective):
     def install(self) -> None:
         """Every block compiled with its checkpoint."""
         super().install()
-        _compile(self)
+        compile_blocks(self)
 
 
-def _compile(contender: Training) -> None:
+def compile_blocks(contender: Training) -> None:
+    """Compile every block of ``contender``, and say so in its settings."""
     for layer in contender.subject.layers:
         layer.compile(**_OPTIONS)
     contender.settings |= {"torch.compile": _OPTIONS}

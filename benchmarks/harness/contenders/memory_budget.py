@@ -5,6 +5,7 @@ compiler's choice, within a share of what it would save.
 from __future__ import annotations
 
 from benchmarks.harness.contenders.base import Training
+from benchmarks.harness.contenders.compiled import compile_blocks
 
 #: Of what the default partition saves; 0 recomputes everything. PyTorch recommends no value: the middle of the range.
 SHARE = 0.5
@@ -19,9 +20,8 @@ class MemoryBudget(Training):
         from torch._functorch import config
 
         config.activation_memory_budget = SHARE
-        for layer in self.subject.layers:
-            layer.compile(dynamic=False)
-        self.settings |= {"activation_memory_budget": SHARE, "torch.compile": {"dynamic": False}}
+        compile_blocks(self)
+        self.settings["activation_memory_budget"] = SHARE
 
     def recomputed_flops(self, tokens: int) -> None:
         """The compiler does not say."""

@@ -51,6 +51,12 @@ class AutocastState:
         return ",".join(f"{kind}:{dtype}" for kind, enabled, dtype in self.settings if enabled)
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast off; nothing where it is, since to say so again takes as long as some launches."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class BufferState:
     """Values of buffers and other tensors that a block holds and writes to (running statistics, power iterations)."""

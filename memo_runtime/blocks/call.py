@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.cache import cache_is_empty, cache_layers_of, is_cache, own_copy
-from memo_runtime.blocks.containers import flatten, leaves_of, unflatten
+from memo_runtime.blocks.containers import flatten, leaves_of, text_of, unflatten
 from memo_runtime.blocks.region import packed
 from memo_runtime.records import ArgumentAxes
 
@@ -122,7 +122,7 @@ class BlockCall:
                 parts.append(repr(leaf))
             else:
                 parts.append(type(leaf).__name__)
-        return f"{self.spec}|{';'.join(parts)}"
+        return f"{text_of(self.spec)}|{';'.join(parts)}"
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:

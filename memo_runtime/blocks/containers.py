@@ -47,8 +47,51 @@ _pytree.register_pytree_node(
 )
 
 
+#: By shape of a tree of Python's own containers, how to put it together, with its text; by identity, the text again.
+_SPECS: dict[tuple[Any, ...], Any] = {}
+_TEXTS: dict[int, str] = {}
+_MOST_SPECS = 1 << 12
+
+
 def flatten(value: Any) -> tuple[list[Any], Any]:
-    """(leaves, how to put them together again)."""
+    """(leaves, how to put them together again); of the same object for trees that are alike."""
+    leaves: list[Any] = []
+    shape: list[Any] = []
+    if not _take_apart(value, leaves, shape):
+        return _flatten_any(value)
+    key = tuple(shape)
+    if key not in _SPECS:
+        _, spec = _pytree.tree_flatten(value)
+        if len(_SPECS) >= _MOST_SPECS:
+            return leaves, spec
+        _SPECS[key], _TEXTS[id(spec)] = spec, str(spec)
+    return leaves, _SPECS[key]
+
+
+def text_of(spec: Any) -> str:
+    """``str(spec)``, which takes longer than to flatten."""
+    return _TEXTS.get(id(spec)) or str(spec)
+
+
+def _take_apart(value: Any, leaves: list[Any], shape: list[Any]) -> bool:
+    """Add what is in ``value`` to ``leaves`` and ``shape``; False where that is PyTorch's to open."""
+    kind: Any = type(value)
+    if kind in _ATOMS or kind is torch.nn.Parameter:
+        leaves.append(value)
+        shape.append(None)
+        return True
+    if kind is dict:
+        if not all(type(name) is str for name in value):
+            return False
+        shape += [dict, len(value), *value]
+        return all(_take_apart(one, leaves, shape) for one in value.values())
+    if kind is tuple or kind is list:
+        shape += [kind, len(value)]
+        return all(_take_apart(one, leaves, shape) for one in value)
+    return False
+
+
+def _flatten_any(value: Any) -> tuple[list[Any], Any]:
     leaves, spec = _pytree.tree_flatten(value)
     if not any(_may_open(leaf) for leaf in leaves):
         return leaves, spec

@@ -29,6 +29,7 @@ from memo_runtime.blocks.places import (
     PLAIN,
     Closed,
     Elements,
+    Glance,
     Members,
     Names,
     Place,
@@ -78,9 +79,13 @@ class Outside:
         self._modules = [*block.modules()]
         self._tracer: Any = None
         self._collects = False
+        #: Once they are settled.
+        self._glance: Glance | None = None
 
     def changed(self) -> str:
         """Words for the first thing that is another than it was; empty if nothing is."""
+        if self._glance is not None and self._glance.same():
+            return ""
         return next((words for place in self._places.values() if (words := place.changed())), "")
 
     # ---- around the run
@@ -129,6 +134,7 @@ class Outside:
         """What is there now is what counts."""
         for place in self._places.values():
             place.renew()
+        self._glance = Glance(self._places.values())
         self._known, self._seen, self._closures, self._generators = {}, set(), {}, {}
         self._functions, self._modules = {}, []
         return self

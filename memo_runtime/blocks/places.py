@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
+from itertools import chain
 from operator import is_
 from types import CellType
 from typing import Any, Protocol
@@ -134,6 +135,11 @@ class Names:
                 self.holder[name] = value
 
 
+    def plainly(self) -> tuple[dict[Any, Any], bool]:
+        """(what it holds by name, whether no other name may come)."""
+        return self._values, self._there is not None
+
+
 class Members:
     """All members of a dict, list, set or deque."""
 
@@ -191,6 +197,39 @@ class Elements:
     def put_back(self) -> None:
         """See ``Place``."""
         self.holder[...] = self._values
+
+
+class Glance:
+    """Many places at one look, which most calls need and no more: whether each holds the very objects that it held.
+
+    One by one the places of a block, some sixty, take five times as long.
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        #: Those that hold a tensor, or members, or elements, are asked themselves.
+        self._others: list[Place] = []
+        self._found: list[tuple[Callable[[Any, Any], Any], Any]] = []
+        self._values: list[Any] = []
+        self._whole: list[Collection[Any]] = []
+        for place in places:
+            values, alone = place.plainly() if isinstance(place, Names) else ({}, False)
+            if not isinstance(place, Names) or any(one is _TENSOR for one in values.values()):
+                self._others.append(place)
+                continue
+            self._found += [(place.holder.get, name) for name in values]
+            self._values += values.values()
+            self._whole += [place.holder] if alone else []
+        self._sizes = [*map(len, self._whole)]
+        self._names = [*chain.from_iterable(self._whole)]
+
+    def same(self) -> bool:
+        """False: something may be another."""
+        return (
+            all(map(is_, [get(name, _ABSENT) for get, name in self._found], self._values))
+            and [*map(len, self._whole)] == self._sizes
+            and all(map(is_, chain.from_iterable(self._whole), self._names))
+            and not any(one.changed() for one in self._others)
+        )
 
 
 class Closed:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -133,36 +134,48 @@ def _first_along(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     return tensor
 
 
-def _span(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+#: Shape, strides and offset of a tensor over its storage, in elements.
+_Lies = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+def _span(tensors: Sequence[_Lies]) -> tuple[int, int]:
     """Half-open range of storage elements that ``tensors`` (of one storage) touch."""
-    start = min(int(t.storage_offset()) for t in tensors)
-    return start, max(_last_element(tensor) + 1 for tensor in tensors)
+    return min(offset for _, _, offset in tensors), max(_last_element(one) + 1 for one in tensors)
 
 
-def _last_element(tensor: torch.Tensor) -> int:
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return int(tensor.storage_offset()) + sum((size - 1) * step for size, step in steps)
+def _last_element(tensor: _Lies) -> int:
+    shape, strides, offset = tensor
+    return offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
 
 
-def _layout(tensor: torch.Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _shrunk(tensor: _Lies) -> _Lies:
+    """As ``shrink`` makes it."""
+    shape, strides, offset = tensor
+    sizes = tuple(1 if step == 0 and size > 1 else size for size, step in zip(shape, strides, strict=True))
+    return sizes, strides, offset
+
+
+def _layout(tensor: _Lies) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Two views with the same layout hold the same elements."""
-    dims = sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    shape, strides, offset = tensor
+    dims = sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1)
     merged: list[tuple[int, int]] = []
     for step, size in dims:
         if merged and merged[-1][0] * merged[-1][1] == step:
             merged[-1] = (merged[-1][0], merged[-1][1] * size)
         else:
             merged.append((step, size))
-    return int(tensor.storage_offset()), tuple(merged)
+    return offset, tuple(merged)
 
 
-def _token_stride(tensor: torch.Tensor, axis: TokenAxis, tokens: int) -> int | None:
+def _token_stride(tensor: _Lies, axis: TokenAxis, tokens: int) -> int | None:
     """Elements between two tokens; None where other dimensions do not nest around it, or one element stands for all."""
-    inner = tensor.stride(axis.dim) * axis.inner
+    shape, strides, _ = tensor
+    inner = strides[axis.dim] * axis.inner
     if inner <= 0:
         return None
     block = tokens * inner
-    for dim, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+    for dim, (size, step) in enumerate(zip(shape, strides, strict=True)):
         if size <= 1 or step == 0 or dim == axis.dim:
             continue
         if step >= block:
@@ -178,8 +191,15 @@ def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | Non
 
     ``axes`` gives each tensor's token axis, all None for bytes that are never split. ``tokens`` is the length.
     """
+    lie = tuple([(tuple(one.shape), one.stride(), int(one.storage_offset())) for one in tensors])
+    return _region_of(lie, tuple(axes), tokens)
+
+
+@lru_cache(maxsize=1 << 13)
+def _region_of(tensors: tuple[_Lies, ...], axes: tuple[TokenAxis | None, ...], tokens: int) -> Region | None:
+    """The same of how they lie, which is so at every step."""
     start, stop = _span(tensors)
-    shrunk = {_layout(shrink(t)): math.prod(shrink(t).shape) for t in tensors}
+    shrunk = {_layout(one): math.prod(one[0]) for one in map(_shrunk, tensors)}
     if sum(shrunk.values()) < stop - start:
         return None
     if any(axis is None for axis in axes):
@@ -191,8 +211,8 @@ def dense_region(tensors: Sequence[torch.Tensor], axes: Sequence[TokenAxis | Non
             return None
         outer, length, inner = (stop - start) // (tokens * step), tokens, step
     views = tuple(
-        View(tuple(t.shape), t.stride(), int(t.storage_offset()) - start, axis)
-        for t, axis in zip(tensors, axes, strict=True)
+        View(shape, strides, offset - start, axis)
+        for (shape, strides, offset), axis in zip(tensors, axes, strict=True)
     )
     return Region(outer, length, inner, views)
 

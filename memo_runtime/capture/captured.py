@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -21,6 +22,7 @@ from memo_runtime.capture.trace import ARGUMENTS, FORWARD, Trace, trace
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.records import TokenAxis
 
+T = TypeVar("T")
 #: Held while graphs are traced or asked for symbolic sizes: what PyTorch's tracer writes to belongs to the process, and
 #: two threads may train two models. Not while anything goes backward, which on a GPU is another thread's.
 TRACING = threading.RLock()
@@ -53,6 +55,15 @@ class Captured:
     input_leaf: int
     token_dim: int
     reading: Reading
+    _known: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    def once(self, found: Callable[..., T], *arguments: Any) -> T:
+        """``found(self, *arguments)``, asked for once: what calls want to know of a capture does not change."""
+        key = (found, *arguments)
+        if key not in self._known:
+            self._known[key] = found(self, *arguments)
+        known: T = self._known[key]
+        return known
 
     @property
     def mixers(self) -> int:
@@ -62,12 +73,12 @@ class Captured:
     @property
     def random(self) -> bool:
         """It drops elements."""
-        return bool(self.draws) or any(arguments_of(node)["dropout_p"] for node in self.attentions)
+        return self.once(_is_random)
 
     @property
     def goes_backward(self) -> bool:
         """What it yields needs a gradient, which nothing of a frozen block behind nothing that is trained does."""
-        return any(isinstance(node, fx.Node) and node in self.stages.differentiable for node in self.outputs)
+        return self.once(_goes_backward)
 
     @property
     def attentions(self) -> tuple[fx.Node, ...]:
@@ -96,16 +107,37 @@ class Captured:
 
     def read_states(self, block: nn.Module) -> list[torch.Tensor]:
         """The live parameters and buffers, in the order of ``states``."""
-        return [_read(block, name) for _, name in self.states]
+        return [_read(block, _path(name)) for _, name in self.states]
 
     def size(self, value: Any, tokens: int) -> Any:
         """A traced size for a number of tokens."""
         return self.traced.token.at(value, tokens)
 
 
-def _read(block: nn.Module, name: str) -> torch.Tensor:
-    owner, _, last = name.rpartition(".")
-    found: torch.Tensor = getattr(block.get_submodule(owner), last)
+def _is_random(captured: Captured) -> bool:
+    return bool(captured.draws) or any(arguments_of(node)["dropout_p"] for node in captured.attentions)
+
+
+def _goes_backward(captured: Captured) -> bool:
+    return any(isinstance(node, fx.Node) and node in captured.stages.differentiable for node in captured.outputs)
+
+
+@lru_cache(maxsize=1 << 12)
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
+
+
+def _read(block: nn.Module, path: Sequence[str]) -> torch.Tensor:
+    """By the tables of modules: to ask modules themselves, and for paths, takes ten times as long at every call."""
+    module: Any = block
+    *owners, last = path
+    for name in owners:
+        module = module._modules[name]
+    for table in (module._parameters, module._buffers):
+        if last in table:
+            tensor: torch.Tensor = table[last]
+            return tensor
+    found: torch.Tensor = getattr(module, last)
     return found
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import text_of
 from memo_runtime.capture.axes import NotTokenWiseError, TokenSymbol
 from memo_runtime.capture.copying import structural_copy
 from memo_runtime.capture.declared import DECLARED, Declared, Shape
@@ -38,7 +39,7 @@ def declare(name: str, live: nn.Module, call: BlockCall, token: TokenSymbol) -> 
     template = call.replaced(dict.fromkeys(leaves))
     autocast = AutocastState.current(device.type)
     others = tuple(value_key(one) for one in template.leaves)
-    content = (name, type(live), state_key(live), str(call.spec), inputs, others, autocast, device)
+    content = (name, type(live), state_key(live), text_of(call.spec), inputs, others, autocast, device)
     key = DECLARED.key(content, type(live).__name__)
     found = DECLARED.known(key)
     if found is None:

@@ -11,6 +11,7 @@ import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.containers import text_of
 from memo_runtime.blocks.operators import registered_mixers
 from memo_runtime.blocks.places import PLAIN, is_small_array
 from memo_runtime.capture.copying import HOOK_TABLES
@@ -56,6 +58,7 @@ class Itself:
         return f"<{self._address:#x}>"
 
 
+_GLOBAL_TABLES = tuple(f"_global{table}" for table in HOOK_TABLES)
 _SKIPPED = ("_parameters", "_buffers", "_modules", "__getstate__", "forward")
 _DEPTH = 4
 
@@ -73,12 +76,14 @@ def capture_key(block: nn.Module, call: BlockCall, reading: Reading = USUAL, sta
     device = call.leaves[next(iter(dims))].device
     precision = AutocastState.current(device.type).signature()
     ambient = (reading, precision, torch.get_default_dtype(), bool(hooks_of_all_modules()))
-    return (str(call.spec), leaves, registered_mixers(), ambient, state_key(block) if state is None else state)
+    return (text_of(call.spec), leaves, registered_mixers(), ambient, state_key(block) if state is None else state)
 
 
 def hooks_of_all_modules() -> list[Any]:
     """Hooks that somebody has registered for every module of the process; those of PyTorch itself only look."""
-    tables = (getattr(nn.modules.module, f"_global{table}") for table in HOOK_TABLES)
+    tables = [getattr(nn.modules.module, name) for name in _GLOBAL_TABLES]
+    if not any(tables):
+        return []
     hooks = (hook for table in tables for hook in table.values())
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
 
@@ -86,11 +91,16 @@ def hooks_of_all_modules() -> list[Any]:
 def _leaf(leaf: Any, dims: tuple[int, ...]) -> Any:
     if isinstance(leaf, torch.Tensor):
         shape = tuple(None if dim in dims else size for dim, size in enumerate(leaf.shape))
-        order = tuple(sorted(range(leaf.dim()), key=lambda dim: (-int(leaf.stride()[dim]), dim)))
-        return (shape, order, leaf.dtype, leaf.device, leaf.requires_grad)
+        return (shape, _order_of(leaf.stride()), leaf.dtype, leaf.device, leaf.requires_grad)
     if is_cache(leaf):
         return type(leaf)
     return value_key(leaf)
+
+
+@lru_cache(maxsize=1 << 12)
+def _order_of(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Dimensions, the outermost in memory first."""
+    return tuple(sorted(range(len(strides)), key=lambda dim: (-int(strides[dim]), dim)))
 
 
 def value_key(value: Any) -> Any:
@@ -116,10 +126,12 @@ def state_key(block: nn.Module, seen: Seen | None = None) -> Key:
 def tensors_key(module: nn.Module) -> Key:
     """What the parameters and buffers of ``module`` itself are."""
     return tuple(
-        (key, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
-        for table in (module._parameters, module._buffers)
-        for key, tensor in table.items()
-        if tensor is not None
+        [
+            (key, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+            if tensor is not None
+        ]
     )
 
 

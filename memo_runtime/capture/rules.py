@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,14 +93,16 @@ class Operator:
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by name, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
     named = {}
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            named[argument.name] = node.args[index]
-        else:
-            named[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    for index, (name, default) in enumerate(_parameters_of(node.target)):
+        named[name] = node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
     return named
+
+
+@lru_cache(maxsize=1 << 12)
+def _parameters_of(operator: Any) -> tuple[tuple[str, Any], ...]:
+    """(name, default) of each argument; PyTorch makes its list anew whenever it is asked."""
+    return tuple((one.name, one.default_value) for one in operator._schema.arguments)
 
 
 def operator_name(node: fx.Node) -> str:

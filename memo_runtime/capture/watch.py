@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ from memo_runtime.capture.key import Key, Seen, attributes_of, is_opaque, state_
 _TABLES = (dict, OrderedDict, defaultdict, MappingProxyType)
 _ROWS = (list, set, deque)
 _FIXED = (tuple, frozenset)
+_NOTHING: dict[str, Any] = {}
 #: After so many changes in a row it is not watched for so many calls.
 _RESTLESS, _PAUSE = 3, 64
 
@@ -65,28 +67,48 @@ class _UnwatchableError(Exception):
 
 
 class _Content:
-    """The objects that somebody held, of which those that can be are referred to weakly."""
+    """The objects that somebody held, by address; those that can be are referred to weakly, and ``unheld`` not at all.
 
-    __slots__ = ("_hard", "_soft")
+    ``gone`` is told of one that goes: its address may be another's from then on, and nothing here is to be compared.
+    """
 
-    def __init__(self, values: Collection[Any]) -> None:
+    __slots__ = ("_addresses", "_referred")
+
+    def __init__(self, values: Collection[Any], gone: list[Any], unheld: Collection[int] = ()) -> None:
         if any(type(value) is weakref.ReferenceType for value in values):
             raise _UnwatchableError
-        self._hard = [value if _is_held(value) else _reference(value) or value for value in values]
-        self._soft = any(type(one) is weakref.ReferenceType for one in self._hard)
+        held = (value for value in values if id(value) not in unheld)
+        self._referred = [value if _is_held(value) else _reference(value, gone) or value for value in held]
+        self._addresses = [*map(id, values)]
 
-    def same(self, now: Collection[Any]) -> bool:
+    def same(self, now: Iterable[Any]) -> bool:
         """``now`` are the very same, in the same order."""
-        if len(now) != len(self._hard):
+        return [*map(id, now)] == self._addresses
+
+
+class _Tables:
+    """What dictionaries held, all looked at together: one by one takes ten times as long."""
+
+    __slots__ = ("_names", "_sizes", "_spelled", "_values")
+
+    def __init__(self, tables: Sequence[Mapping[Any, Any]], gone: list[Any], unheld: Collection[int] = ()) -> None:
+        self._sizes = [*map(len, tables)]
+        self._names = [*chain.from_iterable(tables)]
+        self._spelled = all(type(name) is str for name in self._names)
+        self._values = _Content([*_values_of(tables)], gone, unheld)
+
+    def same(self, tables: Sequence[Mapping[Any, Any]]) -> bool:
+        """Each of ``tables`` holds what it held, under the same names."""
+        if [*map(len, tables)] != self._sizes:
             return False
-        if not self._soft:
-            return all(map(is_, now, self._hard))
-        kind = weakref.ReferenceType
-        # What has gone is no object's, and not None.
-        return all(
-            value is not None and one() is value if type(one) is kind else one is value
-            for value, one in zip(now, self._hard, strict=True)
-        )
+        names = [*chain.from_iterable(tables)]
+        # Numbers are equal to other kinds of numbers, and what objects are equal to is their own matter.
+        same = names == self._names if self._spelled else all(map(is_, names, self._names))
+        return same and self._values.same(_values_of(tables))
+
+
+def _values_of(tables: Iterable[Mapping[Any, Any]]) -> Iterable[Any]:
+    return chain.from_iterable([one.values() for one in tables])
 
 
 def _is_held(value: Any) -> bool:
@@ -94,89 +116,69 @@ def _is_held(value: Any) -> bool:
     return isinstance(value, PLAIN) or type(value) in (*_TABLES, *_ROWS, *_FIXED)
 
 
-def _reference(value: Any) -> weakref.ReferenceType[Any] | None:
+def _reference(value: Any, gone: list[Any]) -> weakref.ReferenceType[Any] | None:
     try:
-        return weakref.ref(value)
+        return weakref.ref(value, gone.append)
     except TypeError:  # a class without a place for it
         return None
 
 
-def _finder(value: Any) -> Callable[[], Any]:
-    return _reference(value) or (lambda: value)
+def _finder(value: Any, gone: list[Any]) -> Callable[[], Any]:
+    return _reference(value, gone) or (lambda: value)
 
 
-class _Object:
-    """An object by its class, dictionary and slots, referred to weakly, as all that it has."""
+class _Objects:
+    """Objects by their classes, dictionaries and slots, referred to weakly, as all that they have; modules first."""
 
-    __slots__ = ("_attributes", "_find", "_kind", "_names", "_skipped", "_slots", "_tensors")
+    __slots__ = ("_attributes", "_children", "_find", "_kinds", "_modules", "_slots", "_tensors")
 
-    def __init__(self, value: Any) -> None:
-        attributes = getattr(value, "__dict__", {})
-        if type(attributes) is not dict:
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any], gone: list[Any]) -> None:
+        values = [*modules, *others]
+        attributes = _attributes(values)
+        if any(type(one) is not dict for one in attributes):
             raise _UnwatchableError
-        self._find = _finder(value)
-        self._kind = type(value)
-        self._names = [*attributes]
-        # These hold tensors and modules; what is in them is asked of the module.
-        skipped = _OWN_TABLES if isinstance(value, nn.Module) else ()
-        self._skipped = [at for at, name in enumerate(self._names) if name in skipped][::-1]
-        self._attributes = _Content(self._values(attributes))
-        slotted = any(getattr(kind, "__slots__", ()) for kind in self._kind.__mro__)
-        found = attributes_of(value) if slotted else []
-        self._slots = ([name for name, _ in found], _Content([one for _, one in found])) if slotted else None
-        self._tensors = tensors_key(value) if isinstance(value, nn.Module) else None
-
-    def _values(self, attributes: Mapping[str, Any]) -> list[Any]:
-        found = [*attributes.values()]
-        for at in self._skipped:
-            del found[at]
-        return found
+        if any(type(one._modules) not in _TABLES for one in modules):
+            raise _UnwatchableError
+        self._find = [_finder(value, gone) for value in values]
+        self._kinds = [*map(type, values)]
+        # These hold what takes memory, and what is in them is asked for itself.
+        own = {id(getattr(module, name)) for module in modules for name in _OWN_TABLES}
+        self._attributes = _Tables(attributes, gone, own)
+        self._modules = len(modules)
+        self._children = _Tables([one._modules for one in modules], gone)
+        self._tensors = [*map(tensors_key, modules)]
+        slotted = (at for at, kind in enumerate(self._kinds) if any(getattr(k, "__slots__", ()) for k in kind.__mro__))
+        self._slots = [(at, _Tables([dict(attributes_of(values[at]))], gone)) for at in slotted]
 
     def same(self) -> bool:
-        """It is there, and has what it had."""
-        value = self._find()
-        attributes = getattr(value, "__dict__", {})
-        if type(value) is not self._kind or not _same_keys(attributes, self._names):
-            return False
-        if not self._attributes.same(self._values(attributes)):
-            return False
-        if self._slots is not None:
-            found = attributes_of(value)
-            if [name for name, _ in found] != self._slots[0] or not self._slots[1].same([one for _, one in found]):
-                return False
-        return self._tensors is None or tensors_key(value) == self._tensors
-
-
-class _Children:
-    """The modules in a module."""
-
-    __slots__ = ("_content", "_find", "_names")
-
-    def __init__(self, module: nn.Module) -> None:
-        if type(module._modules) not in _TABLES:
-            raise _UnwatchableError
-        self._find = _finder(module)
-        self._names = [*module._modules]
-        self._content = _Content(module._modules.values())
-
-    def same(self) -> bool:
-        """They are the same."""
-        module = self._find()
+        """All are there, and have what they had."""
+        values = [find() for find in self._find]
+        modules = values[: self._modules]
         return (
-            module is not None
-            and _same_keys(module._modules, self._names)
-            and self._content.same(module._modules.values())
+            all(map(is_, map(type, values), self._kinds))
+            and self._attributes.same(_attributes(values))
+            and self._children.same([one._modules for one in modules])
+            and [*map(tensors_key, modules)] == self._tensors
+            and all(there.same([dict(attributes_of(values[at]))]) for at, there in self._slots)
         )
+
+
+def _attributes(values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [getattr(value, "__dict__", _NOTHING) for value in values]
 
 
 @dataclass(frozen=True, slots=True)
 class _There:
-    """What was where: containers with what they held, those that held nothing, objects, and arrays with elements."""
+    """What was where: containers with what they held, those that held nothing, objects, and arrays with elements.
 
+    ``gone``: references to what has gone since.
+    """
+
+    gone: list[Any]
     empty: Sequence[Any]
-    tables: Sequence[tuple[Mapping[Any, Any], list[Any], _Content]]
+    tables: tuple[Sequence[Mapping[Any, Any]], _Tables]
     rows: Sequence[tuple[Any, _Content]]
-    objects: Sequence[_Object | _Children]
+    objects: _Objects
     arrays: Sequence[tuple[Callable[[], Any], tuple[int, ...], str, bytes]]
 
     @classmethod
@@ -192,10 +194,11 @@ class _There:
         try:
             return (
                 not any(map(len, self.empty))
-                and all(_same_keys(one, keys) and values.same(one.values()) for one, keys, values in self.tables)
+                and self.tables[1].same(self.tables[0])
                 and all(values.same(row) for row, values in self.rows)
-                and all(one.same() for one in self.objects)
+                and self.objects.same()
                 and all(map(_same_array, self.arrays))
+                and not self.gone  # last: what goes meanwhile has told nobody before
             )
         except Exception:  # as above
             return False
@@ -206,25 +209,27 @@ _OWN_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _collected(block: nn.Module, seen: Seen) -> _There:
-    modules = [*block.modules()]
-    objects: list[_Object | _Children] = [made(module) for module in modules for made in (_Object, _Children)]
+    gone: list[Any] = []
+    others: list[Any] = []
     held: list[Any] = []
     arrays: list[tuple[Callable[[], Any], tuple[int, ...], str, bytes]] = []
     for value, depth, _ in seen.values():
         if is_small_array(value):
-            arrays.append((_finder(value), value.shape, value.dtype.str, value.tobytes()))
+            arrays.append((_finder(value, gone), value.shape, value.dtype.str, value.tobytes()))
         elif isinstance(value, (Mapping, *_ROWS, *_FIXED)):
             # Also those that are told apart by identity: whoever holds them is held.
             _check_plain(value)
             held += [value] if depth and type(value) not in _FIXED else []
         elif depth and not is_opaque(value):
-            objects.append(_Object(value))
+            others.append(value)
     full = [one for one in held if len(one)]
+    tables = [one for one in full if type(one) in _TABLES]
     return _There(
+        gone=gone,
         empty=[one for one in held if not len(one)],
-        tables=[(one, [*one], _Content(one.values())) for one in full if type(one) in _TABLES],
-        rows=[(one, _Content(one)) for one in full if type(one) in _ROWS],
-        objects=objects,
+        tables=(tables, _Tables(tables, gone)),
+        rows=[(one, _Content(one, gone)) for one in full if type(one) in _ROWS],
+        objects=_Objects([*block.modules()], others, gone),
         arrays=arrays,
     )
 
@@ -237,10 +242,6 @@ def _check_plain(value: Any) -> None:
     inside = [*value, *value.values()] if kind in _TABLES else value
     if any(isinstance(one, (torch.Tensor, nn.Module)) for one in inside):
         raise _UnwatchableError
-
-
-def _same_keys(table: Mapping[Any, Any], keys: list[Any]) -> bool:
-    return len(table) == len(keys) and all(map(is_, table, keys))
 
 
 def _same_array(there: tuple[Callable[[], Any], tuple[int, ...], str, bytes]) -> bool:

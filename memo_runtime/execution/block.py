@@ -26,6 +26,7 @@ from memo_runtime.execution.counters import BlockCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.ledger import Share
+from memo_runtime.execution.ranges import named
 from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
 from memo_runtime.execution.tiled_block import TiledForward, give_up_tiles
@@ -110,7 +111,8 @@ class BlockForward:
         counters.executor = executor
         if executor is Executor.TILED and plan is not None and profile is not None:
             try:
-                output = self.tiles.run(BlockCall.of(args, kwargs, self.block), profile, plan, counters)
+                given = BlockCall.of(args, kwargs, self.block) if found else call
+                output = self.tiles.run(given, profile, plan, counters)
                 session.leave(self)
                 return output
             except CaptureRefusedError as error:
@@ -152,7 +154,7 @@ class BlockForward:
         args, kwargs = call.arguments()
         versions = [tensor._version for _, tensor in call.tensors()]
         hooks = saved_tensors_hooks(stash.pack, stash.unpack)
-        with torch.profiler.record_function(f"memo::forward {self.name}"), hooks:
+        with named(f"memo::forward {self.name}"), hooks:
             if capture is None:
                 output = forward(*args, **kwargs)
             else:

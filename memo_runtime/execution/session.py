@@ -37,6 +37,7 @@ from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.peak import PeakWatch, device_peak
+from memo_runtime.execution.ranges import named
 from memo_runtime.execution.stash import Stash, Tools
 from memo_runtime.execution.tiled_block import new_programs
 from memo_runtime.execution.tiled_products import Departures
@@ -301,7 +302,7 @@ class Session:
 
     def commit(self, stash: Stash, sorted_: Sorted, position: int) -> None:
         """Block number ``position`` has finished its forward: start its copies."""
-        with torch.profiler.record_function(f"memo::offload {stash.name}"):
+        with named(f"memo::offload {stash.name}"):
             outgoing = stash.send(sorted_.outgoing)
         stash.settle()
         stash.lower = self.last_stash

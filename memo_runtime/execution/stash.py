@@ -26,6 +26,7 @@ from memo_runtime.errors import CopyError, ReplayMismatchError, StateChangedErro
 from memo_runtime.execution.batch import Incoming, Outgoing
 from memo_runtime.execution.ledger import Ledger, Share
 from memo_runtime.execution.piece import Landed, Piece
+from memo_runtime.execution.ranges import named
 from memo_runtime.native.backend import choose_backend
 from memo_runtime.native.engine import Pair
 from memo_runtime.native.pool import HostPool
@@ -272,7 +273,7 @@ class Stash:
         if self._out is not None:
             self._out.sent()
         pairs: list[tuple[Piece, Pair]] = []
-        with torch.profiler.record_function(f"memo::fetch {self.name}"):
+        with named(f"memo::fetch {self.name}"):
             for piece in self.pieces:
                 before = piece.present
                 pair = piece.land(self.tools.device)
@@ -317,7 +318,7 @@ class Stash:
         self._in.clear()
         self._plan_fetch_below()
         if self.rebuild is not None:
-            with torch.profiler.record_function(f"memo::rebuild {self.name}"):
+            with named(f"memo::rebuild {self.name}"):
                 self.counters.recomputed_flops += self._rebuilt(self.rebuild)
             for piece in self.pieces:
                 if not piece.users:  # only the rerun read it

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.ambient import AutocastState, without_autocast
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import unflatten
 from memo_runtime.blocks.real_kernels import RealKernels
@@ -26,6 +26,7 @@ from memo_runtime.capture.key import Key, capture_key, difference
 from memo_runtime.capture.watch import StateWatch
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import run_eagerly
+from memo_runtime.execution.ranges import named
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
@@ -217,7 +218,7 @@ def _apply(run: Run, block: nn.Module, call: BlockCall, way: Way) -> Any:
     sole_holders(run.device.type)  # found out here, not in the middle of a backward
     tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
     results = _TiledFunction.apply(run, way, *tensors)  # type: ignore[no-untyped-call]
-    if result_stage(captured) is not None:
+    if captured.once(result_stage) is not None:
         run.yielded = next(Yielded.of(one) for one in results if isinstance(one, torch.Tensor))
     return unflatten(list(results), captured.traced.output)
 
@@ -256,7 +257,7 @@ class _TiledFunction(torch.autograd.Function):
     def forward(ctx: Any, run: Run, way: Way, *tensors: torch.Tensor) -> tuple[Any, ...]:
         captured = run.captured
         values = dict(zip(run.placeholders(), tensors, strict=True))
-        with _given_back(run), torch.autocast(tensors[-1].device.type, enabled=False):
+        with _given_back(run), without_autocast(tensors[-1].device.type):
             results = run.forward(values)
         extra = [values[node] for node in run.stash()]
         saved = [one for state in run.mixing.saved.values() for one in state.tensors]
@@ -288,7 +289,7 @@ class _TiledFunction(torch.autograd.Function):
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
         surroundings = Surroundings()
         try:
-            with torch.autocast(run.device.type, enabled=False), torch.profiler.record_function("memo::tiles backward"):
+            with without_autocast(run.device.type), named("memo::tiles backward"):
                 values = _values(ctx)
                 if not run.retain:
                     hand_over(ctx)
@@ -356,7 +357,7 @@ def _given_back(run: Run) -> Iterator[None]:
 
 def _left_out(run: Run, way: Way, stash: list[Any]) -> Input | None:
     """Take the input out of ``stash`` where it is made again."""
-    if way.origin is None or result_stage(run.captured) is None:
+    if way.origin is None or run.captured.once(result_stage) is None:
         return None
     place = _input_place(run.captured)
     tensor, stash[place] = stash[place], None

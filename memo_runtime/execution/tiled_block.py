@@ -17,6 +17,7 @@ from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.counters import BlockCounters, StepCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.mixers.attention import Kernel
+from memo_runtime.execution.ranges import named
 from memo_runtime.execution.tiled import TiledBlock, Way
 from memo_runtime.execution.tiled_chain import input_axis, origin_of, result_stage
 from memo_runtime.execution.tiled_overwrite import sole_holders
@@ -157,7 +158,7 @@ class TiledForward:
             way = self._made_again(way, call.leaves[captured.input_leaf], captured, plan)
         if profile.tiled is not None:
             _remember_kernels(session.programs, captured, profile.tiled)
-        with torch.profiler.record_function(f"memo::tiles {self._owner.name}"):
+        with named(f"memo::tiles {self._owner.name}"):
             output = tiles.run(captured, call, way)
         counters.alpha, counters.attention = plan.alpha, tuple(tiles.kernels)
         counters.bytes_kept += tiles.bytes_kept
@@ -169,7 +170,7 @@ class TiledForward:
         session, name = self._owner.session, self._owner.name
         origin = origin_of(source)
         ours = origin is not None and origin.run.programs is session.programs
-        if not ours or origin.run.owner != session.below(name) or result_stage(captured) is None:
+        if not ours or origin.run.owner != session.below(name) or captured.once(result_stage) is None:
             session.demotions.setdefault(name, Demotion(reason=_NOT_FROM_BELOW, rerunnable=True, unchained=True))
             session.note(f"'{name}': {_NOT_FROM_BELOW}. In this step it stays on the device; the next is planned anew")
             return replace(way, input_stays=True)

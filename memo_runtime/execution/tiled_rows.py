@@ -16,10 +16,27 @@ def packed(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: 
 
     Dimensions of size one get the strides that they would have without gaps, so that tiles of all lengths look alike.
     """
+    if axis.outer == 1 and axis.inner == 1:
+        part = _dense_rows(whole, axis.dim, start, stop)
+        return part if part is not None else without_gaps(whole.narrow(axis.dim, start, stop - start))
     part = rows(whole, axis, tokens, start, stop)
-    if axis.outer != 1 or axis.inner != 1:
-        part = part.flatten(axis.dim, axis.dim + 2)
-    return without_gaps(part)
+    return without_gaps(part.flatten(axis.dim, axis.dim + 2))
+
+
+def _dense_rows(whole: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor | None:
+    """Rows [start, stop) of dimension ``dim`` where they lie together in memory, in one operator; None: they do not."""
+    shape, strides, ahead, there = _place_of_rows(whole.shape, whole.stride(), dim, start, stop)
+    return whole.as_strided(shape, strides, whole.storage_offset() + ahead) if there else None
+
+
+@lru_cache(maxsize=1 << 12)
+def _place_of_rows(
+    shape: tuple[int, ...], strides: tuple[int, ...], dim: int, start: int, stop: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int, bool]:
+    """(shape, strides without gaps, elements ahead, whether the rows lie so already)."""
+    cut = (*shape[:dim], stop - start, *shape[dim + 1 :])
+    found, there = _without_gaps(cut, strides)
+    return cut, found, start * strides[dim], there
 
 
 def without_gaps(part: torch.Tensor) -> torch.Tensor:
@@ -34,9 +51,7 @@ def gapless_rows(whole: torch.Tensor, axis: TokenAxis, start: int, stop: int) ->
     """Rows [start, stop) of ``whole``, to be written to, where they lie together in memory; None: they do not."""
     if axis.outer != 1:
         return None
-    part = whole.narrow(axis.dim, start * axis.inner, (stop - start) * axis.inner)
-    strides, there = _without_gaps(part.shape, part.stride())
-    return part.as_strided(part.shape, strides) if there else None
+    return _dense_rows(whole, axis.dim, start * axis.inner, stop * axis.inner)
 
 
 def lies_by_token(strides: Sequence[int]) -> bool:
@@ -97,19 +112,29 @@ def _steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 def same_memory(tensor: torch.Tensor, layout: torch.Tensor) -> bool:
     """Both have the same strides wherever strides matter."""
-    return _alike(tensor.shape, tensor.stride(), layout.stride())
+    strides, others = tensor.stride(), layout.stride()
+    return strides == others or _alike(tensor.shape, strides, others)
 
 
 def like(
     tile: torch.Tensor, axis: TokenAxis, tokens: int, length: int, device: torch.device | None = None
 ) -> torch.Tensor:
     """Full-length memory for an output, its dimensions in the memory order of its first tile."""
-    shape = list(tile.shape)
-    shape[axis.dim] = shape[axis.dim] // length * tokens
-    steps = _steps(tile.shape, tile.stride())
-    order = sorted(range(tile.dim()), key=lambda dim: (-steps[dim], dim))
+    shape, strides = _longer(tile.shape, tile.stride(), axis.dim, tokens, length)
     # No view: autograd refuses in-place operations on a result that is one.
-    return torch.empty_strided(shape, _strides(shape, order), dtype=tile.dtype, device=device or tile.device)
+    return torch.empty_strided(shape, strides, dtype=tile.dtype, device=device or tile.device)
+
+
+@lru_cache(maxsize=1 << 12)
+def _longer(
+    shape: tuple[int, ...], strides: tuple[int, ...], dim: int, tokens: int, length: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, strides) of ``tokens`` where those given are of ``length``."""
+    whole = [*shape]
+    whole[dim] = whole[dim] // length * tokens
+    steps = _steps(shape, strides)
+    order = sorted(range(len(whole)), key=lambda at: (-steps[at], at))
+    return tuple(whole), tuple(_strides(whole, order))
 
 
 def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
@@ -130,9 +155,14 @@ def write(whole: torch.Tensor, axis: TokenAxis, tokens: int, start: int, tile: t
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Its elements fill one run of memory, each once, in some order of dimensions."""
+    return _fills(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=1 << 12)
+def _fills(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
-    for size, step in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+    for size, step in sorted(zip(shape, strides, strict=True), key=lambda pair: pair[1]):
         if size != 1 and step != expected:
             return False
         expected *= size
-    return tensor.numel() > 0
+    return expected > 0

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree
 
-from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.ambient import AutocastState, without_autocast
 from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
@@ -58,7 +58,7 @@ class ProgramCache:
         self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
     ) -> Programs:
         """The programs of stage number ``stage`` for tiles like ``sources``, borrowed choices behind them."""
-        layout = tuple((tuple(one.shape), one.stride(), one.dtype) for one in sources)
+        layout = tuple([(one.shape, one.stride(), one.dtype) for one in sources])
         key = (captured.signature, stage, tokens, autocast, layout)
         if key not in self._programs:
             self._programs[key] = make_programs(captured, stage, sources, tokens, autocast, compiler=self._compiler)
@@ -80,6 +80,26 @@ def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> i
     sizes = ([int(captured.size(size, tokens)) for size in one.shape] for one in values)
     scores = max(math.prod(one) // tokens for one in sizes)
     return max(1, min(tile, MAX_SCORES // max(1, scores)))
+
+
+def _device_of(captured: Captured) -> torch.device:
+    device: torch.device = captured.arguments[0][0].meta["val"].device
+    return device
+
+
+def _placeholders_of(captured: Captured) -> list[fx.Node]:
+    return [node for node, _ in (*captured.states, *captured.arguments)]
+
+
+def _stash_of(captured: Captured) -> list[fx.Node]:
+    stages = captured.stages
+    results = [node for stage in stages.stages for node in mixed_values(stage)]
+    # Of an operator that yields several values its members are there, each for itself.
+    return [*results, *(node for node in stages.fixed if isinstance(node.meta["val"], torch.Tensor))]
+
+
+def _borrowed_by(captured: Captured, index: int) -> list[tuple[fx.Node, int, int]]:
+    return borrowed(captured.stages, index)
 
 
 @dataclass(slots=True)
@@ -119,6 +139,8 @@ class Run:
     reproducible: bool = False
     groups: int = 1
     mixing: Mixing = field(init=False)
+    #: Where the block computes.
+    device: torch.device = field(init=False)
     #: By stage and start of a tile: choices of declared modules, then products.
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     retain: bool = False
@@ -131,15 +153,10 @@ class Run:
     above: list[weakref.ref[Input]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.device = self.captured.once(_device_of)
         self.mixing = Mixing(
             self.captured, self.programs.kernels, self.tokens, self.seed, self.autocast, self.reproducible
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the block computes."""
-        device: torch.device = self.captured.arguments[0][0].meta["val"].device
-        return device
 
     # ---- forward
 
@@ -172,20 +189,15 @@ class Run:
 
     def placeholders(self) -> list[fx.Node]:
         """Parameters and arguments."""
-        return [node for node, _ in (*self.captured.states, *self.captured.arguments)]
+        return self.captured.once(_placeholders_of)
 
     def stash(self) -> list[fx.Node]:
         """The values that backward needs of forward, beside placeholders."""
-        results = [
-            node
-            for stage in self.captured.stages.stages
-            for node in mixed_values(stage)
-        ]
-        # Of an operator that yields several values its members are there, each for itself.
-        fixed = (node for node in self.captured.stages.fixed if isinstance(node.meta["val"], torch.Tensor))
-        return [*results, *fixed]
+        return self.captured.once(_stash_of)
 
     def _run_whole(self, nodes: Sequence[fx.Node], values: Values) -> None:
+        if not nodes:
+            return
         with self.autocast.uncached().restored():
             for node in nodes:
                 values[node] = run_node(node, values, lambda size: self.captured.size(size, self.tokens))
@@ -227,7 +239,7 @@ class Run:
 
     def _borrowed(self, index: int, start: int) -> Iterator[torch.Tensor]:
         """What earlier segments chose for this tile, and segment ``index`` has to choose as well."""
-        for node, owner, place in borrowed(self.captured.stages, index):
+        for node, owner, place in self.captured.once(_borrowed_by, index):
             yield from self.kept[owner, start][place : place + count_kept(node)]
 
     def _mask(self, node: fx.Node, axis: TokenAxis | None, start: int, stop: int) -> torch.Tensor:
@@ -320,10 +332,10 @@ class Run:
 
     def result_again(self, values: Values) -> torch.Tensor:
         """The block's result once more, by its last segment alone; ``values``: placeholders and the stash."""
-        index = result_stage(self.captured)
+        index = self.captured.once(result_stage)
         assert index is not None, "nothing is made again from a block that cannot"
         segment = self.captured.segment(index)
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device.type):
             self._run_whole(self.captured.stages.weights, values)
             self._segment_forward(index, segment, values, keep=False)
         result: torch.Tensor = values[segment.outputs[0]]
@@ -348,7 +360,7 @@ class Run:
         for node, grad in zip(self.captured.outputs, grads, strict=True):
             if isinstance(node, fx.Node) and grad is not None:
                 found.add(node, grad)
-        for node, result in overwritten(self.captured).items():
+        for node, result in self.captured.once(overwritten).items():
             place = self.captured.outputs.index(result)
             grad = grads[place]
             value = values[node]
@@ -423,13 +435,13 @@ class Run:
         """Rows of the gradient of an output, laid out as when traced; zeros where nothing depends on it."""
         assert axis is not None, "a segment yields values with tokens"
         if grad is None:
-            return torch.zeros_like(layout, device=self.device)
+            return gapless_like(layout, self.device).zero_()
         part = rows(grad, axis, self.tokens, start, stop)
         if axis.outer != 1 or axis.inner != 1:
             part = part.flatten(axis.dim, axis.dim + 2)
         if part.dtype == layout.dtype and same_memory(part, layout):
             return part.as_strided(layout.shape, layout.stride())
-        return torch.empty_like(layout, device=grad.device).copy_(part)
+        return gapless_like(layout, grad.device).copy_(part)
 
     def _weights(self, values: Values) -> tuple[Values, Values]:
         """Values made from parameters, made again with a graph: (leaves, results)."""

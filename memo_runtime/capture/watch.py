@@ -67,23 +67,39 @@ class _UnwatchableError(Exception):
 
 
 class _Content:
-    """The objects that somebody held, by address; those that can be are referred to weakly, and ``unheld`` not at all.
+    """The objects that somebody held; those that can be are referred to weakly, and ``unheld`` not at all."""
 
-    ``gone`` is told of one that goes: its address may be another's from then on, and nothing here is to be compared.
-    """
+    __slots__ = ("_held", "_soft", "_unheld")
 
-    __slots__ = ("_addresses", "_referred")
-
-    def __init__(self, values: Collection[Any], gone: list[Any], unheld: Collection[int] = ()) -> None:
+    def __init__(self, values: Collection[Any], unheld: Collection[int] = ()) -> None:
         if any(type(value) is weakref.ReferenceType for value in values):
             raise _UnwatchableError
-        held = (value for value in values if id(value) not in unheld)
-        self._referred = [value if _is_held(value) else _reference(value, gone) or value for value in held]
-        self._addresses = [*map(id, values)]
+        self._held: list[Any] = []
+        self._soft: list[tuple[int, weakref.ReferenceType[Any]]] = []
+        self._unheld: list[int] = []
+        for at, value in enumerate(values):
+            reference = None if _is_held(value) else _reference(value)
+            if id(value) in unheld:
+                self._unheld.append(at)
+            elif reference is not None:
+                self._soft.append((at, reference))
+            alone = reference is None and id(value) not in unheld
+            self._held.append(value if alone else None)
 
     def same(self, now: Iterable[Any]) -> bool:
         """``now`` are the very same, in the same order."""
-        return [*map(id, now)] == self._addresses
+        found, held = [*now], self._held
+        if len(found) != len(held):
+            return False
+        if self._soft or self._unheld:
+            held = held.copy()
+            for at, reference in self._soft:
+                held[at] = reference()
+                if held[at] is None:  # it has gone
+                    return False
+            for at in self._unheld:
+                held[at] = found[at]
+        return all(map(is_, found, held))
 
 
 class _Tables:
@@ -91,11 +107,11 @@ class _Tables:
 
     __slots__ = ("_names", "_sizes", "_spelled", "_values")
 
-    def __init__(self, tables: Sequence[Mapping[Any, Any]], gone: list[Any], unheld: Collection[int] = ()) -> None:
+    def __init__(self, tables: Sequence[Mapping[Any, Any]], unheld: Collection[int] = ()) -> None:
         self._sizes = [*map(len, tables)]
         self._names = [*chain.from_iterable(tables)]
         self._spelled = all(type(name) is str for name in self._names)
-        self._values = _Content([*_values_of(tables)], gone, unheld)
+        self._values = _Content([*_values_of(tables)], unheld)
 
     def same(self, tables: Sequence[Mapping[Any, Any]]) -> bool:
         """Each of ``tables`` holds what it held, under the same names."""
@@ -116,15 +132,15 @@ def _is_held(value: Any) -> bool:
     return isinstance(value, PLAIN) or type(value) in (*_TABLES, *_ROWS, *_FIXED)
 
 
-def _reference(value: Any, gone: list[Any]) -> weakref.ReferenceType[Any] | None:
+def _reference(value: Any) -> weakref.ReferenceType[Any] | None:
     try:
-        return weakref.ref(value, gone.append)
+        return weakref.ref(value)
     except TypeError:  # a class without a place for it
         return None
 
 
-def _finder(value: Any, gone: list[Any]) -> Callable[[], Any]:
-    return _reference(value, gone) or (lambda: value)
+def _finder(value: Any) -> Callable[[], Any]:
+    return _reference(value) or (lambda: value)
 
 
 class _Objects:
@@ -132,23 +148,23 @@ class _Objects:
 
     __slots__ = ("_attributes", "_children", "_find", "_kinds", "_modules", "_slots", "_tensors")
 
-    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any], gone: list[Any]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any]) -> None:
         values = [*modules, *others]
         attributes = _attributes(values)
         if any(type(one) is not dict for one in attributes):
             raise _UnwatchableError
         if any(type(one._modules) not in _TABLES for one in modules):
             raise _UnwatchableError
-        self._find = [_finder(value, gone) for value in values]
+        self._find = [_finder(value) for value in values]
         self._kinds = [*map(type, values)]
         # These hold what takes memory, and what is in them is asked for itself.
         own = {id(getattr(module, name)) for module in modules for name in _OWN_TABLES}
-        self._attributes = _Tables(attributes, gone, own)
+        self._attributes = _Tables(attributes, own)
         self._modules = len(modules)
-        self._children = _Tables([one._modules for one in modules], gone)
-        self._tensors = [*map(tensors_key, modules)]
+        self._children = _Tables([one._modules for one in modules])
+        self._tensors = _tensors_of(modules)
         slotted = (at for at, kind in enumerate(self._kinds) if any(getattr(k, "__slots__", ()) for k in kind.__mro__))
-        self._slots = [(at, _Tables([dict(attributes_of(values[at]))], gone)) for at in slotted]
+        self._slots = [(at, _Tables([dict(attributes_of(values[at]))])) for at in slotted]
 
     def same(self) -> bool:
         """All are there, and have what they had."""
@@ -158,9 +174,14 @@ class _Objects:
             all(map(is_, map(type, values), self._kinds))
             and self._attributes.same(_attributes(values))
             and self._children.same([one._modules for one in modules])
-            and [*map(tensors_key, modules)] == self._tensors
+            and _tensors_of(modules) == self._tensors
             and all(there.same([dict(attributes_of(values[at]))]) for at, there in self._slots)
         )
+
+
+def _tensors_of(modules: Iterable[nn.Module]) -> list[tuple[int, Key]]:
+    """(which of ``modules``, what its parameters and buffers are) of those that have some."""
+    return [(at, tensors_key(one)) for at, one in enumerate(modules) if one._parameters or one._buffers]
 
 
 def _attributes(values: Iterable[Any]) -> list[dict[str, Any]]:
@@ -169,12 +190,8 @@ def _attributes(values: Iterable[Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _There:
-    """What was where: containers with what they held, those that held nothing, objects, and arrays with elements.
+    """What was where: containers with what they held, those that held nothing, objects, and arrays with elements."""
 
-    ``gone``: references to what has gone since.
-    """
-
-    gone: list[Any]
     empty: Sequence[Any]
     tables: tuple[Sequence[Mapping[Any, Any]], _Tables]
     rows: Sequence[tuple[Any, _Content]]
@@ -198,7 +215,6 @@ class _There:
                 and all(values.same(row) for row, values in self.rows)
                 and self.objects.same()
                 and all(map(_same_array, self.arrays))
-                and not self.gone  # last: what goes meanwhile has told nobody before
             )
         except Exception:  # as above
             return False
@@ -209,13 +225,12 @@ _OWN_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _collected(block: nn.Module, seen: Seen) -> _There:
-    gone: list[Any] = []
     others: list[Any] = []
     held: list[Any] = []
     arrays: list[tuple[Callable[[], Any], tuple[int, ...], str, bytes]] = []
     for value, depth, _ in seen.values():
         if is_small_array(value):
-            arrays.append((_finder(value, gone), value.shape, value.dtype.str, value.tobytes()))
+            arrays.append((_finder(value), value.shape, value.dtype.str, value.tobytes()))
         elif isinstance(value, (Mapping, *_ROWS, *_FIXED)):
             # Also those that are told apart by identity: whoever holds them is held.
             _check_plain(value)
@@ -225,11 +240,10 @@ def _collected(block: nn.Module, seen: Seen) -> _There:
     full = [one for one in held if len(one)]
     tables = [one for one in full if type(one) in _TABLES]
     return _There(
-        gone=gone,
         empty=[one for one in held if not len(one)],
-        tables=(tables, _Tables(tables, gone)),
-        rows=[(one, _Content(one, gone)) for one in full if type(one) in _ROWS],
-        objects=_Objects([*block.modules()], others, gone),
+        tables=(tables, _Tables(tables)),
+        rows=[(one, _Content(one)) for one in full if type(one) in _ROWS],
+        objects=_Objects([*block.modules()], others),
         arrays=arrays,
     )
 

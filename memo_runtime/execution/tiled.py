@@ -34,7 +34,7 @@ from memo_runtime.execution.tiled_overwrite import holders, sole_holders
 from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_rows import is_dense
-from memo_runtime.execution.tiled_run import ProgramCache, Run
+from memo_runtime.execution.tiled_run import ProgramCache, Run, stash_of, states_and_arguments
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.execution.witness import Witness
 from memo_runtime.records import TokenAxis
@@ -378,22 +378,15 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
     """
     if run.swap is None:
         return None
-    captured, (inputs, extra) = run.captured, ctx.counts
-    nodes = [*run.placeholders(), *run.stash()]
-    fixed, states = set(captured.stages.fixed), {node for node, _ in captured.states}
-    chosen, hidden = {}, _input_place(captured)
+    captured, known = run.captured, sum(ctx.counts)
+    movable, stays = captured.once(_places)
+    hidden = _input_place(captured)
     kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products if one.dim())
-    made, wanted = set(run.stash()), captured.stages.differentiable
-    kept += sum(tensor_bytes(tensor) for node, tensor in zip(nodes, stash, strict=False)
-                if node in fixed or (node in made and node not in wanted))  # fmt: skip
-    for place, tensor in enumerate(stash):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_dense(tensor):
-            continue
-        node = nodes[place] if place < inputs + extra else None
-        moves = node in wanted or (place == hidden and captured.goes_backward)
-        if node is not None and (node in fixed or node in states or not moves):
-            continue
-        if node is None or isinstance(captured.stages.axes[node], TokenAxis):
+    kept += sum(tensor_bytes(stash[place]) for place in stays)
+    chosen = {}
+    for place in (*movable, *range(known, len(stash))):
+        tensor = stash[place]
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and is_dense(tensor):
             chosen[place] = tensor
     stay = chosen if not run.to_host else {hidden} & chosen.keys() if way.input_stays else ()
     for place in list(stay):
@@ -403,6 +396,22 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
     for place in chosen:
         stash[place] = None
     return entry
+
+
+def _places(captured: Captured) -> tuple[list[int], list[int]]:
+    """Of placeholders and stash: (places that may be copied to the host, those that stay and are counted)."""
+    states = {node for node, _ in captured.states}
+    given = [*states_and_arguments(captured), *stash_of(captured)]
+    made, wanted = set(stash_of(captured)), captured.stages.differentiable
+    fixed, hidden = set(captured.stages.fixed), _input_place(captured)
+    movable, stays = [], []
+    for place, node in enumerate(given):
+        moves = node in wanted or (place == hidden and captured.goes_backward)
+        if node in fixed or (node in made and node not in wanted):
+            stays.append(place)
+        if moves and node not in fixed and node not in states and isinstance(captured.stages.axes[node], TokenAxis):
+            movable.append(place)
+    return movable, stays
 
 
 def _distinct(results: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:

@@ -87,11 +87,13 @@ def _device_of(captured: Captured) -> torch.device:
     return device
 
 
-def _placeholders_of(captured: Captured) -> list[fx.Node]:
+def states_and_arguments(captured: Captured) -> list[fx.Node]:
+    """Placeholders of what a call is given: parameters, buffers and arguments."""
     return [node for node, _ in (*captured.states, *captured.arguments)]
 
 
-def _stash_of(captured: Captured) -> list[fx.Node]:
+def stash_of(captured: Captured) -> list[fx.Node]:
+    """The values that backward needs of forward, beside placeholders."""
     stages = captured.stages
     results = [node for stage in stages.stages for node in mixed_values(stage)]
     # Of an operator that yields several values its members are there, each for itself.
@@ -189,11 +191,11 @@ class Run:
 
     def placeholders(self) -> list[fx.Node]:
         """Parameters and arguments."""
-        return self.captured.once(_placeholders_of)
+        return self.captured.once(states_and_arguments)
 
     def stash(self) -> list[fx.Node]:
         """The values that backward needs of forward, beside placeholders."""
-        return self.captured.once(_stash_of)
+        return self.captured.once(stash_of)
 
     def _run_whole(self, nodes: Sequence[fx.Node], values: Values) -> None:
         if not nodes:

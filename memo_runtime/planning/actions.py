@@ -3,6 +3,7 @@
     rows   0          device_rows        prefix            tokens
            |  device rows  |   host rows    |    rebuilt     |      action PREFIX
            |               dropped          |   host rows    |      action TAIL
+           |                 device rows                     |      action KEEP
 
 Execution obeys these actions, and its counters equal the numbers computed here.
 """
@@ -70,7 +71,8 @@ def _swap_action(group: TensorGroup, tokens: int, device_rows: int) -> Action:
     if not group.saved:
         return Action.REBUILD
     if device_rows and group.role is Role.TOKEN and splits(group):
-        return Action.PREFIX
+        # Rows that stay are copied apart, so that the rest can go; where there is no rest they are left where they are.
+        return Action.KEEP if device_rows >= tokens else Action.PREFIX
     return _host_or_keep(group, tokens)
 
 

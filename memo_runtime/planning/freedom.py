@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from memo_runtime.planning.limits import Budgets, fits
-from memo_runtime.planning.sheet import KEEP, Sheet
+from memo_runtime.planning.sheet import KEEP, Choice, Sheet
 from memo_runtime.planning.single_alpha import ClosedForm
 from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
 from memo_runtime.planning.swap import solve_prefixes
@@ -33,10 +33,12 @@ class FreeReplay(Strategy):
         yield from _ends(sheet, kept_blocks(sheet, self.keep_last))
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
-        """The program's answer, or the fastest stand-by."""
+        """The program's answer, or the fastest stand-by; with those blocks left as they are for which there is room."""
         kept = kept_blocks(sheet, self.keep_last)
         best = _solved(sheet, budgets, kept, device_rows=self.device_rows)
-        return None if best is None else Decision(best)
+        if best is None or not self.device_rows:
+            return None if best is None else Decision(best)
+        return Decision(fastest(sheet, budgets, [best, *_with_whole(sheet, budgets, kept)]) or best)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,35 @@ def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
         if flat or not middles or len(tried) + len(middles) > _MOST_TRIES:
             return counts[best]
         tried.update({at: value(counts[at]) for at in sorted(middles)})
+
+
+def _with_whole(sheet: Sheet, budgets: Budgets, kept: frozenset[int]) -> Iterator[Choices]:
+    """Plans with all rows of some blocks left where the forward put them, which no line of the program leads to.
+
+    They take no landing buffer and no copies on the device: of all free blocks, or of some at the end, as kept ones are.
+    """
+    base = at_fraction(sheet, 0.0, kept)
+    free = [index for index, choice in enumerate(base) if choice == Choice(Executor.REPLAY)]
+
+    def plan(whole: Sequence[int]) -> Choices | None:
+        fixed = tuple(
+            Choice(Executor.REPLAY, sheet.lengths[index], sheet.lengths[index]) if index in whole else choice
+            for index, choice in enumerate(base)
+        )
+        others = solve_prefixes(sheet, budgets, fixed, device_rows=True) if len(whole) < len(free) else None
+        return fastest(sheet, budgets, [fixed] if others is None else [fixed, others])
+
+    everything = plan(free)
+    if everything is not None:
+        yield everything
+        return
+    found = (plan(free[-count:]) for count in _spread(len(free)))
+    yield from (one for one in found if one is not None)
+
+
+def _spread(count: int) -> list[int]:
+    """A few numbers between 0 and ``count``, evenly spaced."""
+    return sorted({round(count * share / _FIRST_TRIES) for share in range(1, _FIRST_TRIES)} - {0, count})
 
 
 def _solved(sheet: Sheet, budgets: Budgets, kept: frozenset[int], *, device_rows: bool) -> Choices | None:

@@ -320,7 +320,6 @@ def test_what_is_said_of_two_plans_for_a_million_tokens_is_made_of_rows():
 def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
     docs = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
     tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     run = run_of("harness_step_h200.jsonl", "issue9-1b")
     seconds = {key: row["step_seconds"] for key, row in run.items()}
     others = {key: row for key, row in run.items() if not key[0].startswith(("memo", "kernels", "reference"))}
@@ -353,8 +352,7 @@ def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
     short = {name: sorted(-100 * off(row)["step"] for (one, _), row in run.items() if one == name)
              for name in ("memo-auto", "memo-tiled", "memo-replay")}  # fmt: skip
     said = [f"{steps[0]:.1f} to {steps[-1]:.1f} % for {name}" for name, steps in short.items()]
-    assert f"Step forecasts are too short: by {said[0]}, {said[1]} and {said[2]}" in docs
-    assert f"up to {max(max(steps) for steps in short.values()):.1f} % too short below 131,072 tokens" in readme
+    assert f"Step forecasts of this run are too short: by {said[0]}, {said[1]} and {said[2]}" in docs
     memo = [row for (name, _), row in run.items() if name.startswith("memo")]
     longest = max(-100 * off(row)["step"] for row in memo if row["seq_len"] == 131072)
     assert f"at 131,072 tokens they are within {longest:.1f} %" in docs

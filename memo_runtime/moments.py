@@ -102,6 +102,9 @@ class TiledProfile:
         heads: the number of groups of heads divides it. forward_by_groups, backward_by_groups: moments where attention
             runs so. group_flops: run again for each group but the first. elements: of the largest tensor that such an
             attention is given or yields.
+        mixer_inputs: bytes of what its mixers are given (queries, keys, values), by tokens, where it can stay on the
+            device. mixer_input_flops: of again_flops, what that saves. forward_with_inputs, backward_with_inputs:
+            moments where it stays, and is part of the stash.
         result: moments of making the block's result again from its stash, by its last segment; none: it cannot be.
             result_flops: what that takes. chained: its input was the result of the block before, as it is.
         forward_seconds, backward_seconds: of the block by tiles, the latter without what is run again, which takes
@@ -123,6 +126,10 @@ class TiledProfile:
     backward_by_groups: tuple[Moment, ...] = ()
     group_flops: Growth = field(default_factory=Growth)
     elements: Growth = field(default_factory=Growth)
+    mixer_inputs: Growth = field(default_factory=Growth)
+    mixer_input_flops: Growth = field(default_factory=Growth)
+    forward_with_inputs: tuple[Moment, ...] = ()
+    backward_with_inputs: tuple[Moment, ...] = ()
     result: tuple[Moment, ...] = ()
     result_flops: Growth = field(default_factory=Growth)
     chained: bool = False

@@ -22,7 +22,7 @@ from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -330,6 +330,8 @@ class BlockPlan:
             [0, prefix) are kept, and with device_rows = tokens the stash stays on the device.
         sent: by tiles, products of rows [prefix - sent, prefix) go to the host, and the others stay on the device.
         groups: by tiles, of heads, which go through attention one after another.
+        mixer_inputs: by tiles, what its mixers are given (queries, keys, values) stays on the device, and is not made
+            again.
         from_below: by tiles, its input is not stashed, but made again from the stash of the block below, which is
             for_above then.
         late: by tiles, what it has in host memory comes when it goes backward and not before, and inputs of a run of
@@ -360,6 +362,7 @@ class BlockPlan:
     for_above: bool = False
     late: bool = False
     passes: int = 0
+    mixer_inputs: bool = False
 
     @property
     def alpha(self) -> float:

@@ -74,7 +74,7 @@ def find_deviation(plan: Plan) -> Fault | None:
             block, planned.executor, planned.tokens, planned.prefix, planned.device_rows,
             reason=planned.reason, tile=planned.tile, resident=planned.resident, sent=planned.sent,
             groups=planned.groups, from_below=planned.from_below, for_above=planned.for_above,
-            late=planned.late, passes=planned.passes,
+            late=planned.late, passes=planned.passes, mixer_inputs=planned.mixer_inputs,
         )  # fmt: skip
         for field in fields(BlockPlan):
             has, right = getattr(planned, field.name), getattr(follows, field.name)
@@ -227,6 +227,8 @@ def _plan_faults(plan: Plan) -> Iterator[Fault]:
             yield Fault(f"{where}.groups", planned.groups, _groups_of(heads))
         if wrong := _wrong_sent(planned):
             yield Fault(f"{where}.sent", planned.sent, wrong)
+        if planned.mixer_inputs and (not tiled or planned.groups > 1 or planned.late):
+            yield Fault(f"{where}.mixer_inputs", True, "false: it runs by groups of heads, late, or not by tiles")
         for wrong in [wrong_link(blocks, plan.blocks, index)] if len(plan.blocks) == len(blocks) else []:
             if wrong:
                 yield Fault(f"{where}.from_below", planned.from_below, wrong)

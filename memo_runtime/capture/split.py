@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,6 +96,16 @@ def mixed_values(stage: Stage) -> list[fx.Node]:
     if isinstance(stage, Mixer):
         return [node for node, _ in stage.results]
     return list(stage.outputs) if stage.by_rows else []
+
+
+def mixer_inputs(stages: Sequence[Stage], outputs: Collection[Any]) -> list[fx.Node]:
+    """What segments make for the mixer behind them (queries, keys, values); none if the block yields some of it."""
+    found: list[fx.Node] = []
+    for before, stage in pairwise(stages):
+        mixes = isinstance(stage, Mixer) or stage.by_rows
+        if mixes and isinstance(before, Segment) and not before.by_rows:
+            found.extend(before.outputs)
+    return [] if any(node in outputs for node in found) else list(dict.fromkeys(found))  # two mixers may share some
 
 
 def mixing_stages(stages: Sequence[Stage]) -> range:

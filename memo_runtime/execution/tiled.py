@@ -53,7 +53,8 @@ class Way:
     go through attention one by one. ``ended`` is called with each backward that is over. ``origin``: the call whose
     result the input is, from which it is made again instead of stashed (``tiled_chain.origin_of``). ``input_stays``: it
     is stashed on the device though the rest goes to the host. ``witness``: compares an input that is made again.
-    ``late``: what it has in host memory comes when it goes backward and not before. ``owner``: the block's name.
+    ``late``: what it has in host memory comes when it goes backward and not before. ``mixer_inputs``: see ``Run``.
+    ``owner``: the block's name.
     """
 
     tile: int
@@ -67,6 +68,7 @@ class Way:
     input_stays: bool = False
     witness: Witness | None = None
     late: bool = False
+    mixer_inputs: bool = False
     owner: str = ""
 
 
@@ -187,6 +189,7 @@ class TiledBlock:
             products=_products(captured, way),
             sent=way.sent,
             groups=way.groups,
+            mixer_inputs=way.mixer_inputs,
             ended=way.ended,
             owner=way.owner,
         )
@@ -261,8 +264,9 @@ class _TiledFunction(torch.autograd.Function):
             results = run.forward(values)
         extra = [values[node] for node in run.stash()]
         saved = [one for state in run.mixing.saved.values() for one in state.tensors]
+        stays = [values[node] for node in run.inputs_that_stay()]
         ctx.run, ctx.counts = run, (len(tensors), len(extra))
-        stash = [*tensors, *extra, *saved]
+        stash = [*tensors, *extra, *saved, *stays]
         ctx.input = _left_out(run, way, stash)
         with _given_back(run):
             ctx.entry = _swapped(run, way, stash, ctx)
@@ -334,6 +338,7 @@ def _values(ctx: Any) -> dict[fx.Node, Any]:
     rest = iter(stored[count + extra :])
     for state in run.mixing.saved.values():
         state.tensors = tuple(next(rest) for _ in state.tensors)
+    values.update(zip(run.inputs_that_stay(), rest, strict=True))
     return values
 
 
@@ -383,8 +388,10 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
     hidden = _input_place(captured)
     kept = sum(tensor_bytes(one) for products in run.kept.values() for one in products if one.dim())
     kept += sum(tensor_bytes(stash[place]) for place in stays)
+    end = len(stash) - len(run.inputs_that_stay())
+    kept += sum(map(tensor_bytes, stash[end:]))
     chosen = {}
-    for place in (*movable, *range(known, len(stash))):
+    for place in (*movable, *range(known, end)):
         tensor = stash[place]
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and is_dense(tensor):
             chosen[place] = tensor

@@ -152,7 +152,7 @@ class TiledForward:
         stays = (plan.prefix - plan.sent) * tokens // plan.tokens // tile if plan.sent else kept
         way = Way(
             tile=tile, alpha=kept / count, swap=swap, to_host=not plan.device_rows, sent=kept - stays,
-            groups=plan.groups, ended=ended, late=plan.late, owner=self._owner.name,
+            groups=plan.groups, ended=ended, late=plan.late, mixer_inputs=plan.mixer_inputs, owner=self._owner.name,
         )  # fmt: skip
         if plan.from_below:
             way = self._made_again(way, call.leaves[captured.input_leaf], captured, plan)

@@ -86,7 +86,8 @@ class _Walk:
     """``alive``: values by name, with the element bytes that are counted for them. ``to_come``: of the stash.
 
     ``grouped``: mixers that run by groups of heads, by stage; ``parts``: names of values of which one group is alive.
-    ``rebuilding``: the products of the segment at hand are there, and are not what it makes.
+    ``rebuilding``: the products of the segment at hand are there, and are not what it makes. ``stays``: what mixers are
+    given, where it is part of the stash.
     """
 
     captured: Captured
@@ -99,6 +100,7 @@ class _Walk:
     to_come: list[fx.Node] = field(default_factory=list)
     fixed: int = 0
     rebuilding: bool = False
+    stays: Collection[fx.Node] = ()
     stretch: Stretch = Stretch.MIDDLE
     moments: list[Moment] = field(default_factory=list)
 
@@ -190,7 +192,7 @@ class _Walk:
 
     def forward(self) -> None:
         """As ``Run.forward``."""
-        self.to_come = stashed_results(self.captured)
+        self.to_come = [*stashed_results(self.captured), *self.stays]
         for index, stage in enumerate(self.captured.stages.stages):
             before = self.feeds(index)
             if index in self.grouped:
@@ -210,8 +212,10 @@ class _Walk:
                 self.drop("value", self.dropped(before))
 
     def _segment_forward(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:
+        self._made([node for node in segment.outputs if node in self.stays])
         for node in segment.outputs:
-            self.add("value", node, part=node in sliced)
+            if node not in self.stays:
+                self.add("value", node, part=node in sliced)
         self.look_at(index, (*_FIRST, *_REST), backward=False, apart=bool(sliced))
 
     def _forward_by_groups(self, index: int, how: Grouping) -> None:
@@ -240,7 +244,7 @@ class _Walk:
             stage = stages.stages[index]
             self.stretch = stretch_of(index, mixing)
             before = self.feeds(index) if isinstance(stage, Mixer) or stage.by_rows else None
-            if before is not None and index not in self.grouped:
+            if before is not None and index not in self.grouped and not self.stays:
                 self._rebuild(index - 1, before, frozenset())
             if index in self.grouped:
                 self._backward_by_groups(index, self.grouped[index])
@@ -350,14 +354,18 @@ def stashed_results(captured: Captured) -> list[fx.Node]:
 
 
 def moments(
-    captured: Captured, needs: Needs, tokens: int, *, by_groups: bool = False
+    captured: Captured, needs: Needs, tokens: int, *, by_groups: bool = False, stays: Collection[fx.Node] = ()
 ) -> tuple[tuple[Moment, ...], tuple[Moment, ...]]:
-    """(those of forward, those of backward), for sequences of ``tokens`` and longer; ``by_groups``: of heads."""
+    """(those of forward, those of backward), for sequences of ``tokens`` and longer.
+
+    ``by_groups``: of heads. ``stays``: what mixers are given, where that is part of the stash.
+    """
     device = captured.arguments[0][0].meta["val"].device
     over = overwritten(captured) if sole_holders(device.type) is not None else {}
     found = {index: grouping(captured, index) for index in range(len(captured.stages.stages) if by_groups else 0)}
     grouped = {index: how for index, how in found.items() if how is not None}
     forward, backward = (_start(captured, needs, tokens, over, grouped) for _ in range(2))
+    forward.stays = backward.stays = stays
     forward.forward()
     backward.backward()
     return tuple(forward.moments), tuple(backward.moments)

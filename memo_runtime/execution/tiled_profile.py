@@ -46,7 +46,7 @@ from memo_runtime.execution.tiled_rows import (
     packed,
     same_memory,
 )
-from memo_runtime.execution.tiled_run import rows_tile
+from memo_runtime.execution.tiled_run import mixer_inputs_of, rows_tile
 from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.execution.tiled_trial import Trial, try_mixer
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
@@ -99,6 +99,8 @@ def tiled_profile(
     needs_by_groups = replace(needs, workspaces={node: taken(node, one.by_group) for node, one in tried.items()})
     forward, backward = moments(captured, needs, tokens)
     by_groups = moments(captured, needs_by_groups, tokens, by_groups=True) if heads > 1 else ((), ())
+    stays = captured.once(mixer_inputs_of)
+    with_inputs = moments(captured, needs, tokens, stays=stays) if stays else ((), ())
     again, saved, products = _repeated(captured, costs, tokens)
     found = TiledProfile(
         stash=tuple(_stash(captured, call, tried.values(), tokens)),
@@ -115,6 +117,10 @@ def tiled_profile(
         backward_by_groups=by_groups[1],
         group_flops=_by_each_group(captured, costs),
         elements=_most_elements(captured, tokens),
+        mixer_inputs=_total(captured, stays, tokens),
+        mixer_input_flops=_of_mixer_inputs(captured, costs),
+        forward_with_inputs=with_inputs[0],
+        backward_with_inputs=with_inputs[1],
         result=result_moments(captured, needs, tokens),
         result_flops=_of_result(captured, costs),
     )
@@ -272,12 +278,24 @@ def _repeated(
         if segment.by_rows:
             quadratic += cost.again / rows_tile(captured, segment, tokens, _TILE) / tokens
             continue
-        behind = stages[index + 1] if index + 1 < len(stages) else None
-        feeds = isinstance(behind, Mixer) or (isinstance(behind, Segment) and behind.by_rows)
-        linear += (cost.again + (cost.forward if feeds else 0)) / _TILE
+        linear += (cost.again + (cost.forward if _feeds(captured, index) else 0)) / _TILE
         saved += (cost.again - cost.again_kept) / _TILE
         products[index] = Growth(linear=cost.product_bytes / _TILE)
     return Growth(linear=linear, quadratic=quadratic), Growth(linear=saved), tuple(products.values())
+
+
+def _feeds(captured: Captured, index: int) -> bool:
+    """A mixer is behind segment number ``index``, so that its outputs are made again in backward."""
+    (behind,) = captured.stages.stages[index + 1 : index + 2] or (None,)
+    return isinstance(behind, Mixer) or (isinstance(behind, Segment) and behind.by_rows)
+
+
+def _of_mixer_inputs(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> Growth:
+    """FLOPs of making again what mixers are given; none where that cannot stay."""
+    if not captured.once(mixer_inputs_of):
+        return Growth()
+    some = (index for index in costs if not captured.segment(index).by_rows and _feeds(captured, index))
+    return Growth(linear=sum(costs[index][0].forward for index in some) / _TILE)
 
 
 def _by_each_group(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> Growth:

@@ -26,7 +26,7 @@ from memo_runtime.blocks.ambient import AutocastState, without_autocast
 from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
-from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
+from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixer_inputs, mixing_stages
 from memo_runtime.execution.compilers import Compiler, run_eagerly
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
@@ -100,6 +100,11 @@ def stash_of(captured: Captured) -> list[fx.Node]:
     return [*results, *(node for node in stages.fixed if isinstance(node.meta["val"], torch.Tensor))]
 
 
+def mixer_inputs_of(captured: Captured) -> list[fx.Node]:
+    """What segments make for the mixers of ``captured``; none where it cannot stay between forward and backward."""
+    return mixer_inputs(captured.stages.stages, captured.outputs)
+
+
 def _borrowed_by(captured: Captured, index: int) -> list[tuple[fx.Node, int, int]]:
     return borrowed(captured.stages, index)
 
@@ -122,6 +127,7 @@ class Run:
         swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
         products: host memory for those of the last ``sent`` of the tiles that are kept.
         reproducible: attention drops what ``attention_seed`` says, also where a fused kernel would draw itself.
+        mixer_inputs: what mixers are given stays between the two, and is not made again; not with groups.
         groups: of heads, one of which goes through attention at a time, where attention can be divided so.
         mixing: its mixers.
         owner: the block's name. yielded: its result as it was. above: inputs that are made again from it.
@@ -139,6 +145,7 @@ class Run:
     products: Products | None = None
     sent: int = 0
     reproducible: bool = False
+    mixer_inputs: bool = False
     groups: int = 1
     mixing: Mixing = field(init=False)
     #: Where the block computes.
@@ -197,6 +204,10 @@ class Run:
         """The values that backward needs of forward, beside placeholders."""
         return self.captured.once(stash_of)
 
+    def inputs_that_stay(self) -> list[fx.Node]:
+        """What mixers are given, where it stays."""
+        return self.captured.once(mixer_inputs_of) if self.mixer_inputs else []
+
     def _run_whole(self, nodes: Sequence[fx.Node], values: Values) -> None:
         if not nodes:
             return
@@ -217,9 +228,9 @@ class Run:
         self._segment_forward(index, how.segment, values, keep=keep and group.number == 0, part=part)
 
     def _drop_inputs(self, index: int, values: Values) -> None:
-        """Inputs of a mixer that a segment computed for it are rebuilt in backward."""
+        """Inputs of a mixer that a segment computed for it are rebuilt in backward, unless they stay to its end."""
         before = self.captured.stages.stages[index - 1] if index else None
-        if isinstance(before, Segment) and not before.by_rows:
+        if isinstance(before, Segment) and not before.by_rows and not self.mixer_inputs:
             yielded = {one for one in self.captured.outputs if isinstance(one, fx.Node)}
             for node in before.outputs:
                 if node not in yielded:
@@ -378,7 +389,7 @@ class Run:
             stage, how = stages.stages[index], self._grouping(index)
             if entry is not None and index + 1 == mixing.stop:
                 entry.fetch_below()
-            if how is None and (isinstance(stage, Mixer) or stage.by_rows):
+            if how is None and (isinstance(stage, Mixer) or stage.by_rows) and not self.mixer_inputs:
                 self._rebuild_inputs(index, values)
             if how is not None:
                 make = partial(self._make_group, index - 1, how, values, keep=False)

@@ -135,6 +135,7 @@ def plan_block(
     for_above: bool = False,
     late: bool = False,
     passes: int = 0,
+    mixer_inputs: bool = False,
 ) -> BlockPlan:
     """The exact plan of one block.
 
@@ -146,7 +147,7 @@ def plan_block(
         resident: what a rerun starts from and autograd saved stays on the device.
         sent: the last of the kept rows whose products go to the host. groups: of heads, for ``TILED``.
         from_below: its input is made again from the stash of the block below. for_above: that of the block above from
-            its own. late, passes: see ``BlockPlan``.
+            its own. late, passes, mixer_inputs: see ``BlockPlan``.
     """
     if executor is Executor.TILED:
         plan = _plan_tiled(block, tokens, (prefix, sent), device_rows, tile, from_below=from_below)
@@ -156,6 +157,8 @@ def plan_block(
         if for_above and block.tiled is not None:
             more = (passes if late else 1) * block.tiled.result_flops.at(tokens)
             plan = replace(plan, for_above=True, recomputed_flops=plan.recomputed_flops + more)
+        if mixer_inputs and block.tiled is not None:
+            plan = _with_inputs(plan, block.tiled)
         return plan if groups == 1 or block.tiled is None else _by_groups(plan, block.tiled, groups)
     if executor in (Executor.KEEP, Executor.NATIVE):
         prefix, device_rows = tokens, 0
@@ -207,6 +210,16 @@ def _plan_tiled(
         tile=tile,
         sent=sent,
         from_below=from_below,
+    )
+
+
+def _with_inputs(plan: BlockPlan, takes: TiledProfile) -> BlockPlan:
+    """``plan`` with what mixers are given on the device."""
+    return replace(
+        plan,
+        mixer_inputs=True,
+        bytes_kept=plan.bytes_kept + takes.mixer_inputs.at(plan.tokens),
+        recomputed_flops=plan.recomputed_flops - takes.mixer_input_flops.at(plan.tokens),
     )
 
 

@@ -131,6 +131,7 @@ def _choice(planned: BlockPlan) -> Choice:
             for_above=planned.for_above,
             late=planned.late,
             passes=planned.passes,
+            mixer_inputs=planned.mixer_inputs,
         )
     return Choice(planned.executor, reason=planned.reason)
 

@@ -165,12 +165,13 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     made_again = takes.stash[0].at(tokens) if plan.from_below else 0
     swapped = 0 if plan.device_rows else stash - made_again
     products = takes.product_bytes(plan.prefix - plan.sent)
+    stays = takes.resident.at(tokens) + (takes.mixer_inputs.at(tokens) if plan.mixer_inputs else 0)
     timed = takes if takes.seconds_per_flop else block
     stretches = _stretches(takes, plan, products)
     rate = takes.seconds_per_flop or _seconds_per_flop(block, tokens)
     times = plan.passes if plan.late else int(plan.for_above)
     return Footprint(
-        skeletal=stash + takes.resident.at(tokens) + products,
+        skeletal=stash + stays + products,
         outgoing=swapped,
         kept=plan.bytes_kept,
         full=swapped + made_again,
@@ -202,12 +203,20 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
 
 
 def _forward_moments(takes: TiledProfile, plan: BlockPlan) -> tuple[Moment, ...]:
+    if plan.mixer_inputs:
+        return takes.forward_with_inputs
     return takes.forward if plan.groups == 1 else takes.forward_by_groups
+
+
+def _backward_moments(takes: TiledProfile, plan: BlockPlan) -> tuple[Moment, ...]:
+    if plan.mixer_inputs:
+        return takes.backward_with_inputs
+    return takes.backward if plan.groups == 1 else takes.backward_by_groups
 
 
 def _stretches(takes: TiledProfile, plan: BlockPlan, products: int) -> tuple[tuple[Stretch, int, int], ...]:
     """See ``Footprint``. Products of the last stage land before attention, if there is any, and others behind it."""
-    backward = takes.backward if plan.groups == 1 else takes.backward_by_groups
+    backward = _backward_moments(takes, plan)
     by_stretch = {one: [moment for moment in backward if moment.stretch is one] for one in Stretch}
     rows = min(plan.sent, (1 + TILES_AHEAD) * plan.tile)
     last, others = (max((size.at(rows) for size in some), default=0)
@@ -247,6 +256,7 @@ def _again_seconds(block: BlockProfile, takes: TiledProfile, plan: BlockPlan) ->
         passing = (plan.passes if plan.late else int(plan.for_above)) * takes.result_flops.at(plan.tokens)
         return (plan.recomputed_flops - passing) * _seconds_per_flop(block, plan.tokens)
     all_again = takes.again_flops.at(plan.tokens) + (plan.groups - 1) * takes.group_flops.at(plan.tokens)
+    all_again -= takes.mixer_input_flops.at(plan.tokens) if plan.mixer_inputs else 0
     return all_again * takes.seconds_per_flop - takes.saved_seconds.exact(plan.prefix)
 
 

@@ -138,7 +138,7 @@ def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
 def _with_whole(sheet: Sheet, budgets: Budgets, kept: frozenset[int]) -> Iterator[Choices]:
     """Plans with all rows of some blocks left where the forward put them, which no line of the program leads to.
 
-    They take no landing buffer and no copies on the device: of all free blocks, or of some at the end, as kept ones are.
+    They take no landing buffer and no copies on the device: of all free blocks, or of some at the end.
     """
     base = at_fraction(sheet, 0.0, kept)
     free = [index for index, choice in enumerate(base) if choice == Choice(Executor.REPLAY)]

@@ -36,6 +36,7 @@ class Choice:
     for_above: bool = False
     late: bool = False
     passes: int = 0
+    mixer_inputs: bool = False
 
 
 #: Plan and footprint of a block.
@@ -125,6 +126,7 @@ class Sheet:
                 for_above=choice.for_above,
                 late=choice.late,
                 passes=choice.passes,
+                mixer_inputs=choice.mixer_inputs,
             )
             found = self._known[key] = plan, footprint(block, plan, self.profile.link)
         return found

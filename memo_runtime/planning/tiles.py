@@ -1,4 +1,4 @@
-"""``tiled``: blocks that were captured run tile by tile; five things are chosen for all of them together.
+"""``tiled``: blocks that were captured run tile by tile; six things are chosen for all of them together.
 
 * the *tile*: one of a few lengths, the largest first, since shorter tiles only save memory; twice the largest where all
   else stays as it is and memory is left, since the gaps between kernels are half as many then;
@@ -7,6 +7,7 @@
   those that keep their stash, in host memory;
 * how many *groups of heads* attention runs in: as few as fit, since each but the first takes the segment before
   attention once more. (They also leave room for what is kept, which may be worth more; on a GPU that is not measured.)
+* whether what attention is given (queries, keys, values) stays too, where all products do, of as many blocks as fit;
 * of how many blocks that follow each other (``every``) only the first stashes its *input*. The others make theirs
   again, which takes one segment for each: as few as fit, for the same reason.
 
@@ -74,7 +75,7 @@ class ByTiles(Strategy):
         for every in _runs(sheet):
             best = self._best(sheet, budgets, every) if self._some_fits(sheet, budgets, every) else None
             if best is not None:
-                best = self._stretched(sheet, budgets, best)
+                best = self._with_inputs(sheet, budgets, self._stretched(sheet, budgets, best))
                 return Decision(best, () if _timed(sheet) else (_ESTIMATED,))
         for tile in self._tiles(sheet):
             best = fastest(sheet, budgets, list(self._late(sheet, tile, _groups(sheet))))
@@ -132,6 +133,22 @@ class ByTiles(Strategy):
         whole = all(one.prefix == tokens or one.prefix % one.tile == 0
                     for one, tokens in zip(twice, sheet.lengths, strict=True) if one.tile)  # fmt: skip
         return twice if self.tile is None and whole and fits(sheet, budgets, twice) else best
+
+    def _with_inputs(self, sheet: Sheet, budgets: Budgets, best: Choices) -> Choices:
+        """``best`` with what mixers are given on the device, of as many of the last blocks as fit.
+
+        Only where all products stay there already, which saves more by byte.
+        """
+        some = [index for index, one in enumerate(best) if one.executor is Executor.TILED and _may_stay(sheet, index)]
+        whole = all(best[index].prefix == sheet.lengths[index] and not best[index].sent for index in some)
+        if self.alpha is not None or not some or not whole or any(best[i].groups > 1 or best[i].late for i in some):
+            return best
+
+        def at(count: int) -> Choices:
+            last = {*some[len(some) - count :]}
+            return tuple(replace(one, mixer_inputs=True) if index in last else one for index, one in enumerate(best))
+
+        return at(largest(lambda count: fits(sheet, budgets, at(count)), len(some) + 1))
 
     def _all(self, sheet: Sheet, budgets: Budgets, which: _How, residents: Sequence[int]) -> list[Choices]:
         """Of ``residents``, numbers of blocks whose stash stays, what may be the fastest with each."""
@@ -202,6 +219,12 @@ class _How:
 
     def at(self, sheet: Sheet, alpha: float, *, sent: float = 0.0) -> Choices:
         return by_tiles(sheet, alpha, self.resident, self.tile, sent=sent, groups=self.groups, every=self.every)
+
+
+def _may_stay(sheet: Sheet, index: int) -> bool:
+    """What the mixers of block ``index`` are given can stay between forward and backward."""
+    takes = sheet.blocks[index].tiled
+    return takes is not None and takes.mixer_input_flops.linear > 0
 
 
 def _likely(

@@ -64,6 +64,7 @@ def _key(block: BlockPlan) -> tuple[object, ...]:
         block.sent,
         block.groups,
         block.from_below,
+        block.mixer_inputs,
     )
 
 
@@ -74,16 +75,18 @@ def _blocks(plan: Plan) -> list[str]:
     sends = any(block.sent for block in plan.blocks)
     header = (*_HEADER, "sent") if sends else _HEADER
     shown = table(header, [row[: len(header)] for row in rows], text_columns=(0, 1))
-    return [shown, *_attention(plan), *_made_again(plan), *reasons_text(reasons)]
+    below = [block.name for block in plan.blocks if block.from_below]
+    stay = [block.name for block in plan.blocks if block.mixer_inputs]
+    told = [*_named("inputs made again from the block below", below), *_named("what attention is given stays", stay)]
+    return [shown, *_attention(plan), *told, *reasons_text(reasons)]
 
 
-def _made_again(plan: Plan) -> list[str]:
-    """Blocks that stash no input: ``inputs made again from the block below: 8, of layers.1 ... layers.15``."""
-    names = [block.name for block in plan.blocks if block.from_below]
+def _named(what: str, names: Sequence[str]) -> list[str]:
+    """Blocks of which something is true: ``inputs made again from the block below: 8, of layers.1 ... layers.15``."""
     if not names:
         return []
     ends = dict.fromkeys((names[0], names[-1]))
-    return ["", *textwrap.wrap(f"inputs made again from the block below: {len(names)}, of {' ... '.join(ends)}", WIDTH)]
+    return ["", *textwrap.wrap(f"{what}: {len(names)}, of {' ... '.join(ends)}", WIDTH)]
 
 
 def _attention(plan: Plan) -> list[str]:

@@ -83,7 +83,8 @@ def test_a_rehearsed_run(in_process, arguments, capsys):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("mem") and name != "memo-auto" else [])
+    pytest.param(name, marks=[pytest.mark.slow] if "+" in name or name.startswith("mem") else [])
+    if name != "memo-auto" else name
     for name in sorted(set(CONTENDERS) - {"kernels"})
 ])  # fmt: skip
 def test_every_contender_is_rehearsed_through_its_interface(make_job, name):

@@ -102,7 +102,7 @@ class Case:
 
     ``held``: the caller keeps the last block's result, whose gradient it has given. ``sent``: of the kept tiles of
     swapped blocks, the last ones whose products go to the host. ``groups``: of heads. ``every``: of so many blocks one
-    stashes its input. ``late``: nothing of a run comes ahead.
+    stashes its input. ``late``: nothing of a run comes ahead. ``inputs``: what attention is given stays.
     """
 
     kind: Kind
@@ -114,6 +114,7 @@ class Case:
     groups: int = 1
     every: int = 1
     late: bool = False
+    inputs: bool = False
 
 
 def bytes_of(*tensors):
@@ -153,7 +154,8 @@ class Stack:
             plan = plan_block(block, Executor.TILED, TOKENS, prefix, rows, tile=case.tile, sent=sent,
                               groups=case.groups, from_below=index % case.every > 0,
                               for_above=index + 1 < self.kind.blocks and (index + 1) % case.every > 0,
-                              late=case.late, passes=self.passes(index, case) if case.late else 0)  # fmt: skip
+                              late=case.late, passes=self.passes(index, case) if case.late else 0,
+                              mixer_inputs=case.inputs)  # fmt: skip
             one = footprint(block, plan, Link(to_host=1.0, to_device=1.0))
             prints.append(replace(one, outgoing=0, sent=replace(one.sent, under_way=0)))
         around = Surroundings(
@@ -172,7 +174,8 @@ class Stack:
         tools = Tools(CPU, 1 << 30)
         swap = TiledSwap(CPU, tools.pool, tools.engine)
         alpha = case.keep / -(-TOKENS // case.tile)
-        way = Way(tile=case.tile, alpha=alpha, swap=swap, groups=case.groups, late=case.late)
+        way = Way(tile=case.tile, alpha=alpha, swap=swap, groups=case.groups, late=case.late,
+                  mixer_inputs=case.inputs)  # fmt: skip
         for layer in self.layers:
             layer.zero_grad()
         self.source.grad = None
@@ -204,14 +207,15 @@ def stack_of(kind):
 
 GROUPED, ADAPTED = Kind(shared=1, wide=8), Kind(rows=3, lora=True)
 CASES = [
-    *(Case(GROUPED, keep=keep, swapped=swapped) for keep, swapped in ((0, 0), (0, 2), (2, 1), (6, 2), (6, 0))),
-    *(Case(GROUPED, tile=tile, keep=1, swapped=1) for tile in (40, TOKENS)),
+    *(Case(GROUPED, keep=keep, swapped=swapped) for keep, swapped in ((0, 0), (0, 2), (6, 2), (6, 0))),
+    Case(GROUPED, tile=40, keep=1, swapped=1),
+    Case(GROUPED, keep=6, inputs=True),
     *(Case(GROUPED, keep=keep, held=True) for keep in (0, 3)),
     Case(Kind(shared=1, wide=8, blocks=3), swapped=3, held=True),
-    *(Case(ADAPTED, keep=keep, swapped=swapped, tile=20) for keep, swapped in ((2, 2), (5, 1))),
+    Case(ADAPTED, keep=2, swapped=2, tile=20),
     Case(ADAPTED, held=True, tile=7),
     Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
-    *(Case(Kind(frozen=True), swapped=swapped, keep=2) for swapped in (2, 0)),
+    Case(Kind(frozen=True), swapped=2, keep=2),
 ]
 SENDING = [
     *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)
@@ -243,6 +247,13 @@ LATE = [
       for keep, swapped, every in ((0, 4, 4), (6, 4, 4), (0, 4, 1), (0, 2, 2))),
 ]  # fmt: skip
 MORE = [
+    Case(GROUPED, keep=2, swapped=1),
+    Case(GROUPED, tile=TOKENS, keep=1, swapped=1),
+    Case(ADAPTED, keep=5, swapped=1, tile=20),
+    Case(Kind(frozen=True), keep=2),
+    *(Case(kind, keep=keep, swapped=swapped, held=held, inputs=True)
+      for kind, keep, swapped, held in ((GROUPED, 6, 2, False), (WIDE, 6, 1, True), (Kind(rows=3), 6, 0, False),
+                                        (ADAPTED, 2, 0, False))),
     Case(GROUPED, tile=7, keep=1, swapped=1),
     Case(ADAPTED, tile=20),
     *(

@@ -1,6 +1,9 @@
+import pytest
+
 from tests.house import sizes
 
 
+@pytest.mark.slow  # ``make test`` asks that itself
 def test_nothing_is_larger_than_its_ceiling():
     assert sizes.broken() == []
 

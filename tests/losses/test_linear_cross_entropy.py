@@ -105,7 +105,7 @@ def test_frozen_operands_get_no_gradient(frozen: tuple[bool, bool, bool]) -> Non
         assert_close(gradients(got, live), gradients(want, live), 1e-12)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sum", "none"))])
 def test_gradcheck(reduction: str) -> None:
     hidden, weight, bias, target = operands(shape=(5,))
 

@@ -12,6 +12,8 @@ from memo_runtime.planning.planner import make_plan
 from memo_runtime.records import Role
 from memo_runtime.units import GiB
 
+#: A model of 7B is profiled here, which takes twenty seconds.
+pytestmark = pytest.mark.slow
 A800 = find_machine("a800-80gb")
 GPUS = 8
 

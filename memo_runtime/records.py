@@ -93,6 +93,7 @@ class TensorGroup:
         splits: the token rows can be separated (one token dimension).
         estimated: the size depends on data and is only an estimate at other lengths.
         bundle: it stands for many storages, which are found at every call; None: it is one.
+        fills: it is all of its storage. Else more stays where it is left as it is (a part of a fused projection).
     """
 
     role: Role
@@ -101,6 +102,7 @@ class TensorGroup:
     splits: bool = True
     estimated: bool = False
     bundle: Bundle | None = None
+    fills: bool = True
 
 
 class PinKind(StrEnum):

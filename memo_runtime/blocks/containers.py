@@ -47,10 +47,11 @@ _pytree.register_pytree_node(
 )
 
 
-#: By shape of a tree of Python's own containers, how to put it together, with its text; by identity, the text again.
+#: By shape of a tree of Python's own containers, how to put it together; by identity of that, its text.
 _SPECS: dict[tuple[Any, ...], Any] = {}
 _TEXTS: dict[int, str] = {}
-_MOST_SPECS = 1 << 12
+#: So many are remembered, of trees with so many parts: a list of numbers may be of another length at every call.
+_MOST_SPECS, _MOST_PARTS = 1 << 10, 256
 
 
 def flatten(value: Any) -> tuple[list[Any], Any]:
@@ -60,12 +61,14 @@ def flatten(value: Any) -> tuple[list[Any], Any]:
     if not _take_apart(value, leaves, shape):
         return _flatten_any(value)
     key = tuple(shape)
-    if key not in _SPECS:
-        _, spec = _pytree.tree_flatten(value)
-        if len(_SPECS) >= _MOST_SPECS:
-            return leaves, spec
-        _SPECS[key], _TEXTS[id(spec)] = spec, str(spec)
-    return leaves, _SPECS[key]
+    found = _SPECS.get(key)
+    if found is None:
+        _, found = _pytree.tree_flatten(value)
+        if len(_SPECS) < _MOST_SPECS and len(key) <= _MOST_PARTS:
+            made, found = found, _SPECS.setdefault(key, found)
+            if made is found:  # another thread's is remembered otherwise, and this one goes
+                _TEXTS[id(found)] = str(found)
+    return leaves, found
 
 
 def text_of(spec: Any) -> str:

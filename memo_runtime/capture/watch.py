@@ -67,7 +67,7 @@ class _UnwatchableError(Exception):
 
 
 class _Content:
-    """The objects that somebody held; those that can be are referred to weakly, and ``unheld`` not at all."""
+    """The objects that somebody held; those that can be are referred to weakly, and those at ``unheld`` not at all."""
 
     __slots__ = ("_held", "_soft", "_unheld")
 
@@ -78,13 +78,12 @@ class _Content:
         self._soft: list[tuple[int, weakref.ReferenceType[Any]]] = []
         self._unheld: list[int] = []
         for at, value in enumerate(values):
-            reference = None if _is_held(value) else _reference(value)
-            if id(value) in unheld:
+            reference = None if at in unheld or _is_held(value) else _reference(value)
+            if at in unheld:
                 self._unheld.append(at)
             elif reference is not None:
                 self._soft.append((at, reference))
-            alone = reference is None and id(value) not in unheld
-            self._held.append(value if alone else None)
+            self._held.append(value if at not in unheld and reference is None else None)
 
     def same(self, now: Iterable[Any]) -> bool:
         """``now`` are the very same, in the same order."""
@@ -105,21 +104,19 @@ class _Content:
 class _Tables:
     """What dictionaries held, all looked at together: one by one takes ten times as long."""
 
-    __slots__ = ("_names", "_sizes", "_spelled", "_values")
+    __slots__ = ("_names", "_sizes", "_values")
 
     def __init__(self, tables: Sequence[Mapping[Any, Any]], unheld: Collection[int] = ()) -> None:
         self._sizes = [*map(len, tables)]
         self._names = [*chain.from_iterable(tables)]
-        self._spelled = all(type(name) is str for name in self._names)
         self._values = _Content([*_values_of(tables)], unheld)
 
     def same(self, tables: Sequence[Mapping[Any, Any]]) -> bool:
         """Each of ``tables`` holds what it held, under the same names."""
         if [*map(len, tables)] != self._sizes:
             return False
-        names = [*chain.from_iterable(tables)]
-        # Numbers are equal to other kinds of numbers, and what objects are equal to is their own matter.
-        same = names == self._names if self._spelled else all(map(is_, names, self._names))
+        # What names are equal to is their own matter: 1 is equal to True, and a member of an Enum may be to its name.
+        same = all(map(is_, chain.from_iterable(tables), self._names))
         return same and self._values.same(_values_of(tables))
 
 
@@ -158,7 +155,8 @@ class _Objects:
         self._find = [_finder(value) for value in values]
         self._kinds = [*map(type, values)]
         # These hold what takes memory, and what is in them is asked for itself.
-        own = {id(getattr(module, name)) for module in modules for name in _OWN_TABLES}
+        names = ((index, name) for index, table in enumerate(attributes) for name in table)
+        own = {at for at, (index, name) in enumerate(names) if index < len(modules) and name in _OWN_TABLES}
         self._attributes = _Tables(attributes, own)
         self._modules = len(modules)
         self._children = _Tables([one._modules for one in modules])

@@ -34,6 +34,8 @@ def _place_of_rows(
     shape: tuple[int, ...], strides: tuple[int, ...], dim: int, start: int, stop: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, bool]:
     """(shape, strides without gaps, elements ahead, whether the rows lie so already)."""
+    if not 0 <= start <= stop <= shape[dim]:
+        raise IndexError(f"rows {start} to {stop} of {shape[dim]}")
     cut = (*shape[:dim], stop - start, *shape[dim + 1 :])
     found, there = _without_gaps(cut, strides)
     return cut, found, start * strides[dim], there

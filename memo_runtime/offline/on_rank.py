@@ -86,6 +86,8 @@ def _tiles_on_rank(kind: Kind, tiled: TiledProfile, ranks: Ranks, added: Sequenc
     return replace(
         timed,
         again_flops=_rank_flops(timed.again_flops, ranks.gpus),
+        # What attention is given comes from other ranks, and nothing is known of what it takes to leave it there.
+        mixer_input_flops=timed.mixer_input_flops if ranks.gpus == 1 else Growth(),
         forward=tuple(_beside(one, buffers, 0) for one in timed.forward),
         backward=tuple(_beside(one, buffers, reduced) for one in timed.backward),
         forward_by_groups=tuple(_beside(one, buffers, 0) for one in timed.forward_by_groups),

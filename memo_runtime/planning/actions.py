@@ -72,7 +72,7 @@ def _swap_action(group: TensorGroup, tokens: int, device_rows: int) -> Action:
         return Action.REBUILD
     if device_rows and group.role is Role.TOKEN and splits(group):
         # Rows that stay are copied apart, so that the rest can go; where there is no rest they are left where they are.
-        return Action.KEEP if device_rows >= tokens else Action.PREFIX
+        return Action.KEEP if device_rows >= tokens and group.fills else Action.PREFIX
     return _host_or_keep(group, tokens)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isclose
 
 from memo_runtime.config import Policy, Settings
 from memo_runtime.planning.freedom import Auto
@@ -81,8 +82,9 @@ class EitherExecutor(Strategy):
             chosen, note = by_tiles, "blocks run by tiles: replay does not fit"
         elif by_replay is not None and by_tiles is not None:
             replay, tiles = (sheet.step_seconds(one.choices) for one in (by_replay, by_tiles))
-            taken, left = ("by tiles", way) if tiles < replay else (way, "by tiles")
-            chosen = by_tiles if tiles < replay else by_replay
+            sooner = tiles < replay and not isclose(tiles, replay)  # estimates may say the same in other words
+            taken, left = ("by tiles", way) if sooner else (way, "by tiles")
+            chosen = by_tiles if sooner else by_replay
             first, second = sorted((tiles, replay))
             note = f"blocks run {taken}: a step of {format_seconds(first)}, and {format_seconds(second)} {left}"
         elif by_replay is not None and some_by_tiles(sheet):

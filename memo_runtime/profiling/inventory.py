@@ -123,15 +123,19 @@ def _add_group(
         pieces = [(0, list(members))]
     else:
         pieces = [(region.numel * flat.element_size(), inside) for region, flat, inside in locate(members, tokens)]
+    storage = members[0].tensor.untyped_storage().nbytes()
     for size, inside in pieces:
         axis = inside[0].axis
         matches = [(member.tensor, found[member.index]) for member in inside if member.index is not None]
+        role = roles.of(inside[0].tensor, axis, grows=any(match.dims for _, match in matches))
         inventory.groups.append(
             TensorGroup(
-                role=roles.of(inside[0].tensor, axis, grows=any(match.dims for _, match in matches)),
+                role=role,
                 size=_size(size, tokens, matches, axis),
                 saved=any(member.index is not None for member in inside),
                 splits=axis is not None,
+                # Others come from outside, where a call that is made up has another storage.
+                fills=role is not Role.TOKEN or size >= storage,
             )
         )
         number = len(inventory.groups) - 1

@@ -263,8 +263,10 @@ def _dim(axis: TokenAxis | None) -> int | None:
 
 def same_sizes(a: BlockProfile, b: BlockProfile) -> bool:
     """The same bytes, axes and FLOPs."""
-    names = ("saved", "groups", "pins", "forward_flops", "rerun_flops", "recompute_flops")
-    return all(getattr(a, name) == getattr(b, name) for name in names)
+    names = ("saved", "pins", "forward_flops", "rerun_flops", "recompute_flops")
+    # Arguments that are made up for a look are parts of other storages than a caller's.
+    groups = ([replace(group, fills=True) for group in one.groups] for one in (a, b))
+    return next(groups) == next(groups) and all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int) -> BlockProfile | None:
@@ -289,7 +291,8 @@ def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int
     def group(x: TensorGroup, y: TensorGroup) -> TensorGroup:
         bundle = _bundle(partial(line_through, share=share), x.bundle, y.bundle)
         size = line_through(x.size, y.size, share)
-        return replace(x, size=size, bundle=bundle, estimated=x.estimated or y.estimated)
+        estimated, fills = x.estimated or y.estimated, x.fills and y.fills
+        return replace(x, size=size, bundle=bundle, estimated=estimated, fills=fills)
 
     def saved(x: SavedTensor, y: SavedTensor) -> SavedTensor:
         return replace(x, axis=axis(x.axis, y.axis))
@@ -369,5 +372,9 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         forward_by_groups=tuple(map(moment, tiled.forward_by_groups)),
         backward_by_groups=tuple(map(moment, tiled.backward_by_groups)),
         group_flops=times(tiled.group_flops, ratio),
+        mixer_inputs=times(tiled.mixer_inputs, ratio),
+        mixer_input_flops=times(tiled.mixer_input_flops, ratio),
+        forward_with_inputs=tuple(map(moment, tiled.forward_with_inputs)),
+        backward_with_inputs=tuple(map(moment, tiled.backward_with_inputs)),
         elements=times(tiled.elements, ratio),
     )

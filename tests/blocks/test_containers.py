@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memo_runtime.blocks.containers import flatten, leaves_of, mapped, unflatten
+from memo_runtime.blocks import containers
+from memo_runtime.blocks.containers import flatten, leaves_of, mapped, text_of, unflatten
 
 X = torch.ones(2)
 
@@ -47,6 +48,31 @@ def test_objects_in_objects_come_back_as_they_were() -> None:
     assert again["one"] is not value["one"]
     assert spec == flatten(value)[1]
     assert str(spec) == str(flatten(value)[1])
+
+
+def test_a_shape_is_remembered_and_is_what_pytorch_makes_of_it() -> None:
+    parameter = torch.nn.Parameter(X)
+    trees: list[Any] = [
+        ((X, None), {"a": [1, X], "b": {}}), ((X, None), {"b": {}, "a": [1, X]}), (((X,), [None]), {}),
+        (([X], (None,)), {}), ((parameter, 2.5, "text"), {"mask": None}),
+    ]  # fmt: skip
+    for tree in trees:
+        leaves, spec = flatten(tree)
+        want, of_pytorch = torch.utils._pytree.tree_flatten(tree)
+        assert all(one is other for one, other in zip(leaves, want, strict=True))
+        assert spec == of_pytorch
+        assert text_of(spec) == text_of(of_pytorch) == str(of_pytorch)
+        assert flatten(tree)[1] is spec
+        assert unflatten(leaves, spec) == tree
+    assert len({text_of(flatten(tree)[1]) for tree in trees}) == len(trees)
+
+
+def test_lists_of_numbers_of_any_length_are_not_remembered() -> None:
+    before = len(containers._SPECS)
+    for length in range(containers._MOST_PARTS, containers._MOST_PARTS + 5):
+        leaves, spec = flatten(((X,), {"lengths": [*range(length)]}))
+        assert (len(leaves), spec.num_leaves) == (length + 1, length + 1)
+    assert len(containers._SPECS) == before
 
 
 def test_mapped_changes_leaves_and_nothing_else() -> None:

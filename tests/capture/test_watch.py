@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from enum import StrEnum
 from types import SimpleNamespace
 
 import numpy
@@ -36,6 +37,12 @@ class Other(nn.Linear):
     pass
 
 
+class Name(StrEnum):
+    """Equal to its value."""
+
+    B = "b"
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +50,9 @@ class Block(nn.Module):
         self.table = nn.Buffer(torch.zeros(2))
         self.rate = 0.1
         self.config = SimpleNamespace(heads=4, deep=SimpleNamespace(kinds=["full", "sliding"]))
-        self.members = [1, {"a": 2.5}]
+        self.members = [1, {"a": 2.5, "b": 1}]
+        self.act = nn.ReLU()
+        self.opts = self.act._buffers
         self.names = {"one", "two"}
         self.recent = deque([1, 2])
         self.nothing: dict[str, int] = {}
@@ -92,6 +101,8 @@ CHANGES = {
     "a dictionary of an object": lambda block: setattr(block.holder, "__dict__", {"heads": 5}),
     "a dictionary of a module": lambda block: setattr(block.inner, "__dict__", {**block.inner.__dict__, "k": 1}),
     "an object that goes": lambda block: setattr(block, "config", None),
+    "an equal name of another kind": lambda block: block.members[1].update({Name.B: block.members[1].pop("b")}),
+    "what was a table of the module": lambda block: setattr(block, "opts", {"approx": "tanh"}),
     "a forward that is installed": lambda block: setattr(block.inner, "forward", lambda x: x),
 }  # fmt: skip
 

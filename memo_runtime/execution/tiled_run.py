@@ -101,8 +101,8 @@ def stash_of(captured: Captured) -> list[fx.Node]:
 
 
 def mixer_inputs_of(captured: Captured) -> list[fx.Node]:
-    """What segments make for the mixers of ``captured``; none where it cannot stay between forward and backward."""
-    return mixer_inputs(captured.stages.stages, captured.outputs)
+    """What segments make for the mixers of ``captured``; none where it cannot stay, or nothing goes backward."""
+    return mixer_inputs(captured.stages.stages, captured.outputs) if captured.goes_backward else []
 
 
 def _borrowed_by(captured: Captured, index: int) -> list[tuple[fx.Node, int, int]]:

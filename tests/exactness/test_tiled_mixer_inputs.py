@@ -111,6 +111,14 @@ def test_they_stay_where_there_is_room_from_the_last_block_on():
     assert not any(block.mixer_inputs for block in planned(*kinds, alpha=0.0).blocks)
 
 
+def test_nothing_stays_of_a_block_that_does_not_go_backward():
+    model = stack().eval()
+    model.embed.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    plan = memo.plan(memo.profile(model, batch_of(), tiles=True), policy="tiled", tile=5)
+    assert [block.mixer_inputs for block in plan.blocks] == [False, True]
+
+
 class YieldsKeys(hand_written.Attention):
     """Yields a part of what its attention is given beside its result."""
 

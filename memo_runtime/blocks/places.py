@@ -202,7 +202,7 @@ class Elements:
 class Glance:
     """Many places at one look, which most calls need and no more: whether each holds the very objects that it held.
 
-    One by one the places of a block, some sixty, take five times as long.
+    A block has some sixty, and to ask each of them takes longer than the look.
     """
 
     def __init__(self, places: Iterable[Place]) -> None:

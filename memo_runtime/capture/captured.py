@@ -128,7 +128,7 @@ def _path(name: str) -> tuple[str, ...]:
 
 
 def _read(block: nn.Module, path: Sequence[str]) -> torch.Tensor:
-    """By the tables of modules: to ask modules themselves, and for paths, takes ten times as long at every call."""
+    """By the tables of modules: to ask modules themselves, and for paths, takes longer, at every call."""
     module: Any = block
     *owners, last = path
     for name in owners:

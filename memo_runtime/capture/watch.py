@@ -102,7 +102,7 @@ class _Content:
 
 
 class _Tables:
-    """What dictionaries held, all looked at together: one by one takes ten times as long."""
+    """What dictionaries held, all looked at together: a call for each takes longer than the look."""
 
     __slots__ = ("_names", "_sizes", "_values")
 

@@ -317,53 +317,6 @@ def test_what_is_said_of_two_plans_for_a_million_tokens_is_made_of_rows():
     assert "the first has 4 and the latest 8" in tiled
 
 
-def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
-    docs = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
-    tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
-    run = run_of("harness_step_h200.jsonl", "issue9-1b")
-    seconds = {key: row["step_seconds"] for key, row in run.items()}
-    others = {key: row for key, row in run.items() if not key[0].startswith(("memo", "kernels", "reference"))}
-    assert len({name for name, _ in others}) == 9
-    lengths = [length for name, length in run if name == "memo-auto"]
-    assert lengths == [8192, 16384, 32768, 65536, 131072]
-    ahead = [min(row["step_seconds"] for (_, there), row in others.items() if there == length)
-             / seconds["memo-auto", length] for length in lengths]  # fmt: skip
-    assert f"is {min(ahead):.2f} to {max(ahead):.2f} times as fast as the fastest other" in docs
-    assert all(set(run["memo-auto", length]["details"]["executors"]) == {"tiled"} for length in lengths)
-    behind = {length: seconds["memo-auto", length] / seconds["memo-tiled", length] - 1 for length in lengths}
-    assert [length for length, part in behind.items() if part <= 0] == [16384]
-    assert f"at all lengths but 16,384, by {100 * max(behind.values()):.1f} % at most" in docs
-    names = ("checkpoint", "hf-offload", "hf-offload+liger", "deepspeed", "megatron-full")
-    again = min(names, key=lambda name: seconds[name, 131072])
-    faster = [seconds[name, 131072] / seconds["memo-auto", 131072] for name in ("selective", again)]
-    assert f"{faster[0]:.2f} times as fast as selective and {faster[1]:.2f} times as fast as {again}" in docs
-    auto, selective = run["memo-auto", 131072], run["selective", 131072]
-    device, host = (f"{auto[name] / GIB:.1f} GiB" for name in ("peak_allocated", "pinned_bytes"))
-    its = f"{selective['peak_allocated'] / GIB:.1f} GiB"
-    assert f"takes {device} and {host} of host memory for that, selective {its}" in docs
-    least = {length: min((row["peak_allocated"], name) for (name, there), row in others.items() if there == length)
-             for length in lengths}  # fmt: skip
-    assert {name for _, name in least.values()} == {"hf-offload+liger"}
-    pool = [run_of("harness_step_h200.jsonl", name)["hf-offload+liger", 131072]["pinned_bytes"] / GIB
-            for name in ("issue9-1b", "issue7-1b-h200c")]  # fmt: skip
-    assert f"has {pool[0]:.1f} GiB at 131,072 tokens here, and {pool[1]:.1f} GiB where it began with that" in docs
-    gap = seconds["hf-offload+liger", 131072] / seconds["selective", 131072]
-    assert f"of which selective is {gap:.2f} times as fast as it" in tiled
-    short = {name: sorted(-100 * off(row)["step"] for (one, _), row in run.items() if one == name)
-             for name in ("memo-auto", "memo-tiled", "memo-replay")}  # fmt: skip
-    said = [f"{steps[0]:.1f} to {steps[-1]:.1f} % for {name}" for name, steps in short.items()]
-    assert f"Step forecasts of this run are too short: by {said[0]}, {said[1]} and {said[2]}" in docs
-    memo = [row for (name, _), row in run.items() if name.startswith("memo")]
-    longest = max(-100 * off(row)["step"] for row in memo if row["seq_len"] == 131072)
-    assert f"at 131,072 tokens they are within {longest:.1f} %" in docs
-    assert f"Peaks are within {100 * max(abs(off(row)['peak']) for row in memo):.1f} % of their forecasts" in docs
-    assert all(row["pinned_bytes"] - row["details"]["host_bytes"] < 16 for row in memo)
-    ended = [row for row in rows_of("harness_step_h200.jsonl") if row["run"] == "issue9-1b" and row["status"] == "oom"]
-    (replay,) = (row for row in ended if row["contender"] == "memo-replay")
-    assert (replay["seq_len"], "3.87 GiB is reserved by PyTorch but unallocated" in replay["error"]) == (65536, True)
-    assert "memo-replay ran out of memory at 65,536 tokens, with 3.87 GiB reserved and not in use" in docs
-
-
 def test_what_is_said_of_8b_steps_is_made_of_rows():
     tiled = " ".join((ROOT / "docs/tiled.md").read_text(encoding="utf-8").split())
     (lora,) = run_of("harness_step_h200.jsonl", "issue7-8b-lora").values()

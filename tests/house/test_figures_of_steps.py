@@ -1,0 +1,123 @@
+"""Figures of whole steps side by side, in README and docs, are those of committed rows."""
+
+from benchmarks.harness.forecast import off
+from tests.house.sources import ROOT
+from tests.house.test_figures import GIB, rows_of, run_of
+
+ROWS, RUN = "harness_step_h200.jsonl", "issue9-1b-d"
+FITS, BEYOND = (8192, 16384, 32768), (65536, 131072)
+
+
+def text_of(name):
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def ahead(run, name, length):
+    """How many times as fast memo-auto is."""
+    return run[name, length]["step_seconds"] / run["memo-auto", length]["step_seconds"]
+
+
+def trained(run, length):
+    return [name for name, there in run if there == length and not name.startswith(("memo", "kernels", "reference"))]
+
+
+def said(numbers, digits=2):
+    return " and ".join(f"{number:.{digits}f}" for number in numbers)
+
+
+def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
+    docs, run = text_of("docs/benchmarks.md"), run_of(ROWS, RUN)
+    assert all(set(run["memo-auto", length]["details"]["executors"]) == {"tiled"} for length in (*FITS, *BEYOND))
+    core = {"selective", "checkpoint", "hf-offload", "trl-offload", "deepspeed", "megatron-full", "axolotl"}
+    for length in (*FITS, *BEYOND):
+        assert set(trained(run, length)) - {"selective+compile"} == core | (
+            {"unwrapped", "unwrapped+compile"} if length in FITS else set()
+        )
+    plain = [min(ahead(run, name, length) for name in trained(run, length) if not name.endswith("+compile"))
+             for length in (*FITS, *BEYOND)]  # fmt: skip
+    assert f"is {min(plain):.2f} to {max(plain):.2f} times as fast as the fastest other" in docs
+    again = core - {"selective", "axolotl"}
+    assert {min(again, key=lambda name: ahead(run, name, length)) for length in BEYOND} == {"megatron-full"}
+    faster = said(ahead(run, "megatron-full", length) for length in BEYOND)
+    assert f"and {faster} times as fast as megatron-full" in docs
+    assert ("kernels", 65536) in run
+    assert ("kernels", 131072) not in run
+
+
+def test_what_is_said_beside_compiled_blocks_is_made_of_rows():
+    docs, readme, run = text_of("docs/benchmarks.md"), text_of("README.md"), run_of(ROWS, RUN)
+    faster = [100 * (1 / ahead(run, "unwrapped+compile", length) - 1) for length in FITS]
+    more = [100 * (run["unwrapped+compile", length]["peak_allocated"] / run["memo-auto", length]["peak_allocated"] - 1)
+            for length in FITS]  # fmt: skip
+    by = f"{min(faster):.1f} to {max(faster):.1f} % faster"
+    assert f"only compiled are {by} than it, with {min(more):.0f} to {max(more):.0f} % more memory" in docs
+    assert f"(`torch.compile`) and nothing else is {by}" in readme
+    assert not any(("unwrapped+compile", length) in run for length in BEYOND)
+    compiled = said(ahead(run, "selective+compile", length) for length in BEYOND)
+    assert f"`memo-auto` is {compiled} times as fast as selective checkpointing of compiled blocks" in docs
+    memory = [run["memo-auto", length]["peak_allocated"] / run["selective+compile", length]["peak_allocated"]
+              for length in BEYOND]  # fmt: skip
+    assert f"in {said(memory, 1)} times its memory" in docs
+    plain = said(ahead(run, "selective", length) for length in BEYOND)
+    assert f"{plain} times as fast as that of blocks as they are" in docs
+
+
+def test_what_is_said_of_forecasts_of_whole_steps_is_made_of_rows():
+    docs, readme, run = text_of("docs/benchmarks.md"), text_of("README.md"), run_of(ROWS, RUN)
+    short = {name: sorted(-100 * off(row)["step"] for (one, _), row in run.items() if one == name)
+             for name in ("memo-auto", "memo-tiled", "memo-replay")}  # fmt: skip
+    auto, tiled, replay = short.values()
+    assert f"of `memo-auto` are {auto[0]:.1f} to {auto[-1]:.1f} % too short" in docs
+    assert f"of `memo-replay` {replay[0]:.1f} to {replay[-1]:.1f} %," in docs
+    assert f"and of `memo-tiled` up to {tiled[-1]:.1f} % (at 8,192 tokens," in docs
+    assert f"are up to {max(auto + tiled):.1f} % too short by tiles, {replay[-1]:.1f} % by replay" in readme
+    spans = [[f"{1e3 * run[name, 8192][part]:.1f}" for part in ("p20", "p80")]
+             for name in ("memo-tiled", "memo-auto")]  # fmt: skip
+    assert f"take {spans[0][0]} to {spans[0][1]} ms from the 20th" in docs
+    assert f"whose plan is the same, {spans[1][0]} to {spans[1][1]} ms" in docs
+    memo = [row for (name, _), row in run.items() if name.startswith("memo")]
+    assert f"Peaks are within {100 * max(abs(off(row)['peak']) for row in memo):.1f} % of their forecasts" in docs
+    assert all(row["pinned_bytes"] - row["details"]["host_bytes"] < 16 for row in memo)
+
+
+def test_what_is_said_of_earlier_runs_of_whole_steps_is_made_of_rows():
+    docs, planning, tiled = (text_of(f"docs/{name}.md") for name in ("benchmarks", "planning", "tiled"))
+    first, third = run_of(ROWS, "issue9-1b"), run_of(ROWS, "issue9-1b-c")
+    worst = max(-100 * off(row)["step"] for (name, _), row in first.items() if name == "memo-auto")
+    ms = [f"{1e3 * run['memo-auto', 8192]['step_seconds']:.1f} ms" for run in (first, third)]
+    assert f"took {ms[0]} at 8,192 tokens, with forecasts up to {worst:.1f} % too short" in docs
+    assert f"in issue9-1b-c (8d8f9d6) {ms[1]}" in docs
+    pool = [run["hf-offload+liger", 131072]["pinned_bytes"] / GIB for run in (first, run_of(ROWS, "issue7-1b-h200c"))]
+    assert f"has {pool[0]:.1f} GiB at 131,072 tokens in issue9-1b and {pool[1]:.1f} GiB where it began with" in docs
+    gap = first["hf-offload+liger", 131072]["step_seconds"] / first["selective", 131072]["step_seconds"]
+    assert f"of which selective is {gap:.2f} times as fast as it" in tiled
+    blocks = run_of("harness_8b_h200.jsonl", "issue9-8b-short-c")
+    auto = [blocks["memo-auto", length] for length in (8192, 16384)]
+    times = [blocks["unwrapped", row["seq_len"]]["step_seconds"] / row["step_seconds"] for row in auto]
+    assert f"took {said((1e3 * row['step_seconds'] for row in auto), 1)} ms, {said(times)} times as fast" in docs
+    assert f"forecasts {said((-100 * off(row)['step'] for row in auto), 1)} % too short" in docs
+    ended = [one["error"] for one in rows_of(ROWS) if (one["run"], one["status"]) == ("issue9-1b", "oom")
+             and one["contender"] == "memo-replay"]  # fmt: skip
+    assert ["3.87 GiB is reserved by PyTorch but unallocated" in error for error in ended] == [True]
+    assert "memo-replay of run issue9-1b" in planning
+
+
+def test_what_is_said_of_longest_steps_is_made_of_rows():
+    docs = text_of("docs/benchmarks.md")
+    rows = [row for row in rows_of(ROWS) if row["run"].startswith("issue9-1b-longest")]
+    lengths = {(name, status): [row["seq_len"] for row in rows if (row["contender"], row["status"]) == (name, status)]
+               for name in {row["contender"] for row in rows} for status in ("ok", "oom")}  # fmt: skip
+    reached = run_of(ROWS, "issue9-1b-longest-lower")["memo-auto", max(lengths["memo-auto", "ok"])]
+    sizes = [f"{reached[part] / GIB:.1f} GiB" for part in ("peak_allocated", "pinned_bytes")]
+    assert f"rehearsed {reached['seq_len']:,} tokens, with {sizes[0]} and {sizes[1]} pinned" in docs
+    (liger, short) = max(lengths["hf-offload+liger", "ok"]), min(lengths["hf-offload+liger", "oom"])
+    peak = run_of(ROWS, "issue9-1b-longest")["hf-offload+liger", liger]
+    sizes = [f"{peak[part] / GIB:.1f} GiB" for part in ("peak_allocated", "pinned_bytes")]
+    assert f"is {liger:,}, with {sizes[0]} and {sizes[1]} pinned;" in docs
+    assert f"is {reached['seq_len'] / short:.2f} times the {short:,} that did not fit it" in docs
+    assert lengths["deepspeed", "ok"] == []
+    assert f"deepspeed does not fit {min(lengths['deepspeed', 'oom']):,} tokens" in docs
+    (fits,), (other,) = lengths["hf-offload", "ok"], lengths["hf-offload", "oom"]
+    assert f"hf-offload fits {fits:,} and not {other:,}" in docs
+    (ended,) = lengths["memo-auto", "oom"]
+    assert f"ended at {ended:,} tokens while a contender" in docs

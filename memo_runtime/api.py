@@ -29,6 +29,7 @@ from memo_runtime.arguments import (
 )
 from memo_runtime.blocks.declared import declare_token_wise
 from memo_runtime.blocks.given import given_blocks
+from memo_runtime.blocks.members import modules_of
 from memo_runtime.blocks.operators import register_mixer_operator
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.checking import CheckResult, check
@@ -162,7 +163,7 @@ def wrap(
     _keep_steps(wrapped, kept)
     if _is_wrapped_so(model, wrapped):
         return model
-    refuse_other_optimisers(model, {id(ref.module) for ref in refs})
+    refuse_other_optimisers(modules_of(model), {id(ref.module) for ref in refs})
     check_weights(model)
     if where is Layout.PLANNED:
         planned_allocator().install()
@@ -298,7 +299,7 @@ def profile(
             )
         return _measure(existing, as_batch(batch), optimizer, tiles)
     wrapped = make_wrapped(model, _refs(model, blocks), make_settings())
-    refuse_other_optimisers(model, {id(ref.module) for ref in wrapped.refs})
+    refuse_other_optimisers(modules_of(model), {id(ref.module) for ref in wrapped.refs})
     check_weights(model)
     wrapped.install()
     try:

@@ -22,7 +22,7 @@ from memo_runtime.arena.model import StepMemory
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.final_norm import final_norm
-from memo_runtime.blocks.members import have_gradients, parameters_of
+from memo_runtime.blocks.members import have_gradients, modules_of, parameters_of
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
@@ -193,15 +193,16 @@ class Wrapped:
         """
         device = model_device(self.model)
         with self.session.turn():
-            key, shapes = self._signature(args, kwargs, device, parameters_of(self.model))
+            key, shapes = self._signature(args, kwargs, device, parameters_of(modules_of(self.model)))
             return self._planned(key, shapes, (args, kwargs), device, accumulating=False)
 
     def _ready_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_transforms(type(self.model).__name__)
-        refuse_other_optimisers(self.model, {id(ref.module) for ref in self.refs})
+        modules = modules_of(self.model)
+        refuse_other_optimisers(modules, {id(ref.module) for ref in self.refs})
         refuse_active_hooks()
         device = model_device(self.model)
-        parameters = parameters_of(self.model)
+        parameters = parameters_of(modules)
         key, shapes = self._signature(args, kwargs, device, parameters)
         self._meet_strangers(key, shapes, (args, kwargs))
         found = self._found()

@@ -26,9 +26,9 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters, each once."""
-    named = (parameter for module in modules_of(model) for parameter in module._parameters.values())
+def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The own parameters of each of ``modules``, each once."""
+    named = (parameter for module in modules for parameter in module._parameters.values())
     return list({id(parameter): parameter for parameter in named if parameter is not None}.values())
 
 

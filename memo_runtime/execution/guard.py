@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,16 +21,17 @@ _SWITCH = "gradient_checkpointing"
 _ADVICE = "memo plans swap and recompute itself"
 
 
-def refuse_other_optimisers(model: nn.Module, blocks: set[int]) -> None:
-    """Raise if gradient checkpointing or an offloader is switched on in ``model``.
+def refuse_other_optimisers(modules: Sequence[nn.Module], blocks: set[int]) -> None:
+    """Raise if gradient checkpointing or an offloader is switched on in a model.
 
     Args:
-        model: the wrapped model. blocks: identities of its managed blocks.
+        modules: the wrapped model and all modules in it (``modules_of``). blocks: identities of its managed blocks.
 
     Raises:
         OffloaderActiveError: names the optimiser, where it is, and how to switch it off.
     """
-    for module in modules_of(model):
+    model = modules[0]
+    for module in modules:
         if _checkpoints(module):
             raise OffloaderActiveError(
                 f"gradient checkpointing is on in '{_name(model, module)}' ({type(module).__name__}): "

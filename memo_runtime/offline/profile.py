@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.members import modules_of
 from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.errors import ArgumentError
 from memo_runtime.execution.guard import refuse_other_optimisers
@@ -219,7 +220,7 @@ def study_model(
             f"no parameter of {subject.name} is trained (requires_grad is False for all), so that there is no step to "
             "plan: --lora 16 trains adapters, --trainable PATTERN parameters by name"
         )
-    refuse_other_optimisers(subject.model, {id(ref.module) for ref in refs})
+    refuse_other_optimisers(modules_of(subject.model), {id(ref.module) for ref in refs})
     progress("how blocks are called")
     calls = block_calls(subject, refs)
     seen = tuple(ref for ref in refs if ref.name in calls.of)

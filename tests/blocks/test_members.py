@@ -18,18 +18,18 @@ def model():
 def test_modules_and_parameters_are_those_of_pytorch():
     made = model()
     assert [id(one) for one in modules_of(made)] == [id(one) for one in made.modules()]
-    assert [id(one) for one in parameters_of(made)] == [id(one) for one in made.parameters()]
+    assert [id(one) for one in parameters_of(modules_of(made))] == [id(one) for one in made.parameters()]
 
 
 def test_of_compiled_and_scripted_models_too():
     for made in (torch.compile(model()), torch.jit.script(nn.Sequential(nn.Linear(2, 2)))):
-        assert [id(one) for one in parameters_of(made)] == [id(one) for one in made.parameters()]
+        assert [id(one) for one in parameters_of(modules_of(made))] == [id(one) for one in made.parameters()]
 
 
 def test_gradients_that_are_there():
     made = model()
-    assert not have_gradients(parameters_of(made))
+    assert not have_gradients(parameters_of(modules_of(made)))
     made.first.weight.grad = torch.zeros(3, 2)
-    assert have_gradients(parameters_of(made))
+    assert have_gradients(parameters_of(modules_of(made)))
     made.first.weight.requires_grad_(False)
-    assert not have_gradients(parameters_of(made))
+    assert not have_gradients(parameters_of(modules_of(made)))

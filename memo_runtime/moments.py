@@ -41,7 +41,8 @@ class Moment:
     """Device bytes of a block by tiles at one moment beside its stash.
 
     Attributes:
-        full: by tokens. tile: of one tile. fixed: of weights and sums of their gradients.
+        full: by tokens. tile: of one tile. fixed: of weights and sums of their gradients. narrow: less of these where
+            one tile holds all tokens, so that there is nothing to sum.
         part: of all heads of an attention, by tokens, of which one group at a time is there.
         missing: of the stash, what is not made yet, by tokens.
         kept: of products that are there whichever tile is at hand, by kept tokens.
@@ -53,6 +54,7 @@ class Moment:
     tile: Growth = field(default_factory=Growth)
     part: Growth = field(default_factory=Growth)
     fixed: int = 0
+    narrow: int = 0
     missing: Growth = field(default_factory=Growth)
     kept: Growth = field(default_factory=Growth)
     own: Growth = field(default_factory=Growth)
@@ -85,7 +87,8 @@ class Moment:
             own = 0 if backward else stays
         products = self.kept.at(stays) + self.own.at(own)
         full = self.full.at(tokens) - self.missing.at(tokens) + self.part.at(tokens) // groups
-        return full + self.tile.at(tile) + self.fixed + products
+        fixed = self.fixed - (self.narrow if tokens <= tile else 0)
+        return full + self.tile.at(tile) + fixed + products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4

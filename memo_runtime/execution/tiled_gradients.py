@@ -1,18 +1,22 @@
 """Gradients of one block while its backward runs.
 
 Values with tokens have a gradient of their own length and dtype, filled tile by tile. Values without (parameters, and
-what is made from them) are summed over tiles, in fp32 where they are of lower precision.
+what is made from them) are summed over tiles, in fp32 where they are of lower precision. Of one that is met once, by a
+tile that holds all tokens, there is nothing to sum: its gradient is made in its own precision, as autograd makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from memo_runtime.capture.axes import rows
+from memo_runtime.capture.captured import Captured
+from memo_runtime.capture.split import Segment
 from memo_runtime.execution.tiled_programs import Factors, RowFactors, accumulate
 from memo_runtime.execution.tiled_rows import gapless_rows, same_memory
 from memo_runtime.records import TokenAxis
@@ -26,6 +30,19 @@ class Part:
     results: Sequence[torch.Tensor]
     start: int
     stop: int
+
+    def add_to(self, total: torch.Tensor, *, first: bool) -> None:
+        """Add the gradient of a value without tokens to ``total``; ``first``: nothing is there yet."""
+        place = self.place
+        if isinstance(place, Factors):
+            left, right = self.results[place.left], self.results[place.right]
+            accumulate(total, left, right, transposed=place.transposed, first=first)
+            return
+        assert isinstance(place, int), "a weight has no rows"
+        if first:
+            total.copy_(self.results[place])
+        else:
+            total.add_(self.results[place])
 
     def of_rows(self) -> torch.Tensor:
         """The gradient itself of a value with tokens."""
@@ -53,11 +70,12 @@ class Part:
 
 
 class Gradients:
-    """Sums of gradients by value."""
+    """Sums of gradients by value; ``once``: values that are ``met_once``."""
 
-    def __init__(self, differentiable: set[fx.Node], tokens: int) -> None:
+    def __init__(self, differentiable: set[fx.Node], tokens: int, once: Collection[fx.Node] = ()) -> None:
         self._wanted = differentiable
         self._tokens = tokens
+        self._once = once
         self._sums: dict[fx.Node, torch.Tensor] = {}
         self._owned: set[fx.Node] = set()
         #: Memory that the gradients of some values may be written to.
@@ -103,19 +121,15 @@ class Gradients:
 
     def add_tile(self, node: fx.Node, axis: TokenAxis | None, part: Part, value: torch.Tensor) -> None:
         """Add what the backward program of one tile yielded for ``node``, whose value is ``value``."""
-        place, results = part.place, part.results
         if axis is not None:
             self._add_rows(node, axis, part, value)
             return
-        if node not in self._sums:
-            self._sums[node] = torch.zeros_like(value, dtype=sum_dtype(value.dtype))
+        first = node not in self._sums
+        if first:
+            alone = node in self._once and (part.start, part.stop) == (0, self._tokens)
+            self._sums[node] = torch.empty_like(value, dtype=value.dtype if alone else sum_dtype(value.dtype))
             self._owned.add(node)
-        total = self._own(node)
-        if isinstance(place, Factors):
-            accumulate(total, results[place.left], results[place.right], transposed=place.transposed)
-        else:
-            assert isinstance(place, int), "a weight has no rows"
-            total.add_(results[place])
+        part.add_to(self._own(node), first=first)
 
     def _add_rows(self, node: fx.Node, axis: TokenAxis, part: Part, value: torch.Tensor) -> None:
         start, stop = part.start, part.stop
@@ -145,6 +159,26 @@ class Gradients:
             self._sums[node] = wide.clone(memory_format=torch.contiguous_format)
             self._owned.add(node)
         return self._sums[node]
+
+
+def met_once(captured: Captured) -> frozenset[fx.Node]:
+    """Values without tokens, and of no size that depends on them, whose gradient comes from one segment alone.
+
+    A segment whose tiles are shorter than the others' (``by_rows``) has several where these have one.
+    """
+    stages, token = captured.stages, captured.traced.token
+    met: Counter[fx.Node] = Counter()
+    alone: set[fx.Node] = set()
+    for stage in stages.stages:
+        if isinstance(stage, Segment):
+            met.update(stage.sources)
+            alone.update(node for node in stage.sources
+                         if stage.axes[node] is None and not token.dims(node.meta["val"]) and not stage.by_rows)
+        else:
+            met.update(stage.inputs)
+    met.update(one for node in stages.weights for one in node.all_input_nodes)
+    met.update(node for node in captured.outputs if isinstance(node, fx.Node))
+    return frozenset(node for node in alone if met[node] == 1)
 
 
 def same_elements(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ from memo_runtime.capture.rules import arguments_of
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stages
 from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
-from memo_runtime.execution.tiled_gradients import sum_dtype
+from memo_runtime.execution.tiled_gradients import met_once, sum_dtype
 from memo_runtime.execution.tiled_heads import Grouping, grouping
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
 from memo_runtime.execution.tiled_programs import Cost
@@ -99,6 +99,7 @@ class _Walk:
     alive: dict[str, tuple[fx.Node, int]] = field(default_factory=dict)
     to_come: list[fx.Node] = field(default_factory=list)
     fixed: int = 0
+    narrow: int = 0
     rebuilding: bool = False
     stays: Collection[fx.Node] = ()
     stretch: Stretch = Stretch.MIDDLE
@@ -117,9 +118,14 @@ class _Walk:
             self.alive.pop(f"{kind} {node.name}", None)
             self.parts.discard(f"{kind} {node.name}")
 
-    def look(self, index: int, *, extra: float = 0.0, more: int = 0, part: Growth | None = None) -> None:
-        """Note a moment of stage number ``index`` at which no tile runs; ``extra``: more bytes by token."""
-        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more, part=part)
+    def look(
+        self, index: int, *, extra: float = 0.0, more: int = 0, less: int = 0, part: Growth | None = None
+    ) -> None:
+        """Note a moment of stage number ``index`` at which no tile runs.
+
+        ``extra``: more bytes by token. ``less``: of ``more``, what is not there where one tile holds all tokens.
+        """
+        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more, less=less, part=part)
 
     def look_at(
         self, index: int, tiles: Iterable[tuple[TileAt, _Part]], *, backward: bool, apart: bool = False
@@ -139,8 +145,9 @@ class _Walk:
             self._note(index, at, tile, more=costs[0].cast_bytes)
 
     def _note(
-        self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0, part: Growth | None = None
-    ) -> None:
+        self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0, less: int = 0,
+        part: Growth | None = None,
+    ) -> None:  # fmt: skip
         def held(tokens: int, *, parts: bool) -> float:
             sizes = (item * self.captured.size(node.meta["val"].numel(), tokens)
                      for name, (node, item) in self.alive.items() if (name in self.parts) is parts)  # fmt: skip
@@ -159,7 +166,7 @@ class _Walk:
                 full=polynomial(full, self.tokens), tile=tile, fixed=self.fixed + more, at=at,
                 part=polynomial(group, self.tokens),
                 missing=polynomial(self._missing, self.tokens), kept=Growth(linear=below), own=Growth(linear=own),
-                stretch=self.stretch,
+                stretch=self.stretch, narrow=self.narrow + less,
             )
         )  # fmt: skip
 
@@ -255,7 +262,9 @@ class _Walk:
             if before is not None:
                 self.drop("value", self.dropped(before))
         self.stretch = Stretch.LATE
-        self.look(0, more=self._rounding())
+        once = self.captured.once(met_once)
+        rounding = self._rounding(())
+        self.look(0, more=rounding, less=rounding - self._rounding(once))
 
     def _rebuild(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:
         self.rebuilding = True
@@ -271,12 +280,14 @@ class _Walk:
         # What is made is counted as what the block above has not stashed.
         self.look_at(index, _WHICHEVER, backward=False)
 
-    def _rounding(self) -> int:
+    def _rounding(self, rounded_before: Collection[fx.Node]) -> int:
         """Most bytes that gradients of weights take more while each is rounded from the precision of its sum."""
         more = most = 0
         for node, _ in self.captured.states:
             value = node.meta["val"]
-            if f"gradient {node.name}" in self.alive and sum_dtype(value.dtype) != value.dtype:
+            if f"gradient {node.name}" not in self.alive or node in rounded_before:
+                continue
+            if sum_dtype(value.dtype) != value.dtype:
                 rounded = int(value.numel()) * value.dtype.itemsize
                 most = max(most, more + rounded)
                 more += rounded - int(value.numel()) * sum_dtype(value.dtype).itemsize
@@ -329,7 +340,10 @@ class _Walk:
                 self.add("gradient", node, dtype)
             elif f"gradient {node.name}" not in self.alive:
                 self.alive[f"gradient {node.name}"] = (node, 0)
-                self.fixed += int(node.meta["val"].numel()) * dtype.itemsize
+                value = node.meta["val"]
+                self.fixed += int(value.numel()) * dtype.itemsize
+                if node in self.captured.once(met_once):
+                    self.narrow += int(value.numel()) * (dtype.itemsize - value.dtype.itemsize)
         self.look_at(index, _WHICHEVER if segment.by_rows else _REST, backward=True)
         self.drop("gradient", segment.outputs)
 

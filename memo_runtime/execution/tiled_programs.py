@@ -410,14 +410,24 @@ def _flops_between(
     return sum(node_flops(node) for node in again)
 
 
-def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, transposed: bool) -> None:
-    """``total += left @ right`` (or its transpose) in the precision of ``total``, which may be above the factors'."""
+def accumulate(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, transposed: bool, first: bool = False
+) -> None:
+    """``total += left @ right`` (or its transpose) in the precision of ``total``, which may be above the factors'.
+
+    ``first``: nothing is there yet, so the product is written and not added.
+    """
     if transposed:
         left, right = right.t(), left.t()
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.device.type == "cuda":
-        # One GEMM that reads 16-bit factors and adds to the 32-bit total.
-        aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    if total.dtype != left.dtype and total.device.type == "cuda":
+        # One GEMM that reads 16-bit factors and writes, or adds to, the 32-bit total.
+        if first:
+            aten.mm.dtype_out(left, right, total.dtype, out=total)
+        else:
+            aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+        return
+    left, right = left.to(total.dtype), right.to(total.dtype)
+    if first:
+        torch.mm(left, right, out=total)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left, right)

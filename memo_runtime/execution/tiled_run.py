@@ -31,7 +31,7 @@ from memo_runtime.execution.compilers import Compiler, run_eagerly
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.tiled_chain import Input, Yielded, result_stage
-from memo_runtime.execution.tiled_gradients import Gradients, Part
+from memo_runtime.execution.tiled_gradients import Gradients, Part, met_once
 from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
 from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
@@ -369,7 +369,7 @@ class Run:
         """
         stages = self.captured.stages
         weights = self._weights(values)
-        found = Gradients(stages.differentiable, self.tokens)
+        found = Gradients(stages.differentiable, self.tokens, self.captured.once(met_once))
         for node, grad in zip(self.captured.outputs, grads, strict=True):
             if isinstance(node, fx.Node) and grad is not None:
                 found.add(node, grad)

@@ -94,6 +94,7 @@ class Kind:
     lora: bool = False
     blocks: int = 2
     frozen: bool = False
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class Stack:
         torch.manual_seed(0)
         programs = ProgramCache(run_eagerly)
         self.kind = kind
-        self.layers = [Layer(kind.shared, kind.wide, lora=kind.lora).double() for _ in range(kind.blocks)]
+        self.layers = [Layer(kind.shared, kind.wide, lora=kind.lora).to(kind.dtype) for _ in range(kind.blocks)]
         self.tiles = [TiledBlock(one, tile=1, programs=programs) for one in self.layers]
-        self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=torch.float64, requires_grad=not kind.frozen)
+        self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=kind.dtype, requires_grad=not kind.frozen)
         hidden = torch.ones_like(self.source, requires_grad=True)
         first, later = (BlockCall.of((one,), {}) for one in (self.source, hidden))
         # All are captured here: in the step what counts bytes would ask symbolic sizes for theirs, and so fix them.
@@ -216,6 +217,7 @@ CASES = [
     Case(ADAPTED, held=True, tile=7),
     Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
     Case(Kind(frozen=True), swapped=2, keep=2),
+    Case(Kind(dtype=torch.bfloat16), tile=TOKENS, keep=1),  # nothing is summed in float32
 ]
 SENDING = [
     *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)
@@ -256,6 +258,7 @@ MORE = [
                                         (ADAPTED, 2, 0, False))),
     Case(GROUPED, tile=7, keep=1, swapped=1),
     Case(ADAPTED, tile=20),
+    *(Case(Kind(shared=1, wide=8, dtype=torch.bfloat16), tile=TOKENS, swapped=2, keep=keep) for keep in (0, 1)),
     *(
         Case(kind, tile=tile, keep=keep, swapped=swapped)
         for kind in (Kind(), Kind(rows=3), Kind(wide=12), Kind(shared=2, lora=True))

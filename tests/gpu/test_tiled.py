@@ -72,15 +72,15 @@ def test_products_of_16_bit_factors_are_summed_in_float32(transposed):
     right = torch.randn(512, 160, device="cuda", dtype=torch.bfloat16)
     product = left.double() @ right.double()
     product = product.t() if transposed else product
-    total = torch.zeros(product.shape, device="cuda")
-    for _ in range(64):
-        accumulate(total, left, right, transposed=transposed)
+    total = torch.full(product.shape, float("nan"), device="cuda")
+    for number in range(64):
+        accumulate(total, left, right, transposed=transposed, first=number == 0)
     assert worst([total], [64 * product]) < 1e-5
 
 
 @pytest.mark.parametrize("compiler", [run_eagerly, compiled])
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_a_block_in_bfloat16(compiler, alpha):
+@pytest.mark.parametrize(("alpha", "tile"), [(0.0, 256), (0.5, 256), (1.0, 1000)])
+def test_a_block_in_bfloat16(compiler, alpha, tile):
     torch.manual_seed(0)
     block = Attention().cuda().bfloat16()
     reference = Attention().cuda().double()
@@ -89,7 +89,7 @@ def test_a_block_in_bfloat16(compiler, alpha):
     exact = run(call_of(reference, x.detach().double().requires_grad_()), reference)
     theirs = run(call_of(block, x), block)
     programs = ProgramCache(compiler)
-    tiled = TiledBlock(block, tile=256, alpha=alpha, programs=programs)
+    tiled = TiledBlock(block, tile=tile, alpha=alpha, programs=programs)
     mine = run(call_of(block, x), tiled)
     for ours, plain, true in zip(mine, theirs, exact, strict=True):
         assert worst(ours, true) <= 1.5 * worst(plain, true)

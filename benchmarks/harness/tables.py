@@ -61,7 +61,10 @@ def find_comparisons(files: Sequence[Path]) -> list[Comparison]:
     for path in files:
         if not path.is_file():
             raise RowError(f"{path}: there is no such file of rows")
-        rows = of_contenders(read_rows(path)[0])
+        whole, size = read_rows(path)
+        if size < path.stat().st_size:
+            print(f"{path}: its last row was cut off while it was written, and is left out", file=sys.stderr)
+        rows = of_contenders(whole)
         for name in dict.fromkeys(row["run"] for row in rows):
             mine = tuple(row for row in rows if row["run"] == name)
             _check(path, mine)

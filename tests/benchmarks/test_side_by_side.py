@@ -196,3 +196,14 @@ def test_documents_are_made_again_from_the_commands_in_them(tmp_path, capsys):
     assert main(["--refresh", str(tmp_path / "none.md")]) == 2
     assert main([str(rows), "--full"]) == 0
     assert "p80" in capsys.readouterr().out
+
+
+def test_a_last_row_that_was_cut_off_is_said(tmp_path, capsys):
+    path = write(tmp_path / "rows", timed("unwrapped", 64, 1.0), timed("checkpoint", 64, 1.0))
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    path.write_bytes(path.read_bytes()[:-40])
+    assert main([str(path)]) == 0
+    shown = capsys.readouterr()
+    assert "checkpoint" not in shown.out
+    assert "its last row was cut off while it was written, and is left out" in shown.err

@@ -42,7 +42,8 @@ class Moment:
 
     Attributes:
         full: by tokens. tile: of one tile. fixed: of weights and sums of their gradients. narrow: less of these where
-            one tile holds all tokens, so that there is nothing to sum.
+            one tile holds all tokens, so that there is nothing to sum. alone: likewise less of ``tile``, by tokens:
+            rows that are copied where those of a tile lie apart.
         part: of all heads of an attention, by tokens, of which one group at a time is there.
         missing: of the stash, what is not made yet, by tokens.
         kept: of products that are there whichever tile is at hand, by kept tokens.
@@ -55,6 +56,7 @@ class Moment:
     part: Growth = field(default_factory=Growth)
     fixed: int = 0
     narrow: int = 0
+    alone: Growth = field(default_factory=Growth)
     missing: Growth = field(default_factory=Growth)
     kept: Growth = field(default_factory=Growth)
     own: Growth = field(default_factory=Growth)
@@ -87,8 +89,8 @@ class Moment:
             own = 0 if backward else stays
         products = self.kept.at(stays) + self.own.at(own)
         full = self.full.at(tokens) - self.missing.at(tokens) + self.part.at(tokens) // groups
-        fixed = self.fixed - (self.narrow if tokens <= tile else 0)
-        return full + self.tile.at(tile) + fixed + products
+        less = self.narrow + self.alone.at(tokens) if tokens <= tile else 0
+        return full + self.tile.at(tile) + self.fixed + products - less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

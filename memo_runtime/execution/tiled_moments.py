@@ -46,12 +46,13 @@ class Needs:
 
     Args:
         costs: of each segment's programs, by stage: at a tile, and at one of twice its tokens.
-        tile: tokens of the smaller one.
+        alone: the same where that tile holds all tokens. tile: tokens of the smaller one.
         workspaces: of each mixer. saved: by the first result of each, bytes by token that its forward leaves
             beside its results. merging: of a mixer that takes queries in chunks, bytes while two parts are merged.
     """
 
     costs: Mapping[int, tuple[Cost, Cost]]
+    alone: Mapping[int, tuple[Cost, Cost]]
     tile: int
     workspaces: Mapping[fx.Node, Workspace]
     saved: Mapping[fx.Node, float]
@@ -134,19 +135,20 @@ class _Walk:
 
         ``backward``: of its programs, those. ``apart``: results of a tile are in memory of their own first.
         """
-        costs = self.needs.costs[index]
+        costs, alone = self.needs.costs[index], self.needs.alone[index]
         for at, part in tiles:
-            first, second = (
-                part(cost.backward_bytes) if backward else part(cost.forward_bytes) + apart * cost.output_bytes
-                for cost in costs
-            )
+            def taken(cost: Cost, part: _Part = part) -> int:
+                return part(cost.backward_bytes) if backward else part(cost.forward_bytes) + apart * cost.output_bytes
+
+            first, second = map(taken, costs)
             per_token = max(0.0, (second - first) / self.needs.tile)
             tile = Growth(constant=max(0.0, first - per_token * self.needs.tile), linear=per_token)
-            self._note(index, at, tile, more=costs[0].cast_bytes)
+            copies = Growth(linear=max(0, first - taken(alone[0])) / self.needs.tile)
+            self._note(index, at, tile, more=costs[0].cast_bytes, alone=copies)
 
     def _note(
         self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0, less: int = 0,
-        part: Growth | None = None,
+        part: Growth | None = None, alone: Growth | None = None,
     ) -> None:  # fmt: skip
         def held(tokens: int, *, parts: bool) -> float:
             sizes = (item * self.captured.size(node.meta["val"].numel(), tokens)
@@ -166,7 +168,7 @@ class _Walk:
                 full=polynomial(full, self.tokens), tile=tile, fixed=self.fixed + more, at=at,
                 part=polynomial(group, self.tokens),
                 missing=polynomial(self._missing, self.tokens), kept=Growth(linear=below), own=Growth(linear=own),
-                stretch=self.stretch, narrow=self.narrow + less,
+                stretch=self.stretch, narrow=self.narrow + less, alone=alone or Growth(),
             )
         )  # fmt: skip
 

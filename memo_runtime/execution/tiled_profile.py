@@ -84,14 +84,15 @@ def tiled_profile(
                 tried[stage.node] = try_mixer(captured, stage, tokens, kernel, groups)
     by_token = {node for node, one in tried.items() if one.by_token}
     tracing = _Tracing(captured, tokens, AutocastState.current(device.type), by_token, fused)
-    costs = {index: tracing.costs(index) for index, stage in enumerate(captured.stages.stages)
-             if isinstance(stage, Segment)}  # fmt: skip
+    both = {index: tracing.costs(index) for index, stage in enumerate(captured.stages.stages)
+            if isinstance(stage, Segment)}  # fmt: skip
+    costs, alone = ({index: pairs[which] for index, pairs in both.items()} for which in (0, 1))
 
     def taken(node: fx.Node, seen: Workspace) -> Workspace:
         return seen if workspace is None else (seen[0], workspace(node))
 
     needs = Needs(
-        costs, _TILE, {node: taken(node, one.workspace) for node, one in tried.items()},
+        costs, alone, _TILE, {node: taken(node, one.workspace) for node, one in tried.items()},
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
         {node: one.merging for node, one in tried.items()},
@@ -158,24 +159,62 @@ class _Tracing:
     by_token: Collection[fx.Node]
     fused: bool
 
-    def costs(self, index: int) -> tuple[Cost, Cost]:
-        """Of stage number ``index``, at a tile and at one of twice its tokens."""
-        return self._cost(index, _TILE), self._cost(index, 2 * _TILE)
+    def costs(self, index: int) -> tuple[tuple[Cost, Cost], tuple[Cost, Cost]]:
+        """Of stage number ``index``, at a tile and at one of twice its tokens: (one of several, one alone)."""
+        one, two = self._cost(index, _TILE), self._cost(index, 2 * _TILE)
+        return (one[0], two[0]), (one[1], two[1])
 
-    def _cost(self, index: int, tile: int) -> Cost:
+    def _cost(self, index: int, tile: int) -> tuple[Cost, Cost]:
         programs, tile = tile_programs(
             self.captured, index, self.tokens, tile, self.autocast, by_token=self.by_token, fused=self.fused
         )
         segment = self.captured.segment(index)
-        given, made, tangents = _tile_copies(self.captured, segment, programs.layouts, tile, self.by_token)
-        cost = programs.cost
+        # Tiles of rows of a mask are never alone.
+        whole = 2 * tile if segment.by_rows else tile
+        return self._with_copies(segment, programs, tile, 2 * tile), self._with_copies(segment, programs, tile, whole)
+
+    def _with_copies(self, segment: Segment, programs: Programs, tile: int, tokens: int) -> Cost:
+        """What ``programs`` take, with copies of the rows of a tile, of ``tokens`` tokens in all."""
+        given, made, tangents = self._copies(segment, programs.layouts, tile, tokens)
+        products, cost = self._products(segment, programs, tile, tokens), programs.cost
         return replace(
             cost,
             forward_bytes=cost.forward_bytes.beside(given + made),
-            backward_bytes=cost.backward_bytes.adding(self._products(segment, programs, tile)).beside(given + tangents),
+            backward_bytes=cost.backward_bytes.adding(products).beside(given + tangents),
         )
 
-    def _products(self, segment: Segment, programs: Programs, tile: int) -> int:
+    def _copies(
+        self, segment: Segment, layouts: Sequence[torch.Tensor], tile: int, tokens: int
+    ) -> tuple[int, int, int]:
+        """Bytes that a tile of ``segment`` takes beside its programs: (of its sources, outputs, gradients of outputs).
+
+        Where the rows of a tile do not lie together in memory they are copied, and masks of dropout are drawn.
+        Gradients that attention makes are taken to lie in some other order than ``layouts`` asks for.
+        """
+        drawn = {draw.mask for draw in self.captured.draws}
+        given = made = tangents = 0
+        for node in segment.sources:
+            axis = segment.axes[node]
+            if axis is None:
+                continue
+            whole = _whole(self.captured, node, tokens, by_token=node in self.by_token)
+            part = packed(whole, axis, tokens, 0, tile)
+            if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+                given += part.numel() * part.element_size()
+        for node, layout in zip(segment.outputs, layouts, strict=True):
+            axis = segment.axes[node]
+            assert axis is not None, "a segment yields values with tokens"
+            whole = like(layout, axis, tokens, tile)
+            part = rows(whole, axis, tokens, 0, tile)
+            if gapless_rows(whole, axis, 0, tile) is None:
+                made += part.numel() * part.element_size()
+            if axis.outer != 1 or axis.inner != 1:
+                part = part.flatten(axis.dim, axis.dim + 2)
+            if node not in self.captured.outputs or not same_memory(part, layout):
+                tangents += part.numel() * part.element_size()
+        return given, made, tangents
+
+    def _products(self, segment: Segment, programs: Programs, tile: int, tokens: int) -> int:
         """Bytes of the largest gradient of a tile that is left to a GEMM, where that cannot write to its place.
 
         The rows of several sequences do not lie together; and what goes over another gradient may be read from it.
@@ -185,7 +224,7 @@ class _Tracing:
             axis = segment.axes[source]
             if not isinstance(place, RowFactors) or axis is None:
                 continue
-            whole = _whole(self.captured, source, 2 * tile, by_token=source in self.by_token)
+            whole = _whole(self.captured, source, tokens, by_token=source in self.by_token)
             target = gapless_rows(whole, axis, 0, tile)
             if source in over or target is None or not same_memory(target, place.layout):
                 largest = max(largest, tensor_bytes(place.layout))
@@ -198,38 +237,6 @@ def _whole(captured: Captured, node: fx.Node, tokens: int, *, by_token: bool) ->
     shape, stride = ([int(captured.size(one, tokens)) for one in many] for many in (value.shape, value.stride()))
     whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
     return empty_by_token(shape, whole) if by_token else whole
-
-
-def _tile_copies(
-    captured: Captured, segment: Segment, layouts: Sequence[torch.Tensor], tile: int, by_token: Collection[fx.Node]
-) -> tuple[int, int, int]:
-    """Bytes that one tile of ``segment`` takes beside its programs: (of its sources, outputs, gradients of outputs).
-
-    Where the rows of a tile do not lie together in memory they are copied, and masks of dropout are drawn. Gradients
-    that attention makes are taken to lie in some other order than ``layouts`` asks for.
-    """
-    drawn = {draw.mask for draw in captured.draws}
-    given = made = tangents = 0
-    for node in segment.sources:
-        axis = segment.axes[node]
-        if axis is None:
-            continue
-        whole = _whole(captured, node, 2 * tile, by_token=node in by_token)
-        part = packed(whole, axis, 2 * tile, 0, tile)
-        if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
-            given += part.numel() * part.element_size()
-    for node, layout in zip(segment.outputs, layouts, strict=True):
-        axis = segment.axes[node]
-        assert axis is not None, "a segment yields values with tokens"
-        whole = like(layout, axis, 2 * tile, tile)
-        part = rows(whole, axis, 2 * tile, 0, tile)
-        if gapless_rows(whole, axis, 0, tile) is None:
-            made += part.numel() * part.element_size()
-        if axis.outer != 1 or axis.inner != 1:
-            part = part.flatten(axis.dim, axis.dim + 2)
-        if node not in captured.outputs or not same_memory(part, layout):
-            tangents += part.numel() * part.element_size()
-    return given, made, tangents
 
 
 def tile_programs(

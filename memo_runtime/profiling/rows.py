@@ -352,6 +352,7 @@ def tiled_at(tiled: TiledProfile | None, ratio: Fraction) -> TiledProfile | None
         return replace(
             one, full=times(one.full, ratio), tile=times(one.tile, ratio), missing=times(one.missing, ratio),
             kept=times(one.kept, ratio), own=times(one.own, ratio), part=times(one.part, ratio),
+            alone=times(one.alone, ratio),
         )  # fmt: skip
 
     return replace(

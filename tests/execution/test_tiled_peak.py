@@ -218,6 +218,7 @@ CASES = [
     Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
     Case(Kind(frozen=True), swapped=2, keep=2),
     Case(Kind(dtype=torch.bfloat16), tile=TOKENS, keep=1),  # nothing is summed in float32
+    Case(Kind(rows=3), tile=TOKENS, swapped=1),  # no rows are copied
 ]
 SENDING = [
     *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)
@@ -257,7 +258,10 @@ MORE = [
       for kind, keep, swapped, held in ((GROUPED, 6, 2, False), (WIDE, 6, 1, True), (Kind(rows=3), 6, 0, False),
                                         (ADAPTED, 2, 0, False))),
     Case(GROUPED, tile=7, keep=1, swapped=1),
-    Case(ADAPTED, tile=20),
+    *(Case(ADAPTED, tile=tile) for tile in (20, TOKENS)),
+    Case(Kind(rows=3), tile=TOKENS, keep=1),
+    Case(WIDE, tile=TOKENS, groups=2),
+    Case(Kind(rows=3), tile=TOKENS, keep=1, groups=2, swapped=2),
     *(Case(Kind(shared=1, wide=8, dtype=torch.bfloat16), tile=TOKENS, swapped=2, keep=keep) for keep in (0, 1)),
     *(
         Case(kind, tile=tile, keep=keep, swapped=swapped)

@@ -339,11 +339,12 @@ class Wrapped:
     def _with_tiles(self, reading: Reading, sizes: Sizes, batch: Batch) -> Reading:
         """``reading`` with what its blocks take by tiles, seen in calls of ``batch``, which has other ``sizes``."""
         began = time.perf_counter()
-        by_tiles = Tiling()
+        profile = reading.measured.at(sizes.rows, {})
+        by_tiles = Tiling(known=profile)
         Later(self.model, self._named(), self._runner(batch, by_tiles), batch).call_blocks(reading.measured)
         logger.info("memo: blocks tried by tiles in %s", format_seconds(time.perf_counter() - began))
-        seen = by_tiles.added_to(reading.measured.at(sizes.rows, {}))
-        return replace(reading, measured=reading.measured.with_tiles_of(seen, sizes.rows))
+        measured = reading.measured.with_tiles_of(by_tiles.added_to(profile), sizes.rows)
+        return replace(reading, measured=measured)
 
     def _asked(self, profile: Profile) -> tuple[Profile, Settings]:
         """What is planned from: ``profile`` and the settings, less the host memory that the system refused."""
@@ -402,16 +403,22 @@ class Wrapped:
             before=before,
         )
         logger.info("memo: %d blocks profiled in %s", len(self.refs), format_seconds(time.perf_counter() - began))
-        return measured if by_tiles is None else replace(measured, profile=by_tiles.added_to(measured.profile))
+        return measured if by_tiles is None else measured.with_tiles_of(by_tiles.added_to(measured.profile), {})
 
     def _completed(self, reading: Reading, sizes: Sizes, batch: Batch) -> Reading:
-        """``reading`` with what this batch shows of other numbers of sequences, or of other lengths of a pair."""
+        """``reading`` with what this batch shows of other numbers of sequences, or of other lengths of a pair.
+
+        What blocks take by tiles is seen for each number: it is captured for that anyway.
+        """
         measured, later = reading.measured, Later(self.model, self._named(), self._runner(batch), batch)
         if measured.left_for_later(sizes.rows):
             measured = later.with_rows(measured)
         if measured.pairs_left_for_later(sizes.rows, sizes.tokens):
             measured = later.with_pairs(measured, sizes.tokens)
-        return reading if measured is reading.measured else replace(reading, measured=measured)
+        reading = reading if measured is reading.measured else replace(reading, measured=measured)
+        if measured.tiles_left_for_later(sizes.rows) and reading.knows(sizes):
+            reading = self._with_tiles(reading, sizes, batch)
+        return reading
 
     def _named(self) -> list[NamedBlock]:
         return [NamedBlock(ref.name, ref.stack, ref.module, original_forward(ref.module)) for ref in self.refs]

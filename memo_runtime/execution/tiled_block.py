@@ -112,21 +112,29 @@ class TiledForward:
             self._tiles = TiledBlock(owner.block, tile=1, programs=programs, forward=forward)
         return self._tiles
 
-    def profile(self, call: BlockCall, tile: int | None) -> tuple[TiledProfile | None, str]:
-        """(what the block takes by tiles, why it cannot run so); ``tile``: as the user has fixed it."""
+    def profile(
+        self, call: BlockCall, tile: int | None, known: TiledProfile | None = None
+    ) -> tuple[TiledProfile | None, str]:
+        """(what the block takes by tiles, why it cannot run so).
+
+        ``tile``: as the user has fixed it. ``known``: what follows from another number of sequences, whose kernels and
+        times are not looked for again.
+        """
         try:
             captured = self._block().captured(call)
             self.along = captured.token_dim, captured.tokens(call)
             key = (captured.signature, captured.tokens(call))
-            known = self._owner.session.tiled_profiles
-            if key not in known:
+            found, programs = self._owner.session.tiled_profiles, self._owner.session.programs
+            if key not in found:
                 # On CPU programs are the block's own operators: its own times are theirs.
                 on_gpu = call.leaves[captured.input_leaf].device.type == "cuda"
-                timed = time_tiles(self._block(), captured, call, tile) if on_gpu else None
+                if known is not None:
+                    _remember_kernels(programs, captured, known)
+                timed = time_tiles(self._block(), captured, call, tile) if on_gpu and known is None else None
                 with TRACING:
-                    kernels = self._owner.session.programs.kernels
-                    known[key] = tiled_profile(captured, call, timed, kernels, fused=on_gpu)
-            return known[key], ""
+                    seen = tiled_profile(captured, call, timed, programs.kernels, fused=on_gpu)
+                found[key] = seen if known is None else _with_times_of(known, seen)
+            return found[key], ""
         except CaptureRefusedError as error:
             return None, str(error)
 
@@ -189,11 +197,26 @@ def _remember_kernels(programs: ProgramCache, captured: Captured, takes: TiledPr
             programs.kernels.setdefault((captured.signature, mixer.node.name), Kernel(name, queries))
 
 
-class Tiling:
-    """What the blocks of a model take by tiles, seen while it is profiled; ``tile``: as the user has fixed it."""
+def _with_times_of(known: TiledProfile, seen: TiledProfile) -> TiledProfile:
+    return replace(
+        seen,
+        forward_seconds=known.forward_seconds,
+        backward_seconds=known.backward_seconds,
+        seconds_per_flop=known.seconds_per_flop,
+        saved_seconds=known.saved_seconds,
+        product_seconds=known.product_seconds,
+    )
 
-    def __init__(self, tile: int | None = None) -> None:
+
+class Tiling:
+    """What the blocks of a model take by tiles, seen while it is profiled.
+
+    ``tile``: as the user has fixed it. ``known``: what follows for these calls from others, with their times.
+    """
+
+    def __init__(self, tile: int | None = None, known: Profile | None = None) -> None:
         self._tile = tile
+        self._known = {block.name: block.tiled for block in known.blocks} if known is not None else {}
         self._found: dict[str, tuple[TiledProfile | None, str]] = {}
         self._along: dict[str, tuple[int, int]] = {}
         #: By block, the one whose result is its input.
@@ -211,7 +234,8 @@ class Tiling:
                 if source is result() and source is not None and source._version == version:
                     self._below[block.name] = name
             empty = (None, "its input is empty")
-            self._found[block.name] = empty if call.is_empty else block.tiles.profile(call, self._tile)
+            known = self._known.get(block.name)
+            self._found[block.name] = empty if call.is_empty else block.tiles.profile(call, self._tile, known)
             self._along[block.name] = block.tiles.along
 
     def made(self, block: BlockForward, output: Any) -> Any:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from memo_runtime.profiling.growth import line_through, times
 from memo_runtime.profiling.pairs import PairLaw
 from memo_runtime.profiling.rows import RowLaw, tiled_at
-from memo_runtime.records import BlockProfile, Growth, Profile
+from memo_runtime.records import BlockProfile, Growth, Profile, TiledProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,15 @@ class Measured:
         pairs: by name of those blocks that are given tensors as long as another stack's sequence, how that length
             changes them.
         shared_by_all: the part of ``profile.shared`` that does not grow with the number of sequences.
+        tiles: what blocks take by tiles, by name and number of sequences, where that was seen. One number does not
+            tell what sequences share (position biases, masks), so at others it is an estimate.
     """
 
     profile: Profile
     laws: Mapping[str, RowLaw]
     pairs: Mapping[str, PairLaw] = field(default_factory=dict)
     shared_by_all: Growth = field(default_factory=Growth)
+    tiles: Mapping[tuple[str, int], TiledProfile] = field(default_factory=dict)
 
     def rows_of(self, block: BlockProfile) -> int | None:
         """Sequences in the profiled input of ``block``; None where they cannot be told from tokens."""
@@ -38,11 +41,19 @@ class Measured:
 
     def with_tiles_of(self, seen: Profile, rows: Mapping[int, int]) -> Measured:
         """The same with what blocks take by tiles in ``seen``, which is this profile ``at_rows(rows)`` beside that."""
+        found = {(block.name, self._rows_in(block, rows)): block.tiled for block in seen.blocks if block.tiled}
         blocks = tuple(
-            replace(block, tiled=tiled_at(found.tiled, 1 / self._ratio(block, rows)), tiled_reason=found.tiled_reason)
-            for block, found in zip(self.profile.blocks, seen.blocks, strict=True)
+            replace(block, tiled=tiled_at(other.tiled, 1 / self._ratio(block, rows)), tiled_reason=other.tiled_reason)
+            for block, other in zip(self.profile.blocks, seen.blocks, strict=True)
         )
-        return replace(self, profile=replace(self.profile, blocks=blocks))
+        tiles = {**self.tiles, **found}
+        blocks = tuple(self._as_seen(block, self.laws[block.name].rows, tiles) for block in blocks)
+        return replace(self, profile=replace(self.profile, blocks=blocks), tiles=tiles)
+
+    def tiles_left_for_later(self, rows: Mapping[int, int]) -> bool:
+        """What blocks take by tiles with ``rows`` sequences by stack follows from other numbers only."""
+        by_tiles = (block for block in self.profile.blocks if block.tiled is not None)
+        return any((block.name, self._rows_in(block, rows)) not in self.tiles for block in by_tiles)
 
     def left_for_later(self, rows: Mapping[int, int]) -> bool:
         """Stacks that have other numbers of sequences now, ``rows``, were only seen with their own."""
@@ -89,10 +100,9 @@ class Measured:
     def at_rows(self, rows: Mapping[int, int]) -> Profile:
         """The profile for a batch in which the input of stack i has ``rows[i]`` sequences; others stay."""
         profile = self.profile
-        blocks = tuple(
-            self.laws[block.name].at(block, rows.get(block.stack, self.laws[block.name].rows))
-            for block in profile.blocks
-        )
+        numbers = [self._rows_in(block, rows) for block in profile.blocks]
+        pairs = tuple(zip(profile.blocks, numbers, strict=True))
+        blocks = tuple(self._as_seen(self.laws[one.name].at(one, number), number, self.tiles) for one, number in pairs)
         if blocks == profile.blocks:
             return profile
         first, last = (next(b for b in order if b.tokens) for order in (profile.blocks, profile.blocks[::-1]))
@@ -124,8 +134,14 @@ class Measured:
         return replace(self, profile=replace(profile, blocks=blocks), pairs=pairs)
 
     def _ratio(self, block: BlockProfile, rows: Mapping[int, int]) -> Fraction:
-        old = self.laws[block.name].rows
-        return Fraction(rows.get(block.stack, old), old)
+        return Fraction(self._rows_in(block, rows), self.laws[block.name].rows)
+
+    def _rows_in(self, block: BlockProfile, rows: Mapping[int, int]) -> int:
+        return rows.get(block.stack, self.laws[block.name].rows)
+
+    @staticmethod
+    def _as_seen(block: BlockProfile, rows: int, tiles: Mapping[tuple[str, int], TiledProfile]) -> BlockProfile:
+        return replace(block, tiled=tiles.get((block.name, rows), block.tiled)) if block.tiled is not None else block
 
 
 def cautious(profile: Profile) -> Profile:

@@ -21,6 +21,7 @@ from memo_runtime.moments import attention_text as attention_text
 from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
+from memo_runtime.sizes import Storage as Storage
 
 SCHEMA_VERSION = 12
 
@@ -93,7 +94,7 @@ class TensorGroup:
         splits: the token rows can be separated (one token dimension).
         estimated: the size depends on data and is only an estimate at other lengths.
         bundle: it stands for many storages, which are found at every call; None: it is one.
-        fills: it is all of its storage. Else more stays where it is left as it is (a part of a fused projection).
+        storage: what it lies in and leaves there where it stays as it is (a fused projection); None: it is all of it.
     """
 
     role: Role
@@ -102,7 +103,7 @@ class TensorGroup:
     splits: bool = True
     estimated: bool = False
     bundle: Bundle | None = None
-    fills: bool = True
+    storage: Storage | None = None
 
 
 class PinKind(StrEnum):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 #: Every host slot starts at a multiple of this many bytes (a cache line; what copy engines like).
 HOST_ALIGNMENT = 64
@@ -43,6 +45,39 @@ class Growth:
         """Value at ``tokens`` without rounding (seconds)."""
         t = -(-tokens // self.multiple) * self.multiple
         return self.constant + self.linear * t + self.quadratic * t * t
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """A storage of which there is more, or something else, than one tensor's bytes; ``number`` tells it from others."""
+
+    number: int
+    size: Growth
+
+
+class Part(Protocol):
+    """Bytes that are a storage, or lie in one."""
+
+    @property
+    def size(self) -> Growth:
+        """Its own."""
+        ...
+
+    @property
+    def storage(self) -> Storage | None:
+        """What it lies in; None: it is all of a storage."""
+        ...
+
+
+def stored_bytes(parts: Iterable[Part], tokens: int) -> int:
+    """Bytes of the storages that hold ``parts``, each once: where a tensor is left as it is, all of its stays."""
+    own, larger = 0, {}
+    for part in parts:
+        if part.storage is None:
+            own += part.size.at(tokens)
+        else:
+            larger[part.storage.number] = part.storage.size.at(tokens)
+    return own + sum(larger.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,6 +149,8 @@ def _block_faults(block: BlockProfile, where: str) -> Iterator[Fault]:
         yield from _beyond(pin.saved, saved, f"{where}.pins[{index}].saved", "saved")
     for index, group in enumerate(block.groups):
         yield from _negative(group.size, block.tokens, f"{where}.groups[{index}].size")
+        if group.storage is not None:
+            yield from _negative(group.storage.size, block.tokens, f"{where}.groups[{index}].storage.size")
         for field in fields(Bundle) if group.bundle is not None else ():
             size = getattr(group.bundle, field.name)
             yield from _negative(size, block.tokens, f"{where}.groups[{index}].bundle.{field.name}")

@@ -27,8 +27,10 @@ from memo_runtime.records import (
     Pin,
     Role,
     SavedTensor,
+    TensorGroup,
     TokenAxis,
 )
+from memo_runtime.sizes import stored_bytes
 
 Captured = Mapping[PinKey, Values]
 #: By group: its region, the region's elements, and its members in the order of the region's views.
@@ -96,12 +98,15 @@ class PlannedLayout:
         """Bytes that the call holds for backward while it runs."""
         tokens = self.plan.tokens
         kept = (Role.PARAMETER, Role.SHARED)
-        return sum(group.size.at(tokens) for group in self.profile.groups if group.saved and group.role not in kept)
+        own = (group for group in self.profile.groups if group.saved and group.role not in kept)
+        return stored_bytes(own, tokens)
 
     def sort(self, stash: Stash, call: BlockCall, captured: Captured, found: Found) -> Sorted:
         """Make the pieces of ``stash`` and take their host memory; the copies are listed in ``outgoing``."""
         result = Sorted(complete=self.plan.prefix >= self.plan.tokens)
         sources: dict[int, Source] = {}
+        stay: list[TensorGroup] = []
+        rebuilt: dict[int, Piece] = {}
         for number, group in enumerate(self.profile.groups):
             action = self.plan.actions[number]
             saved = self._saved.get(number, [])
@@ -110,11 +115,13 @@ class PlannedLayout:
                 for entry in saved:
                     stash.keep(entry.index)
                 if counted and group.saved:
-                    stash.hold_kept(group.size.at(self.plan.tokens))
+                    stay.append(group)
                 continue
-            piece = Piece(action, stash.tools.ledger, group.size.at(self.plan.tokens))
-            stash.pieces.append(piece)
-            if action != Action.REBUILD:
+            if action == Action.REBUILD:
+                piece = self._rebuilt_piece(stash, group, rebuilt)
+            else:
+                piece = Piece(action, stash.tools.ledger, group.size.at(self.plan.tokens))
+                stash.pieces.append(piece)
                 region, flat, members = found[number]
                 piece.exact = self.plan.prefix >= self.plan.tokens
                 piece.store(region, flat, self.plan.prefix, self.plan.device_rows, stash.tools.pool)
@@ -123,9 +130,20 @@ class PlannedLayout:
                 sources[number] = Source(piece, len(members) - 1)
             for position, entry in enumerate(saved):
                 stash.assign(entry.index, piece, position)
+        stash.hold_kept(stored_bytes(stay, self.plan.tokens))
         self._find_input(result, stash, call, sources)
         self._find_pins(result, stash, captured, sources)
         return result
+
+    def _rebuilt_piece(self, stash: Stash, group: TensorGroup, known: dict[int, Piece]) -> Piece:
+        """What a rerun makes of ``group``: one piece for all in one storage, which is there as long as one is."""
+        if group.storage is not None and group.storage.number in known:
+            return known[group.storage.number]
+        piece = Piece(Action.REBUILD, stash.tools.ledger, stored_bytes([group], self.plan.tokens))
+        stash.pieces.append(piece)
+        if group.storage is not None:
+            known[group.storage.number] = piece
+        return piece
 
     def _members(self, number: int, stash: Stash, call: BlockCall, captured: Captured) -> list[Member]:
         members = [Member(stash.pending[s.index], s.axis, s.index) for s in self._saved.get(number, [])]

@@ -14,6 +14,7 @@ from memo_runtime.offline.timing import attention_seconds, per_token, seconds_of
 from memo_runtime.profiling.growth import fit_peak, polynomial_bytes
 from memo_runtime.profiling.writing import written_bytes
 from memo_runtime.records import BlockProfile, Growth, Moment, Role, TiledProfile
+from memo_runtime.sizes import stored_bytes
 
 
 def on_rank(
@@ -27,11 +28,11 @@ def on_rank(
     if not profile.tokens:
         return profile
     stay = (Role.PARAMETER, Role.SHARED, Role.INPUT)
-    saved = [group.size for group in profile.groups if group.saved and group.role not in stay]
+    saved = [group for group in profile.groups if group.saved and group.role not in stay]
     curved = any(group.size.quadratic for group in profile.groups)
 
     def peak(of: Callable[[BlockRun], int], *, beyond_saved: bool, buffers: int, constant: int) -> Growth:
-        points = [(r.tokens, of(r) - (sum(s.at(r.tokens) for s in saved) if beyond_saved else 0)) for r in runs]
+        points = [(r.tokens, of(r) - (stored_bytes(saved, r.tokens) if beyond_saved else 0)) for r in runs]
         fitted = fit_peak(points, curved=curved)
         return replace(fitted, constant=fitted.constant + constant, linear=fitted.linear + buffers)
 

@@ -10,10 +10,11 @@ Execution obeys these actions, and its counters equal the numbers computed here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role, TensorGroup, TiledProfile
-from memo_runtime.sizes import MIN_SWAP_BYTES, slot_bytes
+from memo_runtime.sizes import MIN_SWAP_BYTES, slot_bytes, stored_bytes
 
 #: Roles whose bytes belong to the model or to all blocks: never moved, never counted for a block.
 RESIDENT_ROLES = (Role.PARAMETER, Role.SHARED)
@@ -25,6 +26,11 @@ def splits(group: TensorGroup) -> bool:
     """Rows of ``group`` can be separated: one token dimension, no padding, the same bytes for every row."""
     size = group.size
     return group.splits and size.multiple == 1 and size.constant == 0 and size.quadratic == 0
+
+
+def _fills(group: TensorGroup) -> bool:
+    """Nothing else stays with ``group`` where it is left as it is."""
+    return group.storage is None or group.storage.size == group.size
 
 
 def row_bytes(group: TensorGroup, rows: int) -> int:
@@ -72,7 +78,7 @@ def _swap_action(group: TensorGroup, tokens: int, device_rows: int) -> Action:
         return Action.REBUILD
     if device_rows and group.role is Role.TOKEN and splits(group):
         # Rows that stay are copied apart, so that the rest can go; where there is no rest they are left where they are.
-        return Action.KEEP if device_rows >= tokens and group.fills else Action.PREFIX
+        return Action.KEEP if device_rows >= tokens and _fills(group) else Action.PREFIX
     return _host_or_keep(group, tokens)
 
 
@@ -110,13 +116,11 @@ def host_memory(group: TensorGroup, action: Action, tokens: int, copied: int) ->
     return slot_bytes(copied)
 
 
-def kept_bytes(group: TensorGroup, action: Action, tokens: int, device_rows: int) -> int:
-    """Bytes of ``group`` that stay on the device until the block's backward."""
-    if group.role in RESIDENT_ROLES or not group.saved:
-        return 0
-    if action is Action.KEEP:
-        return group.size.at(tokens)
-    return row_bytes(group, device_rows) if action is Action.PREFIX else 0
+def kept_bytes(pairs: Sequence[tuple[TensorGroup, Action]], tokens: int, device_rows: int) -> int:
+    """Bytes that stay on the device until the block's backward."""
+    own = [(group, action) for group, action in pairs if group.saved and group.role not in RESIDENT_ROLES]
+    rows = sum(row_bytes(group, device_rows) for group, action in own if action is Action.PREFIX)
+    return rows + stored_bytes((group for group, action in own if action is Action.KEEP), tokens)
 
 
 def plan_block(
@@ -176,7 +180,7 @@ def plan_block(
         device_rows=device_rows,
         bytes_to_host=sum(copied),
         bytes_to_device=sum(copied),
-        bytes_kept=sum(kept_bytes(group, action, tokens, device_rows) for group, action in pairs),
+        bytes_kept=kept_bytes(pairs, tokens, device_rows),
         host_bytes=sum(
             host_memory(group, action, tokens, size) for (group, action), size in zip(pairs, copied, strict=True)
         ),

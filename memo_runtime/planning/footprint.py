@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Link, Moment, Role, Stretch, TiledProfile
-from memo_runtime.sizes import TILES_AHEAD, TILES_OUTSTANDING
+from memo_runtime.records import (
+    Action,
+    BlockPlan,
+    BlockProfile,
+    Executor,
+    Link,
+    Moment,
+    Role,
+    Stretch,
+    TensorGroup,
+    TiledProfile,
+)
+from memo_runtime.sizes import TILES_AHEAD, TILES_OUTSTANDING, stored_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +112,10 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
     if plan.executor is Executor.TILED:
         return _tiled_footprint(block, plan, link)
     tokens = plan.tokens
-    skeletal = outgoing = full = spent = landing = unsaved_input = kept_rows = gathered = entry = 0
+    skeletal = full = spent = landing = unsaved_input = kept_rows = gathered = entry = 0
+    live: list[TensorGroup] = []
+    sources: list[TensorGroup] = []
+    rebuilt: list[TensorGroup] = []
     copies = False
     for group, action in zip(block.groups, plan.actions, strict=True):
         if group.role in RESIDENT_ROLES:
@@ -109,8 +123,8 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
         size = group.size.at(tokens)
         if group.bundle is not None:
             skeletal += group.bundle.live.at(tokens)
-        else:
-            skeletal += size if group.saved else 0
+        elif group.saved:
+            live.append(group)
         unsaved_input += size if group.role is Role.INPUT and not group.saved else 0
         if group.role is Role.INPUT and group.saved and action is Action.KEEP:
             entry += group.size.at(min(tokens, block.tokens))
@@ -127,15 +141,15 @@ def footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footprint:
             spent += 0 if group.saved else fetched
             kept_rows += row_bytes(group, plan.device_rows) if action is Action.PREFIX else 0
             if action is not Action.PREFIX or plan.prefix > plan.device_rows:
-                outgoing += size
+                sources.append(group)
         elif action is Action.REBUILD and group.saved:
-            full += size
+            rebuilt.append(group)
     return Footprint(
-        skeletal=skeletal,
+        skeletal=skeletal + stored_bytes(live, tokens),
         # Copies that were made to be sent stay until they are, and so may what they were made of.
-        outgoing=outgoing + gathered,
+        outgoing=stored_bytes(sources, tokens) + gathered,
         kept=plan.bytes_kept,
-        full=full,
+        full=full + stored_bytes(rebuilt, tokens),
         spent=spent,
         landing=landing,
         copies=copies,

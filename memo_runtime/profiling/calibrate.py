@@ -22,6 +22,7 @@ from memo_runtime.profiling.likeness import Example, like_one_of, structure_of
 from memo_runtime.profiling.observe import observe
 from memo_runtime.profiling.slicing import Slicing, full_values, tail_values
 from memo_runtime.profiling.start import Start
+from memo_runtime.profiling.storages import with_growth
 from memo_runtime.profiling.trial import (
     Subject,
     Trial,
@@ -148,11 +149,12 @@ def _sliced(subject: Subject, trial: Trial) -> BlockProfile:
         lengths = replace(trial.lengths, start=start)
         tail = trial.call.cut(trial.arguments, start, trial.lengths.whole)
         points.append((length, _tail_flops(subject, trial, tail, lengths, last)))
-    forward_flops, recompute_flops = whole_flops(subject, shorter_runs(subject, trial))
+    runs = shorter_runs(subject, trial)
+    forward_flops, recompute_flops = whole_flops(subject, runs)
     return replace(
         base_profile(subject, trial),
         saved=tuple(inventory.saved),
-        groups=tuple(inventory.groups),
+        groups=tuple(with_growth(inventory.groups, inventory.saved, runs)),
         pins=tuple(inventory.pins),
         sliceable=True,
         replayable=True,

@@ -16,6 +16,7 @@ from memo_runtime.profiling.compare import Match
 from memo_runtime.profiling.growth import polynomial_bytes
 from memo_runtime.profiling.observe import Observation
 from memo_runtime.profiling.slicing import Slicing
+from memo_runtime.profiling.storages import with_storages
 from memo_runtime.records import Growth, Pin, PinKind, Role, SavedTensor, TensorGroup, TokenAxis
 
 
@@ -112,6 +113,7 @@ def take_inventory(
     for group in by_storage(members):
         _add_group(inventory, group, roles, found, tokens)
     inventory.saved.sort(key=lambda saved: saved.index)
+    inventory.groups = with_storages(inventory.groups, inventory.saved, whole, tokens)
     _add_pins(inventory, whole, slicing, roles, tokens)
     return inventory
 
@@ -123,7 +125,6 @@ def _add_group(
         pieces = [(0, list(members))]
     else:
         pieces = [(region.numel * flat.element_size(), inside) for region, flat, inside in locate(members, tokens)]
-    storage = members[0].tensor.untyped_storage().nbytes()
     for size, inside in pieces:
         axis = inside[0].axis
         matches = [(member.tensor, found[member.index]) for member in inside if member.index is not None]
@@ -134,8 +135,6 @@ def _add_group(
                 size=_size(size, tokens, matches, axis),
                 saved=any(member.index is not None for member in inside),
                 splits=axis is not None,
-                # Others come from outside, where a call that is made up has another storage.
-                fills=role is not Role.TOKEN or size >= storage,
             )
         )
         number = len(inventory.groups) - 1

@@ -22,6 +22,7 @@ from memo_runtime.blocks.failures import pass_on
 from memo_runtime.profiling.inventory import take_inventory
 from memo_runtime.profiling.observe import Observation
 from memo_runtime.profiling.slicing import Slicing, slice_alike
+from memo_runtime.profiling.storages import at_length
 from memo_runtime.profiling.trial import Subject, Trial, run_whole
 from memo_runtime.profiling.unsliced import unsliced
 from memo_runtime.records import ArgumentAxes, BlockProfile
@@ -114,8 +115,9 @@ def _like(example: Example, subject: Subject, trial: Trial) -> BlockProfile | No
     found = take_inventory(
         subject.block, trial.call, whole, slicing, input_leaf=subject.input_leaf, token_dim=trial.token_dim
     )
+    groups = tuple(at_length(known.groups, trial.lengths.whole))
     stored = (tuple(found.saved), tuple(found.groups), tuple(found.pins))
-    return same if stored == (known.saved, known.groups, known.pins) else None
+    return same if stored == (known.saved, groups, known.pins) else None
 
 
 def _like_as_a_whole(example: Example, subject: Subject, trial: Trial) -> BlockProfile | None:

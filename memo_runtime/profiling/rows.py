@@ -38,6 +38,7 @@ from memo_runtime.records import (
     Moment,
     Pin,
     SavedTensor,
+    Storage,
     TensorGroup,
     TiledProfile,
     TokenAxis,
@@ -247,7 +248,7 @@ def repeated(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
 def _shape_of(profile: BlockProfile) -> tuple[object, ...]:
     """What two points of one line have in common."""
     return (
-        tuple((group.role, group.saved, group.splits, group.size.multiple) for group in profile.groups),
+        tuple((one.role, one.saved, one.splits, one.size.multiple, _number(one.storage)) for one in profile.groups),
         tuple((saved.index, saved.group, _dim(saved.axis)) for saved in profile.saved),
         tuple(replace(pin, axis=None, number=None) for pin in profile.pins),
         tuple((_dim(pin.axis), pin.number is None) for pin in profile.pins),
@@ -257,16 +258,18 @@ def _shape_of(profile: BlockProfile) -> tuple[object, ...]:
     )
 
 
+def _number(storage: Storage | None) -> int | None:
+    return None if storage is None else storage.number
+
+
 def _dim(axis: TokenAxis | None) -> int | None:
     return None if axis is None else axis.dim
 
 
 def same_sizes(a: BlockProfile, b: BlockProfile) -> bool:
     """The same bytes, axes and FLOPs."""
-    names = ("saved", "pins", "forward_flops", "rerun_flops", "recompute_flops")
-    # Arguments that are made up for a look are parts of other storages than a caller's.
-    groups = ([replace(group, fills=True) for group in one.groups] for one in (a, b))
-    return next(groups) == next(groups) and all(getattr(a, name) == getattr(b, name) for name in names)
+    names = ("saved", "groups", "pins", "forward_flops", "rerun_flops", "recompute_flops")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int) -> BlockProfile | None:
@@ -291,8 +294,8 @@ def on_line(points: Mapping[int, BlockProfile], line: tuple[int, int], rows: int
     def group(x: TensorGroup, y: TensorGroup) -> TensorGroup:
         bundle = _bundle(partial(line_through, share=share), x.bundle, y.bundle)
         size = line_through(x.size, y.size, share)
-        estimated, fills = x.estimated or y.estimated, x.fills and y.fills
-        return replace(x, size=size, bundle=bundle, estimated=estimated, fills=fills)
+        storage = _storage(partial(line_through, share=share), x.storage, y.storage)
+        return replace(x, size=size, bundle=bundle, estimated=x.estimated or y.estimated, storage=storage)
 
     def saved(x: SavedTensor, y: SavedTensor) -> SavedTensor:
         return replace(x, axis=axis(x.axis, y.axis))
@@ -323,6 +326,14 @@ def _bundle(change: Callable[..., Growth], *bundles: Bundle | None) -> Bundle | 
     return Bundle(**{name: change(*(getattr(bundle, name) for bundle in bundles)) for name in names})
 
 
+def _storage(change: Callable[..., Growth], *storages: Storage | None) -> Storage | None:
+    """``change`` of the sizes of ``storages``, which are one at several numbers of rows; None where there is none."""
+    first, *_ = storages
+    if first is None or None in storages:
+        return None
+    return replace(first, size=change(*(storage.size for storage in storages if storage is not None)))
+
+
 class _NoLineError(Exception):
     """A count would be no whole number."""
 
@@ -332,7 +343,8 @@ def _in_proportion(profile: BlockProfile, ratio: Fraction) -> BlockProfile:
 
     def group(known: TensorGroup) -> TensorGroup:
         bundle = _bundle(partial(times, ratio=ratio), known.bundle)
-        return replace(known, size=times(known.size, ratio), bundle=bundle, estimated=True)
+        storage = _storage(partial(times, ratio=ratio), known.storage)
+        return replace(known, size=times(known.size, ratio), bundle=bundle, estimated=True, storage=storage)
 
     return replace(
         profile,

@@ -37,6 +37,7 @@ from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.trial import crop_tokens
 from memo_runtime.profiling.writing import writing, written_bytes
 from memo_runtime.records import BlockProfile, Growth, PinKind, Role
+from memo_runtime.sizes import stored_bytes
 
 logger = logging.getLogger("memo_runtime")
 
@@ -308,7 +309,7 @@ def _output_bytes(output: object) -> int:
 def _saved(profile: BlockProfile, tokens: int) -> int:
     """Bytes that the block itself makes and saves: its input was there before."""
     stay = (Role.PARAMETER, Role.SHARED, Role.INPUT)
-    return sum(group.size.at(tokens) for group in profile.groups if group.saved and group.role not in stay)
+    return stored_bytes((group for group in profile.groups if group.saved and group.role not in stay), tokens)
 
 
 def lengths_to_time(tokens: int, device_type: str) -> tuple[int, ...]:

@@ -1,0 +1,77 @@
+"""Storages that saved tensors leave room in, or share: left as it is, a slice of a projection holds all of it.
+
+How much that is at other lengths is seen in runs at shorter ones, since it need not grow as what is saved of it does
+(the first token of a sequence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from memo_runtime.blocks.rerun import storage_key
+from memo_runtime.profiling.growth import fit_counts, times
+from memo_runtime.profiling.observe import Observation
+from memo_runtime.profiling.trial import Trial
+from memo_runtime.records import Growth, Role, SavedTensor, Storage, TensorGroup
+
+#: What a block is given is its maker's, and a call that is made up has other storages than a caller's.
+_FROM_OUTSIDE = (Role.PARAMETER, Role.SHARED, Role.INPUT)
+
+
+def with_storages(
+    groups: Sequence[TensorGroup], saved: Sequence[SavedTensor], whole: Observation, tokens: int
+) -> list[TensorGroup]:
+    """``groups`` of a run at ``tokens`` with the storages that they share or do not fill, as large as there."""
+    found: list[TensorGroup] = list(groups)
+    inside: dict[int, list[int]] = {}
+    first = _first(saved)
+    for number, index in sorted(first.items()):
+        if found[number].role not in _FROM_OUTSIDE and whole.saved[index].numel():
+            inside.setdefault(storage_key(whole.saved[index]), []).append(number)
+    for numbers in inside.values():
+        size_bytes = whole.saved[first[numbers[0]]].untyped_storage().nbytes()
+        if len(numbers) > 1 or found[numbers[0]].size.at(tokens) < size_bytes:
+            storage = Storage(number=numbers[0], size=Growth(constant=size_bytes))
+            for number in numbers:
+                found[number] = replace(found[number], storage=storage)
+    return found
+
+
+def at_length(groups: Sequence[TensorGroup], tokens: int) -> list[TensorGroup]:
+    """``groups`` with their storages as large as at ``tokens``, where ``with_storages`` saw them."""
+    return [
+        replace(group, storage=replace(group.storage, size=Growth(constant=group.storage.size.at(tokens))))
+        if group.storage is not None
+        else group
+        for group in groups
+    ]
+
+
+def with_growth(
+    groups: Sequence[TensorGroup], saved: Sequence[SavedTensor], runs: Sequence[Trial]
+) -> list[TensorGroup]:
+    """``groups``, whose storages are those of the last of ``runs``, with how they grow."""
+    first, found = _first(saved), list(groups)
+    for number, group in enumerate(groups):
+        if group.storage is not None:
+            at = group.storage.number
+            size = _growth(groups[at], first[at], [run for run in runs if len(run.whole.saved) == len(saved)])
+            found[number] = replace(group, storage=Storage(number=at, size=size))
+    return found
+
+
+def _growth(part: TensorGroup, index: int, runs: Sequence[Trial]) -> Growth:
+    """Of the storage that ``part``, saved tensor number ``index``, lies in."""
+    points = [(run.lengths.whole, run.whole.saved[index].untyped_storage().nbytes()) for run in runs]
+    if len(points) > 1:
+        return fit_counts(points)
+    tokens, size_bytes = points[-1]
+    share = Fraction(size_bytes, part.size.at(tokens))
+    return replace(times(part.size, share), constant=float(part.size.constant * share))
+
+
+def _first(saved: Sequence[SavedTensor]) -> dict[int, int]:
+    """By group, the first saved tensor in it."""
+    return {one.group: one.index for one in reversed(saved)}

@@ -50,11 +50,11 @@ class Way:
     """How one call runs: see ``TiledBlock``.
 
     ``sent``: of the last tiles whose products are kept, how many have them in host memory. ``groups``: of heads, that
-    go through attention one by one. ``ended`` is called with each backward that is over. ``origin``: the call whose
-    result the input is, from which it is made again instead of stashed (``tiled_chain.origin_of``). ``input_stays``: it
-    is stashed on the device though the rest goes to the host. ``witness``: compares an input that is made again.
-    ``late``: what it has in host memory comes when it goes backward and not before. ``mixer_inputs``: see ``Run``.
-    ``owner``: the block's name.
+    go through attention one by one. ``ended`` is called with each backward that is over, or with a call that has none.
+    ``origin``: the call whose result the input is, from which it is made again instead of stashed
+    (``tiled_chain.origin_of``). ``input_stays``: it is stashed on the device though the rest goes to the host.
+    ``witness``: compares an input that is made again. ``late``: what it has in host memory comes when it goes backward
+    and not before. ``mixer_inputs``: see ``Run``. ``owner``: the block's name.
     """
 
     tile: int
@@ -194,6 +194,8 @@ class TiledBlock:
             owner=way.owner,
         )
         output = _apply(run, self.block, call, way)
+        if way.ended is not None and not captured.goes_backward:
+            way.ended(run)
         self.kernels, self.bytes_kept = run.mixing.names, run.bytes_kept
         return output
 
@@ -343,7 +345,7 @@ def _values(ctx: Any) -> dict[fx.Node, Any]:
 
 
 def _products(captured: Captured, way: Way) -> Products | None:
-    if way.swap is None or not way.sent:
+    if way.swap is None or not way.sent or not captured.goes_backward:
         return None
     return Products(way.swap, stages=len(captured.stages.stages), tile=way.tile)
 
@@ -379,9 +381,9 @@ def _swapped(run: Run, way: Way, stash: list[Any], ctx: Any) -> Entry | None:
 
     Copied are the hidden state, even where it needs no gradient (behind a frozen embedding), inputs with tokens and a
     gradient, results of mixers, and what belongs to these. Other arguments are shared by all blocks (rotary tables,
-    masks), and parameters stay.
+    masks), and parameters stay. Of a block that does not go backward nothing is wanted again.
     """
-    if run.swap is None:
+    if run.swap is None or not run.captured.goes_backward:
         return None
     captured, known = run.captured, sum(ctx.counts)
     movable, stays = captured.once(_places)
@@ -413,7 +415,7 @@ def _places(captured: Captured) -> tuple[list[int], list[int]]:
     fixed, hidden = set(captured.stages.fixed), _input_place(captured)
     movable, stays = [], []
     for place, node in enumerate(given):
-        moves = node in wanted or (place == hidden and captured.goes_backward)
+        moves = node in wanted or place == hidden
         if node in fixed or (node in made and node not in wanted):
             stays.append(place)
         if moves and node not in fixed and node not in states and isinstance(captured.stages.axes[node], TokenAxis):

@@ -88,7 +88,7 @@ class _Walk:
 
     ``grouped``: mixers that run by groups of heads, by stage; ``parts``: names of values of which one group is alive.
     ``rebuilding``: the products of the segment at hand are there, and are not what it makes. ``stays``: what mixers are
-    given, where it is part of the stash.
+    given, where it is part of the stash. ``beside``: bytes by token of what belongs to values and is none.
     """
 
     captured: Captured
@@ -101,6 +101,7 @@ class _Walk:
     to_come: list[fx.Node] = field(default_factory=list)
     fixed: int = 0
     narrow: int = 0
+    beside: float = 0.0
     rebuilding: bool = False
     stays: Collection[fx.Node] = ()
     stretch: Stretch = Stretch.MIDDLE
@@ -156,7 +157,7 @@ class _Walk:
             return float(sum(sizes))
 
         def full(tokens: int) -> float:
-            return held(tokens, parts=False) + extra * tokens
+            return held(tokens, parts=False) + (extra + self.beside) * tokens
 
         def group(tokens: int) -> float:
             return held(tokens, parts=True) + (part.exact(tokens) if part is not None else 0.0)
@@ -201,7 +202,10 @@ class _Walk:
 
     def forward(self) -> None:
         """As ``Run.forward``."""
-        self.to_come = [*stashed_results(self.captured), *self.stays]
+        if self.captured.goes_backward:
+            self.to_come = [*stashed_results(self.captured), *self.stays]
+        else:
+            self._hold_input()
         for index, stage in enumerate(self.captured.stages.stages):
             before = self.feeds(index)
             if index in self.grouped:
@@ -239,8 +243,22 @@ class _Walk:
         self.drop("value", how.sliced)
         self._rebuild(index - 1, how.segment, how.sliced)
 
+    def _hold_input(self) -> None:
+        """Without a backward nothing is stashed: what else would be is there as long as the forward."""
+        given = (node for node, leaf in self.captured.arguments if leaf == self.captured.input_leaf)
+        self._hold((*given, *self.captured.stages.fixed))
+        self.beside = sum(costs[0].choice_bytes / self.needs.tile for costs in self.needs.costs.values())
+
     def _made(self, nodes: Collection[fx.Node]) -> None:
         self.to_come = [one for one in self.to_come if one not in nodes]
+        if not self.captured.goes_backward:
+            self._hold(nodes)
+            self.beside += sum(self.needs.saved.get(node, 0.0) for node in nodes)
+
+    def _hold(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            if isinstance(node.meta["val"], torch.Tensor):
+                self.add("value", node)
 
     def backward(self) -> None:
         """As ``Run.backward``: what came stays to the end, since its owner holds it."""
@@ -383,7 +401,8 @@ def moments(
     forward, backward = (_start(captured, needs, tokens, over, grouped) for _ in range(2))
     forward.stays = backward.stays = stays
     forward.forward()
-    backward.backward()
+    if captured.goes_backward:
+        backward.backward()
     return tuple(forward.moments), tuple(backward.moments)
 
 

@@ -279,7 +279,7 @@ def _repeated(
     linear = quadratic = saved = 0.0
     products = dict.fromkeys(range(len(captured.stages.stages)), Growth())
     stages = captured.stages.stages
-    for index, (cost, _) in costs.items():
+    for index, (cost, _) in costs.items() if captured.goes_backward else ():
         segment = stages[index]
         assert isinstance(segment, Segment), "only segments have costs"
         if segment.by_rows:
@@ -306,10 +306,10 @@ def _of_mixer_inputs(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) ->
 
 
 def _by_each_group(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> Growth:
-    """FLOPs of the segments that run once more in forward, and once more in backward, for each group of heads."""
+    """FLOPs of the segments that run once more in forward, and in a backward, for each group of heads."""
     count = len(captured.stages.stages)
     again = [costs[index - 1][0].forward for index in range(1, count) if grouping(captured, index) is not None]
-    return Growth(linear=2 * sum(again) / _TILE)
+    return Growth(linear=(1 + captured.goes_backward) * sum(again) / _TILE)
 
 
 def _of_result(captured: Captured, costs: dict[int, tuple[Cost, Cost]]) -> Growth:
@@ -331,6 +331,8 @@ def _most_elements(captured: Captured, tokens: int) -> Growth:
 
 def _stays(captured: Captured, costs: dict[int, tuple[Cost, Cost]], tokens: int) -> Growth:
     """What stays on the device between forward and backward, choices of experts included."""
+    if not captured.goes_backward:
+        return Growth()
     fixed = _total(captured, _resident(captured), tokens)
     choices = sum(cost.choice_bytes / _TILE for cost, _ in costs.values())
     return replace(fixed, linear=fixed.linear + choices)
@@ -353,10 +355,12 @@ def _resident(captured: Captured) -> list[fx.Node]:
 
 def _stash(captured: Captured, call: BlockCall, tried: Iterable[Trial], tokens: int) -> list[Growth]:
     """Bytes of each tensor that ``tiled._swapped`` would send to the host."""
+    if not captured.goes_backward:
+        return []
     arguments = [
         node for node, leaf in captured.arguments
         if call.leaves[leaf].is_floating_point() and is_dense(call.leaves[leaf])
-        and (node in captured.stages.differentiable or (leaf == captured.input_leaf and captured.goes_backward))
+        and (node in captured.stages.differentiable or leaf == captured.input_leaf)
         and isinstance(captured.stages.axes[node], TokenAxis)
     ]  # fmt: skip
     found = [_total(captured, [node], tokens) for node in [*arguments, *stashed_results(captured)]]

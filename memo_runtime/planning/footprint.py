@@ -183,6 +183,7 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
     timed = takes if takes.seconds_per_flop else block
     stretches = _stretches(takes, plan, products)
     rate = takes.seconds_per_flop or _seconds_per_flop(block, tokens)
+    stays_with_input = bool(takes.stash) and plan.device_rows > 0 and not plan.from_below
     times = plan.passes if plan.late else int(plan.for_above)
     return Footprint(
         skeletal=stash + stays + products,
@@ -199,14 +200,14 @@ def _tiled_footprint(block: BlockProfile, plan: BlockPlan, link: Link) -> Footpr
         to_host=copy_seconds(swapped, link.to_host),
         to_device=copy_seconds((1 + plan.passes) * swapped, link.to_device),
         forward_peak=_highest(_forward_moments(takes, plan), plan, backward=False) - products,
-        backward_peak=max(peak for _, peak, _ in stretches),
+        backward_peak=max((peak for _, peak, _ in stretches), default=0),
         end_peak=0,
         rerun_peak=0,
         gradients=block.gradients,
         output=block.output.at(tokens),
         stretches=stretches,
         sent=_sent_products(takes, plan, link) if plan.sent else NO_PRODUCTS,
-        entry=takes.stash[0].at(min(tokens, block.tokens)) if plan.device_rows and not plan.from_below else 0,
+        entry=takes.stash[0].at(min(tokens, block.tokens)) if stays_with_input else 0,
         from_below=plan.from_below,
         passing=times * takes.result_flops.at(tokens) * rate,
         passing_peak=_highest(takes.result, plan, backward=False) - products if plan.for_above else 0,

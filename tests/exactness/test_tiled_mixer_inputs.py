@@ -16,7 +16,7 @@ import memo_runtime as memo
 from memo_runtime.errors import PlanFileError
 from memo_runtime.execution import tiled_mixing
 from memo_runtime.persist import load_plan, save
-from memo_runtime.records import Plan, Profile
+from memo_runtime.records import Growth, Plan, Profile
 from tests.exactness import hand_written
 from tests.exactness.compare import TOLERANCE, assert_clean, assert_trade, output_loss, relative_error, run_step
 from tests.exactness.test_tiled import assert_close, batch_of, failing_second, stack
@@ -115,8 +115,18 @@ def test_nothing_stays_of_a_block_that_does_not_go_backward():
     model = stack().eval()
     model.embed.requires_grad_(False)
     model.blocks[0].requires_grad_(False)
-    plan = memo.plan(memo.profile(model, batch_of(), tiles=True), policy="tiled", tile=5)
+    plain = copy.deepcopy(model)
+    plan = memo.plan(memo.profile(model, batch_of(), tiles=True), policy="tiled", tile=5, keep_last=0)
+    first = plan.blocks[0]
     assert [block.mixer_inputs for block in plan.blocks] == [False, True]
+    assert first.recomputed_flops == first.bytes_kept == first.bytes_to_host == first.host_bytes == 0
+    assert plan.profile.blocks[0].tiled.again_flops == Growth()
+    found = run_step(wrapped(model, plan), batch_of(), output_loss)
+    assert_close(found, run_step(plain, batch_of(), output_loss))
+    assert_trade(model)
+    totals = memo.report(model).totals
+    assert totals.stash_peak_bytes <= totals.forecast.stash_peak_bytes <= 1.03 * totals.stash_peak_bytes
+    assert_clean(model)
 
 
 class YieldsKeys(hand_written.Attention):

@@ -19,7 +19,7 @@ first tile has been run, so a segment has a moment for each of these tiles (``me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -317,8 +317,23 @@ class _Walk:
         for node in mixer.inputs:
             if node in self.captured.stages.differentiable:
                 self.add("gradient", node)
+        again = [] if mixer.by_graph else _given_again(arguments_of(mixer.node))
+        for name, node in again:
+            self.add(f"gradient as {name}", node)
         self.look(index, extra=self.needs.workspaces[mixer.node][1])
+        self._sum(index, again)
         self.drop("gradient", [node for node, _ in mixer.results])
+
+    def _sum(self, index: int, again: Sequence[tuple[str, fx.Node]]) -> None:
+        """Add gradients of one value, which all are there, in memory of their own; then only their sum is."""
+        if not again:
+            return
+        for _, node in again:
+            self.add("sum of gradients", node)
+        self.look(index)
+        for name, node in again:
+            self.drop(f"gradient as {name}", [node])
+            self.drop("sum of gradients", [node])
 
     def _backward_by_groups(self, index: int, how: Grouping) -> None:
         """The first group, which makes room for gradients that lie over nothing, and any other, which finds it there.
@@ -330,18 +345,26 @@ class _Walk:
         given = {name: named[name] for name in ("query", "key", "value")}
         over = {*how.over_result, *(["query"] if how.over_gradient else [])}
         self._rebuild(index - 1, how.segment, how.sliced)
+        again = _given_again(given)
         for name, one in given.items():
             self.add("made gradient", one, part=True)
             if name not in over:
                 self.add("gradient", one)
+        for name, one in again:
+            self.add(f"made gradient as {name}", one, part=True)
+            self.add(f"gradient as {name}", one)
         for kind in ("part", "part of gradient"):
             self.add(kind, result, part=True)
         self.look(index, part=Growth(linear=self.needs.workspaces[node][1] + self.needs.saved[result]))
         self.drop("made gradient", given.values())
+        for name, one in again:
+            self.drop(f"made gradient as {name}", [one])
         for kind in ("part", "part of gradient"):
             self.drop(kind, [result])
         self.drop("value", how.sliced)
         self._rebuild(index - 1, how.segment, how.sliced)
+        self.drop("value", how.sliced)
+        self._sum(index, again)
         self.drop("gradient", [result])
         if how.over_gradient:
             self.add("gradient", given["query"])
@@ -366,6 +389,12 @@ class _Walk:
                     self.narrow += int(value.numel()) * (dtype.itemsize - value.dtype.itemsize)
         self.look_at(index, _WHICHEVER if segment.by_rows else _REST, backward=True)
         self.drop("gradient", segment.outputs)
+
+
+def _given_again(named: Mapping[str, fx.Node]) -> list[tuple[str, fx.Node]]:
+    """Arguments of an attention, by name, that are another one of it too: a kernel makes a gradient for each."""
+    names = [name for name in ("query", "key", "value") if name in named]
+    return [(name, named[name]) for at, name in enumerate(names) if named[name] in map(named.get, names[:at])]
 
 
 def stretch_of(index: int, mixing: range) -> Stretch:

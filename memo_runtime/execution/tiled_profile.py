@@ -40,6 +40,7 @@ from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_programs import Cost, Programs, RowFactors, make_programs
 from memo_runtime.execution.tiled_rows import (
     empty_by_token,
+    gapless_like,
     gapless_rows,
     is_dense,
     like,
@@ -197,7 +198,7 @@ class _Tracing:
             axis = segment.axes[node]
             if axis is None:
                 continue
-            whole = _whole(self.captured, node, tokens, by_token=node in self.by_token)
+            whole = self._whole(node, axis, tokens)
             part = packed(whole, axis, tokens, 0, tile)
             if node in drawn or part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
                 given += part.numel() * part.element_size()
@@ -224,19 +225,34 @@ class _Tracing:
             axis = segment.axes[source]
             if not isinstance(place, RowFactors) or axis is None:
                 continue
-            whole = _whole(self.captured, source, tokens, by_token=source in self.by_token)
+            whole = self._whole(source, axis, tokens)
             target = gapless_rows(whole, axis, 0, tile)
             if source in over or target is None or not same_memory(target, place.layout):
                 largest = max(largest, tensor_bytes(place.layout))
         return largest
 
+    def _whole(self, node: fx.Node, axis: TokenAxis, rows: int) -> torch.Tensor:
+        by_token = node in self.by_token
+        return _whole(self.captured, node.meta["val"], axis, (rows, self.tokens), by_token=by_token)
 
-def _whole(captured: Captured, node: fx.Node, tokens: int, *, by_token: bool) -> torch.Tensor:
-    """A value of ``tokens`` tokens on meta, as it lies in memory."""
-    value = node.meta["val"]
-    shape, stride = ([int(captured.size(one, tokens)) for one in many] for many in (value.shape, value.stride()))
+
+def _whole(
+    captured: Captured, value: torch.Tensor, axis: TokenAxis | None, lengths: tuple[int, int], *, by_token: bool
+) -> torch.Tensor:
+    """The traced ``value`` on meta, as it lies in memory.
+
+    ``lengths``: tokens along ``axis``, and along another dimension that grows with them (rows of a mask have all keys).
+    """
+    rows, tokens = lengths
+    several = axis is None or len(captured.traced.token.dims(value)) > 1
+    shape, stride = ([int(captured.size(one, tokens if several else rows)) for one in many]
+                     for many in (value.shape, value.stride()))  # fmt: skip
+    if axis is not None:
+        shape[axis.dim] = axis.outer * rows * axis.inner
     whole = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
-    return empty_by_token(shape, whole) if by_token else whole
+    if by_token:
+        return empty_by_token(shape, whole)
+    return gapless_like(whole, whole.device) if several else whole
 
 
 def tile_programs(
@@ -263,12 +279,11 @@ def tile_programs(
         values.extend((*kept, False) for kept in kept_values(captured.stages, node))
     sources = []
     for value, axis, apart in values:
-        shape = [int(captured.size(size, tokens)) for size in value.shape]
-        if axis is not None:
-            shape[axis.dim] = axis.outer * tile * axis.inner
+        # As tiles are cut: in the memory order of what they are cut from, which a product may have to copy.
+        whole = _whole(captured, value, axis, (2 * tile, tokens), by_token=apart)
+        part = whole if axis is None else packed(whole, axis, 2 * tile, 0, tile)
         with mode:
-            sources.append(empty_by_token(shape, value) if apart else
-                           torch.empty(shape, dtype=value.dtype, device=value.device))  # fmt: skip
+            sources.append(torch.empty_strided(part.shape, part.stride(), dtype=value.dtype, device=value.device))
     return make_programs(captured, index, sources, tile, autocast, compiler=compiler, fused=fused), tile
 
 

@@ -44,15 +44,25 @@ class Linear(nn.Module):
         return self.plain(x) if self.up is None else self.plain(x) + self.up(self.down(x))
 
 
-class Layer(nn.Module):
-    """A decoder layer with ``shared`` heads of keys and values and a gated MLP."""
+def distances(x):
+    at = torch.arange(x.shape[1], dtype=x.dtype)
+    return (at[None] - at[:, None]).abs()
 
-    def __init__(self, shared=HEADS, wide=3, *, lora=False):
+
+class Layer(nn.Module):
+    """A decoder layer with ``shared`` heads of keys and values and a gated MLP.
+
+    ``attention``: ``fused``, ``written`` out, likewise with a ``bias`` of all pairs that is trained, or of ``one``
+    tensor that is queries, keys and values.
+    """
+
+    def __init__(self, shared=HEADS, wide=3, *, lora=False, attention="fused"):
         super().__init__()
-        self.shared = shared
+        self.shared, self.attention = shared, attention
         self.norm, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.query = Linear(WIDTH, WIDTH, lora=lora)
-        self.keys = Linear(WIDTH, 2 * shared * WIDTH // HEADS, lora=lora)
+        self.keys = None if attention == "one" else Linear(WIDTH, 2 * shared * WIDTH // HEADS, lora=lora)
+        self.slopes = nn.Parameter(torch.rand(HEADS, 1, 1)) if attention == "bias" else None
         self.merge = Linear(WIDTH, WIDTH, lora=lora)
         self.gate, self.up = (Linear(WIDTH, wide * WIDTH, lora=lora) for _ in range(2))
         self.down = Linear(wide * WIDTH, WIDTH, lora=lora)
@@ -60,8 +70,14 @@ class Layer(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         query = self.query(h).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        key, value = (part.unflatten(-1, (self.shared, -1)).transpose(1, 2) for part in self.keys(h).chunk(2, -1))
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.shared < HEADS)
+        key = value = query
+        if self.keys is not None:
+            key, value = (one.unflatten(-1, (self.shared, -1)).transpose(1, 2) for one in self.keys(h).chunk(2, -1))
+        if self.attention in ("written", "bias"):
+            scores = query @ key.transpose(-1, -2)
+            mixed = (scores if self.slopes is None else scores + self.slopes * distances(x)).softmax(-1) @ value
+        else:
+            mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.shared < HEADS)
         x = x + self.merge(merge_heads(mixed))
         h = self.second(x)
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
@@ -99,6 +115,7 @@ class Kind:
     frozen: bool = False
     dtype: torch.dtype = torch.float64
     still: int = 0
+    attention: str = "fused"
 
 
 @dataclass(frozen=True)
@@ -133,7 +150,7 @@ class Stack:
         torch.manual_seed(0)
         programs = ProgramCache(run_eagerly)
         self.kind = kind
-        self.layers = [Layer(kind.shared, kind.wide, lora=kind.lora).to(kind.dtype) for _ in range(kind.blocks)]
+        self.layers = [self.made() for _ in range(kind.blocks)]
         self.tiles = [TiledBlock(one, tile=1, programs=programs) for one in self.layers]
         self.source = torch.randn(kind.rows, TOKENS, WIDTH, dtype=kind.dtype, requires_grad=not kind.frozen)
         hidden = torch.ones_like(self.source, requires_grad=True)
@@ -147,6 +164,10 @@ class Stack:
         known = {one: profiling.tiled_profile(captured[at], calls[at])
                  for one, at in ((one, kinds.index(one)) for one in dict.fromkeys(kinds))}  # fmt: skip
         self.takes = [known[one] for one in kinds]
+
+    def made(self):
+        kind = self.kind
+        return Layer(kind.shared, kind.wide, lora=kind.lora, attention=kind.attention).to(kind.dtype)
 
     def forecast(self, case):
         """Most bytes of a step, beside its parameters; copies are synchronous, so none are under way."""
@@ -240,6 +261,9 @@ CASES = [
     Case(Kind(dtype=torch.bfloat16), tile=TOKENS, keep=1),  # nothing is summed in float32
     Case(Kind(rows=3), tile=TOKENS, swapped=1),  # no rows are copied
     Case(Kind(frozen=True, still=1, blocks=3), swapped=2, keep=2),
+    Case(Kind(rows=2, attention="written"), keep=2, swapped=1),
+    Case(Kind(rows=3, wide=1, attention="one")),
+    Case(Kind(rows=3, wide=1, attention="bias"), keep=2, swapped=1),
 ]
 SENDING = [
     *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)
@@ -273,6 +297,10 @@ LATE = [
 MORE = [
     *(Case(Kind(wide=wide, frozen=True, still=still, rows=rows), keep=6, groups=groups)
       for wide, still, rows, groups in ((12, 1, 1, 1), (12, 1, 3, 2), (3, 1, 1, 4))),
+    *(Case(Kind(rows=3, wide=1, attention="written"), tile=tile, keep=keep)
+      for tile, keep in ((16, 0), (16, 6), (48, 0))),
+    *(Case(Kind(rows=rows, attention="one"), keep=keep, swapped=2, groups=groups)
+      for rows, keep, groups in ((1, 0, 1), (2, 0, 2), (1, 6, 4))),
     Case(GROUPED, keep=2, swapped=1),
     Case(GROUPED, tile=TOKENS, keep=1, swapped=1),
     Case(ADAPTED, keep=5, swapped=1, tile=20),

@@ -31,9 +31,14 @@ def _pairs(query: Any, key: Any, *_: Any, out_val: Any = None, **__: Any) -> int
     return 4 * batch * heads * tokens * key[2] * depth
 
 
+def _added(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 def flops_of(run: Callable[[], object]) -> float:
-    """Of attention as of one matrix product in each direction, whatever kernel it is."""
+    """Of attention as of one matrix product in each direction, whatever kernel it is; and of what is added to sums."""
     mapping = {
+        aten.addmm_: _added,
         aten._scaled_dot_product_flash_attention_for_cpu: _pairs,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *rest, **more: _pairs(*rest, **more),
     }

@@ -49,6 +49,7 @@ class Needs:
         alone: the same where that tile holds all tokens. tile: tokens of the smaller one.
         workspaces: of each mixer. saved: by the first result of each, bytes by token that its forward leaves
             beside its results. merging: of a mixer that takes queries in chunks, bytes while two parts are merged.
+        weights: of the backward through what is made of parameters, by tokens.
     """
 
     costs: Mapping[int, tuple[Cost, Cost]]
@@ -57,6 +58,7 @@ class Needs:
     workspaces: Mapping[fx.Node, Workspace]
     saved: Mapping[fx.Node, float]
     merging: Mapping[fx.Node, int] = field(default_factory=dict)
+    weights: Growth = field(default_factory=Growth)
 
 
 #: Of what one program takes, the figure of one moment.
@@ -121,13 +123,15 @@ class _Walk:
             self.parts.discard(f"{kind} {node.name}")
 
     def look(
-        self, index: int, *, extra: float = 0.0, more: int = 0, less: int = 0, part: Growth | None = None
-    ) -> None:
+        self, index: int, *, extra: float = 0.0, more: int = 0, less: int = 0, part: Growth | None = None,
+        whole: Growth | None = None,
+    ) -> None:  # fmt: skip
         """Note a moment of stage number ``index`` at which no tile runs.
 
-        ``extra``: more bytes by token. ``less``: of ``more``, what is not there where one tile holds all tokens.
+        ``extra``: more bytes by token; ``whole``: by tokens, and ``part``: of all groups of heads. ``less``: of
+        ``more``, what is not there where one tile holds all tokens.
         """
-        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more, less=less, part=part)
+        self._note(index, TileAt.ANY, Growth(), extra=extra, more=more, less=less, part=part, whole=whole)
 
     def look_at(
         self, index: int, tiles: Iterable[tuple[TileAt, _Part]], *, backward: bool, apart: bool = False
@@ -149,7 +153,7 @@ class _Walk:
 
     def _note(
         self, index: int, at: TileAt, tile: Growth, *, extra: float = 0.0, more: int = 0, less: int = 0,
-        part: Growth | None = None, alone: Growth | None = None,
+        part: Growth | None = None, whole: Growth | None = None, alone: Growth | None = None,
     ) -> None:  # fmt: skip
         def held(tokens: int, *, parts: bool) -> float:
             sizes = (item * self.captured.size(node.meta["val"].numel(), tokens)
@@ -157,7 +161,8 @@ class _Walk:
             return float(sum(sizes))
 
         def full(tokens: int) -> float:
-            return held(tokens, parts=False) + (extra + self.beside) * tokens
+            more_of_it = whole.exact(tokens) if whole is not None else 0.0
+            return held(tokens, parts=False) + (extra + self.beside) * tokens + more_of_it
 
         def group(tokens: int) -> float:
             return held(tokens, parts=True) + (part.exact(tokens) if part is not None else 0.0)
@@ -284,6 +289,7 @@ class _Walk:
         self.stretch = Stretch.LATE
         once = self.captured.once(met_once)
         rounding = self._rounding(())
+        self.look(0, whole=self.needs.weights)
         self.look(0, more=rounding, less=rounding - self._rounding(once))
 
     def _rebuild(self, index: int, segment: Segment, sliced: Collection[fx.Node]) -> None:

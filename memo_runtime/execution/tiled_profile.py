@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -50,6 +51,7 @@ from memo_runtime.execution.tiled_rows import (
 from memo_runtime.execution.tiled_run import mixer_inputs_of, rows_tile
 from memo_runtime.execution.tiled_timing import TileTimes
 from memo_runtime.execution.tiled_trial import Trial, try_mixer
+from memo_runtime.execution.tiled_weights import weights_backward_bytes
 from memo_runtime.records import Growth, TiledProfile, TokenAxis
 
 #: Tile at which programs are traced for their cost, on fake tensors; another of twice as many shows what grows.
@@ -97,6 +99,7 @@ def tiled_profile(
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
         {node: one.merging for node, one in tried.items()},
+        polynomial(partial(weights_backward_bytes, captured, autocast=tracing.autocast), tokens),
     )  # fmt: skip
     needs_by_groups = replace(needs, workspaces={node: taken(node, one.by_group) for node, one in tried.items()})
     forward, backward = moments(captured, needs, tokens)

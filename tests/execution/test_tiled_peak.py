@@ -264,6 +264,7 @@ CASES = [
     Case(Kind(rows=2, attention="written"), keep=2, swapped=1),
     Case(Kind(rows=3, wide=1, attention="one")),
     Case(Kind(rows=3, wide=1, attention="bias"), keep=2, swapped=1),
+    Case(Kind(wide=1, attention="bias"), tile=4),  # the backward of the bias itself is the worst moment
 ]
 SENDING = [
     *(Case(GROUPED, keep=keep, swapped=swapped, sent=sent)

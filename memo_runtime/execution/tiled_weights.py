@@ -1,0 +1,68 @@
+"""What the backward through values made of parameters takes (a position bias of all pairs, from a table): it runs once,
+behind all tiles, on gradients of full length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.capture.captured import TRACING, Captured
+from memo_runtime.capture.split import Segment
+from memo_runtime.execution.inlining import storages
+from memo_runtime.execution.tiled_costs import bytes_alive
+from memo_runtime.execution.tiled_programs import run_node
+
+
+def weights_backward_bytes(captured: Captured, tokens: int, autocast: AutocastState) -> int:
+    """Most bytes alive in it at ``tokens`` tokens, beside those values and their own gradients."""
+    inside = set(captured.stages.weights)
+    segments = (stage for stage in captured.stages.stages if isinstance(stage, Segment))
+    used = dict.fromkeys(node for segment in segments for node in segment.sources if node in inside)
+    wanted = captured.stages.differentiable
+    results = [node for node in used if node in wanted]
+    given = dict.fromkeys(one for node in inside for one in node.all_input_nodes
+                          if one not in inside and isinstance(one.meta["val"], torch.Tensor))  # fmt: skip
+    if not results or not any(node in wanted for node in given):
+        return 0
+
+    def size(value: Any) -> Any:
+        return captured.size(value, tokens)
+
+    def joint(leaves: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[Any]:
+        values: dict[fx.Node, Any] = dict(zip(given, leaves, strict=True))
+        for node in captured.stages.weights:
+            values[node] = run_node(node, values, size)
+        sought = [one for one in leaves if one.requires_grad]
+        grads = torch.autograd.grad([values[node] for node in results], sought, tangents, allow_unused=True)
+        return [one for one in grads if one is not None]
+
+    mode, one_thread = FakeTensorMode(), torch.autograd.set_multithreading_enabled(False)
+    no_questions = torch.autograd.set_detect_anomaly(False)
+    with TRACING, mode, torch.enable_grad(), autocast.uncached().restored(), one_thread, no_questions:
+        leaves, tangents = ([_fake(node, size) for node in nodes] for nodes in (given, results))
+        for node, leaf in zip(given, leaves, strict=True):
+            leaf.requires_grad_(node in wanted)
+        graph = make_fx(joint, tracing_mode="real")(leaves, tangents).graph
+    forward = _until_tangents(graph, len(leaves))
+    return bytes_alive(graph, {key for node in forward for key, _ in storages(node.meta.get("val"))})
+
+
+def _fake(node: fx.Node, size: Any) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty([int(size(one)) for one in value.shape], dtype=value.dtype, device=value.device)
+
+
+def _until_tangents(graph: fx.Graph, leaves: int) -> set[fx.Node]:
+    """What is made of the leaves alone: it is there all the while."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    forward = set(placeholders[:leaves])
+    for node in graph.nodes:
+        if node.op == "call_function" and all(one in forward for one in node.all_input_nodes):
+            forward.add(node)
+    return forward

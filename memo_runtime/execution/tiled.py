@@ -30,6 +30,7 @@ from memo_runtime.execution.ranges import named
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
+from memo_runtime.execution.tiled_moments import one_of_each
 from memo_runtime.execution.tiled_overwrite import holders, sole_holders
 from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_random import new_seed
@@ -413,10 +414,11 @@ def _places(captured: Captured) -> tuple[list[int], list[int]]:
     given = [*states_and_arguments(captured), *stash_of(captured)]
     made, wanted = set(stash_of(captured)), captured.stages.differentiable
     fixed, hidden = set(captured.stages.fixed), _input_place(captured)
+    counted = set(one_of_each(captured.stages.fixed))
     movable, stays = [], []
     for place, node in enumerate(given):
         moves = node in wanted or place == hidden
-        if node in fixed or (node in made and node not in wanted):
+        if node in counted or (node in made - fixed and node not in wanted):
             stays.append(place)
         if moves and node not in fixed and node not in states and isinstance(captured.stages.axes[node], TokenAxis):
             movable.append(place)

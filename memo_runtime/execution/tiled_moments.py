@@ -261,9 +261,8 @@ class _Walk:
             self.beside += sum(self.needs.saved.get(node, 0.0) for node in nodes)
 
     def _hold(self, nodes: Iterable[fx.Node]) -> None:
-        for node in nodes:
-            if isinstance(node.meta["val"], torch.Tensor):
-                self.add("value", node)
+        for node in one_of_each(nodes):
+            self.add("value", node)
 
     def backward(self) -> None:
         """As ``Run.backward``: what came stays to the end, since its owner holds it."""
@@ -471,3 +470,12 @@ def _start(
 def storage_key(node: fx.Node) -> int:
     """Equal for values in the same memory."""
     return int(node.meta["val"].untyped_storage()._cdata)
+
+
+def one_of_each(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Of ``nodes`` that are tensors, the first in each memory: those behind it are views of it."""
+    found: dict[int, fx.Node] = {}
+    for node in nodes:
+        if isinstance(node.meta["val"], torch.Tensor):
+            found.setdefault(storage_key(node), node)
+    return list(found.values())

@@ -32,6 +32,7 @@ from memo_runtime.execution.tiled_moments import (
     Needs,
     Workspace,
     moments,
+    one_of_each,
     polynomial,
     result_moments,
     results_of_mixers,
@@ -368,7 +369,8 @@ def _total(captured: Captured, nodes: list[fx.Node], tokens: int) -> Growth:
 def _resident(captured: Captured) -> list[fx.Node]:
     """Values made in forward that backward needs and that stay: masks, and results that need no gradient."""
     chosen = stashed_results(captured)
-    return [*captured.stages.fixed, *(node for node in results_of_mixers(captured) if node not in chosen)]
+    results = (node for node in results_of_mixers(captured) if node not in chosen)
+    return [*one_of_each(captured.stages.fixed), *results]
 
 
 def _stash(captured: Captured, call: BlockCall, tried: Iterable[Trial], tokens: int) -> list[Growth]:

@@ -255,14 +255,11 @@ CASES = [
     *(Case(GROUPED, keep=keep, held=True) for keep in (0, 3)),
     Case(Kind(shared=1, wide=8, blocks=3), swapped=3, held=True),
     Case(ADAPTED, keep=2, swapped=2, tile=20),
-    Case(ADAPTED, held=True, tile=7),
     Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
-    Case(Kind(frozen=True), swapped=2, keep=2),
     Case(Kind(dtype=torch.bfloat16), tile=TOKENS, keep=1),  # nothing is summed in float32
     Case(Kind(rows=3), tile=TOKENS, swapped=1),  # no rows are copied
     Case(Kind(frozen=True, still=1, blocks=3), swapped=2, keep=2),
     Case(Kind(rows=2, attention="written"), keep=2, swapped=1),
-    Case(Kind(rows=3, wide=1, attention="one")),
     Case(Kind(rows=3, wide=1, attention="bias"), keep=2, swapped=1),
     Case(Kind(wide=1, attention="bias"), tile=4),  # the backward of the bias itself is the worst moment
 ]
@@ -296,6 +293,9 @@ LATE = [
       for keep, swapped, every in ((0, 4, 4), (6, 4, 4), (0, 4, 1), (0, 2, 2))),
 ]  # fmt: skip
 MORE = [
+    Case(ADAPTED, held=True, tile=7),
+    Case(Kind(frozen=True), swapped=2, keep=2),
+    Case(Kind(rows=3, wide=1, attention="one")),
     *(Case(Kind(wide=wide, frozen=True, still=still, rows=rows), keep=6, groups=groups)
       for wide, still, rows, groups in ((12, 1, 1, 1), (12, 1, 3, 2), (3, 1, 1, 4))),
     *(Case(Kind(rows=3, wide=1, attention="written"), tile=tile, keep=keep)

@@ -75,12 +75,12 @@ class Model(nn.Module):
 
 def wrapped() -> Model:
     torch.manual_seed(0)
-    return memo.wrap(Model().double(), policy="tiled", tile=16)
+    return memo.wrap(Model().double(), policy="tiled", tile=8)
 
 
 def planned(model: Model, rows: int) -> Profile:
     """What a step of so many sequences is planned from; its own bytes are those of the plan."""
-    step(model, signal(rows=rows, tokens=48))
+    step(model, signal(rows=rows, tokens=24))
     totals = memo.report(model).totals
     assert totals.bytes_kept == totals.forecast.bytes_kept
     assert totals.stash_peak_bytes == totals.forecast.stash_peak_bytes
@@ -92,7 +92,7 @@ def planned(model: Model, rows: int) -> Profile:
 def test_what_sequences_share_does_not_follow_their_number() -> None:
     """A step of another number of sequences is planned as if the model had seen that number first."""
     model = wrapped()
-    for rows in (3, 2):
-        takes, fresh = ([block.tiled for block in planned(one, rows).blocks] for one in (model, wrapped()))
-        assert takes == fresh
+    planned(model, 3)
+    takes, fresh = ([block.tiled for block in planned(one, 2).blocks] for one in (model, wrapped()))
+    assert takes == fresh
     assert find_wrapped(model).profiled == 1  # type: ignore[union-attr]

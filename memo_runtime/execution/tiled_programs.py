@@ -38,6 +38,7 @@ from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, 
 from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
 
 aten = torch.ops.aten
+_HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -419,15 +420,20 @@ def accumulate(
     """
     if transposed:
         left, right = right.t(), left.t()
-    if total.dtype != left.dtype and total.device.type == "cuda":
+    if total.device.type == "cuda" and total.dtype == torch.float32 and left.dtype in _HALVES:
         # One GEMM that reads 16-bit factors and writes, or adds to, the 32-bit total.
         if first:
             aten.mm.dtype_out(left, right, total.dtype, out=total)
         else:
             aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
         return
-    left, right = left.to(total.dtype), right.to(total.dtype)
-    if first:
+    wide = torch.promote_types(left.dtype, total.dtype)
+    left, right = left.to(wide), right.to(wide)
+    if wide != total.dtype:
+        # The factors are of a weight that was cast up: what is rounded is their product.
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
+    elif first:
         torch.mm(left, right, out=total)
     else:
         total.addmm_(left, right)

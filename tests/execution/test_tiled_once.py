@@ -50,6 +50,27 @@ def test_one_tile_is_as_near_to_float64s_as_the_block_itself(kind):
     assert worst(mine, exact) <= 1.1 * worst(theirs, exact)
 
 
+class CastUp(hand_written.Attention):
+    """A weight in single precision, used in double."""
+
+    def finish(self, x, mixed):
+        up = torch.nn.functional.linear(x.double(), self.up.weight.double(), self.up.bias.double())
+        return x + self.merge(mixed) + self.down(torch.nn.functional.silu(up).to(x.dtype))
+
+
+@pytest.mark.parametrize("tile", [16, TOKENS])
+def test_products_of_wider_factors_are_rounded_themselves(tile):
+    torch.manual_seed(0)
+    block = CastUp()
+    x = torch.randn(2, TOKENS, WIDTH).requires_grad_()
+    theirs, mine = (run(call_of(block, x), one)[1] for one in (block, TiledBlock(block, tile=tile)))
+    assert worst(mine, theirs) < 1e-6
+    reference = CastUp().double()
+    reference.load_state_dict(block.state_dict())
+    exact = run(call_of(reference, x.detach().double().requires_grad_()), reference)[1]
+    assert worst(mine, exact) <= 1.1 * worst(theirs, exact)
+
+
 def test_what_was_in_memory_does_not_matter(monkeypatch):
     """The first product is written, not added."""
     made = torch.empty_like

@@ -180,7 +180,8 @@ def test_a_compiled_model_works(policy: str, order: str, backend: str, fresh_dyn
     assert_trains_as(compiled, plain, signal())
 
 
-@pytest.mark.parametrize("order", ["wrap first", pytest.param("compile first", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["wrap first", "compile first"])
 def test_a_compiled_llama_works(order: str, fresh_dynamo: None) -> None:
     model, plain = llama(), llama()
     if order == "wrap first":

@@ -38,7 +38,10 @@ def test_which_gradients_are_sums():
     assert "bias.weight" in summed_by(blocks.LearnedBias)
 
 
-@pytest.mark.parametrize("kind", [hand_written.Attention, Across, hand_written.Normalised, blocks.LearnedBias])
+@pytest.mark.parametrize("kind", [
+    hand_written.Attention, Across,
+    *(pytest.param(one, marks=pytest.mark.slow) for one in (hand_written.Normalised, blocks.LearnedBias)),
+])  # fmt: skip
 def test_one_tile_is_as_near_to_float64s_as_the_block_itself(kind):
     torch.manual_seed(0)
     block, reference = kind().bfloat16(), kind().double()
@@ -58,7 +61,7 @@ class CastUp(hand_written.Attention):
         return x + self.merge(mixed) + self.down(torch.nn.functional.silu(up).to(x.dtype))
 
 
-@pytest.mark.parametrize("tile", [16, TOKENS])
+@pytest.mark.parametrize("tile", [16, pytest.param(TOKENS, marks=pytest.mark.slow)])
 def test_products_of_wider_factors_are_rounded_themselves(tile):
     torch.manual_seed(0)
     block = CastUp()

@@ -253,9 +253,6 @@ CASES = [
     Case(GROUPED, tile=40, keep=1, swapped=1),
     Case(GROUPED, keep=6, inputs=True),
     *(Case(GROUPED, keep=keep, held=True) for keep in (0, 3)),
-    Case(Kind(shared=1, wide=8, blocks=3), swapped=3, held=True),
-    Case(ADAPTED, keep=2, swapped=2, tile=20),
-    Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
     Case(Kind(dtype=torch.bfloat16), tile=TOKENS, keep=1),  # nothing is summed in float32
     Case(Kind(rows=3), tile=TOKENS, swapped=1),  # no rows are copied
     Case(Kind(frozen=True, still=1, blocks=3), swapped=2, keep=2),
@@ -293,6 +290,9 @@ LATE = [
       for keep, swapped, every in ((0, 4, 4), (6, 4, 4), (0, 4, 1), (0, 2, 2))),
 ]  # fmt: skip
 MORE = [
+    Case(Kind(shared=1, wide=8, blocks=3), swapped=3, held=True),
+    Case(ADAPTED, keep=2, swapped=2, tile=20),
+    Case(Kind(rows=3), keep=6, swapped=2),  # rows of a tile lie apart
     Case(ADAPTED, held=True, tile=7),
     Case(Kind(frozen=True), swapped=2, keep=2),
     Case(Kind(rows=3, wide=1, attention="one")),

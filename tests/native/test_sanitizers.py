@@ -17,7 +17,9 @@ def supported(folder, flags):
 
 
 # Without optimisation where that compiles in half the time.
-@pytest.mark.parametrize(("kind", "level"), [("address,undefined", "-O0"), ("thread", "-O1")])
+@pytest.mark.parametrize(
+    ("kind", "level"), [("address,undefined", "-O0"), pytest.param("thread", "-O1", marks=pytest.mark.slow)]
+)
 def test_the_core_is_clean(tmp_path, kind, level):
     flags = [f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g1"]
     if compiler() is None or not supported(tmp_path, flags):

@@ -26,9 +26,9 @@ ROWS = [json.loads(line) for line in (ROOT / "benchmarks/results/forecast_h100.j
 
 
 def case(row):
-    """One row; the longer ones, and one of three models, are left to the runs that take their time."""
+    """One row; the longer ones, and two of three models, are left to the runs that take their time."""
     name = f"{row['geometry'].split('/')[-1].removesuffix('.json')} {row['contender']} {row['seq_len']}"
-    return pytest.param(row, id=name, marks=[pytest.mark.slow] if row["seq_len"] > 8192 or "olmo2" in name else [])
+    return pytest.param(row, id=name, marks=[pytest.mark.slow] if row["seq_len"] > 8192 or "llama" not in name else [])
 
 
 #: Rows by tiles: file, run, length, share of tiles whose products are kept, blocks whose stash stays.

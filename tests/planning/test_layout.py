@@ -125,7 +125,10 @@ def test_the_steady_trace_is_the_step_with_its_residents():
     assert simulate(steady).allocated_peak == simulate(trace).allocated_peak
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name.removesuffix(".json.gz"))
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (at % 2)) for at, path in enumerate(COMMITTED)],
+    ids=lambda path: path.name.removesuffix(".json.gz"),
+)  # fmt: skip
 def test_committed_traces(path):
     trace = load_trace(path)
     check(trace, plan_layout(trace, threads=1, seconds=3.0))

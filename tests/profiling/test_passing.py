@@ -59,7 +59,7 @@ def test_a_short_one_does():
     assert max(seen) == 300
 
 
-@pytest.mark.parametrize("kind", [Logs, Remembers, Casts])
+@pytest.mark.parametrize("kind", [Logs, Remembers, pytest.param(Casts, marks=pytest.mark.slow)])
 def test_where_a_crop_does_not_tell_it_runs_as_it_is(kind):
     model = tower(2)
     model.layers = nn.ModuleList([kind() for _ in range(2)]).double()

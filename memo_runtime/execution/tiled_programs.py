@@ -178,7 +178,7 @@ def make_programs(
     forward_keep = _part(graph, given, [*outputs, *choices, *products])
     rebuild = _part(graph, [*given, *choices], outputs) if choices else None
     backward, backward_kept = _part(graph, again, wanted), _part(graph, again_kept, wanted)
-    rerun = _forward_nodes(graph, given)
+    rerun = forward_nodes(graph, given)
     cost = Cost(
         forward=sum(node_flops(node) for node in forward.nodes),
         again=_flops_between(graph, again, wanted, rerun),
@@ -313,8 +313,8 @@ def _casts(graph: fx.Graph, weights: Sequence[fx.Node]) -> list[fx.Node]:
     ]  # fmt: skip
 
 
-def _forward_nodes(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:
-    """What can be made of ``given`` alone: the forward."""
+def forward_nodes(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:
+    """``given``, and what can be made of it alone: the forward."""
     forward = set(given)
     for node in graph.nodes:
         if node.op == "call_function" and all(one in forward for one in node.all_input_nodes):
@@ -324,7 +324,7 @@ def _forward_nodes(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:
 
 def _products(graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> list[fx.Node]:
     """Results of matrix products of the forward that backward needs."""
-    forward = _forward_nodes(graph, given)
+    forward = forward_nodes(graph, given)
     needed: list[fx.Node] = []
     seen: set[fx.Node] = set()
     pending = list(wanted)

@@ -16,7 +16,7 @@ from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.split import Segment
 from memo_runtime.execution.inlining import storages
 from memo_runtime.execution.tiled_costs import bytes_alive
-from memo_runtime.execution.tiled_programs import run_node
+from memo_runtime.execution.tiled_programs import forward_nodes, run_node
 
 
 def weights_backward_bytes(captured: Captured, tokens: int, autocast: AutocastState) -> int:
@@ -49,20 +49,11 @@ def weights_backward_bytes(captured: Captured, tokens: int, autocast: AutocastSt
         for node, leaf in zip(given, leaves, strict=True):
             leaf.requires_grad_(node in wanted)
         graph = make_fx(joint, tracing_mode="real")(leaves, tangents).graph
-    forward = _until_tangents(graph, len(leaves))
+    # What is made of the leaves alone is there all the while.
+    forward = forward_nodes(graph, [node for node in graph.nodes if node.op == "placeholder"][: len(leaves)])
     return bytes_alive(graph, {key for node in forward for key, _ in storages(node.meta.get("val"))})
 
 
 def _fake(node: fx.Node, size: Any) -> torch.Tensor:
     value = node.meta["val"]
     return torch.empty([int(size(one)) for one in value.shape], dtype=value.dtype, device=value.device)
-
-
-def _until_tangents(graph: fx.Graph, leaves: int) -> set[fx.Node]:
-    """What is made of the leaves alone: it is there all the while."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    forward = set(placeholders[:leaves])
-    for node in graph.nodes:
-        if node.op == "call_function" and all(one in forward for one in node.all_input_nodes):
-            forward.add(node)
-    return forward

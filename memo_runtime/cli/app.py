@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from memo_runtime import __version__
+from memo_runtime.cli.answering import answer
 from memo_runtime.cli.bench import bench
 from memo_runtime.cli.check import check
 from memo_runtime.cli.doctor import doctor
@@ -70,7 +71,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"memo-runtime {__version__}")
+        answer(f"memo-runtime {__version__}")
         raise typer.Exit
 
 

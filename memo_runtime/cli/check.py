@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memo_runtime.cli.answering import answer
 from memo_runtime.cli.exits import ExitCode
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -78,7 +79,7 @@ def check(
     result = api.check(
         made, batch, policy=policy, alpha=alpha, budget=budget, host_budget=host_memory, keep_last=keep_last
     )
-    typer.echo(json.dumps(asdict(result)) if as_json else str(result))
+    answer(json.dumps(asdict(result)) if as_json else str(result))
     raise typer.Exit(ExitCode.OK if result.ok else ExitCode.BUG)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memo_runtime.cli.answering import answer
 from memo_runtime.cli.exits import ExitCode
 
 
@@ -28,5 +29,5 @@ def doctor(
     from memo_runtime.cli.examination import examination_text, examine
 
     found = examine()
-    typer.echo(json.dumps(asdict(found)) if as_json else examination_text(found))
+    answer(json.dumps(asdict(found)) if as_json else examination_text(found))
     raise typer.Exit(ExitCode.OK if found.ok else ExitCode.BUG)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memo_runtime.cli.answering import answer
 from memo_runtime.cli.exits import ExitCode
 from memo_runtime.cli.offline_request import (
     Alpha,
@@ -103,9 +104,9 @@ def fit(
         if here is not None and process is not None:
             told = told_of(rehearse_near(request, longest, here, process), longest.tokens, here)
     if as_json:
-        typer.echo(json.dumps(_as_json(found, request, study.subject.name) | told.fields, indent=2))
+        answer(json.dumps(_as_json(found, request, study.subject.name) | told.fields, indent=2))
     else:
-        typer.echo(_as_text(found, request, study.subject.name) + told.text)
+        answer(_as_text(found, request, study.subject.name) + told.text)
     if told.unconfirmed:
         raise typer.Exit(ExitCode.NOT_FOUND)
 

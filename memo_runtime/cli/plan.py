@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from memo_runtime.cli.answering import answer
 from memo_runtime.cli.offline_request import (
     Alpha,
     Budget,
@@ -84,4 +85,4 @@ def plan(
     )
     if output is not None:
         save(made, output)
-    typer.echo(plan_table(made))
+    answer(plan_table(made))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from memo_runtime.cli.answering import answer
+
 
 def profile(
     *,
@@ -48,4 +50,4 @@ def profile(
     moved = _pytree.tree_map(lambda leaf: leaf.to(chosen) if isinstance(leaf, torch.Tensor) else leaf, batch)
     found = measure(subject.to(chosen), moved)
     save(found, output)
-    typer.echo(profile_table(found))
+    answer(profile_table(found))

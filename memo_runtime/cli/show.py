@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from memo_runtime.cli.answering import answer
+
 
 def show(
     file: Annotated[Path, typer.Argument(help="A profile or plan, as JSON.", metavar="FILE")],
@@ -35,4 +37,4 @@ def show(
         if not isinstance(value, Plan):
             raise ArgumentError(f"--html draws plans, and {file} holds a profile: plan from it first (memo.plan)")
         write_page(value, html)
-    typer.echo(plan_table(value) if isinstance(value, Plan) else profile_table(value))
+    answer(plan_table(value) if isinstance(value, Plan) else profile_table(value))

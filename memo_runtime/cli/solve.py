@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memo_runtime.cli.answering import answer
 from memo_runtime.cli.exits import ExitCode
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def solve(
     except KeyboardInterrupt:
         typer.echo("memo: interrupted before there was an answer", err=True)
         raise
-    _answer(json.dumps(summary_json(solution)) if as_json else summary_text(solution, written_to=output))
+    answer(json.dumps(summary_json(solution)) if as_json else summary_text(solution, written_to=output))
     raise typer.Exit(_exit_code(solution))
 
 
@@ -94,20 +93,6 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _answer(text: str) -> None:
-    """Print the answer. A reader that has gone (``| head``) changes nothing about it; a full disk is said."""
-    try:
-        typer.echo(text)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # What is left in the buffer has nowhere to go; Python would complain about it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        typer.echo(f"memo: the answer cannot be printed: {error.strerror or error}", err=True)
-        raise typer.Exit(ExitCode.USAGE) from error
 
 
 def _exit_code(solution: Solution) -> ExitCode:

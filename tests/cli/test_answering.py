@@ -1,0 +1,45 @@
+"""An answer that cannot be printed, as a process of its own: Python's last act would be to print the rest of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+VERBS = {"version": ["--version"], "solve": ["solve", "trace.csv"]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "trace.csv").write_text("id,lower,upper,size\na,0,4,3\n")
+    return tmp_path
+
+
+def run(folder, verb, stdout, *, buffered):
+    # Python holds output back where the shell has not said otherwise, and then fails later.
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment = without if buffered else without | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "memo_runtime", *VERBS[verb]]
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize(("verb", "buffered"), [("version", True), ("solve", True), ("solve", False)])
+def test_a_full_disk_below_stdout_is_said(folder, verb, buffered):
+    with open("/dev/full", "w") as full:
+        done = run(folder, verb, full, buffered=buffered)
+    assert done.returncode == 2
+    assert done.stderr == "memo: the answer cannot be printed: No space left on device\n"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone_changes_nothing(folder, buffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run(folder, "solve", writer, buffered=buffered)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -1,10 +1,14 @@
 """Figures of whole steps side by side, in README and docs, are those of committed rows."""
 
+import json
+
 from benchmarks.harness.forecast import off
 from tests.house.sources import ROOT
 from tests.house.test_figures import GIB, rows_of, run_of
 
 ROWS, RUN = "harness_step_h200.jsonl", "issue9-1b-d"
+#: The shorter lengths of it once more, on later code.
+LATER = "issue9-1b-e"
 FITS, BEYOND = (8192, 16384, 32768), (65536, 131072)
 
 
@@ -21,8 +25,29 @@ def trained(run, length):
     return [name for name, there in run if there == length and not name.startswith(("memo", "kernels", "reference"))]
 
 
+def longest_forecast(run):
+    """What `memo fit` says of the longest, beside this run."""
+    listed = json.loads((ROOT / "tests" / "benchmarks" / "longest_forecasts.json").read_text(encoding="utf-8"))
+    (told,) = (one["longest"] for one in listed if one["run"] == run)
+    return told
+
+
 def said(numbers, digits=2):
     return " and ".join(f"{number:.{digits}f}" for number in numbers)
+
+
+def compiled_beside(run):
+    """By how much blocks that are only compiled are faster than memo-auto where both fit, and their memory larger."""
+    faster = [100 * (1 / ahead(run, "unwrapped+compile", length) - 1) for length in FITS]
+    more = [100 * (run["unwrapped+compile", length]["peak_allocated"] / run["memo-auto", length]["peak_allocated"] - 1)
+            for length in FITS]  # fmt: skip
+    return f"{min(faster):.1f} to {max(faster):.1f} %", f"{min(more):.0f} to {max(more):.0f} %"
+
+
+def shortness(run):
+    """Percent by which forecasts of steps are too short, in order."""
+    return {name: sorted(-100 * off(row)["step"] for (one, _), row in run.items() if one == name)
+            for name in ("memo-auto", "memo-tiled", "memo-replay")}  # fmt: skip
 
 
 def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
@@ -45,13 +70,9 @@ def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
 
 
 def test_what_is_said_beside_compiled_blocks_is_made_of_rows():
-    docs, readme, run = text_of("docs/benchmarks.md"), text_of("README.md"), run_of(ROWS, RUN)
-    faster = [100 * (1 / ahead(run, "unwrapped+compile", length) - 1) for length in FITS]
-    more = [100 * (run["unwrapped+compile", length]["peak_allocated"] / run["memo-auto", length]["peak_allocated"] - 1)
-            for length in FITS]  # fmt: skip
-    by = f"{min(faster):.1f} to {max(faster):.1f} % faster"
-    assert f"only compiled are {by} than it, with {min(more):.0f} to {max(more):.0f} % more memory" in docs
-    assert f"(`torch.compile`) and nothing else is {by}" in readme
+    docs, run = text_of("docs/benchmarks.md"), run_of(ROWS, RUN)
+    faster, more = compiled_beside(run)
+    assert f"only compiled are {faster} faster than it, with {more} more memory" in docs
     assert not any(("unwrapped+compile", length) in run for length in BEYOND)
     compiled = said(ahead(run, "selective+compile", length) for length in BEYOND)
     assert f"`memo-auto` is {compiled} times as fast as selective checkpointing of compiled blocks" in docs
@@ -64,13 +85,14 @@ def test_what_is_said_beside_compiled_blocks_is_made_of_rows():
 
 def test_what_is_said_of_forecasts_of_whole_steps_is_made_of_rows():
     docs, readme, run = text_of("docs/benchmarks.md"), text_of("README.md"), run_of(ROWS, RUN)
-    short = {name: sorted(-100 * off(row)["step"] for (one, _), row in run.items() if one == name)
-             for name in ("memo-auto", "memo-tiled", "memo-replay")}  # fmt: skip
-    auto, tiled, replay = short.values()
+    auto, tiled, replay = shortness(run).values()
     assert f"of `memo-auto` are {auto[0]:.1f} to {auto[-1]:.1f} % too short" in docs
     assert f"of `memo-replay` {replay[0]:.1f} to {replay[-1]:.1f} %," in docs
     assert f"and of `memo-tiled` up to {tiled[-1]:.1f} % (at 8,192 tokens," in docs
-    assert f"are up to {max(auto + tiled):.1f} % too short by tiles, {replay[-1]:.1f} % by replay" in readme
+    later = shortness(run_of(ROWS, LATER))
+    by_tiles = max(*auto, *tiled, *later["memo-auto"], *later["memo-tiled"])
+    by_replay = max(*replay, *later["memo-replay"])
+    assert f"are up to {by_tiles:.1f} % too short by tiles, {by_replay:.1f} % by replay" in readme
     spans = [[f"{1e3 * run[name, 8192][part]:.1f}" for part in ("p20", "p80")]
              for name in ("memo-tiled", "memo-auto")]  # fmt: skip
     assert f"take {spans[0][0]} to {spans[0][1]} ms from the 20th" in docs
@@ -102,22 +124,53 @@ def test_what_is_said_of_earlier_runs_of_whole_steps_is_made_of_rows():
     assert "memo-replay of run issue9-1b" in planning
 
 
+def test_what_is_said_of_whole_steps_on_later_code_is_made_of_rows():
+    docs, readme = text_of("docs/benchmarks.md"), text_of("README.md")
+    run, before = run_of(ROWS, LATER), run_of(ROWS, RUN)
+    faster, more = compiled_beside(run)
+    assert f"only compiled are {faster} faster than `memo-auto`, with {more} more memory" in docs
+    assert f"(`torch.compile`) and nothing else is {faster} faster" in readme
+    auto, tiled, replay = (f"{short[0]:.1f} to {short[-1]:.1f} %" for short in shortness(run).values())
+    assert f"are {auto} too short, those of `memo-replay` {replay}, those of `memo-tiled` {tiled};" in docs
+    compiled = [[one["unwrapped+compile", length]["step_seconds"] for length in FITS] for one in (run, before)]
+    slower = [100 * (now / then - 1) for now, then in zip(*compiled, strict=True)]
+    assert f"compiled blocks were {min(slower):.1f} to {max(slower):.1f} % slower than on that one" in docs
+    memo = [row for (name, _), row in run.items() if name.startswith("memo")]
+    assert f"peaks are within {100 * max(abs(off(row)['peak']) for row in memo):.1f} %, host bytes exact" in docs
+    assert all(row["pinned_bytes"] - row["details"]["host_bytes"] < 16 for row in memo)
+
+
+def test_what_is_said_of_the_papers_model_is_made_of_its_row():
+    docs, (row,) = text_of("docs/benchmarks.md"), rows_of("harness_gpt_h200.jsonl")
+    apart = off(row)
+    assert (row["contender"], row["geometry"], row["seq_len"], row["n"]) == ("memo-auto", "gpt-7b-tp8", 1 << 20, 1)
+    short = f"{-100 * apart['step']:.1f} % too short"
+    assert f"Its forecast is {short}, with seconds extrapolated from 65,536 tokens;" in docs
+    assert any("extrapolated from 65,536" in note for note in row["details"]["notes"])
+    assert max(abs(apart["peak"]), abs(apart["host"])) < 0.001
+    assert "host bytes are within 0.1 % of theirs" in docs
+
+
 def test_what_is_said_of_longest_steps_is_made_of_rows():
     docs = text_of("docs/benchmarks.md")
-    rows = [row for row in rows_of(ROWS) if row["run"].startswith("issue9-1b-longest")]
+    rows = [row for row in rows_of(ROWS) if row["run"] in ("issue9-1b-longest", "issue9-1b-longest-b")]
     lengths = {(name, status): [row["seq_len"] for row in rows if (row["contender"], row["status"]) == (name, status)]
                for name in {row["contender"] for row in rows} for status in ("ok", "oom")}  # fmt: skip
-    reached = run_of(ROWS, "issue9-1b-longest-lower")["memo-auto", max(lengths["memo-auto", "ok"])]
-    sizes = [f"{reached[part] / GIB:.1f} GiB" for part in ("peak_allocated", "pinned_bytes")]
-    assert f"rehearsed {reached['seq_len']:,} tokens, with {sizes[0]} and {sizes[1]} pinned" in docs
+    reached, told = max(lengths["memo-auto", "ok"]), longest_forecast("issue9-1b-longest-b")
+    beyond = min(tokens for tokens in lengths["memo-auto", "oom"] if tokens > reached)
+    assert reached < told < beyond
+    assert f"says {told:,}: {100 * (told / reached - 1):.1f} % more than what fits, and less than what does not" in docs
+    (needs,) = (row["error"] for row in rows if (row["contender"], row["seq_len"]) == ("memo-auto", beyond))
+    assert "needs 102.31 GiB of host memory" in needs
+    assert f"at {beyond:,} tokens the plan needs 102.3 GiB" in docs
     (liger, short) = max(lengths["hf-offload+liger", "ok"]), min(lengths["hf-offload+liger", "oom"])
     peak = run_of(ROWS, "issue9-1b-longest")["hf-offload+liger", liger]
     sizes = [f"{peak[part] / GIB:.1f} GiB" for part in ("peak_allocated", "pinned_bytes")]
     assert f"is {liger:,}, with {sizes[0]} and {sizes[1]} pinned;" in docs
-    assert f"is {reached['seq_len'] / short:.2f} times the {short:,} that did not fit it" in docs
+    assert f"what `memo-auto` rehearsed is {reached / short:.2f} times the {short:,} that did not fit it" in docs
     assert lengths["deepspeed", "ok"] == []
     assert f"deepspeed does not fit {min(lengths['deepspeed', 'oom']):,} tokens" in docs
     (fits,), (other,) = lengths["hf-offload", "ok"], lengths["hf-offload", "oom"]
     assert f"hf-offload fits {fits:,} and not {other:,}" in docs
-    (ended,) = lengths["memo-auto", "oom"]
+    (ended,) = (row["seq_len"] for row in rows if (row["run"], row["contender"]) == ("issue9-1b-longest", "memo-auto"))
     assert f"ended at {ended:,} tokens while a contender" in docs

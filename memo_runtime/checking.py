@@ -22,7 +22,7 @@ from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.containers import leaves_of, mapped
 from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
-from memo_runtime.config import Loss, make_settings
+from memo_runtime.config import Loss, Settings, make_settings
 from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.profiling.model import model_device
 from memo_runtime.records import Report
@@ -37,6 +37,8 @@ _HALF_SEEDS = 5
 #: Longest sequence for which the reference is float64 rather than float32.
 _DOUBLE_TOKENS = 4096
 
+_EVALUATED = "in evaluation mode: blocks that run by tiles draw dropout under masks of their own"
+
 Gradients = dict[str, torch.Tensor]
 
 
@@ -49,6 +51,7 @@ class CheckResult:
         loss_difference: relative difference of the losses.
         gradient_error: relative L2 difference of all gradients together; bound: what it may be.
         worst_parameter, worst_error: the parameter with the largest relative difference.
+        evaluation_mode: tiles draw dropout under masks of their own, so both models were compared after ``eval()``.
         report: what the wrapped model did in the checked step.
     """
 
@@ -60,6 +63,7 @@ class CheckResult:
     worst_parameter: str
     worst_error: float
     report: Report
+    evaluation_mode: bool = False
 
     def __str__(self) -> str:
         # In half precision rounding dominates: there the error is a ratio, to that of the unwrapped model.
@@ -70,6 +74,7 @@ class CheckResult:
         lines = [
             f"check: exact, {verdict}" if self.ok else f"check: NOT exact, the bound is {self.bound:g}",
             self._exercised(),
+            *([_EVALUATED] if self.evaluation_mode else []),
             "",
             f"loss difference  {self.loss_difference:.3e}",
             f"gradient error   {error}  ({meaning})",
@@ -216,16 +221,29 @@ def check(
     refs = _refs(own, blocks, existing)
     check_keep_last(refs, keep_last)
     check_weights(own)
-    plain, managed = _copy(own), _copy(own)
     call = as_batch(batch)
+    found = _compared(own, call, refs, settings)
+    if found is None:
+        found = _compared(_copy(own).eval(), call, refs, settings, evaluation_mode=True)
+        assert found is not None, "whatever its tiles draw"
+    return found
+
+
+def _compared(
+    own: nn.Module, batch: Batch, refs: Sequence[BlockRef], settings: Settings, *, evaluation_mode: bool = False
+) -> CheckResult | None:
+    """A step of each; None: tiles of a model in training have drawn masks that the other does not have."""
+    plain, managed = _copy(own), _copy(own)
     start = RandomState.current(model_device(plain))
-    loss, plain_gradients = _run_plain(plain, call, start)
+    loss, plain_gradients = _run_plain(plain, batch, start)
     copied = [replace(ref, module=managed.get_submodule(ref.name)) for ref in refs]
     wrapped = make_wrapped(managed, copied, settings, loss=Loss.AUTO)
     wrapped.install()
     try:
-        managed_loss, gradients = _run(managed, call, start)
+        managed_loss, gradients = _run(managed, batch, start)
         report = wrapped.session.report()
+        if wrapped.session.draws_masks and not evaluation_mode:
+            return None
         dtype = next((g.dtype for g in plain_gradients.values()), torch.float32)
         identical = loss == managed_loss and all(
             n in gradients and torch.equal(gradients[n], g) for n, g in plain_gradients.items()
@@ -236,7 +254,7 @@ def check(
         if bound is not None:
             ok = overall <= bound and gradients.keys() == plain_gradients.keys()
         else:
-            overall, ok = _half_precision(plain, managed, call, start)
+            overall, ok = _half_precision(plain, managed, batch, start)
             bound = _OVERALL_RATIO
     finally:
         wrapped.remove()
@@ -249,6 +267,7 @@ def check(
         worst_parameter=worst,
         worst_error=single.get(worst, 0.0),
         report=report,
+        evaluation_mode=evaluation_mode,
     )
 
 

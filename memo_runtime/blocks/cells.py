@@ -2,7 +2,7 @@
 
     attributes      vars(object), a module's _parameters, _buffers and _modules among them; __slots__
     containers      dict, list, set, deque
-    hooks           of a module, all its tables together
+    hooks           of a module, all its tables together, and those of a parameter
     arrays          of NumPy, by value
 
 Reading copies references, never what they point to. Writing touches only what differs.
@@ -229,6 +229,45 @@ class HooksCell:
     def values(self, content: list[tuple[Any, ...]]) -> list[tuple[str, Any]]:
         """None: functions are not entered."""
         return []
+
+
+#: Where a parameter has what `register_hook` and `register_post_accumulate_grad_hook` were given; None before that.
+_LEAF_TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+class LeafHooksCell:
+    """The hooks of a parameter: what a forward registers goes with the attribute that says it was registered."""
+
+    __slots__ = ("_parameter", "holder", "label")
+
+    def __init__(self, label: str, parameter: torch.nn.Parameter) -> None:
+        self.label = label
+        self._parameter = parameter
+        # Nothing else holds this: the parameter itself is no cell.
+        self.holder = self
+
+    def read(self) -> list[tuple[Any, ...]]:
+        """The members of every table; nothing where no table has any, which is the usual case."""
+        tables = self._tables()
+        return [() if table is None else tuple(table.items()) for table in tables] if any(tables) else []
+
+    def same(self, before: list[tuple[Any, ...]]) -> bool:
+        """The same hooks in the same order."""
+        return self.read() == before
+
+    def write(self, before: list[tuple[Any, ...]]) -> None:
+        """Give every table the hooks that it had; it stays the same table, since that is what autograd looks into."""
+        for table, members in zip(self._tables(), before or [()] * len(_LEAF_TABLES), strict=True):
+            if table is not None and tuple(table.items()) != members:
+                table.clear()
+                table.update(members)
+
+    def values(self, content: list[tuple[Any, ...]]) -> list[tuple[str, Any]]:
+        """None: functions are not entered."""
+        return []
+
+    def _tables(self) -> list[dict[Any, Any] | None]:
+        return [getattr(self._parameter, name, None) for name in _LEAF_TABLES]
 
 
 class ArrayCell:

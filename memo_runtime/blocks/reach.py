@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from memo_runtime.blocks.cells import ArrayCell, Cell, DictCell, HooksCell, SequenceCell, SetCell, SlotsCell
+from memo_runtime.blocks.cells import (
+    ArrayCell,
+    Cell,
+    DictCell,
+    HooksCell,
+    LeafHooksCell,
+    SequenceCell,
+    SetCell,
+    SlotsCell,
+)
 
 #: Bounds of a walk, so that a module that holds its trainer, or a data set, costs no more than this.
 _MOST_CELLS = 8192
@@ -95,6 +104,10 @@ def reach(roots: Iterable[tuple[str, Any]]) -> Reach:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             found.tensors.append((label, value))
+            if type(value) is nn.Parameter:
+                hooks = LeafHooksCell(label, value)
+                found.cells.append(hooks)
+                found.contents.append(hooks.read())
         elif is_generator(value):
             found.generators.append(value)
         elif isinstance(value, (tuple, frozenset)):

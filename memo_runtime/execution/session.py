@@ -100,6 +100,8 @@ class Session:
         self.steps = 0
         self._notes: dict[str, None] = {}
         self._told_of_squares = False
+        #: Tiles have drawn dropout, under other masks than the blocks would have.
+        self.draws_masks = False
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
         self._tools: Tools | None = None
         self._step: StepCounters | None = None
@@ -408,6 +410,12 @@ class Session:
         """The key/value cache was switched off."""
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
                   level=logging.INFO)  # fmt: skip
+
+    def note_masks(self) -> None:
+        """Tiles draw dropout."""
+        self.draws_masks = True
+        self.note("blocks that run by tiles draw dropout from seeds of their own: a step is the model's under "
+                  "other masks", level=logging.INFO)  # fmt: skip
 
     def note_squares(self, call: BlockCall) -> None:
         """Say once that blocks are given a mask of all pairs of tokens."""

@@ -148,6 +148,8 @@ class TiledForward:
         captured = tiles.captured(call)
         if tiles.restless:
             session.note(_RESTLESS.format(what=tiles.restless))
+        if captured.random:
+            session.note_masks()
         tools, tokens = session.tools, captured.tokens(call)
         tile = min(plan.tile, tokens)
         swap = TiledSwap(

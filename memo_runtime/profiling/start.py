@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.aside import is_aside
+from memo_runtime.blocks.cells import LeafHooksCell
 from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.outside import Outside
@@ -110,14 +111,19 @@ class Start:
     def kept(self) -> Iterator[None]:
         """Whatever runs inside, the state is this one afterwards.
 
-        Gradients, which change where a forward calls backward, are put aside, so that what it leaves can be seen.
+        Gradients, which change where a forward calls backward, are put aside, so that what it leaves can be seen. So
+        are hooks on parameters: they are the loop's, for gradients of its batch.
         """
         leaves = [t for _, t in self._found.tensors if isinstance(t, nn.Parameter) and t.is_leaf]
         gradients = [(parameter, parameter.grad) for parameter in leaves]
+        hooks = [(index, content) for index, content in enumerate(self._found.contents)
+                 if isinstance(self._found.cells[index], LeafHooksCell) and content]  # fmt: skip
 
         def put_back() -> None:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for index, content in hooks:
+                self._found.contents[index] = content
             self.set()
             self._torch.set()
 
@@ -125,6 +131,9 @@ class Start:
         try:
             for parameter in leaves:
                 parameter.grad = None
+            for index, _ in hooks:
+                self._found.contents[index] = []
+                self._found.cells[index].write([])
             yield
         finally:
             undo()

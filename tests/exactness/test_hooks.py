@@ -92,3 +92,45 @@ def test_hooks_are_those_of_the_forward(change: Callable[[Tower], Callable[[], A
         assert left[0] == left[1]
         assert any(left[0]) == (change is _added)
         assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(("policy", "alpha"), [*WAYS, ("tiled", None)])
+def test_hooks_on_parameters_see_the_gradients_of_the_step_alone(policy, alpha):
+    """In the step that profiles, and in one with another number of sequences."""
+    seen: dict[str, list[tuple[str, Tensor]]] = {"plain": [], "wrapped": []}
+    models = dict(zip(("plain", "wrapped"), pair(Mlp, policy, alpha), strict=True))
+    for which, model in models.items():
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(lambda grad, which=which, name=name: seen[which].append((name, grad)))
+            parameter.register_post_accumulate_grad_hook(
+                lambda leaf, which=which, name=name: seen[which].append((f"{name}, summed", leaf.grad))
+            )
+    for rows in (1, 3):
+        for which, model in models.items():
+            seen[which].clear()
+            model.zero_grad(set_to_none=True)
+            model(sequence()[:1].repeat(rows, 1, 1)).backward()
+        assert len(seen["plain"]) == 2 * len(list(models["plain"].parameters()))
+        assert sorted(name for name, _ in seen["wrapped"]) == sorted(name for name, _ in seen["plain"])
+        assert_close(dict(seen["wrapped"]), dict(seen["plain"]))
+
+
+class HooksItsWeight(Mlp):
+    """Registers a hook on a parameter once, in its first forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            self.up.weight.register_hook(lambda grad: grad * 2.0)
+            self.hooked = True
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("policy", "alpha"), WAYS)
+def test_a_block_that_hooks_its_weight_in_its_first_forward(policy, alpha):
+    plain, wrapped = pair(HooksItsWeight, policy, alpha)
+    for _ in range(2):
+        for model in (plain, wrapped):
+            model.zero_grad(set_to_none=True)
+            model(sequence()).backward()
+        assert [len(layer.up.weight._backward_hooks) for layer in wrapped.layers] == [1] * 3
+        assert_close(gradients(wrapped), gradients(plain))

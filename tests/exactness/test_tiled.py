@@ -287,6 +287,21 @@ def test_a_check_by_tiles():
     assert result.report.totals.recomputed_flops > 0
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_check_of_tiles_that_draw_dropout_is_made_in_evaluation_mode(dropout):
+    """Their masks are not those of the model as it is, so a step of the one says nothing about a step of the other."""
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, dropout, batch_first=True, dtype=torch.float64) for _ in range(3)]
+    model = nn.Sequential(*layers).train()
+    result = memo.check(model, torch.randn(2, 24, 16, dtype=torch.float64), policy="tiled", tile=8)
+    assert {block.executor for block in result.report.blocks} == {Executor.TILED}
+    assert result.ok, result
+    assert result.evaluation_mode == (dropout > 0) == ("in evaluation mode" in str(result))
+    assert model.training
+    drawn = memo.wrap(copy.deepcopy(model), policy="tiled", tile=8)
+    drawn(torch.randn(2, 24, 16, dtype=torch.float64)).square().mean().backward()
+    assert any("seeds of their own" in note for note in memo.report(drawn).notes) == (dropout > 0)
+
+
 def test_packed_documents():
     batch = batch_of() | {"documents": torch.tensor([[0] * 6 + [1] * 11] * 3)}
     assert_tiled(stack(DocumentMask, DocumentMask), batch)

@@ -1,9 +1,10 @@
 """``memo.check``: exactness on the user's own model and batch.
 
 Pure swap must give bit-identical losses and gradients. Recompute changes the shapes of sums: in float64 the relative
-error of every gradient is at most 1e-12, in float32 at most 1e-5. In half precision rounding dominates, so both the
-wrapped and the unwrapped model are measured against a float64 reference and the wrapped one's error may be at most
-1.1 times the unwrapped one's over all gradients together, and 1.5 times for any single parameter.
+error of every gradient is at most 1e-12, in float32 at most 1e-5. A float64 model that computes in float32 in between,
+as many norms do, rounds as float32 does where tiles sum in another order. In half precision rounding dominates, so
+both the wrapped and the unwrapped model are measured against a float64 reference and the wrapped one's error may be at
+most 1.1 times the unwrapped one's over all gradients together, and 1.5 times for any single parameter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from memo_runtime.arguments import check_model, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.ambient import RandomState
@@ -25,7 +27,7 @@ from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.config import Loss, Settings, make_settings
 from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.profiling.model import model_device
-from memo_runtime.records import Report
+from memo_runtime.records import Executor, Report
 from memo_runtime.units import format_bytes, format_flops
 from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped
 
@@ -131,6 +133,19 @@ def _run_plain(model: nn.Module, batch: Batch, start: RandomState) -> tuple[floa
             f"{type(error).__name__}: {error}. Give the batch as the model takes it: keyword arguments as a dict, "
             "positional ones as a tuple"
         ) from error
+
+
+def _saved_dtypes(model: nn.Module, batch: Batch, start: RandomState) -> set[torch.dtype]:
+    """In which dtypes a step keeps something for its backward."""
+    seen: set[torch.dtype] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.add(tensor.dtype)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        _run(model, batch, start)
+    return seen
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -252,6 +267,10 @@ def _compared(
         worst = max(single, key=lambda name: single[name]) if single else ""
         bound = BOUNDS.get(dtype)
         if bound is not None:
+            # Tiles sum in another order; whatever else is run again has the values that it had.
+            tiled = any(block.executor == Executor.TILED for block in report.blocks)
+            if tiled and not overall <= bound and torch.float32 in _saved_dtypes(plain, batch, start):
+                bound = BOUNDS[torch.float32]
             ok = overall <= bound and gradients.keys() == plain_gradients.keys()
         else:
             overall, ok = _half_precision(plain, managed, batch, start)

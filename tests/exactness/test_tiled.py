@@ -302,6 +302,27 @@ def test_a_check_of_tiles_that_draw_dropout_is_made_in_evaluation_mode(dropout):
     assert any("seeds of their own" in note for note in memo.report(drawn).notes) == (dropout > 0)
 
 
+class NarrowNorm(nn.Module):
+    """Float32 in between, its weight's gradient too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(16, dtype=torch.float64))
+        self.up, self.down = (nn.Linear(*pair, dtype=torch.float64) for pair in ((16, 32), (32, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = nn.functional.layer_norm(x.float(), (16,), self.weight.float()).to(x.dtype)
+        return x + self.down(nn.functional.gelu(self.up(normed)))
+
+
+def test_a_check_in_float64_of_a_model_that_computes_in_float32_in_between():
+    model, x = nn.Sequential(*(NarrowNorm() for _ in range(3))), torch.randn(2, 40, 16, dtype=torch.float64)
+    result = memo.check(model, x, policy="tiled", tile=8)
+    assert result.ok, result
+    assert 1e-12 < result.gradient_error < 1e-5 == result.bound
+    assert memo.check(model, x, policy="swap").bound == 1e-12
+
+
 def test_packed_documents():
     batch = batch_of() | {"documents": torch.tensor([[0] * 6 + [1] * 11] * 3)}
     assert_tiled(stack(DocumentMask, DocumentMask), batch)

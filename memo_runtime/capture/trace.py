@@ -20,8 +20,10 @@ auxiliary loss that it stores, a random generator) would be lost: that is refuse
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +73,7 @@ _NOT_TOLD = (
     "one of its arguments is a tensor that is neither a parameter nor a buffer of the block, nor given to it: "
     "a plain attribute, or one from outside"
 )
+_FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -143,10 +146,11 @@ def trace(
     autocast = AutocastState.current(arguments[0].device.type).uncached()
     look = partial(_look, block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, hint, declared=declared)
     # First, so that what it finds to be written is undone before anything else runs. Declared modules are known later.
-    outside = None if declared.live else look()
-    with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored(), flash_stands_in():
-        module = _run_trace(runner, fakes, arguments)
-    outside = outside or look()
+    with _quiet():
+        outside = None if declared.live else look()
+        with mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored(), flash_stands_in():
+            module = _run_trace(runner, fakes, arguments)
+        outside = outside or look()
     if shape_env.replacements.get(symbol) is not None or runner.output is None:
         raise CaptureRefusedError(FORWARD, _only_length(shape_env, symbol))
     named_again(module.graph)
@@ -370,6 +374,17 @@ def _run_trace(runner: _Runner, states: list[torch.Tensor], tensors: list[torch.
     except Exception as error:
         raise _refusal(error) from error
     return module
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's log of operators that have no shapes here, a traceback each: the refusal has its message."""
+    level = _FAKE_TENSORS.level
+    _FAKE_TENSORS.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        _FAKE_TENSORS.setLevel(level)
 
 
 def _refusal(error: Exception) -> CaptureRefusedError:

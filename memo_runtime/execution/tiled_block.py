@@ -10,6 +10,7 @@ import torch
 
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.containers import mapped
+from memo_runtime.blocks.declared import with_experts
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
@@ -47,6 +48,7 @@ _ELSEWHERE = (
     "tiles would be of the {tokens:,} tokens in dimension {dim} of its input, and its profile is of the {others:,} in "
     "dimension {other}"
 )
+_EXPERTS = "{why}. If its '{name}' treats tokens one by one, as routed experts do, declare it: memo.token_wise"
 _HELD = (
     "the gradient of its result is held elsewhere too (a hook that keeps it, a sum behind the block), so its backward "
     "takes one tensor of full length more than planned"
@@ -136,7 +138,9 @@ class TiledForward:
                 found[key] = seen if known is None else _with_times_of(known, seen)
             return found[key], ""
         except CaptureRefusedError as error:
-            return None, str(error)
+            experts = with_experts(self._owner.block)
+            why = str(error).removesuffix(".")
+            return None, _EXPERTS.format(why=why, name=experts) if experts else why
 
     def run(self, call: BlockCall, profile: BlockProfile, plan: BlockPlan, counters: BlockCounters) -> Any:
         """One call as ``plan`` says.

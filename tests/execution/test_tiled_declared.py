@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import memo_runtime as memo
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.declared import declare_token_wise
+from memo_runtime.blocks.declared import declare_token_wise, with_experts
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import as_module
 from memo_runtime.execution.tiled import TiledBlock
@@ -205,6 +206,32 @@ def test_routed_experts(name, part):
     call = calls_of(FAMILIES[name], tokens=19, output_router_logits=False)[0]
     declare_token_wise(call.block.get_submodule(part))
     assert_exact(call, TiledBlock(call.block, tile=5, alpha=0.5))
+
+
+def test_experts_that_were_not_declared_are_named_and_how_to_declare_them(capfd):
+    """And PyTorch's own account of what it could not trace, pages of it, is not printed."""
+    family = FAMILIES["mixtral"]
+    model = family.make().float()
+    memo.wrap(model, policy="tiled")
+    model(**family.batch(rows=1, tokens=19)).loss.backward()
+    reasons = {block.reason for block in memo.report(model).blocks}
+    assert [reason.endswith("If its 'mlp' treats tokens one by one, as routed experts do, declare it: memo.token_wise")
+            for reason in reasons] == [True]  # fmt: skip
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_looks_as_if_it_had_experts():
+    mixtral = FAMILIES["mixtral"].make().model.layers[0]
+    assert with_experts(mixtral) == "mlp"
+    declare_token_wise(mixtral.mlp)
+    assert with_experts(mixtral) == ""
+    listed = nn.Module()
+    listed.norm, listed.experts = nn.LayerNorm(4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    assert with_experts(listed) == "experts"
+    convolved = nn.Module()
+    convolved.mixer = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4))
+    assert with_experts(convolved) == ""
+    assert with_experts(nn.TransformerEncoderLayer(8, 2)) == ""
 
 
 @pytest.mark.parametrize("part", ["mlp", "mlp.experts"])

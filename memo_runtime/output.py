@@ -1,4 +1,4 @@
-"""Files that users ask for: written as a whole, or what was there stays.
+"""What users ask for: files, written as a whole, or what was there stays; and what goes to stdout.
 
 Links are followed, and the file behind them is replaced in one move: a reader sees the old file or the new one, never a
 part of it. Devices and pipes cannot be replaced; they are written to.
@@ -6,9 +6,11 @@ part of it. Devices and pipes cannot be replaced; they are written to.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import sys
 from pathlib import Path
 
 from memo_runtime.errors import ArgumentTypeError, OutputError
@@ -101,3 +103,28 @@ def _behind_links(path: Path) -> Path:
 def _is_stream(target: Path) -> bool:
     """Whether it is a device, a pipe or a socket."""
     return target.exists() and not target.is_file() and not target.is_dir()
+
+
+def print_all(text: str) -> str:
+    """Print ``text`` now, not when Python ends; why it cannot be printed.
+
+    "": it was printed, there is no stdout, or the reader has gone (``| head``), which is no failure.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_rest()
+    except OSError as error:
+        _drop_rest()
+        return f"the answer cannot be printed: {error.strerror or error}"
+    return ""
+
+
+def _drop_rest() -> None:
+    """What is left in the buffer has nowhere to go; Python would try again at its end, complain and exit with 120."""
+    with contextlib.suppress(OSError, ValueError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.harness.rows import RUN_FIELDS, Row, RowError, of_contenders, read_rows
 from benchmarks.harness.side_by_side import Comparison, markdown
 from benchmarks.harness.table import run_table
-from memo_runtime.output import write_output
+from memo_runtime.output import print_all, write_output
 from memo_runtime.units import parse_tokens
 
 DONE, USAGE = 0, 2
@@ -188,8 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.refresh:
             for document in given.refresh:
                 _refresh(document)
-        else:
-            print(tables(asked), end="")
+        elif why := print_all(tables(asked)):
+            print(f"error: {why}", file=sys.stderr)
+            return USAGE
     except RowError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE

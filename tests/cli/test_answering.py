@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-VERBS = {"version": ["--version"], "solve": ["solve", "trace.csv"]}
+from tests.house.sources import ROOT
+
+ROWS = ROOT / "benchmarks" / "results" / "harness_gpt_h200.jsonl"
+VERBS = {
+    "version": ["memo_runtime", "--version"],
+    "solve": ["memo_runtime", "solve", "trace.csv"],
+    "bench table": ["benchmarks.harness.tables", str(ROWS)],
+}
 
 
 @pytest.fixture
@@ -19,18 +26,21 @@ def run(folder, verb, stdout, *, buffered):
     # Python holds output back where the shell has not said otherwise, and then fails later.
     without = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment = without if buffered else without | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "memo_runtime", *VERBS[verb]]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "solver")])
+    command = [sys.executable, "-m", *VERBS[verb]]
     return subprocess.run(
         command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120
     )
 
 
-@pytest.mark.parametrize(("verb", "buffered"), [("version", True), ("solve", True), ("solve", False)])
+@pytest.mark.parametrize(("verb", "buffered"), [
+    ("version", True), ("solve", True), ("solve", False), ("bench table", True),
+])  # fmt: skip
 def test_a_full_disk_below_stdout_is_said(folder, verb, buffered):
     with open("/dev/full", "w") as full:
         done = run(folder, verb, full, buffered=buffered)
     assert done.returncode == 2
-    assert done.stderr == "memo: the answer cannot be printed: No space left on device\n"
+    assert done.stderr.partition(": ")[2] == "the answer cannot be printed: No space left on device\n"
 
 
 @pytest.mark.parametrize("buffered", [True, False])

@@ -160,6 +160,7 @@ def test_what_is_said_of_longest_steps_is_made_of_rows():
     beyond = min(tokens for tokens in lengths["memo-auto", "oom"] if tokens > reached)
     assert reached < told < beyond
     assert f"says {told:,}: {100 * (told / reached - 1):.1f} % more than what fits, and less than what does not" in docs
+    assert f"{reached:,} tokens fit there, of {told:,} that `memo fit` says" in text_of("README.md")
     (needs,) = (row["error"] for row in rows if (row["contender"], row["seq_len"]) == ("memo-auto", beyond))
     assert "needs 102.31 GiB of host memory" in needs
     assert f"at {beyond:,} tokens the plan needs 102.3 GiB" in docs

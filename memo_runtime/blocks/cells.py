@@ -2,7 +2,7 @@
 
     attributes      vars(object), a module's _parameters, _buffers and _modules among them; __slots__
     containers      dict, list, set, deque
-    hooks           of a module, all its tables together, and those of a parameter
+    hooks           of a module, all its tables together, and those of all parameters
     arrays          of NumPy, by value
 
 Reading copies references, never what they point to. Writing touches only what differs.
@@ -231,20 +231,22 @@ class HooksCell:
         return []
 
 
-#: Where a parameter has what `register_hook` and `register_post_accumulate_grad_hook` were given; None before that.
+#: Where a leaf of autograd has what `register_hook` and `register_post_accumulate_grad_hook` were given; None before.
 _LEAF_TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class LeafHooksCell:
-    """The hooks of a parameter: what a forward registers goes with the attribute that says it was registered."""
+    """The hooks of parameters and other leaves, all together: they go with the attribute that says they are there.
 
-    __slots__ = ("_parameter", "holder", "label")
+    Args:
+        label: where they are. leaves: tensors that require a gradient and that no operator has made.
+    """
 
-    def __init__(self, label: str, parameter: torch.nn.Parameter) -> None:
+    __slots__ = ("holder", "label")
+
+    def __init__(self, label: str, leaves: list[torch.Tensor]) -> None:
         self.label = label
-        self._parameter = parameter
-        # Nothing else holds this: the parameter itself is no cell.
-        self.holder = self
+        self.holder = leaves
 
     def read(self) -> list[tuple[Any, ...]]:
         """The members of every table; nothing where no table has any, which is the usual case."""
@@ -257,7 +259,8 @@ class LeafHooksCell:
 
     def write(self, before: list[tuple[Any, ...]]) -> None:
         """Give every table the hooks that it had; it stays the same table, since that is what autograd looks into."""
-        for table, members in zip(self._tables(), before or [()] * len(_LEAF_TABLES), strict=True):
+        tables = self._tables()
+        for table, members in zip(tables, before or [()] * len(tables), strict=True):
             if table is not None and tuple(table.items()) != members:
                 table.clear()
                 table.update(members)
@@ -267,7 +270,8 @@ class LeafHooksCell:
         return []
 
     def _tables(self) -> list[dict[Any, Any] | None]:
-        return [getattr(self._parameter, name, None) for name in _LEAF_TABLES]
+        with torch._C.DisableTorchFunctionSubclass():  # a tensor's own class may have attributes go by it
+            return [getattr(leaf, name, None) for leaf in self.holder for name in _LEAF_TABLES]
 
 
 class ArrayCell:

@@ -7,7 +7,6 @@ module first (``capture/declaring.py``).
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 _MARK = "_memo_token_wise"
 
@@ -30,26 +29,3 @@ def declared_in(block: nn.Module) -> dict[str, nn.Module]:
         if is_declared(module) and not inside:
             found[name] = module
     return found
-
-
-def with_experts(block: nn.Module) -> str:
-    """The child of ``block`` that looks as if it had experts and is not marked; "" where there is none.
-
-    Experts are stacked in a parameter of three dimensions, or a list of modules of one class.
-    """
-    marked = declared_in(block)
-    for name, child in block.named_children():
-        known = any(f"{other}.".startswith(f"{name}.") or other == "" for other in marked)
-        if not known and _has_experts(child):
-            return name
-    return ""
-
-
-def _has_experts(module: nn.Module) -> bool:
-    for one in module.modules():
-        if isinstance(one, (nn.ModuleList, nn.ModuleDict)):
-            if len(one) > 1 and len({type(each) for each in one.children()}) == 1:
-                return True
-        elif not isinstance(one, _ConvNd) and any(each.dim() == 3 for each in one.parameters(recurse=False)):
-            return True
-    return False

@@ -29,6 +29,7 @@ from memo_runtime.blocks.cells import (
     SetCell,
     SlotsCell,
 )
+from memo_runtime.blocks.undo import Undo
 
 #: Bounds of a walk, so that a module that holds its trainer, or a data set, costs no more than this.
 _MOST_CELLS = 8192
@@ -52,6 +53,19 @@ class Reach:
     contents: list[Any] = field(default_factory=list)
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     generators: list[Any] = field(default_factory=list)
+
+    def without_leaf_hooks(self) -> Undo:
+        """Take the hooks of leaves away, from ``contents`` too; undone, they are in both again."""
+        before = self.contents[-1]
+
+        def put_back() -> None:
+            self.contents[-1] = before
+            self.cells[-1].write(before)
+
+        undo = Undo(put_back)
+        self.contents[-1] = []
+        self.cells[-1].write([])
+        return undo
 
     def changed(self) -> list[int]:
         """Indices of the cells that hold something else now."""
@@ -93,7 +107,7 @@ def is_generator(value: Any) -> bool:
 
 
 def reach(roots: Iterable[tuple[str, Any]]) -> Reach:
-    """Walk from ``roots``, (label, object) each, and read every cell on the way."""
+    """Walk from ``roots``, (label, object) each, and read every cell on the way; hooks of leaves are in the last."""
     found = Reach()
     seen: set[int] = set()
     queue: deque[tuple[str, Any]] = deque(roots)
@@ -104,10 +118,6 @@ def reach(roots: Iterable[tuple[str, Any]]) -> Reach:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             found.tensors.append((label, value))
-            if type(value) is nn.Parameter:
-                hooks = LeafHooksCell(label, value)
-                found.cells.append(hooks)
-                found.contents.append(hooks.read())
         elif is_generator(value):
             found.generators.append(value)
         elif isinstance(value, (tuple, frozenset)):
@@ -122,6 +132,9 @@ def reach(roots: Iterable[tuple[str, Any]]) -> Reach:
                     pair for pair in cell.values(content)
                     if type(pair[1]) not in _ATOMS and id(pair[1]) not in seen
                 )  # fmt: skip
+    hooks = LeafHooksCell("hooks of parameters", [one for _, one in found.tensors if one.is_leaf and one.requires_grad])
+    found.cells.append(hooks)
+    found.contents.append(hooks.read())
     return found
 
 

@@ -389,7 +389,7 @@ def _quiet() -> Iterator[None]:
 
 def _refusal(error: Exception) -> CaptureRefusedError:
     lines = str(error).strip().splitlines()
-    text = lines[0][:200] if lines else type(error).__name__
+    text = lines[0][:200].removesuffix(".") if lines else type(error).__name__
     if isinstance(error, _DATA_DEPENDENT):
         return CaptureRefusedError(str(getattr(error, "func", "a size")), f"it depends on data: {text}")
     foreign = _FOREIGN.search(str(error))

@@ -10,8 +10,8 @@ import torch
 
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.containers import mapped
-from memo_runtime.blocks.declared import with_experts
 from memo_runtime.capture.captured import TRACING, Captured
+from memo_runtime.capture.experts import with_experts
 from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
 from memo_runtime.execution.compilers import compiled, run_eagerly
@@ -139,8 +139,7 @@ class TiledForward:
             return found[key], ""
         except CaptureRefusedError as error:
             experts = with_experts(self._owner.block)
-            why = str(error).removesuffix(".")
-            return None, _EXPERTS.format(why=why, name=experts) if experts else why
+            return None, _EXPERTS.format(why=error, name=experts) if experts else str(error)
 
     def run(self, call: BlockCall, profile: BlockProfile, plan: BlockPlan, counters: BlockCounters) -> Any:
         """One call as ``plan`` says.

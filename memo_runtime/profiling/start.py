@@ -19,7 +19,6 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.aside import is_aside
-from memo_runtime.blocks.cells import LeafHooksCell
 from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.outside import Outside
@@ -116,24 +115,18 @@ class Start:
         """
         leaves = [t for _, t in self._found.tensors if isinstance(t, nn.Parameter) and t.is_leaf]
         gradients = [(parameter, parameter.grad) for parameter in leaves]
-        hooks = [(index, content) for index, content in enumerate(self._found.contents)
-                 if isinstance(self._found.cells[index], LeafHooksCell) and content]  # fmt: skip
 
         def put_back() -> None:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            for index, content in hooks:
-                self._found.contents[index] = content
+            hooks()
             self.set()
             self._torch.set()
 
-        undo = Undo(put_back)
+        hooks, undo = self._found.without_leaf_hooks(), Undo(put_back)
         try:
             for parameter in leaves:
                 parameter.grad = None
-            for index, _ in hooks:
-                self._found.contents[index] = []
-                self._found.cells[index].write([])
             yield
         finally:
             undo()

@@ -74,6 +74,9 @@ class Kept:
         self._optimizer = None if optimizer is None else _Optimizer(optimizer, restore=restore)
         self._random = RandomState.current(device)
         self._library = LibraryRandom.current([*self._reach.generators, *shared_generators()])
+        #: Hooks on parameters are left out: an optimizer that steps in them would train on what stand-ins yield.
+        self.has_leaf_hooks = bool(self._reach.contents[-1])
+        self._hooks = self._reach.without_leaf_hooks()
 
     def start_again(self) -> None:
         """Gradients as a step finds them."""
@@ -83,6 +86,7 @@ class Kept:
     def put_back(self) -> None:
         """Everything is as it was."""
         self.start_again()
+        self._hooks()
         for index in self._reach.changed():
             self._reach.cells[index].write(self._reach.contents[index])
         _put_back(self._copies)

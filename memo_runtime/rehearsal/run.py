@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,9 @@ logger = logging.getLogger("memo_runtime")
 
 _POOL = ("allocated_bytes.current", "reserved_bytes.current")
 _NONE_REPLACED = "no fused kernel of attention ran, so nothing was replaced: the step took what it takes"
+_NO_HOOKS = (
+    "hooks on parameters were left out: the peak has the gradients that an optimizer which steps in them would free"
+)
 _NOT_PLACED = "layout='planned' is not rehearsed: memory came from PyTorch's own allocator"
 #: Where a step ended that was not begun: no plan fits, the system gives less host memory, or memory was short before.
 NO_PLAN, NO_HOST, PROFILED = "none fits", "its host memory", "while it was profiled"
@@ -279,7 +282,8 @@ def _rehearsed(
         failed = error
         kept.start_again()
         step.let_go()
-    return _record(step, stand_ins, wrapped, failed, where)
+    record = _record(step, stand_ins, wrapped, failed, where)
+    return replace(record, notes=(*record.notes, _NO_HOOKS)) if kept.has_leaf_hooks else record
 
 
 def _first(step: _Step, wrapped: Wrapped | None, shorter: Shorter | None) -> None:

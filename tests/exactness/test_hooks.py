@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -115,22 +116,49 @@ def test_hooks_on_parameters_see_the_gradients_of_the_step_alone(policy, alpha):
         assert_close(dict(seen["wrapped"]), dict(seen["plain"]))
 
 
-class HooksItsWeight(Mlp):
-    """Registers a hook on a parameter once, in its first forward."""
+class OwnParameter(nn.Parameter):
+    """As libraries of quantised or sharded tensors have."""
+
+
+class HooksItsScale(Mlp):
+    """Registers a hook on a leaf once, in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = self.leaf()
+
+    def leaf(self) -> Tensor:
+        return nn.Parameter(torch.full((WIDTH,), 1.5))
 
     def forward(self, x: Tensor) -> Tensor:
         if not getattr(self, "hooked", False):
-            self.up.weight.register_hook(lambda grad: grad * 2.0)
+            self.scale.register_hook(lambda grad: grad * 2.0)
             self.hooked = True
-        return super().forward(x)
+        return super().forward(x) * self.scale
 
 
+class HooksItsOwnParameter(HooksItsScale):
+    def leaf(self) -> Tensor:
+        return OwnParameter(torch.full((WIDTH,), 1.5))
+
+
+class HooksAnAttribute(HooksItsScale):
+    def leaf(self) -> Tensor:
+        return torch.full((WIDTH,), 1.5, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("kind", [HooksItsScale, HooksItsOwnParameter, HooksAnAttribute])
 @pytest.mark.parametrize(("policy", "alpha"), WAYS)
-def test_a_block_that_hooks_its_weight_in_its_first_forward(policy, alpha):
-    plain, wrapped = pair(HooksItsWeight, policy, alpha)
+def test_a_block_that_hooks_a_leaf_in_its_first_forward(kind, policy, alpha):
+    plain, wrapped = pair(kind, policy, alpha)
     for _ in range(2):
+        scales = []
         for model in (plain, wrapped):
             model.zero_grad(set_to_none=True)
+            for layer in model.layers:
+                layer.scale.grad = None
             model(sequence()).backward()
-        assert [len(layer.up.weight._backward_hooks) for layer in wrapped.layers] == [1] * 3
+            scales.append({f"scale {number}": layer.scale.grad for number, layer in enumerate(model.layers)})
+        assert [len(layer.scale._backward_hooks) for layer in wrapped.layers] == [1] * 3
         assert_close(gradients(wrapped), gradients(plain))
+        assert_close(scales[1], scales[0])

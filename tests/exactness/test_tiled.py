@@ -14,10 +14,12 @@ import transformers
 from torch import Tensor, nn
 
 import memo_runtime as memo
-from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError
+from memo_runtime import checking
+from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError, ProfileError
 from memo_runtime.execution import tiled_mixing
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
+from memo_runtime.wrapping import find_wrapped
 from tests.capture.blocks import DocumentMask, LearnedPositions, StraightThrough
 from tests.exactness import hand_written
 from tests.exactness.compare import (
@@ -287,23 +289,52 @@ def test_a_check_by_tiles():
     assert result.report.totals.recomputed_flops > 0
 
 
+class Trained(nn.Module):
+    """A stack with dropout in front of it and inside, and a loss in training alone, as models have that generate."""
+
+    def __init__(self, dropout: float, blocks: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout, batch_first=True, dtype=torch.float64) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        x = nn.functional.dropout(x, 0.2, self.training)
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean() if self.training else {"tokens": x.argmax(-1)}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_check_of_tiles_that_draw_dropout_is_made_in_evaluation_mode(dropout):
+def test_a_check_of_tiles_that_draw_dropout_has_their_blocks_in_evaluation_mode(dropout):
     """Their masks are not those of the model as it is, so a step of the one says nothing about a step of the other."""
-    layers = [nn.TransformerEncoderLayer(16, 2, 32, dropout, batch_first=True, dtype=torch.float64) for _ in range(3)]
-    model = nn.Sequential(*layers).train()
-    result = memo.check(model, torch.randn(2, 24, 16, dtype=torch.float64), policy="tiled", tile=8)
+    model, x = Trained(dropout).train(), torch.randn(2, 24, 16, dtype=torch.float64)
+    result = memo.check(model, x, policy="tiled", tile=8)
     assert {block.executor for block in result.report.blocks} == {Executor.TILED}
     assert result.ok, result
-    assert result.evaluation_mode == (dropout > 0) == ("in evaluation mode" in str(result))
-    assert model.training
+    assert ["in evaluation mode" in remark for remark in result.remarks] == [True] * bool(dropout)
+    assert all(remark in str(result) for remark in result.remarks)
+    assert all(module.training for module in model.modules())
     drawn = memo.wrap(copy.deepcopy(model), policy="tiled", tile=8)
-    drawn(torch.randn(2, 24, 16, dtype=torch.float64)).square().mean().backward()
-    assert any("seeds of their own" in note for note in memo.report(drawn).notes) == (dropout > 0)
+    drawn(x).backward()
+    assert any("seeds of their own" in note for note in memo.report(drawn).notes) == bool(dropout)
+
+
+class AlwaysDrops(nn.TransformerEncoderLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.2, training=True)
+
+
+def test_a_check_of_tiles_that_draw_dropout_in_evaluation_mode_too_is_refused():
+    model = nn.Sequential(*(AlwaysDrops(16, 2, 32, batch_first=True) for _ in range(3)))
+    with pytest.raises(ProfileError, match=r"draw dropout in evaluation mode too.*policy='replay'"):
+        memo.check(model, torch.randn(2, 24, 16), policy="tiled", tile=8)
 
 
 class NarrowNorm(nn.Module):
-    """Float32 in between, its weight's gradient too."""
+    """Float32 in between where ``narrow``, its weight's gradient too."""
+
+    narrow = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,16 +342,49 @@ class NarrowNorm(nn.Module):
         self.up, self.down = (nn.Linear(*pair, dtype=torch.float64) for pair in ((16, 32), (32, 16)))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = nn.functional.layer_norm(x.float(), (16,), self.weight.float()).to(x.dtype)
+        dtype = torch.float32 if self.narrow else x.dtype
+        normed = nn.functional.layer_norm(x.to(dtype), (16,), self.weight.to(dtype)).to(x.dtype)
         return x + self.down(nn.functional.gelu(self.up(normed)))
 
 
-def test_a_check_in_float64_of_a_model_that_computes_in_float32_in_between():
+class WideNorm(NarrowNorm):
+    narrow = False
+
+
+def test_a_check_in_float64_of_blocks_that_compute_in_float32_in_between():
     model, x = nn.Sequential(*(NarrowNorm() for _ in range(3))), torch.randn(2, 40, 16, dtype=torch.float64)
     result = memo.check(model, x, policy="tiled", tile=8)
     assert result.ok, result
     assert 1e-12 < result.gradient_error < 1e-5 == result.bound
-    assert memo.check(model, x, policy="swap").bound == 1e-12
+    assert "with the bound of float32" in str(result)
+    swapped = memo.check(model, x, policy="swap")
+    assert (swapped.bound, swapped.remarks) == (1e-12, ())
+
+
+def test_a_check_in_float64_of_blocks_that_do_not_is_not_excused(monkeypatch):
+    model, x = nn.Sequential(*(WideNorm() for _ in range(3))), torch.randn(2, 40, 16, dtype=torch.float64)
+    assert memo.check(model, x, policy="tiled", tile=8).gradient_error < 1e-12
+    run = checking._run
+
+    def wrong(model: nn.Module, *given: Any) -> Any:
+        loss, gradients = run(model, *given)
+        off = 1e-6 * (find_wrapped(model) is not None)
+        return loss, {name: gradient * (1 + off) for name, gradient in gradients.items()}
+
+    monkeypatch.setattr(checking, "_run", wrong)
+    result = memo.check(model, x, policy="tiled", tile=8)
+    assert not result.ok
+    assert (result.bound, result.remarks) == (1e-12, ())
+
+
+def test_a_check_under_autocast():
+    """Parameters in float32, products in bfloat16: the error is compared with that of the unwrapped model."""
+    model = nn.Sequential(*(WideNorm().float() for _ in range(3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = memo.check(model, torch.randn(2, 40, 16), policy="tiled", tile=8)
+    assert result.ok, result
+    assert result.bound > 1
+    assert "with the bound of bfloat16" in str(result)
 
 
 def test_packed_documents():

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 import memo_runtime as memo
 from memo_runtime.blocks.call import BlockCall
-from memo_runtime.blocks.declared import declare_token_wise, with_experts
+from memo_runtime.blocks.declared import declare_token_wise
+from memo_runtime.capture.experts import with_experts
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import as_module
 from memo_runtime.execution.tiled import TiledBlock
@@ -228,9 +229,11 @@ def test_what_looks_as_if_it_had_experts():
     listed = nn.Module()
     listed.norm, listed.experts = nn.LayerNorm(4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
     assert with_experts(listed) == "experts"
-    convolved = nn.Module()
-    convolved.mixer = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4))
-    assert with_experts(convolved) == ""
+    other = nn.Module()
+    other.mixer = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(2)))
+    other.mixer.heads = nn.Parameter(torch.ones(3, 4, 4))
+    other.mixer.scale, other.mixer.shift = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.ones(1, 1, 4))
+    assert with_experts(other) == ""
     assert with_experts(nn.TransformerEncoderLayer(8, 2)) == ""
 
 

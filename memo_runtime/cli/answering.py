@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import typer
 
 from memo_runtime.cli.exits import ExitCode
@@ -16,5 +18,6 @@ def answer(text: str) -> None:
     from memo_runtime.output import print_all
 
     if why := print_all(f"{text}\n"):
-        typer.echo(f"memo: {why}", err=True)
+        with contextlib.suppress(OSError):  # stderr may be on the same disk
+            typer.echo(f"memo: {why}", err=True)
         raise typer.Exit(ExitCode.USAGE)

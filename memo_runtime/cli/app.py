@@ -6,10 +6,12 @@ traceback; anything else is a bug of ours and shows where it happened.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -46,6 +48,9 @@ Exit codes:
 """
 
 
+_HELP_OPTIONS = {"-h", "--help"}
+
+
 class _Commands(TyperGroup):
     """Turns the runtime's own errors into a message and an exit code."""
 
@@ -65,7 +70,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": sorted(_HELP_OPTIONS)},
 )
 
 
@@ -104,4 +109,22 @@ app.command()(solve)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``memo`` with ``arguments`` (the command line's, when not given) and exits."""
-    app(args=None if arguments is None else list(arguments), prog_name="memo")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if _HELP_OPTIONS.isdisjoint(given):
+        app(args=given, prog_name="memo")
+    _print_help(given)
+
+
+def _print_help(given: list[str]) -> NoReturn:
+    """As answers are: typer itself ends with a traceback on a full disk, and with 1 where the reader has gone."""
+    text, code = io.StringIO(), None
+    with contextlib.redirect_stdout(text):
+        try:
+            app(args=given, prog_name="memo")
+        except SystemExit as ended:
+            code = ended.code
+    try:
+        answer(text.getvalue().removesuffix("\n"))
+    except typer.Exit as ended:
+        code = ended.exit_code
+    sys.exit(code)

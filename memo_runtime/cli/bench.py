@@ -80,7 +80,8 @@ def become(module: str, arguments: list[str]) -> NoReturn:
     root = find_checkout(package=Path(__file__).resolve().parents[1], current=Path.cwd())
     paths = [str(root), str(root / "solver"), *(path for path in sys.path if path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            stream.flush()
     # -P: a folder called benchmarks where the user stands is not taken for the checkout's.
     os.execve(sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment)

@@ -25,8 +25,8 @@ def check(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="auto, none, memo, swap, recompute or replay; if not given, memo with half of the tokens swapped "
-            "and half run again."
+            help="auto, none, memo, swap, recompute, replay or tiled; if not given, memo with half of the tokens "
+            "swapped and half run again."
         ),
     ] = None,
     alpha: Annotated[

@@ -12,6 +12,7 @@ ROWS = ROOT / "benchmarks" / "results" / "harness_gpt_h200.jsonl"
 VERBS = {
     "version": ["memo_runtime", "--version"],
     "solve": ["memo_runtime", "solve", "trace.csv"],
+    "help": ["memo_runtime", "check", "--help"],
     "bench table": ["benchmarks.harness.tables", str(ROWS)],
 }
 
@@ -34,7 +35,7 @@ def run(folder, verb, stdout, *, buffered):
 
 
 @pytest.mark.parametrize(("verb", "buffered"), [
-    ("version", True), ("solve", True), ("solve", False), ("bench table", True),
+    ("version", True), ("solve", True), ("solve", False), ("help", True), ("bench table", True),
 ])  # fmt: skip
 def test_a_full_disk_below_stdout_is_said(folder, verb, buffered):
     with open("/dev/full", "w") as full:
@@ -43,13 +44,22 @@ def test_a_full_disk_below_stdout_is_said(folder, verb, buffered):
     assert done.stderr.partition(": ")[2] == "the answer cannot be printed: No space left on device\n"
 
 
-@pytest.mark.parametrize("buffered", [True, False])
-def test_a_reader_that_has_gone_changes_nothing(folder, buffered):
+@pytest.mark.parametrize(("verb", "buffered"), [("solve", True), ("solve", False), ("help", True)])
+def test_a_reader_that_has_gone_changes_nothing(folder, verb, buffered):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = run(folder, "solve", writer, buffered=buffered)
+        done = run(folder, verb, writer, buffered=buffered)
     finally:
         os.close(writer)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["--version", "bench --help"])
+def test_without_a_stdout_nothing_is_printed(verb):
+    done = subprocess.run(
+        ["sh", "-c", f'exec "{sys.executable}" -m memo_runtime {verb} >&-'], cwd=ROOT,
+        stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

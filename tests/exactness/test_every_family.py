@@ -5,6 +5,7 @@ Slow. Sizes go by the names that configs share; a family that wants others is sk
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import memo_runtime as memo
+from memo_runtime.blocks.stack import find_blocks
+from memo_runtime.errors import NoBlocksError
 from tests.exactness import models
 
 pytestmark = pytest.mark.slow
@@ -64,16 +67,23 @@ def _config(family: str) -> Any:
     return config
 
 
-def _model(kind: str, family: str, batch: Mapping[str, Any]) -> nn.Module:
+def _kind(kind: str, family: str) -> Any:
     name: Any = _KINDS[kind][0][family]
+    return getattr(transformers, name if isinstance(name, str) else name[0])
+
+
+def _count(kind: str, family: str) -> int:
+    """Its parameters, of which none is made."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _kind(kind, family)(_config(family)).parameters())
+
+
+def _model(kind: str, family: str, batch: Mapping[str, Any]) -> nn.Module:
     try:
-        kind_of_model, config = getattr(transformers, name if isinstance(name, str) else name[0]), _config(family)
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in kind_of_model(config).parameters())
-        if count > _MOST_PARAMETERS:
+        if (count := _count(kind, family)) > _MOST_PARAMETERS:
             pytest.skip(f"{count:,} parameters: other names for its sizes")
         torch.manual_seed(0)
-        model: nn.Module = kind_of_model(config).double().train()
+        model: nn.Module = _kind(kind, family)(_config(family)).double().train()
         model(**batch).loss.backward()
     except Exception as error:
         pytest.skip(f"no tiny model of it trains as it is: {type(error).__name__}: {error}")
@@ -85,7 +95,20 @@ def _model(kind: str, family: str, batch: Mapping[str, Any]) -> nn.Module:
 def test_a_family_is_exact(kind: str, family: str) -> None:
     batch = _KINDS[kind][1](rows=2, tokens=45)
     model = _model(kind, family, batch)
+    try:
+        find_blocks(model)
+    except NoBlocksError as error:
+        pytest.skip(str(error))
     for settings in ({"policy": "memo", "alpha": 0.37}, {"policy": "tiled", "tile": 16}):
         found = memo.check(model, batch, **settings)
         assert found.ok, found
         assert found.report.totals.bytes_to_host > 0, found
+
+
+def test_most_families_can_be_made_tiny() -> None:
+    """Else a release with other names for its sizes would leave nothing to compare."""
+    tiny = 0
+    for kind, family in _EVERY:
+        with contextlib.suppress(Exception):
+            tiny += _count(kind, family) <= _MOST_PARAMETERS
+    assert tiny > len(_EVERY) * 0.6

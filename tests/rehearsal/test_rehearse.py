@@ -282,6 +282,22 @@ def test_what_takes_two_real_steps_says_so_before_it_does(caplog):
     assert "two whole steps" not in caplog.text
 
 
+def test_an_optimizer_that_steps_in_hooks_does_not_step():
+    model = made("memo")
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+
+    def step(one):
+        one.data.sub_(one.grad)
+
+    for one in model.parameters():
+        one.register_post_accumulate_grad_hook(step)
+    found = memo.rehearse(model, batch(), loss=mean_square)
+    assert any("hooks on parameters were left out" in note for note in found.notes)
+    assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+    model(batch()).square().mean().backward()
+    assert not any(torch.equal(one, before[name]) for name, one in model.named_parameters())
+
+
 def test_a_loss_that_raises_is_named_and_not_the_batch():
     expected = r"^loss= raised AttributeError: .*nothing.*It is called with what \w+ returns, Tensor here"
     with pytest.raises(RehearsalError, match=expected):

@@ -431,6 +431,13 @@ def _prelu(op: Operator) -> AxisTree:
     return axis
 
 
+def _group_norm(op: Operator) -> AxisTree:
+    axis = op.moving("input")
+    if axis.dim != 0:
+        raise NotTokenWiseError("it normalises over the tokens of a sequence")
+    return axis
+
+
 def _einsum(op: Operator) -> AxisTree:
     operands = [(value.dim(), axis) for value, axis in op.tensors(["tensors"])]
     return einsum_axis(op.arguments["equation"], operands)
@@ -446,7 +453,7 @@ def _named(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 _RULES: dict[str, Rule] = {
-    **_named(_pointwise, "where masked_fill type_as clamp expand_as"),
+    **_named(_pointwise, "where masked_fill type_as clamp expand_as hardswish log_sigmoid polar special_i0"),
     **_named(_same, "contiguous clone detach alias to _to_copy zeros_like ones_like full_like empty_like"
                     " lift_fresh_copy float fill zero dropout native_dropout view_as_real real imag"
                     " conj _conj resolve_conj"),
@@ -459,14 +466,15 @@ _RULES: dict[str, Rule] = {
     **_named(_slice, "slice"),
     **_named(_lost, "select unbind"),
     **_named(_off_axis, "split split_with_sizes chunk softmax _softmax log_softmax _log_softmax cumsum"
-                        " index_select repeat_interleave tensor_split glu topk"),
-    **_named(_reduce, "mean sum amax amin var std logsumexp norm linalg_vector_norm argmax argmin max min prod any all"
-                      " var_mean"),
+                        " index_select repeat_interleave tensor_split glu topk cumprod logcumsumexp"),
+    **_named(_reduce, "mean sum nansum amax amin var std logsumexp norm linalg_vector_norm argmax argmin max min prod"
+                      " any all var_mean"),
     **_named(_joined, "cat stack concat"),
     **_named(_linear, "linear"),
     **_named(_matmul, "matmul mm bmm"),
     **_named(_addmm, "addmm baddbmm"),
     **_named(_norm, "layer_norm rms_norm native_layer_norm"),
+    **_named(_group_norm, "group_norm"),
     **_named(_embedding, "embedding"),
     **_named(_gather, "gather scatter scatter_add"),
     **_named(_complex, "view_as_complex"),

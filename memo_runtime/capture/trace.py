@@ -53,6 +53,7 @@ from memo_runtime.blocks.declared import declared_in
 from memo_runtime.blocks.outside import Outside
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
+from memo_runtime.capture.composites import composites
 from memo_runtime.capture.copying import HOOK_TABLES, structural_copy
 from memo_runtime.capture.declaring import DeclaredCalls
 from memo_runtime.capture.dims import USUAL, Reading, token_dims
@@ -367,7 +368,7 @@ def _only_length(shape_env: ShapeEnv, symbol: Any) -> str:
 def _run_trace(runner: _Runner, states: list[torch.Tensor], tensors: list[torch.Tensor]) -> fx.GraphModule:
     try:
         module: fx.GraphModule = make_fx(
-            runner, decomposition_table=STAND_INS, tracing_mode="real", pre_dispatch=True
+            runner, decomposition_table=composites() | STAND_INS, tracing_mode="real", pre_dispatch=True
         )(states, tensors)
     except CaptureRefusedError:
         raise

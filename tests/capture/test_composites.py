@@ -1,0 +1,93 @@
+"""Operators that are made of others, and some that have a rule: by tiles they are what they are in the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from memo_runtime.blocks import operators
+from memo_runtime.capture.composites import composites
+from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.tiled import TiledBlock
+from tests.execution.tiles import assert_exact, call_of
+
+WIDTH = 16
+
+
+class Around(nn.Module):
+    """``operator`` between two products; it also gets a vector and the weight of the first."""
+
+    def __init__(self, operator: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.vector = nn.Parameter(torch.rand(WIDTH))
+        self.operator = operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.operator(self.up(x), self.vector, self.up.weight))
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "movedim": lambda h, v, w: h.movedim(1, 2).movedim(2, 1),
+    "moveaxis": lambda h, v, w: h.moveaxis(0, 1).moveaxis(1, 0),
+    "swapdims": lambda h, v, w: h.swapdims(1, 2).swapdims(1, 2),
+    "narrow": lambda h, v, w: torch.cat([h.narrow(-1, 8, 8), h.narrow(-1, 0, 8)], -1),
+    "view_as": lambda h, v, w: h.view(*h.shape[:2], 4, 4).view_as(h) * v,
+    "reshape_as": lambda h, v, w: h.reshape(*h.shape[:2], 4, 4).reshape_as(h) * v,
+    "concatenate": lambda h, v, w: torch.concatenate([h[..., 8:], h[..., :8]], -1),
+    "tile": lambda h, v, w: torch.tile(h[..., :8], (1, 1, 2)),
+    "diff": lambda h, v, w: torch.cat([h[..., :1], h.diff(dim=-1)], -1),
+    "cosine_similarity": lambda h, v, w: h * functional.cosine_similarity(h, h.sin() + v, dim=-1)[..., None],
+    "pairwise_distance": lambda h, v, w: h * functional.pairwise_distance(h, h.sin() + v)[..., None],
+    "linalg_vecdot": lambda h, v, w: h * torch.linalg.vecdot(h, h.cos())[..., None],
+    "inner": lambda h, v, w: torch.inner(h, w),
+    "tensordot": lambda h, v, w: torch.tensordot(h, w, dims=1),
+    "trapezoid": lambda h, v, w: h * torch.trapezoid(h, dim=-1)[..., None],
+    "broadcast_tensors": lambda h, v, w: torch.mul(*torch.broadcast_tensors(h, v)),
+    "atleast_3d": lambda h, v, w: torch.atleast_3d(h) * torch.atleast_1d(v),
+    "group_norm": lambda h, v, w: functional.group_norm(h.flatten(0, 1), 4, v).view_as(h),
+    "cumprod": lambda h, v, w: (1 + 0.1 * h).cumprod(-1),
+    "logcumsumexp": lambda h, v, w: h.logcumsumexp(-1),
+    "nansum": lambda h, v, w: h * h.nansum(-1, keepdim=True),
+    "hardswish": lambda h, v, w: functional.hardswish(h),
+    "log_sigmoid": lambda h, v, w: functional.logsigmoid(h),
+    "i0": lambda h, v, w: torch.special.i0(h),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_is_exact_by_tiles(name: str) -> None:
+    torch.manual_seed(0)
+    block = Around(OPERATORS[name]).double()
+    x = torch.randn(2, 21, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert_exact(call_of(block, x), TiledBlock(block, tile=8, alpha=0.5))
+
+
+MIXING: dict[str, tuple[Callable[..., Any], str]] = {
+    "tokens moved": (lambda h, v, w: h.movedim(1, 0), "cannot be traced"),
+    "part of the tokens": (lambda h, v, w: h.narrow(1, 0, 8).repeat(1, 3, 1)[:, : h.shape[1]], "part of the tokens"),
+    "along tokens": (lambda h, v, w: h.cumprod(1), "along the token dimension"),
+    "difference of tokens": (lambda h, v, w: functional.pad(h.diff(dim=1), (0, 0, 1, 0)), "part of the tokens"),
+    "norm over tokens": (lambda h, v, w: functional.group_norm(h.mT, 4).mT, "over the tokens of a sequence"),
+    "distance of tokens": (lambda h, v, w: h * functional.cosine_similarity(h, v, dim=1)[:, None], "token"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_tokens_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    operator, why = MIXING[name]
+    block = Around(operator).double()
+    with pytest.raises(CaptureRefusedError, match=why):
+        TiledBlock(block, tile=8)(torch.randn(21, 21, WIDTH, dtype=torch.float64))
+
+
+def test_what_is_named_a_mixer_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {torch.ops.aten.movedim.int, torch.ops.aten.diff.default} <= set(composites())
+    monkeypatch.setattr(operators, "_registered_mixers", {"aten.diff"})
+    assert torch.ops.aten.diff.default not in composites()

@@ -305,7 +305,7 @@ class Trained(nn.Module):
         return x.square().mean() if self.training else {"tokens": x.argmax(-1)}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_a_check_of_tiles_that_draw_dropout_has_their_blocks_in_evaluation_mode(dropout):
     """Their masks are not those of the model as it is, so a step of the one says nothing about a step of the other."""
     model, x = Trained(dropout).train(), torch.randn(2, 24, 16, dtype=torch.float64)

@@ -2,7 +2,8 @@
 
 A trace keeps operators whole (``linear``), and what nobody has a rule for is refused. These say nothing that their
 parts do not. Left whole: what users name with ``memo.register_mixer`` (``conv1d``), what loops over tokens (``lstm``),
-and what chooses among values (``quantile``): a choice that is made again may be another.
+what chooses among values (``quantile``), since a choice that is made again may be another, and what autocast has by
+name (``cosine_similarity`` in float32, ``tensordot`` in its operands' widest dtype): parts would be cast one by one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import torch
 from memo_runtime.blocks.operators import is_registered_mixer
 
 _NAMES = (
-    "atleast_1d atleast_2d atleast_3d broadcast_tensors concatenate cosine_similarity diff dsplit dstack hsplit hstack"
-    " inner linalg_vecdot moveaxis movedim narrow pairwise_distance reshape_as swapdims tensordot tile trapezoid"
-    " view_as vstack"
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors concatenate diff dsplit dstack hsplit hstack moveaxis movedim"
+    " narrow pairwise_distance reshape_as swapdims tile trapezoid view_as vstack"
 )
 
 

@@ -45,11 +45,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "concatenate": lambda h, v, w: torch.concatenate([h[..., 8:], h[..., :8]], -1),
     "tile": lambda h, v, w: torch.tile(h[..., :8], (1, 1, 2)),
     "diff": lambda h, v, w: torch.cat([h[..., :1], h.diff(dim=-1)], -1),
-    "cosine_similarity": lambda h, v, w: h * functional.cosine_similarity(h, h.sin() + v, dim=-1)[..., None],
     "pairwise_distance": lambda h, v, w: h * functional.pairwise_distance(h, h.sin() + v)[..., None],
-    "linalg_vecdot": lambda h, v, w: h * torch.linalg.vecdot(h, h.cos())[..., None],
-    "inner": lambda h, v, w: torch.inner(h, w),
-    "tensordot": lambda h, v, w: torch.tensordot(h, w, dims=1),
     "trapezoid": lambda h, v, w: h * torch.trapezoid(h, dim=-1)[..., None],
     "broadcast_tensors": lambda h, v, w: torch.mul(*torch.broadcast_tensors(h, v)),
     "atleast_3d": lambda h, v, w: torch.atleast_3d(h) * torch.atleast_1d(v),
@@ -78,7 +74,7 @@ MIXING: dict[str, tuple[Callable[..., Any], str]] = {
     "along tokens": (lambda h, v, w: h.cumprod(1), "along the token dimension"),
     "difference of tokens": (lambda h, v, w: functional.pad(h.diff(dim=1), (0, 0, 1, 0)), "part of the tokens"),
     "norm over tokens": (lambda h, v, w: functional.group_norm(h.mT, 4).mT, "over the tokens of a sequence"),
-    "distance of tokens": (lambda h, v, w: h * functional.cosine_similarity(h, v, dim=1)[:, None], "token"),
+    "area over tokens": (lambda h, v, w: h * torch.trapezoid(h, dim=1)[:, None], "token"),
 }
 
 
@@ -95,3 +91,21 @@ def test_what_is_named_a_mixer_stays_whole(monkeypatch: pytest.MonkeyPatch) -> N
     assert {torch.ops.aten.movedim.int, torch.ops.aten.diff.default} <= set(composites())
     monkeypatch.setattr(operators, "_registered_mixers", {"aten.diff"})
     assert torch.ops.aten.diff.default not in composites()
+
+
+@pytest.mark.parametrize("operator", [
+    lambda h, v, w: h * functional.cosine_similarity(h, h.sin() + v, dim=-1)[..., None],
+    lambda h, v, w: torch.tensordot(h, w, dims=1),
+], ids=["cosine_similarity", "tensordot"])  # fmt: skip
+def test_what_autocast_has_by_name_is_not_taken_apart(operator: Callable[..., Any]) -> None:
+    with pytest.raises(CaptureRefusedError, match="is not known to treat tokens one by one"):
+        TiledBlock(Around(operator), tile=8)(torch.randn(2, 21, WIDTH))
+
+
+def test_under_autocast_parts_are_cast_as_in_the_block() -> None:
+    """A norm inside is in float32 there, and what moves dimensions is in whatever it is given."""
+    torch.manual_seed(0)
+    block = Around(OPERATORS["pairwise_distance"], OPERATORS["movedim"], OPERATORS["tile"])
+    x = torch.randn(2, 21, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(TiledBlock(block, tile=32)(x), block(x))

@@ -162,6 +162,8 @@ def _saved_dtypes(model: nn.Module, blocks: Sequence[str], batch: Batch, start: 
     try:
         _run(model, batch, start)
     finally:
+        while open_hooks:  # a forward that was interrupted
+            open_hooks.pop().__exit__()
         for handle in handles:
             handle.remove()
     return seen

@@ -11,6 +11,7 @@ Reading copies references, never what they point to. Writing touches only what d
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, Protocol
 
@@ -202,63 +203,26 @@ _HOOK_TABLES = (
 class HooksCell:
     """The hooks of a module: what a forward registers goes with the attribute that says it was registered."""
 
-    __slots__ = ("_tables", "holder", "label")
+    __slots__ = ("_found", "holder", "label")
 
     def __init__(self, label: str, attributes: dict[str, Any]) -> None:
         self.label = label
         found = (attributes.get(name) for name in _HOOK_TABLES)
-        self._tables = [table for table in found if isinstance(table, dict)]
+        self._found = [table for table in found if isinstance(table, dict)]
         # One of the tables: the attributes are the holder of another cell.
-        self.holder = self._tables[0] if self._tables else self._tables
-
-    def read(self) -> list[tuple[Any, ...]]:
-        """The members of every table; nothing where no table has any, which is the usual case."""
-        return [tuple(table.items()) for table in self._tables] if any(self._tables) else []
-
-    def same(self, before: list[tuple[Any, ...]]) -> bool:
-        """The same hooks in the same order."""
-        return self.read() == before
-
-    def write(self, before: list[tuple[Any, ...]]) -> None:
-        """Give every table the hooks that it had; it stays the same table, in which handles find their hook."""
-        for table, members in zip(self._tables, before or [()] * len(self._tables), strict=True):
-            if tuple(table.items()) != members:
-                table.clear()
-                table.update(members)
-
-    def values(self, content: list[tuple[Any, ...]]) -> list[tuple[str, Any]]:
-        """None: functions are not entered."""
-        return []
-
-
-#: Where a leaf of autograd has what `register_hook` and `register_post_accumulate_grad_hook` were given; None before.
-_LEAF_TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
-class LeafHooksCell:
-    """The hooks of parameters and other leaves, all together: they go with the attribute that says they are there.
-
-    Args:
-        label: where they are. leaves: tensors that require a gradient and that no operator has made.
-    """
-
-    __slots__ = ("holder", "label")
-
-    def __init__(self, label: str, leaves: list[torch.Tensor]) -> None:
-        self.label = label
-        self.holder = leaves
+        self.holder: Any = self._found[0] if self._found else self._found
 
     def read(self) -> list[tuple[Any, ...]]:
         """The members of every table; nothing where no table has any, which is the usual case."""
         tables = self._tables()
-        return [() if table is None else tuple(table.items()) for table in tables] if any(tables) else []
+        return [tuple(table.items()) if table else () for table in tables] if any(tables) else []
 
     def same(self, before: list[tuple[Any, ...]]) -> bool:
         """The same hooks in the same order."""
         return self.read() == before
 
     def write(self, before: list[tuple[Any, ...]]) -> None:
-        """Give every table the hooks that it had; it stays the same table, since that is what autograd looks into."""
+        """Give every table the hooks that it had; it stays the same table, where handles and autograd find theirs."""
         tables = self._tables()
         for table, members in zip(tables, before or [()] * len(tables), strict=True):
             if table is not None and tuple(table.items()) != members:
@@ -269,8 +233,30 @@ class LeafHooksCell:
         """None: functions are not entered."""
         return []
 
-    def _tables(self) -> list[dict[Any, Any] | None]:
-        with torch._C.DisableTorchFunctionSubclass():  # a tensor's own class may have attributes go by it
+    def _tables(self) -> Sequence[dict[Any, Any] | None]:
+        return self._found
+
+
+#: Where a leaf of autograd has what `register_hook` and `register_post_accumulate_grad_hook` were given; None before.
+_LEAF_TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+class LeafHooksCell(HooksCell):
+    """The hooks of parameters and other leaves, all together.
+
+    Args:
+        label: where they are. leaves: tensors that require a gradient and that no operator has made.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, label: str, leaves: list[torch.Tensor]) -> None:
+        self.label = label
+        self.holder = leaves
+
+    def _tables(self) -> Sequence[dict[Any, Any] | None]:
+        # Looked up each time: the first hook makes the table. A tensor's own class may have attributes go by it.
+        with torch._C.DisableTorchFunctionSubclass():
             return [getattr(leaf, name, None) for leaf in self.holder for name in _LEAF_TABLES]
 
 

@@ -54,6 +54,11 @@ class Reach:
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     generators: list[Any] = field(default_factory=list)
 
+    @property
+    def has_leaf_hooks(self) -> bool:
+        """A parameter or another leaf had a hook."""
+        return bool(self.contents[-1])
+
     def without_leaf_hooks(self) -> Undo:
         """Take the hooks of leaves away, from ``contents`` too; undone, they are in both again."""
         before = self.contents[-1]

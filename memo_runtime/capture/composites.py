@@ -9,6 +9,7 @@ name (``cosine_similarity`` in float32, ``tensordot`` in its operands' widest dt
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from memo_runtime.blocks.operators import is_registered_mixer
 
 _NAMES = (
     "atleast_1d atleast_2d atleast_3d broadcast_tensors concatenate diff dsplit dstack hsplit hstack moveaxis movedim"
-    " narrow pairwise_distance reshape_as swapdims tile trapezoid view_as vstack"
+    " narrow pairwise_distance reshape_as swapdims tile trapezoid view_as vsplit vstack"
 )
 
 
+@cache
 def _parts() -> dict[Any, Callable[..., Any]]:
     found: dict[Any, Callable[..., Any]] = {}
     for packet in (getattr(torch.ops.aten, name) for name in _NAMES.split()):
@@ -29,9 +31,6 @@ def _parts() -> dict[Any, Callable[..., Any]]:
     return found
 
 
-_PARTS = _parts()
-
-
 def composites() -> dict[Any, Callable[..., Any]]:
     """For ``make_fx``: what to run in place of each; one that was named a mixer stays whole."""
-    return {operator: parts for operator, parts in _PARTS.items() if not is_registered_mixer(str(operator))}
+    return {operator: parts for operator, parts in _parts().items() if not is_registered_mixer(str(operator))}

@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if _HELP_OPTIONS.isdisjoint(given):
         app(args=given, prog_name="memo")
-    _print_help(given)
+    else:
+        _print_help(given)
 
 
 def _print_help(given: list[str]) -> NoReturn:

@@ -15,6 +15,7 @@ from torch import nn
 from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.state import LibraryRandom, shared_generators
+from memo_runtime.blocks.undo import Undo
 
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -74,8 +75,11 @@ class Kept:
         self._optimizer = None if optimizer is None else _Optimizer(optimizer, restore=restore)
         self._random = RandomState.current(device)
         self._library = LibraryRandom.current([*self._reach.generators, *shared_generators()])
-        #: Hooks on parameters are left out: an optimizer that steps in them would train on what stand-ins yield.
-        self.has_leaf_hooks = bool(self._reach.contents[-1])
+        self.has_leaf_hooks = self._reach.has_leaf_hooks
+        self._hooks: Undo | None = None
+
+    def leave_out_hooks(self) -> None:
+        """Take hooks on parameters away: an optimizer that steps in them would train on what stand-ins yield."""
         self._hooks = self._reach.without_leaf_hooks()
 
     def start_again(self) -> None:
@@ -86,7 +90,8 @@ class Kept:
     def put_back(self) -> None:
         """Everything is as it was."""
         self.start_again()
-        self._hooks()
+        if self._hooks is not None:
+            self._hooks()
         for index in self._reach.changed():
             self._reach.cells[index].write(self._reach.contents[index])
         _put_back(self._copies)

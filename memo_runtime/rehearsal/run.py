@@ -217,6 +217,7 @@ def rehearse(
     step = _Step(model, call, loss, optimizer, device)
     with _none_of_training(wrapped), StandIns(device) as stand_ins:
         try:
+            kept.leave_out_hooks()
             return _rehearsed(step, kept, stand_ins, wrapped, shorter)
         finally:
             kept.put_back()

@@ -43,6 +43,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "view_as": lambda h, v, w: h.view(*h.shape[:2], 4, 4).view_as(h) * v,
     "reshape_as": lambda h, v, w: h.reshape(*h.shape[:2], 4, 4).reshape_as(h) * v,
     "concatenate": lambda h, v, w: torch.concatenate([h[..., 8:], h[..., :8]], -1),
+    "dstack": lambda h, v, w: torch.dstack(h.dsplit(2)[::-1]),
+    "vstack": lambda h, v, w: torch.vstack(h.vsplit(2)[::-1]),
+    "polar": lambda h, v, w: torch.view_as_real(torch.polar(h[..., :8].exp(), h[..., 8:])).flatten(-2),
     "tile": lambda h, v, w: torch.tile(h[..., :8], (1, 1, 2)),
     "diff": lambda h, v, w: torch.cat([h[..., :1], h.diff(dim=-1)], -1),
     "pairwise_distance": lambda h, v, w: h * functional.pairwise_distance(h, h.sin() + v)[..., None],
@@ -71,10 +74,12 @@ def test_they_are_exact_by_tiles(first: int) -> None:
 MIXING: dict[str, tuple[Callable[..., Any], str]] = {
     "tokens moved": (lambda h, v, w: h.movedim(1, 0), "cannot be traced"),
     "part of the tokens": (lambda h, v, w: h.narrow(1, 0, 8).repeat(1, 3, 1)[:, : h.shape[1]], "part of the tokens"),
+    "tokens joined": (lambda h, v, w: torch.hstack([h, h])[:, : h.shape[1]], "along the token dimension"),
+    "tokens split": (lambda h, v, w: torch.cat(h.hsplit([8])[::-1], 1), "along the token dimension"),
     "along tokens": (lambda h, v, w: h.cumprod(1), "along the token dimension"),
     "difference of tokens": (lambda h, v, w: functional.pad(h.diff(dim=1), (0, 0, 1, 0)), "part of the tokens"),
     "norm over tokens": (lambda h, v, w: functional.group_norm(h.mT, 4).mT, "over the tokens of a sequence"),
-    "area over tokens": (lambda h, v, w: h * torch.trapezoid(h, dim=1)[:, None], "token"),
+    "area over tokens": (lambda h, v, w: h * torch.trapezoid(h, dim=1)[:, None], "takes single tokens"),
 }
 
 

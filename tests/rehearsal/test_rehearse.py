@@ -298,6 +298,21 @@ def test_an_optimizer_that_steps_in_hooks_does_not_step():
     assert not any(torch.equal(one, before[name]) for name, one in model.named_parameters())
 
 
+def test_a_rehearsal_that_does_not_begin_loses_no_hook(monkeypatch):
+    model, seen = made("memo"), []
+    for one in model.parameters():
+        one.register_hook(lambda _: seen.append(1))
+
+    def refuses(_):
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr("memo_runtime.rehearsal.run.StandIns.__enter__", refuses)
+    with pytest.raises(RuntimeError, match="not now"):
+        memo.rehearse(model, batch(), loss=mean_square)
+    model(batch()).square().mean().backward()
+    assert len(seen) == len(list(model.parameters()))
+
+
 def test_a_loss_that_raises_is_named_and_not_the_batch():
     expected = r"^loss= raised AttributeError: .*nothing.*It is called with what \w+ returns, Tensor here"
     with pytest.raises(RehearsalError, match=expected):

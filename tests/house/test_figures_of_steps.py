@@ -61,6 +61,7 @@ def test_what_is_said_of_whole_steps_side_by_side_is_made_of_rows():
     plain = [min(ahead(run, name, length) for name in trained(run, length) if not name.endswith("+compile"))
              for length in (*FITS, *BEYOND)]  # fmt: skip
     assert f"is {min(plain):.2f} to {max(plain):.2f} times as fast as the fastest other" in docs
+    assert f"`auto` is {min(plain):.2f} to {max(plain):.2f} times as fast as the fastest whose" in text_of("README.md")
     again = core - {"selective", "axolotl"}
     assert {min(again, key=lambda name: ahead(run, name, length)) for length in BEYOND} == {"megatron-full"}
     faster = said(ahead(run, "megatron-full", length) for length in BEYOND)
@@ -181,8 +182,7 @@ def test_what_is_said_of_longest_steps_is_made_of_rows():
     short = min(lengths[best, "oom"])
     assert f"rehearsed is {reached / short:.2f} times the {short:,} tokens that did not fit {best}." in docs
     assert reached / short > 1.4
-    among = f"{reached:,} tokens fit there (`memo fit`: {told:,}); {short:,} do not fit {best}, the longest of seven"
-    assert among in text_of("README.md")
+    assert f"`memo fit` says {told:,} for `memo-auto`." in text_of("README.md")
     assert len(others) == 7
 
 

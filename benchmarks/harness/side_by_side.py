@@ -221,7 +221,8 @@ def _against(comparison: Comparison, others: Sequence[str], tokens: int) -> str:
 
 def _longest(comparison: Comparison) -> list[str]:
     unit, name = _unit(comparison.rows)
-    reached = {one: _reached(comparison, one) for one in comparison.contenders}
+    farthest = sorted(comparison.contenders, key=lambda one: longest_of(comparison, one), reverse=True)
+    reached = {one: _reached(comparison, one) for one in farthest}
     rows = []
     for one in filter(comparison.shows, reached):
         row = reached[one]

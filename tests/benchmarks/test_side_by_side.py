@@ -121,6 +121,7 @@ def test_longest_lengths_have_their_own_table(tmp_path):
     found = lines_of(tables([str(path)]))
     assert found["checkpoint"] == ["524,288", "1,048,576", "70.0 + 0.0"]
     assert found["memo-auto"] == ["1,048,576", "", "75.0 + 100.0"]
+    assert [name for name in found if name in ("memo-auto", "checkpoint")] == ["memo-auto", "checkpoint"]
     assert found["memo-auto against the longest other"][0] == "2.00 x checkpoint"
 
 

@@ -47,6 +47,7 @@ from memo_runtime.errors import (
     ProfileError,
 )
 from memo_runtime.execution.guard import refuse_other_optimisers
+from memo_runtime.lookup import all_wrapped, find_wrapped, policy_from_outside
 from memo_runtime.output import file_path
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
@@ -55,7 +56,7 @@ from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.run import rehearse
 from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import parse_tokens, show_value
-from memo_runtime.wrapping import Batch, Wrapped, all_wrapped, find_wrapped, make_wrapped, policy_from_outside
+from memo_runtime.wrapping import Batch, Wrapped, make_wrapped
 
 __all__ = [
     "CheckResult", "Rehearsal", "check", "plan", "profile", "register_mixer", "rehearse", "report", "token_wise",

@@ -28,10 +28,11 @@ from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
 from memo_runtime.config import Loss, Settings, make_settings
 from memo_runtime.errors import MemoError, ProfileError
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling.model import model_device
 from memo_runtime.records import Executor, Report
 from memo_runtime.units import format_bytes, format_flops
-from memo_runtime.wrapping import Batch, Wrapped, find_wrapped, make_wrapped
+from memo_runtime.wrapping import Batch, Wrapped, make_wrapped
 
 #: Relative L2 error allowed for the gradients of a wrapped model against the unwrapped one, by dtype.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -26,13 +26,13 @@ from memo_runtime.blocks.members import have_gradients, modules_of, parameters_o
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
-from memo_runtime.errors import ArgumentError, MemoError, PinningError, PlanInfeasibleError
+from memo_runtime.errors import MemoError, PinningError, PlanInfeasibleError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
 from memo_runtime.execution.norm import install_norm, remove_norm
 from memo_runtime.execution.session import Session
-from memo_runtime.execution.tiled_block import Tiling
+from memo_runtime.execution.tiled_block import Tiling, try_tiles_again
 from memo_runtime.integrations import huggingface
 from memo_runtime.integrations.attention_masks import MaskInstallation, install_masks
 from memo_runtime.planning.announcing import announce
@@ -177,12 +177,20 @@ class Wrapped:
     # ---- step
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is about to run its forward."""
-        if not torch.is_grad_enabled() or self.session.idle or self.session.observer is not None:
-            if self.memory is not None and self.session.observer is None and not self.session.under_way():
+        """The model is about to run its forward.
+
+        Raises:
+            ArgumentError: it is given a key/value cache that was left empty.
+        """
+        session = self.session
+        profiled = session.observer is not None
+        if not profiled:
+            session.caches.look_at(self.model, args, kwargs)
+        if not torch.is_grad_enabled() or session.idle or profiled or session.caches.wanted:
+            if self.memory is not None and not profiled and not session.under_way():
                 self.memory.end()
             return
-        with self.session.turn():
+        with session.turn():
             self._ready_for(args, kwargs)
 
     def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -205,6 +213,7 @@ class Wrapped:
         parameters = parameters_of(modules)
         key, shapes = self._signature(args, kwargs, device, parameters)
         self._meet_strangers(key, shapes, (args, kwargs))
+        try_tiles_again(self.session)
         found = self._found()
         accumulating = self._accumulates.get((key, shapes)) is not None or have_gradients(parameters)
         planned = partial(self._planned, key, shapes, (args, kwargs), device, accumulating=accumulating)
@@ -444,37 +453,6 @@ class Wrapped:
                 self.session.observer = None
 
         return run
-
-
-def all_wrapped(model: nn.Module) -> dict[str, Wrapped]:
-    """What ``wrap`` put into ``model`` or into models inside it, by module name ("" is ``model`` itself)."""
-    found = {name: module.__dict__.get(ATTRIBUTE) for name, module in model.named_modules()}
-    return {name: wrapped for name, wrapped in found.items() if isinstance(wrapped, Wrapped)}
-
-
-def find_wrapped(model: nn.Module) -> Wrapped | None:
-    """What ``wrap`` put into ``model`` or into the one model inside it (DDP, FSDP, PEFT, torch.compile wrappers).
-
-    Raises:
-        ArgumentError: there are several wrapped models inside.
-    """
-    found = all_wrapped(model)
-    if len(found) > 1:
-        names = list(found)
-        raise ArgumentError(
-            f"{type(model).__name__} holds {len(found)} wrapped models ({', '.join(names)}), each with a plan and a "
-            f"report of its own: give one of them, such as model.{names[0]}"
-        )
-    return next(iter(found.values()), None)
-
-
-def policy_from_outside(model: nn.Module) -> str | None:
-    """Policy of a wrapped model that ``model`` is a part of; None if no block in ``model`` is managed."""
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, BlockForward):
-            return forward.session.policy
-    return None
 
 
 def make_wrapped(

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+#: Why a block that is called with one that is not empty runs as it is.
+HOLDS_TOKENS = "it was called with a key/value cache that holds tokens already"
 _MODULE = "transformers.cache_utils"
 _PARTS = ("self_attention_cache", "cross_attention_cache")
 #: Attributes of attention modules that say which layers of a cache they read and fill.

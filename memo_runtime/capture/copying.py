@@ -24,8 +24,8 @@ _TABLES = (
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 #: Attributes that are not the author's: a forward that we installed, and what hides it from copies
-#: (execution/install.py). Another forward on an instance has been refused before.
-_INSTALLED = ("forward", "__getstate__")
+#: (execution/install.py), or ``Module.compile``. Another forward on an instance has been refused before.
+_INSTALLED = ("forward", "__getstate__", "_compiled_call_impl")
 #: What ``torch.distributed`` keeps its own state under, on a module.
 _DISTRIBUTED = "__composable_api_state_key"
 

@@ -25,6 +25,7 @@ from memo_runtime.blocks.operators import registered_mixers
 from memo_runtime.blocks.places import PLAIN, is_small_array
 from memo_runtime.capture.copying import HOOK_TABLES
 from memo_runtime.capture.dims import USUAL, Reading, token_dims
+from memo_runtime.capture.recorders import recorded_now
 
 Key = tuple[Any, ...]
 #: By address, an object, how deep it was looked into, and what was found. It holds what it knows: the address of an
@@ -75,7 +76,7 @@ def capture_key(block: nn.Module, call: BlockCall, reading: Reading = USUAL, sta
     leaves = tuple(_leaf(leaf, dims.get(index, ())) for index, leaf in enumerate(call.leaves))
     device = call.leaves[next(iter(dims))].device
     precision = AutocastState.current(device.type).signature()
-    ambient = (reading, precision, torch.get_default_dtype(), bool(hooks_of_all_modules()))
+    ambient = (reading, precision, torch.get_default_dtype(), bool(hooks_of_all_modules()), recorded_now())
     return (text_of(call.spec), leaves, registered_mixers(), ambient, state_key(block) if state is None else state)
 
 

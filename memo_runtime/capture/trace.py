@@ -59,6 +59,7 @@ from memo_runtime.capture.declaring import DeclaredCalls
 from memo_runtime.capture.dims import USUAL, Reading, token_dims
 from memo_runtime.capture.flash import flash_stands_in
 from memo_runtime.capture.key import changed, hooks_of_all_modules, kinds_inside, state_key
+from memo_runtime.capture.recorders import is_idle
 from memo_runtime.errors import CaptureRefusedError
 
 #: What is named where a call, or a block as a whole, cannot be traced.
@@ -184,9 +185,10 @@ def refuse_by_sight(block: nn.Module, forward: Callable[..., Any] | None) -> Non
         if module is block:
             continue
         for table in HOOK_TABLES:
-            hooks = getattr(module, table)
-            if hooks:
-                what = f"hook '{_called(next(iter(hooks.values())))}' of '{name}'"
+            for hook in getattr(module, table).values():
+                if is_idle(hook):
+                    continue
+                what = f"hook '{_called(hook)}' of '{name}'"
                 raise CaptureRefusedError(what, "hooks of inner modules would not run on tiles")
         if "forward" in module.__dict__:
             raise CaptureRefusedError(f"forward of '{name}'", "it was replaced on the instance")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from memo_runtime.blocks.ambient import AutocastState, BufferState, RandomState
+from memo_runtime.blocks.cache import HOLDS_TOKENS
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
@@ -22,6 +23,7 @@ from memo_runtime.blocks.rerun import Forward, parameter_storages
 from memo_runtime.blocks.state import StateWatch
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.caches import WANTED
 from memo_runtime.execution.counters import BlockCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
@@ -92,15 +94,15 @@ class BlockForward:
         call = BlockCall.of(args, kwargs, self.block)
         session.note_squares(call)
         found, filled = call.caches()
-        if found and not filled:
-            session.note_cache_off()
-            call = call.with_own_caches()
         profile, plan = session.decision(self.name)
         executor = plan.executor if plan is not None else Executor.NATIVE
-        if filled:
-            executor = Executor.NATIVE
-            counters.reason = "it was called with a key/value cache that holds tokens already"
-        elif call.is_empty:
+        if filled or (found and session.caches.wanted):
+            session.note_native(self.name, HOLDS_TOKENS if filled else WANTED)
+            return self._left_alone(forward, args, kwargs)
+        if found:
+            session.note_cache_off(call)
+            call = call.with_own_caches()
+        if call.is_empty:
             executor = Executor.NATIVE
             counters.reason = "its input is empty"
         else:
@@ -108,6 +110,8 @@ class BlockForward:
             counters.reason = plan.reason if plan is not None else session.no_plan_reason
             if plan is None:
                 session.strangers.add(self.name)
+                if session.plan is None:
+                    session.note_native(self.name, counters.reason)
         counters.executor = executor
         if executor is Executor.TILED and plan is not None and profile is not None:
             try:
@@ -124,6 +128,11 @@ class BlockForward:
             counters.alpha = plan.alpha
             output = self._stashed(forward, call, profile, plan)
         session.leave(self)
+        return output
+
+    def _left_alone(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = self._untouched(forward, args, kwargs, None)
+        self.session.leave(self)
         return output
 
     def _untouched(

@@ -29,9 +29,10 @@ from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.squares import about_squares
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.config import OnRefusal
-from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.errors import BlockFallbackError, ReplayMismatchError
 from memo_runtime.execution.batch import Outgoing
 from memo_runtime.execution.block import BlockForward
+from memo_runtime.execution.caches import Caches
 from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
@@ -59,7 +60,10 @@ from memo_runtime.records import (
 logger = logging.getLogger("memo_runtime")
 
 Observer = Callable[[BlockForward, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-_NO_PLAN = "the wrapped model itself was not called, so there is no plan yet"
+_NO_PLAN = (
+    "a part of the wrapped model was called by itself, and the model never, so there is no plan yet. Would work: call "
+    "the model once, or wrap that part"
+)
 _NOT_SEEN = "it was not called when the model was profiled (layer drop, a branch not taken)"
 
 
@@ -89,6 +93,7 @@ class Session:
         self._on_refusal = on_refusal
         #: What reruns have shown, by block; plans made from now on take it into account.
         self.demotions: dict[str, Demotion] = {}
+        self.caches = Caches()
         #: Blocks that were called and that the plan does not have; whoever plans next takes note of them.
         self.strangers: set[str] = set()
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
@@ -406,10 +411,23 @@ class Session:
             self._notes[text] = None
             logger.log(level, text)
 
-    def note_cache_off(self) -> None:
-        """The key/value cache was switched off."""
+    def note_cache_off(self, call: BlockCall) -> None:
+        """The key/value cache of ``call`` stays empty."""
+        self.caches.leave_empty(call)
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
-                  level=logging.INFO)  # fmt: skip
+                  level=logging.WARNING if self.caches.asked else logging.INFO)  # fmt: skip
+
+    def note_native(self, name: str, reason: str) -> None:
+        """Block ``name``, whatever its plan says, runs as it is in this step.
+
+        Raises:
+            BlockFallbackError: ``strict``.
+        """
+        if self.strict:
+            raise BlockFallbackError(f"strict=True and '{name}' is not managed in this step: {reason}")
+        counters = self.step.block(name)
+        counters.executor, counters.reason = Executor.NATIVE, reason
+        self.note(f"blocks that are not managed in a step run as they do unwrapped, whatever the budget: {reason}")
 
     def note_masks(self) -> None:
         """Tiles draw dropout."""

@@ -22,7 +22,8 @@ from memo_runtime.blocks.containers import unflatten
 from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import TRACING, Captured, capture
-from memo_runtime.capture.key import Key, capture_key, difference
+from memo_runtime.capture.key import Key, capture_key, difference, hooks_of_all_modules
+from memo_runtime.capture.recorders import recorded_now
 from memo_runtime.capture.watch import StateWatch
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import run_eagerly
@@ -164,6 +165,10 @@ class TiledBlock:
                 self.programs.checked.add(found.signature)
             self._remember(keys(found.reading), found, call)
         return found
+
+    def surroundings(self) -> Key:
+        """What of the block, and of what is around it, decides whether it can be captured; its arguments aside."""
+        return self._state.key(), recorded_now(), bool(hooks_of_all_modules())
 
     def _remember(self, key: Key, captured: Captured, call: BlockCall) -> None:
         """Keep ``captured``; of many the oldest goes."""

@@ -12,6 +12,7 @@ from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.containers import mapped
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.experts import with_experts
+from memo_runtime.capture.key import Key
 from memo_runtime.capture.split import Mixer
 from memo_runtime.errors import BlockFallbackError, CaptureRefusedError
 from memo_runtime.execution.compilers import compiled, run_eagerly
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 _NOT_CALLED = "it was not called when the model was profiled, so nothing is known of its tiles"
 
+
+#: So often a block that was refused is tried by tiles again.
+_MOST_REFUSALS = 3
 
 _NOT_FROM_BELOW = (
     "its input is not the result of the block below as when the model was profiled, so it is not made again from it"
@@ -106,6 +110,8 @@ class TiledForward:
         self._tiles: TiledBlock | None = None
         #: (dimension of its input where it has its tiles, how many tokens these are of), once it is profiled.
         self.along = (0, 0)
+        self._refused_in: Key | None = None
+        self._refusals = 0
 
     def _block(self) -> TiledBlock:
         if self._tiles is None:
@@ -113,6 +119,20 @@ class TiledForward:
             programs, forward = owner.session.programs, original_forward(owner.block)
             self._tiles = TiledBlock(owner.block, tile=1, programs=programs, forward=forward)
         return self._tiles
+
+    def give_up(self) -> None:
+        """It could be captured when it was planned, and now is refused."""
+        self._refused_in = self._block().surroundings()
+        self._refusals += 1
+
+    @property
+    def may_try_again(self) -> bool:
+        """Something is another than when it was refused: a hook has gone, an output is not recorded any more.
+
+        Not after many refusals, each of which costs a step that nothing manages.
+        """
+        given_up = self._refused_in is not None and self._refusals <= _MOST_REFUSALS
+        return given_up and self._refused_in != self._block().surroundings()
 
     def profile(
         self, call: BlockCall, tile: int | None, known: TiledProfile | None = None
@@ -279,13 +299,27 @@ class Tiling:
 def give_up_tiles(session: Session, block: BlockForward, error: CaptureRefusedError) -> None:
     """A block that was planned by tiles cannot run so: as it is in this step, and planned anew for the next.
 
+    Where what is in the way goes, it is planned by tiles again.
+
     Raises:
         BlockFallbackError: ``strict``.
     """
     reason = f"by tiles it was captured before, and now is not: {error}"
     if session.strict:
         raise BlockFallbackError(f"strict=True and '{block.name}' cannot take policy 'tiled': {reason}") from error
+    block.tiles.give_up()
     session.demotions[block.name] = Demotion(reason=reason, rerunnable=True, tiles_only=True)
     counters = session.step.block(block.name)
     counters.executor, counters.reason = Executor.NATIVE, reason
-    session.note(f"'{block.name}' is not managed in this step: {reason}. From the next step on it runs in another way")
+    session.note(
+        f"'{block.name}' is not managed in this step: {reason}. From the next step on it runs in another way, as long "
+        "as that is so"
+    )
+
+
+def try_tiles_again(session: Session) -> None:
+    """Before a step is planned: forget refusals whose reason may have gone."""
+    for block in session.blocks:
+        found = session.demotions.get(block.name)
+        if found is not None and found.tiles_only and block.tiles.may_try_again:
+            del session.demotions[block.name]

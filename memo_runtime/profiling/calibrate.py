@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import is_tensor, nn
 
+from memo_runtime.blocks.cache import HOLDS_TOKENS
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import BlockRefusedError, first_line, pass_on
 from memo_runtime.blocks.rerun import Forward
@@ -64,6 +65,8 @@ def calibrate(
     leaf = call.input_leaf
     if leaf is None or call.is_empty:
         raise BlockRefusedError("its input is empty" if call.is_empty else _without_input(call))
+    if call.caches()[1]:
+        raise BlockRefusedError(HOLDS_TOKENS)
     subject = Subject(block, start.every_time(forward), call, leaf, name, stack)
     structure = structure_of(subject)
     with start.kept(), torch.enable_grad():

@@ -9,11 +9,11 @@ from torch import nn
 
 from memo_runtime.config import OnRefusal
 from memo_runtime.errors import PlanInfeasibleError
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.rehearsal.failure import forget, ran_out
 from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.run import NO_HOST, NO_PLAN, PROFILED, first_line_of
 from memo_runtime.units import format_bytes
-from memo_runtime.wrapping import find_wrapped
 
 
 def without_plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rehearsal | None:

@@ -33,6 +33,7 @@ from memo_runtime.errors import (
     PlanInfeasibleError,
     RehearsalError,
 )
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling.model import model_device
 from memo_runtime.rehearsal.cpu_peak import cpu_peak, storage_bytes
 from memo_runtime.rehearsal.failure import forget, innermost_module, ran_out
@@ -42,7 +43,7 @@ from memo_runtime.rehearsal.positions import beyond_positions
 from memo_runtime.rehearsal.record import Rehearsal, ReplacedKernel
 from memo_runtime.rehearsal.stand_ins import StandIns
 from memo_runtime.units import format_seconds
-from memo_runtime.wrapping import Batch, Wrapped, find_wrapped
+from memo_runtime.wrapping import Batch, Wrapped
 
 logger = logging.getLogger("memo_runtime")
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import memo_runtime as memo
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling import model as profiling
-from memo_runtime.wrapping import find_wrapped
 from tests.allocator.wrapped_steps import Net
 from tests.arena.reductions import scratch
 

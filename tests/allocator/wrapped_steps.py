@@ -17,8 +17,8 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.arena.steps import SETTLING
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling import model as profiling
-from memo_runtime.wrapping import find_wrapped
 
 
 class Block(nn.Module):

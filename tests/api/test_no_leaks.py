@@ -184,7 +184,7 @@ def test_a_model_that_is_profiled_or_checked_is_collected() -> None:
 
 
 def test_an_unwrapped_model_lets_go_of_the_runtime() -> None:
-    from memo_runtime.wrapping import find_wrapped
+    from memo_runtime.lookup import find_wrapped
 
     model = memo.wrap(tower(), **POLICIES["memo"])
     step(model, signal())

@@ -12,9 +12,10 @@ from torch import nn
 
 import memo_runtime as memo
 from memo_runtime.config import make_settings
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.recent import Recent
-from memo_runtime.wrapping import Wrapped, find_wrapped
+from memo_runtime.wrapping import Wrapped
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, totals
 from tests.api.towers import POLICIES, signal, tower
 from tests.integrations.models import batch

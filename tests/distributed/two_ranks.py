@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import memo_runtime as memo
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling import timing
-from memo_runtime.wrapping import find_wrapped
 from tests.api.towers import POLICIES, Tower, signal, tower
 
 RANKS = 2

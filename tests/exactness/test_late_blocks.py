@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import memo_runtime as memo
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.records import BlockReport, Executor
-from memo_runtime.wrapping import Wrapped, find_wrapped
+from memo_runtime.wrapping import Wrapped
 from tests.exactness.compare import (
     MEMO,
     OTHER_WAYS,

@@ -17,9 +17,9 @@ import memo_runtime as memo
 from memo_runtime import checking
 from memo_runtime.errors import BlockFallbackError, HostLimitError, PlanInfeasibleError, ProfileError
 from memo_runtime.execution import tiled_mixing
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
-from memo_runtime.wrapping import find_wrapped
 from tests.capture.blocks import DocumentMask, LearnedPositions, StraightThrough
 from tests.exactness import hand_written
 from tests.exactness.compare import (

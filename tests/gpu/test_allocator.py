@@ -13,10 +13,10 @@ import memo_runtime as memo
 from memo_runtime.arena.plan import check_memory, enable, plan_arena
 from memo_runtime.arena.steps import SETTLING
 from memo_runtime.errors import AllocatorPlanError
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling.machine import settle_libraries
 from memo_runtime.recording.allocator import AllocatorRecorder
 from memo_runtime.traces.trace import Phase
-from memo_runtime.wrapping import find_wrapped
 from tests.gpu.models import batch, llama
 from tests.house.sources import ROOT
 

@@ -15,7 +15,7 @@ import json, os, sys
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import torch
 import memo_runtime as memo
-from memo_runtime.wrapping import find_wrapped
+from memo_runtime.lookup import find_wrapped
 from tests.gpu.models import batch, llama
 
 torch.use_deterministic_algorithms(True, warn_only=True)

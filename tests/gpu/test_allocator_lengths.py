@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memo_runtime as memo
-from memo_runtime.wrapping import find_wrapped
+from memo_runtime.lookup import find_wrapped
 from tests.gpu.models import batch, llama
 
 pytestmark = pytest.mark.gpu

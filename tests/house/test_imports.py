@@ -49,11 +49,12 @@ ALLOWED = {
     # The front door: the only place where the three stages meet.
     "wrapping": NOUNS | STAGES | {"arena", "blocks", "integrations", "recent"},
     "recent": set(),
-    "checking": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
-    "rehearsal": NOUNS | {"arguments", "blocks", "profiling", "wrapping", "api"},
+    "lookup": NOUNS | {"execution", "wrapping"},
+    "checking": NOUNS | {"arguments", "blocks", "lookup", "profiling", "wrapping", "api"},
+    "rehearsal": NOUNS | {"arguments", "blocks", "lookup", "profiling", "wrapping", "api"},
     "api": NOUNS
     | STAGES
-    | {"allocator", "arguments", "blocks", "checking", "persist", "rehearsal", "soundness", "wrapping"},
+    | {"allocator", "arguments", "blocks", "checking", "lookup", "persist", "rehearsal", "soundness", "wrapping"},
     "cli": NOUNS
     | {
         "allocator",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import memo_runtime as memo
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.records import PinKind
-from memo_runtime.wrapping import find_wrapped
 from tests.tiny import few_samples
 
 __all__ = ["few_samples"]

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import memo_runtime as memo
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling.bounds import check_bounds
-from memo_runtime.wrapping import find_wrapped
 
 X = torch.randn(4, 6)
 LONG = torch.tensor([0, 3, 5])

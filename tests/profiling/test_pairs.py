@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
-from memo_runtime.wrapping import Wrapped, find_wrapped
+from memo_runtime.lookup import find_wrapped
+from memo_runtime.wrapping import Wrapped
 from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import assert_close, assert_nothing_held, step
 from tests.api.towers import POLICIES

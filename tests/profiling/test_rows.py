@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import memo_runtime as memo
-from memo_runtime.wrapping import find_wrapped
+from memo_runtime.lookup import find_wrapped
 from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import assert_close, assert_nothing_held, step
 from tests.api.towers import HIDDEN, POLICIES, Block, signal

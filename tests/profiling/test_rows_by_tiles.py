@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling.rows import tiled_at
 from memo_runtime.records import Growth, Profile
-from memo_runtime.wrapping import find_wrapped
 from tests.api.subjects import step
 from tests.api.towers import HIDDEN, Block, signal
 from tests.execution.test_tiled_peak import TOKENS, Kind, Stack

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.execution.install import original_forward
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling import timing
-from memo_runtime.wrapping import find_wrapped
 from tests.api.towers import HIDDEN, Block, signal
 from tests.exactness.models import FAMILIES
 

@@ -5,9 +5,9 @@ import torch
 
 import memo_runtime as memo
 from memo_runtime.errors import ArgumentError, ArgumentTypeError
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.rehearsal.first_step import check_short, few_tokens, under_plan
 from memo_runtime.rehearsal.planned import without_plan
-from memo_runtime.wrapping import find_wrapped
 from tests.api.towers import tower
 
 TOKENS = 1000

@@ -11,9 +11,9 @@ from benchmarks.harness.contenders.base import Training
 from benchmarks.harness.geometry import Scope
 from benchmarks.harness.job import Job
 from benchmarks.harness.subject import OnGradients, attention_kernel
+from memo_runtime.lookup import find_wrapped
 from memo_runtime.persist import save
 from memo_runtime.rehearsal.first_step import few_tokens, under_plan
-from memo_runtime.wrapping import find_wrapped
 
 #: Seconds of a step beyond which the one before it is on a few tiles alone: a rehearsal makes all products again.
 _LONG = 120.0

@@ -1,0 +1,136 @@
+"""A key/value cache that somebody asks for is filled as it is unwrapped, and one left empty is not used in silence."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+import memo_runtime as memo
+from memo_runtime.blocks.cache import HOLDS_TOKENS
+from memo_runtime.errors import ArgumentError, BlockFallbackError
+from memo_runtime.execution.caches import WANTED
+from memo_runtime.records import Executor
+from tests.integrations.models import make
+
+IDS = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(3))
+
+
+def in_segments(model: LlamaForCausalLM) -> tuple[float, int, list[torch.Tensor]]:
+    """(loss, tokens in the cache, gradients) of two halves, the second of which attends to the first."""
+    model.zero_grad()
+    cache = DynamicCache()
+    model(input_ids=IDS[:, :24], past_key_values=cache, use_cache=True)
+    loss = model(input_ids=IDS[:, 24:], past_key_values=cache, use_cache=True).logits.square().mean()
+    loss.backward()
+    return loss.item(), cache.get_seq_length(), [parameter.grad for parameter in model.parameters()]
+
+
+def decoded(model: LlamaForCausalLM) -> list[int]:
+    """Greedy decoding by hand, where nobody has switched gradients off."""
+    model.eval()
+    output, found = model(input_ids=IDS[:1, :6], use_cache=True), []
+    for _ in range(4):
+        token = output.logits[:, -1:].argmax(-1)
+        found.append(token.item())
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    model.train()
+    return found
+
+
+def trained(model: LlamaForCausalLM) -> None:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("policy", ["swap", "recompute", "tiled", "none"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_cache_that_was_asked_for_is_filled(policy: str, steps_before: int) -> None:
+    plain = make("llama")
+    model = copy.deepcopy(plain)
+    memo.wrap(model, policy=policy, keep_last=0 if policy not in ("none", "tiled") else None)
+    for _ in range(steps_before):
+        trained(model)
+    want, got = in_segments(plain), in_segments(model)
+    assert got[:2] == pytest.approx(want[:2], rel=1e-12)
+    assert got[1] == 48
+    assert all(torch.allclose(one, other, rtol=1e-10, atol=1e-14) for one, other in zip(got[2], want[2], strict=True))
+    assert decoded(model) == decoded(plain)
+    trained(model)  # and the next step is managed again
+    assert Executor.NATIVE not in {block.executor for block in memo.report(model).blocks}
+
+
+def test_the_report_and_one_warning_say_why_blocks_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama")
+    memo.wrap(model, policy="swap", keep_last=0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model(input_ids=IDS, past_key_values=DynamicCache()).logits.sum().backward()
+    (said,) = [record.message for record in caplog.records if "given by the caller" in record.message]
+    assert "whatever the budget" in said
+    report = memo.report(model)
+    assert {(block.executor, block.reason) for block in report.blocks} == {(Executor.NATIVE, WANTED)}
+    assert said in report.notes
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_in_training_it_is_off_and_whoever_asked_is_warned(asked: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama")
+    memo.wrap(model, policy="swap", keep_last=0)
+    with caplog.at_level(logging.INFO):
+        output = model(input_ids=IDS, **({"use_cache": True} if asked else {}))
+    assert output.past_key_values.get_seq_length() == 0
+    (said,) = [record for record in caplog.records if "cache is off" in record.message]
+    assert said.levelno == (logging.WARNING if asked else logging.INFO)
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.REPLAY}
+
+
+@pytest.mark.parametrize("policy", ["swap", "tiled"])
+@pytest.mark.parametrize("filled", [False, True])
+def test_strict_refuses_it_under_every_policy(policy: str, filled: bool) -> None:
+    model, cache = make("llama"), DynamicCache()
+    if filled:
+        with torch.no_grad():
+            model(input_ids=IDS[:, :8], past_key_values=cache)
+    memo.wrap(model, policy=policy, strict=True)
+    with pytest.raises(BlockFallbackError, match="holds tokens already" if filled else "given by the caller"):
+        model(input_ids=IDS[:, 8:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_cache_that_was_left_empty_is_refused_as_an_argument(gradients: bool) -> None:
+    model = make("llama")
+    memo.wrap(model, policy="swap", keep_last=0)
+    output = model(input_ids=IDS)
+    output.logits.sum().backward()
+    with torch.set_grad_enabled(gradients), pytest.raises(ArgumentError, match=r"is empty: .*DynamicCache"):
+        model(input_ids=IDS[:, :1], past_key_values=output.past_key_values)
+    trained(model)  # nothing is half done
+
+
+def test_a_profile_says_that_the_cache_holds_tokens() -> None:
+    model, cache = make("llama"), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=IDS[:, :8], past_key_values=cache)
+    profile = memo.profile(model, {"input_ids": IDS[:, 8:], "past_key_values": cache})
+    assert {block.reason for block in profile.blocks} == {HOLDS_TOKENS}
+    assert cache.get_seq_length() == 8
+
+
+def test_a_part_that_is_called_by_itself_is_not_left_alone_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama")
+    memo.wrap(model, policy="swap", keep_last=0)
+    with caplog.at_level(logging.WARNING):
+        model.model(input_ids=IDS).last_hidden_state.square().mean().backward()
+    assert any("wrap that part" in record.message for record in caplog.records)
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.NATIVE}
+    trained(model)
+    model.model(input_ids=IDS).last_hidden_state.square().mean().backward()
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.REPLAY}
+    memo.unwrap(model)
+    memo.wrap(model, policy="swap", keep_last=0, strict=True)
+    with pytest.raises(BlockFallbackError, match="wrap that part"):
+        model.model(input_ids=IDS)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from memo_runtime.allocator.versions import KNOWN, library_path, running
+from memo_runtime.allocator.versions import KNOWN, library_path, running, standard
 from memo_runtime.errors import AllocatorUnavailableError
 
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "torch_allocator"
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+_FLAGS = ("-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
 
 
 def build(target: Path | None = None) -> Path:
@@ -66,7 +66,7 @@ def _command(target: Path) -> list[str]:
     libraries = torch_home / "lib"
     includes = [f"-I{_SOURCES}", f"-I{_SOURCES / 'shell'}", "-isystem", str(torch_home / "include")]
     return [
-        *_compiler(), *_FLAGS, *includes, "-isystem", str(_cuda_headers()),
+        *_compiler(), f"-std={standard(running())}", *_FLAGS, *includes, "-isystem", str(_cuda_headers()),
         "-x", "c++", "-", "-x", "none", "-o", str(target),
         f"-L{libraries}", "-lc10", "-lc10_cuda", str(_cuda_runtime()),
     ]  # fmt: skip

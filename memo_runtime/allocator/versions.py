@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 #: Minors whose allocator interface csrc/torch_allocator/shell knows.
-KNOWN = ("2.11", "2.12", "2.13")
+KNOWN = ("2.11", "2.12", "2.13", "2.14")
 BUILD_COMMAND = "python -m memo_runtime.allocator"
 
 
@@ -21,6 +21,11 @@ def number(minor: str) -> int:
     """A minor as the library writes it: 1000 * major + minor."""
     major, _, small = minor.partition(".")
     return 1000 * int(major) + int(small)
+
+
+def standard(minor: str) -> str:
+    """The C++ that headers of torch ``minor`` need at least."""
+    return "c++20" if number(minor) >= number("2.14") else "c++17"
 
 
 def library_path(minor: str) -> Path:

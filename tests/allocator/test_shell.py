@@ -23,7 +23,8 @@ def test_the_shell_compiles_against_the_installed_torch(tmp_path):
     stub.parent.mkdir(parents=True)
     stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
     torch_headers = building.Path(torch.__file__).parent / "include"
-    flags = [f"-I{SOURCES / 'shell'}", "-isystem", str(torch_headers), "-isystem", str(headers), f"-I{tmp_path}"]
+    flags = [f"-I{SOURCES / 'shell'}", "-isystem", str(torch_headers), "-isystem", str(headers), f"-I{tmp_path}",
+             f"-std={versions.standard(versions.running())}"]  # fmt: skip
     done = compile_unit([*SOURCES.glob("*.cpp"), *(SOURCES / "shell").glob("*.cpp")], None, *flags)
     assert done.returncode == 0, done.stderr[-6000:]
 
@@ -48,7 +49,7 @@ def test_a_torch_without_cuda_says_so(capsys, monkeypatch):
 def test_another_minor_is_refused_with_what_is_known(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.1+cu999")
     monkeypatch.setattr(torch.version, "cuda", "99.9")
-    with pytest.raises(AllocatorUnavailableError, match=r"torch 2\.99 is running.* 2\.11, 2\.12, 2\.13"):
+    with pytest.raises(AllocatorUnavailableError, match=r"torch 2\.99 is running.* 2\.11, 2\.12, 2\.13, 2\.14"):
         building.build()
     library._load.cache_clear()
     try:
@@ -95,4 +96,5 @@ def test_a_library_that_is_none_is_refused(tmp_path):
 
 
 def test_numbers_of_versions():
-    assert [versions.number(minor) for minor in versions.KNOWN] == [2011, 2012, 2013]
+    assert [versions.number(minor) for minor in versions.KNOWN] == [2011, 2012, 2013, 2014]
+    assert [versions.standard(minor) for minor in versions.KNOWN] == ["c++17", "c++17", "c++17", "c++20"]

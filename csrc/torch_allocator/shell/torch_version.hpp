@@ -9,6 +9,6 @@
 
 #define MEMO_TORCH (1000 * TORCH_VERSION_MAJOR + TORCH_VERSION_MINOR)
 
-#if MEMO_TORCH < 2011 || MEMO_TORCH > 2013
-#error "the planned allocator knows the allocator interface of torch 2.11, 2.12 and 2.13 only"
+#if MEMO_TORCH < 2011 || MEMO_TORCH > 2014
+#error "the planned allocator knows the allocator interface of torch 2.11, 2.12, 2.13 and 2.14 only"
 #endif

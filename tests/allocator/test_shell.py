@@ -4,6 +4,7 @@ The CPU's wheel of torch lacks one generated header, which says that libraries a
 come from a toolkit or from Triton. So types and signatures are checked here, and nothing can be loaded.
 """
 
+import re
 
 import pytest
 import torch
@@ -27,6 +28,21 @@ def test_the_shell_compiles_against_the_installed_torch(tmp_path):
              f"-std={versions.standard(versions.running())}"]  # fmt: skip
     done = compile_unit([*SOURCES.glob("*.cpp"), *(SOURCES / "shell").glob("*.cpp")], None, *flags)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def test_every_virtual_function_of_torch_is_overridden():
+    """One that torch has a default for compiles without, and would do less than the native allocator's."""
+    headers = building.Path(torch.__file__).parent / "include" / "c10"
+    asked = set[str]()
+    for file, begin in (("core/Allocator.h", "struct C10_API Allocator {"),
+                        ("core/CachingDeviceAllocator.h", "struct C10_API DeviceAllocator :"),
+                        ("cuda/CUDACachingAllocator.h", "class CUDAAllocator :")):  # fmt: skip
+        _, _, rest = (headers / file).read_text().partition(begin)
+        asked |= set(re.findall(r"\bvirtual\s[^;{(~]*?(\w+)\(", rest.partition("\n};")[0]))
+    assert {"allocate", "emptyCache", "raw_alloc"} <= asked
+    own = "".join((SOURCES / "shell" / name).read_text() for name in ("allocator.hpp", "delegated.inc"))
+    overridden = {name for name in asked if re.search(rf"\b{name}\([^;{{]*\boverride\b", own)}
+    assert asked - overridden == {"is_simple_data_ptr"}  # looks at the tensor alone
 
 
 def test_every_function_of_the_interface_is_called_from_python():

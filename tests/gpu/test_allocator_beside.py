@@ -15,6 +15,7 @@ from tests.house.sources import ROOT
 pytestmark = pytest.mark.gpu
 MiB = 1 << 20
 CHECKER = shutil.which("compute-sanitizer")
+ANNOTATE = getattr(torch.cuda.memory, "_annotate_tensor", None)
 
 
 def in_a_row(count, size=16 * MiB):
@@ -71,6 +72,37 @@ def test_statistics_summary_and_snapshot_agree(allocator):
     assert f"{torch.cuda.memory_allocated() // 1024} KiB" in summary
     del kept
     allocator.end_step(0)
+
+
+@pytest.mark.skipif(ANNOTATE is None, reason="this torch has no annotations of memory")
+def test_annotations_are_of_planned_tensors_too(allocator):
+    assert torch._C._cuda_memoryMetadataSupported()
+    allocator.arm(0, in_a_row(2), 32 * MiB)
+    native = taken()
+    allocator.begin_step(0)
+    planned = [taken(), taken()]
+    assert all(allocator.holds(0, tensor.data_ptr()) for tensor in planned)
+    ANNOTATE(planned[0], "nobody records")
+    torch.cuda.memory._record_memory_history(max_entries=1000)
+    try:
+        ANNOTATE(planned[1][5:], "second")
+        ANNOTATE(native, "native")
+        ANNOTATE(planned[0], "first")
+        first = planned.pop(0).data_ptr()  # where the arena begins, which itself is no tensor
+        with pytest.raises(RuntimeError, match="no live allocation found"):
+            torch._C._cuda_annotateMemory(first, "freed")
+        entries = torch.cuda.memory._snapshot()["device_traces"][0]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+        allocator.end_step(0)
+    found = [e for e in entries if e["action"] == "annotate"]
+    assert [(e["user_metadata"], e["addr"], e["size"]) for e in found] == [
+        ("second", planned[0].data_ptr(), 16 * MiB),
+        ("native", native.data_ptr(), 16 * MiB),
+        ("first", first, 16 * MiB),
+    ]
+    assert all(e["frames"] for e in found)
+    del planned
 
 
 @pytest.fixture

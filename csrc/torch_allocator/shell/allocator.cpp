@@ -263,6 +263,18 @@ std::shared_ptr<c10::GatheredContext> PlannedAllocator::getContextForPointer(con
 }
 #endif
 
+#if MEMO_TORCH >= 2014
+void PlannedAllocator::annotateMemory(const void* pointer, const std::string& text) {
+  DeviceState* where = nullptr;
+  const Ground* ground = ground_of(pointer, &where);
+  if (ground == nullptr) return native_->annotateMemory(pointer, text);
+  const Given is = ground->arena.look(number(pointer));
+  // As the native allocator has it, which would take the whole arena for what begins where it does.
+  TORCH_CHECK(is.ours, "annotateMemory: no live allocation found at pointer ", pointer);
+  where->history.annotated(where->index, number(pointer), is.requested, is.stream, text);
+}
+#endif
+
 // ---- private pools
 
 void PlannedAllocator::beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,

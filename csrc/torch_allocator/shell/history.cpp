@@ -74,6 +74,19 @@ void History::freed(int device, std::uint64_t address, std::uint64_t requested, 
   }
 }
 
+#if MEMO_TORCH >= 2014
+void History::annotated(int device, std::uint64_t address, std::uint64_t requested, Stream stream,
+                        const std::string& text) {
+  if (!on()) return;
+  Context context = gather(RecordContext::ALLOC);
+  const auto now = c10::getApproximateTime();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!on_) return;
+  add(TraceEntry(TraceEntry::ANNOTATE, static_cast<c10::DeviceIndex>(device), address, requested,
+                 reinterpret_cast<void*>(stream), {0, 0}, now, std::move(context), "", text));
+}
+#endif
+
 void History::merge(std::vector<TraceEntry>& entries, const std::vector<std::uint64_t>& arenas) const {
   entries.erase(std::remove_if(entries.begin(), entries.end(),
                                [&](const TraceEntry& e) { return is_of_block(e.action_) && contains(arenas, e.addr_); }),

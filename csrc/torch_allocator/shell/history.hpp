@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arena.hpp"
+#include "torch_version.hpp"
 
 namespace memo_arena {
 
@@ -28,6 +29,9 @@ class History {
   bool on() const { return on_.load(std::memory_order_relaxed); }
   void allocated(int device, std::uint64_t address, std::uint64_t requested, Stream stream);
   void freed(int device, std::uint64_t address, std::uint64_t requested, Stream stream);
+#if MEMO_TORCH >= 2014
+  void annotated(int device, std::uint64_t address, std::uint64_t requested, Stream stream, const std::string& text);
+#endif
 
   // Adds what was recorded to `entries` in order of time; those of the arena's own block, at `arenas`, are taken out.
   void merge(std::vector<caching::TraceEntry>& entries, const std::vector<std::uint64_t>& arenas) const;

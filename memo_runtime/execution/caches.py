@@ -41,8 +41,8 @@ class Caches:
         if any(cache in self._left_empty for cache in given):
             raise ArgumentError(
                 f"the key/value cache given to {type(model).__name__} is empty: a forward with gradients made it, in "
-                "which wrapped blocks keep none of its keys and values. Would work: that forward under torch.no_grad(), "
-                "or given a cache of your own (transformers.DynamicCache()), for which blocks run as they do unwrapped"
+                "which wrapped blocks keep none of its keys and values. Would work: that forward under torch.no_grad(),"
+                " or given a cache of your own (transformers.DynamicCache()), for which blocks run as they do unwrapped"
             )
         self.asked = kwargs.get("use_cache") is True
         self.wanted = bool(given) or (self.asked and not model.training)

@@ -21,9 +21,10 @@ from memo_runtime.moments import attention_text as attention_text
 from memo_runtime.placement import ArenaReport, PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
+from memo_runtime.sizes import LongEnd as LongEnd
 from memo_runtime.sizes import Storage as Storage
 
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -293,7 +294,7 @@ class Profile:
         outside_forward: device bytes alive across the stacks that belong to no block (embedding output, targets).
             entry: of these, what the first block is given, where nobody holds it once the forward is over.
         outside_peak: device bytes that the head and loss need on top, after the last block, once their gradients are
-            there. loss_peak: that they need before, where the loss runs by tiles.
+            there. loss_peak: that they need before, where the loss runs by tiles. long_end: both from a length on.
         result: device bytes of what the model returns, which its caller may hold while blocks go backward.
         outside_seconds: embedding, head and loss, forward and backward.
         norm_behind: a norm follows the blocks: its backward makes the gradient that the last one gets, and lets it go.
@@ -316,11 +317,17 @@ class Profile:
     entry: Growth = field(default_factory=Growth)
     outside_peak: Growth = field(default_factory=Growth)
     loss_peak: Growth = field(default_factory=Growth)
+    long_end: LongEnd | None = None
     result: Growth = field(default_factory=Growth)
     outside_seconds: Growth = field(default_factory=Growth)
     norm_behind: bool = False
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    def end(self, tokens: int) -> tuple[int, int]:
+        """Bytes of ``outside_peak`` and of ``loss_peak``."""
+        one = self.long_end if self.long_end is not None and tokens >= self.long_end.tokens else self
+        return one.outside_peak.at(tokens), one.loss_peak.at(tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

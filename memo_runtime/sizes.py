@@ -48,6 +48,18 @@ class Growth:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongEnd:
+    """What head and loss need where the hidden state is long, so that the norm behind the blocks runs by tiles.
+
+    ``tokens``: from this length on.
+    """
+
+    tokens: int
+    outside_peak: Growth
+    loss_peak: Growth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
     """A storage of which there is more, or something else, than one tensor's bytes; ``number`` tells it from others."""
 

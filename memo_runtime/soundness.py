@@ -132,6 +132,9 @@ def _profile_faults(profile: Profile, at: str) -> Iterator[Fault]:
     longest = max((block.tokens for block in profile.blocks), default=0)
     for name in ("shared", "outside_forward", "entry", "outside_peak", "loss_peak", "result", "outside_seconds"):
         yield from _negative(getattr(profile, name), longest, f"{at}{name}")
+    if profile.long_end is not None:
+        for name in ("outside_peak", "loss_peak"):
+            yield from _negative(getattr(profile.long_end, name), longest, f"{at}long_end.{name}")
     for index, block in enumerate(profile.blocks):
         where = f"{at}blocks[{index}]"
         if block.name in names:

@@ -30,7 +30,7 @@ from memo_runtime.errors import MemoError, PinningError, PlanInfeasibleError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
-from memo_runtime.execution.norm import install_norm, remove_norm
+from memo_runtime.execution.norm import install_norm, remove_norm, run_as_planned
 from memo_runtime.execution.session import Session
 from memo_runtime.execution.tiled_block import Tiling, try_tiles_again
 from memo_runtime.integrations import huggingface
@@ -260,6 +260,8 @@ class Wrapped:
             except PlanInfeasibleError as none_fits:
                 raise type(none_fits)(f"{none_fits}\n  since      {error}") from error
             self.session.adopt(plan, device)
+        if self._norm is not None:
+            run_as_planned(self._norm, plan)
         announce(plan, self.session.note)
 
     def _meet_strangers(self, key: tuple[Any, ...], shapes: Shapes, batch: Batch) -> None:

@@ -134,7 +134,7 @@ def test_another_schema_version_is_refused_before_anything_else(tmp_path):
         del content["policy"]
 
     message = refused(edited(written(tmp_path), change))
-    assert "field 'schema_version' is 99, and this release reads 12" in message
+    assert "field 'schema_version' is 99, and this release reads 13" in message
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from memo_runtime.blocks.final_norm import LONG_BYTES
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.install import install_forward, original_forward, remove_forward
 from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.records import Plan
 from memo_runtime.sizes import NORM_TILE
 
 logger = logging.getLogger("memo_runtime")
@@ -26,7 +27,7 @@ class NormForward:
         self._norm = weakref.ref(norm)
         self._own = original_forward(norm)
         self._tiles: TiledBlock | None = TiledBlock(norm, tile=NORM_TILE, forward=self._own)
-        self._long = long_bytes
+        self.long_bytes = long_bytes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """By tiles, exactly as blocks are; as it is where it is short, or cannot be captured."""
@@ -48,7 +49,7 @@ class NormForward:
             return False
         hidden = args[0]
         plain = all(type(one) in (torch.Tensor, nn.Parameter) for one in (hidden, *norm.parameters()))
-        return plain and hidden.dim() > 1 and hidden.requires_grad and hidden.nbytes >= self._long
+        return plain and hidden.dim() > 1 and hidden.requires_grad and hidden.nbytes >= self.long_bytes
 
 
 def install_norm(norm: nn.Module) -> bool:
@@ -57,6 +58,13 @@ def install_norm(norm: nn.Module) -> bool:
         return False
     install_forward(norm, NormForward(norm))
     return True
+
+
+def run_as_planned(norm: nn.Module, plan: Plan) -> None:
+    """Let ``norm`` run by tiles at any length, or from where it is long, as ``plan`` needs it."""
+    forward, end = vars(norm).get("forward"), plan.profile.long_end
+    if isinstance(forward, NormForward):
+        forward.long_bytes = LONG_BYTES if end is None or end.tokens else 0
 
 
 def remove_norm(norm: nn.Module) -> None:

@@ -16,7 +16,7 @@ from memo_runtime.planning.executors import tiles_are_worth_trying
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.layout import Layout, plan_layout
 from memo_runtime.planning.planner import plan_of
-from memo_runtime.planning.policies import decide
+from memo_runtime.planning.policies import decide_somehow
 from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.planning.strategy import Decision
 from memo_runtime.planning.suggest import is_feasible
@@ -89,8 +89,7 @@ def _decided_at(offline: Offline, settings: Settings) -> _Decided:
     """See ``plan_at``. Errors and plans are made only of what is not tried by tiles again."""
     words = CommandWords(offline.study.ranks.gpus)
     if settings.policy is not Policy.TILED:
-        sheet = _sheet(offline)
-        decision = decide(sheet, settings)
+        sheet, decision = decide_somehow(_sheet(offline), settings)
         seconds = None if decision is None else sheet.step_seconds(decision.choices)
         if not tiles_are_worth_trying(sheet, settings, seconds):
             if decision is not None:
@@ -98,8 +97,7 @@ def _decided_at(offline: Offline, settings: Settings) -> _Decided:
             error = infeasible(sheet, settings, words)
             by_tiles = settings.policy is Policy.AUTO and _shorter_is_worth_trying(sheet, settings)
             raise type(error)(f"{error}\n{_BY_REPLAY}") if by_tiles else error
-    sheet = _sheet(offline.with_tiles())
-    decision = decide(sheet, settings)
+    sheet, decision = decide_somehow(_sheet(offline.with_tiles()), settings)
     if decision is None:
         raise infeasible(sheet, settings, words)
     return _Decided(sheet, decision)

@@ -33,7 +33,7 @@ from memo_runtime.offline.subject import Subject
 from memo_runtime.offline.tiles import tiles_of
 from memo_runtime.offline.timing import growth_of
 from memo_runtime.offline.windows import note_on_windows
-from memo_runtime.profiling.outside import loss_peak, outside_peak, result_bytes
+from memo_runtime.profiling.outside import end_of, result_bytes
 from memo_runtime.profiling.states import measure_states
 from memo_runtime.records import BlockProfile, Growth, Link, ModelStates, Profile, TiledProfile
 from memo_runtime.units import GiB, MiB, format_bytes
@@ -263,9 +263,8 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     rows = max(1, hidden.numel() // hidden.shape[-1] // seen)
     hidden_bytes = hidden.numel() * hidden.element_size() // seen * local
     behind = (*blocks[:-1], replace(blocks[-1], tokens=local))
-    outside = outside_peak(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss)
-    loss = loss_peak(model, behind, hidden_bytes) if subject.tiled_loss else Growth()
     gathered_gradients = made.root_bytes if gpus > 1 else 0
+    end = end_of(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss, held=gathered_gradients)
     batch = 2 * 8 * rows
     return Profile(
         fingerprint=made.fingerprint,
@@ -285,8 +284,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         # of a model that is known, until its forward is over.
         outside_forward=Growth(linear=hidden_bytes / local + batch),
         entry=Growth(linear=hidden_bytes / local) if subject.tiled_loss else Growth(),
-        outside_peak=replace(outside, constant=outside.constant + gathered_gradients),
-        loss_peak=loss,
+        **end,
         result=result_bytes(model, behind, rows, hidden_bytes / local, tiled_loss=subject.tiled_loss),
         outside_seconds=_outside_seconds(made, machine, rows, study.moved // gpus),
         norm_behind=made.norm_behind,

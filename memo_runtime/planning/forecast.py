@@ -128,15 +128,16 @@ class Surroundings:
             base = states.parameters + states.buffers + states.gradients + states.optimizer
         last = states.gradients_last if gradual else 0
         outside = max(0, states.gradients - in_blocks - last) if gradual else 0
+        outside_peak, loss_peak = profile.end(tokens) if asynchronous else (0, 0)
         return cls(
             asynchronous=asynchronous,
             base_bytes=base,
             gradual=gradual,
             outside_gradients=outside,
             last_gradients=last,
-            outside_peak=profile.outside_peak.at(tokens) if asynchronous else 0,
+            outside_peak=outside_peak,
             # Before there is a gradient of the head.
-            loss_peak=max(0, profile.loss_peak.at(tokens) - outside) if asynchronous else 0,
+            loss_peak=max(0, loss_peak - outside),
             outside_seconds=profile.outside_seconds.exact(tokens),
             stepping=states.stepping if asynchronous else 0,
             embedding_peak=_embedding_peak(profile, tokens) if gradual else 0,

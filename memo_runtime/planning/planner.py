@@ -11,7 +11,7 @@ from memo_runtime.config import Settings
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.notes import note_on_accumulation, notes_on
-from memo_runtime.planning.policies import decide
+from memo_runtime.planning.policies import decide_somehow
 from memo_runtime.planning.sheet import Sheet, lengths_of
 from memo_runtime.planning.strategy import Decision
 from memo_runtime.planning.tiles import floor
@@ -41,7 +41,7 @@ def make_plan(
         PlanInfeasibleError: the step does not fit in device memory. HostLimitError: nor in host memory.
     """
     sheet = Sheet(profile, lengths_of(profile, tokens), accumulating=accumulating)
-    decision = decide(sheet, settings)
+    sheet, decision = decide_somehow(sheet, settings)
     if decision is None:
         raise infeasible(sheet, settings, words)
     return plan_of(sheet, settings, decision)

@@ -36,6 +36,16 @@ def decide(sheet: Sheet, settings: Settings) -> Decision | None:
     return Decision(decision.choices, (*notes, *decision.notes))
 
 
+def decide_somehow(sheet: Sheet, settings: Settings) -> tuple[Sheet, Decision | None]:
+    """``decide``, and what it is of: where nothing fits, ``sheet`` with the norm behind the blocks by tiles.
+
+    As it is that norm takes several times the hidden state, and its results are the unwrapped model's to the bit.
+    """
+    decision = decide(sheet, settings)
+    less = sheet.with_norm_by_tiles() if decision is None else None
+    return (sheet, decision) if less is None else (less, decide(less, settings))
+
+
 def strategy_for(settings: Settings, budgets: Budgets) -> tuple[Strategy, tuple[str, ...]]:
     """The strategy of ``settings``, and what a plan should say about that."""
     policy, keep_last = settings.policy, settings.keep_last

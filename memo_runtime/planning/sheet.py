@@ -96,6 +96,14 @@ class Sheet:
         """The same lengths in steps that start with gradients, or without."""
         return Sheet(self.profile, self.lengths, self.kinds, accumulating)
 
+    def with_norm_by_tiles(self) -> Sheet | None:
+        """The same where the norm behind the blocks runs by tiles, short as its state is; None: that is no help."""
+        end, tokens = self.profile.long_end, self.lengths[-1] if self.lengths else 0
+        if end is None or tokens >= end.tokens or end.outside_peak.at(tokens) >= self.around.outside_peak:
+            return None
+        profile = replace(self.profile, long_end=replace(end, tokens=0))
+        return Sheet(profile, self.lengths, self.kinds, self.accumulating)
+
     @property
     def blocks(self) -> tuple[BlockProfile, ...]:
         """The blocks in call order."""

@@ -35,10 +35,13 @@ class Suggestion:
 
 
 def is_feasible(sheet: Sheet, settings: Settings) -> bool:
-    """Whether ``decide`` would find a plan, mostly without looking for the best one."""
+    """Whether ``decide_somehow`` would find a plan, mostly without looking for the best one."""
     budgets = Budgets.of(sheet, settings)
     strategy, _ = strategy_for(settings, budgets)
-    return strategy.is_feasible(sheet, budgets)
+    if strategy.is_feasible(sheet, budgets):
+        return True
+    less = sheet.with_norm_by_tiles()
+    return less is not None and strategy.is_feasible(less, Budgets.of(less, settings))
 
 
 def for_device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -9,7 +10,7 @@ from fractions import Fraction
 from memo_runtime.profiling.growth import line_through, times
 from memo_runtime.profiling.pairs import PairLaw
 from memo_runtime.profiling.rows import RowLaw, tiled_at
-from memo_runtime.records import BlockProfile, Growth, Profile, TiledProfile
+from memo_runtime.records import BlockProfile, Growth, LongEnd, Profile, TiledProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ class Measured:
             outside_forward=times(profile.outside_forward, to_last),
             entry=times(profile.entry, to_last),
             outside_peak=times(profile.outside_peak, to_last),
-            loss_peak=replace(times(profile.loss_peak, to_last), constant=profile.loss_peak.constant),
+            loss_peak=times(profile.loss_peak, to_last),
+            long_end=_long_end_at(profile.long_end, to_last),
             result=times(profile.result, to_last),
             outside_seconds=times(profile.outside_seconds, to_last),
         )
@@ -158,3 +160,12 @@ def cautious(profile: Profile) -> Profile:
             for block in profile.blocks
         ),
     )
+
+
+def _long_end_at(end: LongEnd | None, ratio: Fraction) -> LongEnd | None:
+    """``end`` for ``ratio`` times as many sequences: a state is as long at fewer tokens, and a tile has all of them."""
+    if end is None:
+        return None
+    behind = times(end.outside_peak, ratio)
+    behind = replace(behind, constant=float(behind.constant * ratio))
+    return LongEnd(tokens=math.ceil(end.tokens / ratio), outside_peak=behind, loss_peak=times(end.loss_peak, ratio))

@@ -34,7 +34,7 @@ from memo_runtime.profiling.machine import (
 )
 from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.optimizer_time import with_optimizer
-from memo_runtime.profiling.outside import loss_peak, outside_peak, result_bytes
+from memo_runtime.profiling.outside import end_of, result_bytes
 from memo_runtime.profiling.outside_time import outside_seconds
 from memo_runtime.profiling.pairs import PairLaw, pair_law
 from memo_runtime.profiling.rows import RowLaw, later_rows, measure_rows, row_dim_of
@@ -303,8 +303,7 @@ def profile_model(
         shared=shared,
         outside_forward=Growth(linear=outside / max(1, tokens)),
         entry=Growth(linear=min(outside, hidden_bytes) / max(1, tokens) if observer.goes else 0.0),
-        outside_peak=outside_peak(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
-        loss_peak=loss_peak(model, measured, hidden_bytes) if tiled_loss else Growth(),
+        **end_of(model, measured, observer.rows, hidden_bytes, tiled_loss=tiled_loss),
         result=result_bytes(
             model, measured, observer.rows, hidden_bytes / max(1, measured[0].tokens), tiled_loss=tiled_loss
         ),

@@ -7,13 +7,15 @@ Their bytes are estimated from the model's shape until a step was seen; the plan
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from memo_runtime.blocks.final_norm import LONG_BYTES, final_norm
 from memo_runtime.losses import tiles
-from memo_runtime.records import BlockProfile, Growth
+from memo_runtime.records import BlockProfile, Growth, LongEnd
 from memo_runtime.sizes import NORM_TILE
 
 #: Copies of the last hidden state alive at once while the final norm goes backward: the state, gradients, and the
@@ -47,10 +49,38 @@ def heads_of(model: nn.Module, profiles: Sequence[BlockProfile]) -> Iterator[nn.
     return (module for module in around_blocks(model, profiles) if isinstance(module, nn.Linear))
 
 
+def end_of(
+    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden_bytes: int, *, tiled_loss: bool, held: int = 0
+) -> dict[str, Any]:
+    """``outside_peak``, ``loss_peak`` and ``long_end`` of a profile; ``held``: bytes that are there with the first."""
+
+    def end(*, by_tiles: bool) -> tuple[Growth, Growth]:
+        behind = outside_peak(model, profiles, rows, hidden_bytes, tiled_loss=tiled_loss, by_tiles=by_tiles)
+        before = loss_peak(model, profiles, hidden_bytes, by_tiles=by_tiles) if tiled_loss else Growth()
+        return replace(behind, constant=behind.constant + held), before
+
+    long_end = None
+    if final_norm(model, [profile.name for profile in profiles]) is not None and hidden_bytes:
+        tokens = -(-LONG_BYTES * max(1, profiles[-1].tokens) // hidden_bytes)
+        behind, before = end(by_tiles=True)
+        long_end = LongEnd(tokens=tokens, outside_peak=behind, loss_peak=before)
+    behind, before = end(by_tiles=False)
+    return {"outside_peak": behind, "loss_peak": before, "long_end": long_end}
+
+
 def outside_peak(
-    model: nn.Module, profiles: Sequence[BlockProfile], rows: int, hidden_bytes: int, *, tiled_loss: bool
+    model: nn.Module,
+    profiles: Sequence[BlockProfile],
+    rows: int,
+    hidden_bytes: int,
+    *,
+    tiled_loss: bool,
+    by_tiles: bool = False,
 ) -> Growth:
-    """Device bytes that head and loss need beyond what the blocks keep and their own gradients, by tokens."""
+    """Device bytes that head and loss need beyond what the blocks keep and their own gradients, by tokens.
+
+    ``by_tiles``: so runs the norm behind the blocks.
+    """
     last = profiles[-1]
     tokens = max(1, last.tokens)
     parameter = next(model.parameters(), torch.empty(0))
@@ -59,7 +89,7 @@ def outside_peak(
     # Without a head the caller gives the norm its gradient, and holds it.
     copies = _BARE_COPIES if _is_bare(model, profiles) else _HIDDEN_COPIES.get(item, 4) + (not heads)
     constant = 0.0
-    if _norm_by_tiles(model, profiles, hidden_bytes):
+    if by_tiles:
         copies, constant = _TILED_COPIES, hidden_bytes * _TILE_COPIES / tokens * NORM_TILE
     per_token = hidden_bytes * copies / tokens
     if copies == _BARE_COPIES or tiled_loss:
@@ -69,12 +99,9 @@ def outside_peak(
     return Growth(constant=constant, linear=per_token + rows * features * 2 * (item + 4))
 
 
-def _norm_by_tiles(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: int) -> bool:
-    """The norm behind the blocks sees a state that is long enough."""
-    return hidden_bytes >= LONG_BYTES and final_norm(model, [profile.name for profile in profiles]) is not None
-
-
-def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: int) -> Growth:
+def loss_peak(
+    model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: int, *, by_tiles: bool = False
+) -> Growth:
     """Device bytes that they need by tiles before any gradient is there: one tile, and the head's gradient as it grows.
 
     That gradient is a sum in float32 and stands beside its copy in the weight's dtype for a moment.
@@ -90,7 +117,6 @@ def loss_peak(model: nn.Module, profiles: Sequence[BlockProfile], hidden_bytes: 
         done = head.weight.numel() * dtype.itemsize if dtype.itemsize < 4 else 0
         constant = growing + max(constant, done)
     tokens = max(1, profiles[-1].tokens)
-    by_tiles = _norm_by_tiles(model, profiles, hidden_bytes)
     copies = _TILED_LOSS_COPIES if by_tiles else _LOSS_COPIES.get(dtype.itemsize, 4)
     return Growth(constant=constant, linear=hidden_bytes * copies / tokens)
 

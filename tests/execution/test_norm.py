@@ -1,19 +1,22 @@
 """The norm behind the blocks: by tiles it is what it was, and takes four times its input instead of thirteen."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import memo_runtime as memo
-from memo_runtime.blocks.final_norm import final_norm
-from memo_runtime.execution.norm import NormForward, install_norm, remove_norm
-from memo_runtime.profiling.outside import loss_peak, outside_peak
-from memo_runtime.records import BlockProfile
+from memo_runtime.blocks.final_norm import LONG_BYTES, final_norm
+from memo_runtime.config import make_settings
+from memo_runtime.execution.norm import NormForward, install_norm, remove_norm, run_as_planned
+from memo_runtime.planning.planner import make_plan
+from memo_runtime.profiling.outside import end_of
+from memo_runtime.records import BlockProfile, Growth, LongEnd
 from memo_runtime.sizes import NORM_TILE
-from memo_runtime.units import GiB
 from tests.execution.alive import Alive
+from tests.planning.builders import llama_profile
 
 WIDTH = 16
 #: Two tiles and a rest.
@@ -107,6 +110,23 @@ def test_wrap_puts_it_in_and_takes_it_out():
     assert "forward" not in vars(model.inner.norm)
 
 
+def test_a_plan_says_whether_it_goes_by_tiles_at_any_length():
+    norm = install_on(nn.LayerNorm(WIDTH))
+    plan = make_plan(llama_profile(2), make_settings())
+    long = LongEnd(tokens=9, outside_peak=Growth(), loss_peak=Growth())
+    always = replace(long, tokens=0)
+    for one, expected in ((always, 0), (long, LONG_BYTES), (always, 0), (None, LONG_BYTES)):
+        run_as_planned(norm, replace(plan, profile=replace(plan.profile, long_end=one)))
+        assert norm.forward.long_bytes == expected
+    remove_norm(norm)
+    run_as_planned(norm, plan)  # nothing to tell
+
+
+def install_on(norm):
+    assert install_norm(norm)
+    return norm
+
+
 def test_which_norm_is_the_last():
     names = ["inner.layers.0", "inner.layers.1"]
     model = Outer()
@@ -133,7 +153,7 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog):
     norm = OddNorm(WIDTH)
     expected = norm(torch.ones(1, 8, WIDTH))
     install_norm(norm)
-    norm.forward._long = 0
+    norm.forward.long_bytes = 0
     assert torch.equal(norm(torch.ones(1, 8, WIDTH, requires_grad=True)), expected)
     assert "runs as it is" in caplog.text
 
@@ -148,8 +168,10 @@ def test_the_plan_knows_from_which_length_on():
             BlockProfile(name=name, kind="Sequential", stack=0, tokens=tokens, token_dim=1, input_leaf=0)
             for name in ("inner.layers.0", "inner.layers.1")
         ]
-        found = outside_peak(model, blocks, 1, hidden_bytes, tiled_loss=True), loss_peak(model, blocks, hidden_bytes)
-        return [one.linear / (2 * WIDTH) for one in found]
+        profile = llama_profile(1, **end_of(model, blocks, 1, hidden_bytes, tiled_loss=True))
+        constants = [profile.long_end.outside_peak.constant if tokens >= from_tokens else 0, profile.loss_peak.constant]
+        return [(one - constant) / hidden_bytes for one, constant in zip(profile.end(tokens), constants, strict=True)]
 
-    assert bytes_of(GiB // 2) == [12, 5]
-    assert bytes_of(GiB) == [4, 3]
+    from_tokens = LONG_BYTES // (2 * WIDTH)
+    assert bytes_of(LONG_BYTES - 2 * WIDTH) == pytest.approx([12, 5])
+    assert bytes_of(LONG_BYTES) == pytest.approx([4, 3])

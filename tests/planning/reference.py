@@ -159,10 +159,10 @@ def peaks(profile, plan, accumulating=False):
     stash.append(everything)
     head = outside if walked else 0
     # A loss may make the head's gradient in the forward.
-    device.append(everything + head + (profile.loss_peak.at(tokens) if cuda else 0))
+    device.append(everything + head + (profile.end(tokens)[1] if cuda else 0))
     going_back = len(device)
     returned = profile.result.at(tokens) if cuda else 0
-    device.append(everything + head + (profile.outside_peak.at(tokens) if cuda else 0))
+    device.append(everything + head + (profile.end(tokens)[0] if cuda else 0))
     for i in reversed(range(count)):
         held = sum(kept(profile, plan, j) for j in range(i + 1)) + full(profile, plan, i)
         lower = [j for j in range(i) if has_copies(profile, plan, j)]

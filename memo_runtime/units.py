@@ -42,6 +42,8 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     size = float(number) * unit
     if size == float("inf"):
         raise ValueError(f"{show_value(text)} is not a {what}: it is beyond any")
+    if unit == 1 and size != int(size):
+        raise ValueError(f"{show_value(text)} is not a {what}: a fraction of one needs a unit, as in {example}")
     return int(size)
 
 

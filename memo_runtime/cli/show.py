@@ -36,5 +36,7 @@ def show(
     if html is not None:
         if not isinstance(value, Plan):
             raise ArgumentError(f"--html draws plans, and {file} holds a profile: plan from it first (memo.plan)")
+        if html.exists() and html.samefile(file):
+            raise ArgumentError(f"--html {html}: the page would take the place of the plan: name another file")
         write_page(value, html)
     answer(plan_table(value) if isinstance(value, Plan) else profile_table(value))

@@ -24,6 +24,7 @@ from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.start import Start
 from memo_runtime.recording.meta_attention import fused_attention_on_cpu
 from memo_runtime.records import BlockProfile, PinKind
+from memo_runtime.units import format_bytes
 
 #: Lengths measured on meta: counts are polynomials, peaks are straight from a few thousand tokens on.
 _LENGTHS = (4096, 8192, 16384)
@@ -102,11 +103,11 @@ def _likeness(block: nn.Module, call: BlockCall) -> tuple[object, ...]:
 
 
 def _look(ref: BlockRef, call: BlockCall) -> Kind:
-    block, arguments = real_block(ref.module), real_call(call, ref.name)
-    start = Start([(ref.name, block), ("its arguments", arguments.leaves)], torch.device("cpu"))
-    with ProductsInFloat32(), fused_attention_on_cpu():
-        profile = calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
-    del block, arguments, start
+    try:
+        profile = _tried(ref, call)
+    except Exception as error:  # of a config that anybody wrote a block may raise anything
+        pass_on(error)
+        raise _cannot_run(ref, error) from error
     weights = {storage_key(p): p.untyped_storage().nbytes() for p in ref.module.parameters()}
     return Kind(
         profile=profile,
@@ -114,6 +115,21 @@ def _look(ref: BlockRef, call: BlockCall) -> Kind:
         weights=sum(weights.values()),
         gradients=sum(p.numel() * p.element_size() for p in ref.module.parameters() if p.requires_grad),
         window=window_of(ref.module),
+    )
+
+
+def _tried(ref: BlockRef, call: BlockCall) -> BlockProfile:
+    block, arguments = real_block(ref.module), real_call(call, ref.name)
+    start = Start([(ref.name, block), ("its arguments", arguments.leaves)], torch.device("cpu"))
+    with ProductsInFloat32(), fused_attention_on_cpu():
+        return calibrate(block, block.forward, arguments, start, name=ref.name, stack=ref.stack, examples=[])
+
+
+def _cannot_run(ref: BlockRef, error: Exception) -> ArgumentError:
+    size = sum(p.numel() * p.element_size() for p in ref.module.parameters())
+    return ArgumentError(
+        f"{ref.name} ({type(ref.module).__name__}, parameters of {format_bytes(size)}) does not run on this machine's "
+        f"processor, where one block of each kind is tried on a short batch: {first_line(error)}"
     )
 
 

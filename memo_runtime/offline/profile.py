@@ -288,7 +288,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         result=result_bytes(model, behind, rows, hidden_bytes / local, tiled_loss=subject.tiled_loss),
         outside_seconds=_outside_seconds(made, machine, rows, study.moved // gpus),
         norm_behind=made.norm_behind,
-        notes=(*_notes(machine, ranks), *_note_on_precision(made.wide, machine)),
+        notes=(*subject.notes, *_notes(machine, ranks), *_note_on_precision(made.wide, machine)),
     )
 
 

@@ -38,6 +38,7 @@ class Subject:
         tiled_loss: head and loss run by tiles in training, as ``memo.wrap`` arranges it.
         positions: tokens of a sequence that the model is made for, as far as it says; ``learned_positions``: it has a
             table with a row for each, and cannot be given more.
+        notes: what a plan of it says besides.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Subject:
     tiled_loss: bool
     positions: int | None = None
     learned_positions: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def subject_named(
@@ -73,7 +75,17 @@ def subject_named(
         tiled_loss=True,
         positions=positions,
         learned_positions=positions is not None and _has_table(model, positions),
+        notes=_note_on_dtype(fields, dtype),
     )
+
+
+def _note_on_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, ...]:
+    """A config says how weights are stored, which need not be how they are trained."""
+    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "").removeprefix("torch.")
+    planned = str(dtype).removeprefix("torch.")
+    if stored in ("", planned):
+        return ()
+    return (f"planned in {planned}, and the config says {stored}: a factory (module:function) is planned as made",)
 
 
 def _has_table(model: nn.Module, positions: int) -> bool:

@@ -155,7 +155,7 @@ def test_what_is_no_profile() -> None:
     assert "got 5 (int)" in refused(ArgumentTypeError, memo.plan, 5)
     profile = memo.profile(model, signal())
     assert "memo.plan(profile) makes a plan" in refused(ArgumentTypeError, memo.wrap, model, plan=profile)
-    for length in ("many", 0, -4, 2.5, True):
+    for length in ("many", 0, -4, 2.5, "2.5", True):
         assert "is not a token count" in refused(ArgumentError, memo.plan, profile, seq_len=length)
     assert refused(ArgumentError, memo.plan, profile, budget=1.5).endswith("did you mean budget='1.5GiB'?")
     assert "memo.profile(model, batch, tiles=True)" in refused(PlanRequestError, memo.plan, profile, policy="tiled")

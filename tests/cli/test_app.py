@@ -113,6 +113,7 @@ def test_a_file_that_is_none_is_one_message_without_a_traceback(tmp_path):
 def test_a_plan_is_also_a_page_and_a_profile_is_none(tmp_path):
     for value, name in ((PLAN, "plan.json"), (PROFILE, "profile.json")):
         save(value, tmp_path / name)
+    (tmp_path / "sub").mkdir()
     shown = memo("show", str(tmp_path / "plan.json"), "--html", str(tmp_path / "plan.html"))
     assert shown.exit_code == 0
     assert "plan: policy" in shown.stdout
@@ -121,3 +122,7 @@ def test_a_plan_is_also_a_page_and_a_profile_is_none(tmp_path):
     assert refused.exit_code == ExitCode.USAGE
     assert "holds a profile" in refused.output
     assert not (tmp_path / "profile.html").exists()
+    before = (tmp_path / "plan.json").read_bytes()
+    over = memo("show", str(tmp_path / "plan.json"), "--html", str(tmp_path / "sub" / ".." / "plan.json"))
+    assert (over.exit_code, "take the place of the plan" in over.output) == (ExitCode.USAGE, True)
+    assert (tmp_path / "plan.json").read_bytes() == before

@@ -60,6 +60,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "odd.json").write_text(json.dumps({**CONFIG, "hidden_size": "wide"}))
+    (tmp_path / "stored.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
+    (tmp_path / "heads.json").write_text(json.dumps({**CONFIG, "num_attention_heads": 4, "num_key_value_heads": 3}))
     (tmp_path / "misspelled.json").write_text(json.dumps({**CONFIG, "model_type": "llamma"}))
     (tmp_path / "offlinemodel.py").write_text(FACTORY)
     return tmp_path
@@ -105,6 +107,13 @@ def test_a_config_becomes_a_plan(folder):
     states = plan.profile.allocated_bytes + plan.profile.states.optimizer
     assert arena + states == pytest.approx(written["forecast"]["peak_bytes"], rel=0.1)
     assert plan.profile.fingerprint.device == "offline:NVIDIA H100 80GB HBM3"
+
+
+def test_a_config_of_another_dtype_is_planned_in_bfloat16_and_the_plan_says_so(folder):
+    pytest.importorskip("transformers")
+    result = memo("--model", "stored.json", "--seq-len", "8K")
+    assert result.exit_code == 0, result.output
+    assert "planned in bfloat16, and the config says float32" in said(result)
 
 
 def test_a_factory_is_called_on_meta(folder):
@@ -174,6 +183,7 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         (["--model", "odd.json", "--seq-len", "1K"], "can be made of odd.json"),
         (["--model", "misspelled.json", "--seq-len", "1K"], "did you mean llama"),
         (["--model", "misspelled.json", "--seq-len", "1K"], "are given as module:factory"),
+        (["--model", "heads.json", "--seq-len", "1K"], "does not run on this machine's processor"),
     ],
 )
 def test_mistakes_are_one_message(folder, arguments, said):

@@ -27,7 +27,9 @@ class NormForward:
         self._norm = weakref.ref(norm)
         self._own = original_forward(norm)
         self._tiles: TiledBlock | None = TiledBlock(norm, tile=NORM_TILE, forward=self._own)
-        self.long_bytes = long_bytes
+        self._long = long_bytes
+        #: By tiles however short the state is.
+        self.always = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """By tiles, exactly as blocks are; as it is where it is short, or cannot be captured."""
@@ -49,7 +51,7 @@ class NormForward:
             return False
         hidden = args[0]
         plain = all(type(one) in (torch.Tensor, nn.Parameter) for one in (hidden, *norm.parameters()))
-        return plain and hidden.dim() > 1 and hidden.requires_grad and hidden.nbytes >= self.long_bytes
+        return plain and hidden.dim() > 1 and hidden.requires_grad and (self.always or hidden.nbytes >= self._long)
 
 
 def install_norm(norm: nn.Module) -> bool:
@@ -64,7 +66,7 @@ def run_as_planned(norm: nn.Module, plan: Plan) -> None:
     """Let ``norm`` run by tiles at any length, or from where it is long, as ``plan`` needs it."""
     forward, end = vars(norm).get("forward"), plan.profile.long_end
     if isinstance(forward, NormForward):
-        forward.long_bytes = LONG_BYTES if end is None or end.tokens else 0
+        forward.always = end is not None and not end.tokens
 
 
 def remove_norm(norm: nn.Module) -> None:

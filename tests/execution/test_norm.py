@@ -115,9 +115,9 @@ def test_a_plan_says_whether_it_goes_by_tiles_at_any_length():
     plan = make_plan(llama_profile(2), make_settings())
     long = LongEnd(tokens=9, outside_peak=Growth(), loss_peak=Growth())
     always = replace(long, tokens=0)
-    for one, expected in ((always, 0), (long, LONG_BYTES), (always, 0), (None, LONG_BYTES)):
+    for one in (always, long, always, None):
         run_as_planned(norm, replace(plan, profile=replace(plan.profile, long_end=one)))
-        assert norm.forward.long_bytes == expected
+        assert norm.forward.always == (one is always)
     remove_norm(norm)
     run_as_planned(norm, plan)  # nothing to tell
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog):
     norm = OddNorm(WIDTH)
     expected = norm(torch.ones(1, 8, WIDTH))
     install_norm(norm)
-    norm.forward.long_bytes = 0
+    norm.forward.always = True
     assert torch.equal(norm(torch.ones(1, 8, WIDTH, requires_grad=True)), expected)
     assert "runs as it is" in caplog.text
 

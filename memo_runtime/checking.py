@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memo_runtime.arguments import check_model, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.ambient import RandomState
+from memo_runtime.blocks.cache import refuse_caches
 from memo_runtime.blocks.containers import leaves_of, mapped
 from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
@@ -259,6 +260,7 @@ def check(
     check_keep_last(refs, keep_last)
     check_weights(own)
     call = as_batch(batch)
+    refuse_caches("memo.check", call)
     try:
         return _compared(own, call, refs, settings)
     except _DrawsMasksError:

@@ -177,20 +177,14 @@ class Wrapped:
     # ---- step
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is about to run its forward.
-
-        Raises:
-            ArgumentError: it is given a key/value cache that was left empty.
-        """
-        session = self.session
-        profiled = session.observer is not None
-        if not profiled:
-            session.caches.look_at(self.model, args, kwargs)
-        if not torch.is_grad_enabled() or session.idle or profiled or session.caches.wanted:
-            if self.memory is not None and not profiled and not session.under_way():
+        """The model is about to run its forward."""
+        if self.session.observer is None:
+            self.session.caches.look_at(self.model, args, kwargs)
+        if not torch.is_grad_enabled() or self.session.idle or self.session.observer is not None:
+            if self.memory is not None and self.session.observer is None and not self.session.under_way():
                 self.memory.end()
             return
-        with session.turn():
+        with self.session.turn():
             self._ready_for(args, kwargs)
 
     def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:

@@ -15,6 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memo_runtime.blocks.containers import leaves_of
+from memo_runtime.errors import ArgumentError
+
 #: Why a block that is called with one that is not empty runs as it is.
 HOLDS_TOKENS = "it was called with a key/value cache that holds tokens already"
 _MODULE = "transformers.cache_utils"
@@ -53,6 +56,24 @@ def cache_is_empty(value: object, layers: frozenset[int] = frozenset()) -> bool:
         return all(cache_is_empty(part, layers) for part in parts)
     own = [one for index, one in enumerate(getattr(value, "layers", ())) if not layers or index in layers]
     return not any(_is_state(item) for layer in own for item in _attributes(layer))
+
+
+def refuse_caches(verb: str, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    """For what runs the model on ``batch`` several times.
+
+    Raises:
+        ArgumentError: it holds a cache, which the first run would fill.
+    """
+    if any(is_cache(leaf) for leaf in leaves_of(batch)):
+        raise ArgumentError(
+            f"{verb} runs the model on the batch several times, and the key/value cache in it would be filled by the "
+            "first: leave it out (training needs none)"
+        )
+
+
+def parts_of(cache: Any) -> list[Any]:
+    """``cache`` itself and the caches that it holds."""
+    return [cache, *(part for name in _PARTS if is_cache(part := getattr(cache, name, None)))]
 
 
 def own_copy(value: Any, layers: frozenset[int] = frozenset()) -> Any:

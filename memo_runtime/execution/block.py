@@ -76,6 +76,7 @@ class BlockForward:
         forward = original_forward(self.block)
         if self.session.observer is not None:
             return self.session.observer(self, forward, args, kwargs)
+        self.session.caches.refuse_left_empty(self.name, args, kwargs)
         if not torch.is_grad_enabled() or self.session.idle:
             return forward(*args, **kwargs)
         counters = self.session.enter(self)
@@ -96,11 +97,11 @@ class BlockForward:
         found, filled = call.caches()
         profile, plan = session.decision(self.name)
         executor = plan.executor if plan is not None else Executor.NATIVE
-        if filled or (found and session.caches.wanted):
+        if filled or (found and session.caches.wants(call)):
             session.note_native(self.name, HOLDS_TOKENS if filled else WANTED)
             return self._left_alone(forward, args, kwargs)
         if found:
-            session.note_cache_off(call)
+            session.note_cache_off(self.name, call)
             call = call.with_own_caches()
         if call.is_empty:
             executor = Executor.NATIVE

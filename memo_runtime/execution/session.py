@@ -293,6 +293,7 @@ class Session:
         if block.position == len(self.blocks) - 1:
             self._release_copies()
             self.step.in_forward = False
+            self.caches.forward_ended()
 
     def give_up(self) -> None:
         """A block's forward raised."""
@@ -411,11 +412,13 @@ class Session:
             self._notes[text] = None
             logger.log(level, text)
 
-    def note_cache_off(self, call: BlockCall) -> None:
-        """The key/value cache of ``call`` stays empty."""
-        self.caches.leave_empty(call)
+    def note_cache_off(self, name: str, call: BlockCall) -> None:
+        """Block ``name`` leaves the key/value cache of ``call`` empty."""
+        self.caches.leave_empty(name, call)
+        if self.caches.asked:
+            self.note("use_cache=True is overruled in training: the key/value cache stays empty")
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
-                  level=logging.WARNING if self.caches.asked else logging.INFO)  # fmt: skip
+                  level=logging.INFO)  # fmt: skip
 
     def note_native(self, name: str, reason: str) -> None:
         """Block ``name``, whatever its plan says, runs as it is in this step.

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from memo_runtime.arguments import check_model, check_optimizer, check_shapes, check_weights, describe_batch
+from memo_runtime.blocks.cache import refuse_caches
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.config import Layout
 from memo_runtime.errors import (
@@ -213,6 +214,7 @@ def rehearse(
     if optimizer is None and wrapped is not None:
         optimizer = wrapped.optimizer
     call, device = as_batch(batch), model_device(model)
+    refuse_caches("memo.rehearse", call)
     inputs = [one for one in leaves_of(call) if isinstance(one, torch.Tensor)]
     kept = Kept(model, inputs, optimizer, device, restore=restore)
     step = _Step(model, call, loss, optimizer, device)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from torch import nn
+from transformers import DynamicCache, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import memo_runtime as memo
 from memo_runtime.blocks.cache import HOLDS_TOKENS
@@ -83,8 +85,9 @@ def test_in_training_it_is_off_and_whoever_asked_is_warned(asked: bool, caplog: 
     with caplog.at_level(logging.INFO):
         output = model(input_ids=IDS, **({"use_cache": True} if asked else {}))
     assert output.past_key_values.get_seq_length() == 0
-    (said,) = [record for record in caplog.records if "cache is off" in record.message]
-    assert said.levelno == (logging.WARNING if asked else logging.INFO)
+    levels = [record.levelno for record in caplog.records if "cache stays empty" in record.message]
+    assert levels == [logging.WARNING] * asked
+    assert any("cache is off" in record.message for record in caplog.records)
     assert {block.executor for block in memo.report(model).blocks} == {Executor.REPLAY}
 
 
@@ -134,3 +137,87 @@ def test_a_part_that_is_called_by_itself_is_not_left_alone_in_silence(caplog: py
     memo.wrap(model, policy="swap", keep_last=0, strict=True)
     with pytest.raises(BlockFallbackError, match="wrap that part"):
         model.model(input_ids=IDS)
+
+
+class Batched(nn.Module):
+    """Takes its batch as one object."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        return self.model(**batch)
+
+
+def test_caches_inside_of_a_batch_are_seen() -> None:
+    model = Batched(make("llama"))
+    memo.wrap(model, policy="recompute", keep_last=0)
+    cache = DynamicCache()
+    model({"input_ids": IDS, "past_key_values": cache})
+    assert cache.get_seq_length() == 48
+    left = model({"input_ids": IDS}).past_key_values
+    with pytest.raises(ArgumentError, match="is empty"):
+        model({"input_ids": IDS[:, :2], "past_key_values": left})
+
+
+@pytest.mark.parametrize("way", ["itself", "a copy"])
+def test_a_part_that_is_called_refuses_it_too(way: str) -> None:
+    model = make("llama").train()
+    memo.wrap(model, policy="swap", keep_last=0)
+    trained(model)
+    cache = DynamicCache()
+    model.model(input_ids=IDS[:, :16], past_key_values=cache)  # of whose arguments the wrapped model knows nothing
+    held = cache if way == "itself" else copy.deepcopy(cache)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), pytest.raises(ArgumentError, match="is empty"):
+            model.model(input_ids=IDS[:, 16:], past_key_values=held)
+    memo.unwrap(model)
+    with torch.no_grad():
+        model.model(input_ids=IDS[:, :16], past_key_values=cache)
+    memo.wrap(model, policy="swap", keep_last=0)
+    with torch.no_grad():  # it holds its tokens now
+        model.model(input_ids=IDS[:, 16:], past_key_values=cache)
+    assert cache.get_seq_length() == 48
+
+
+def test_generation_between_and_within_steps_leaves_training_managed() -> None:
+    model = make("llama")
+    memo.wrap(model, policy="swap", keep_last=0, strict=True)
+    trained(model)
+
+    def sample(*_: Any) -> None:
+        training = model.training
+        if not torch.is_grad_enabled():
+            return  # within itself
+        with torch.no_grad():
+            model.eval().generate(IDS[:, :4], max_new_tokens=2, do_sample=False)
+        model.train(training)
+
+    sample()
+    model.model(input_ids=IDS).last_hidden_state.square().mean().backward()
+    handle = model.model.embed_tokens.register_forward_hook(sample)
+    trained(model)
+    handle.remove()
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.REPLAY}
+
+
+def test_blocks_without_a_cache_are_planned_beside_those_with_one() -> None:
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, vocab_size=97, dropout_rate=0.0,
+                      decoder_start_token_id=0)  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    memo.wrap(model, policy="swap", keep_last=0)
+    output = model(input_ids=IDS, decoder_input_ids=IDS[:, :12], use_cache=True)
+    assert output.past_key_values.get_seq_length() == 12
+    output.logits.square().mean().backward()
+    found = {block.name.partition(".")[0]: block.executor for block in memo.report(model).blocks}
+    assert found == {"encoder": Executor.REPLAY, "decoder": Executor.NATIVE}
+
+
+@pytest.mark.parametrize("verb", [memo.check, memo.rehearse])
+def test_what_runs_a_batch_several_times_refuses_caches(verb: Any) -> None:
+    cache = DynamicCache()
+    with pytest.raises(ArgumentError, match="leave it out"):
+        verb(make("llama"), {"input_ids": IDS, "labels": IDS, "past_key_values": cache})
+    assert cache.get_seq_length() == 0

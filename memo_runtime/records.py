@@ -324,9 +324,9 @@ class Profile:
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
-    def end(self, tokens: int) -> tuple[int, int]:
-        """Bytes of ``outside_peak`` and of ``loss_peak``."""
-        one = self.long_end if self.long_end is not None and tokens >= self.long_end.tokens else self
+    def end(self, tokens: int, *, by_tiles: bool = False) -> tuple[int, int]:
+        """Bytes of ``outside_peak`` and of ``loss_peak``; ``by_tiles``: where the norm runs so at any length."""
+        one = self if self.long_end is None or not (by_tiles or tokens >= self.long_end.tokens) else self.long_end
         return one.outside_peak.at(tokens), one.loss_peak.at(tokens)
 
 
@@ -417,8 +417,9 @@ class Plan:
 
     ``policy`` and ``alpha`` are what was asked; ``profile`` is what the plan was made from, so that execution
     needs nothing else. ``accumulating``: for steps that start with gradients already there; False: they come as
-    backward walks down. ``seq_len``: tokens of one whole sequence, of which each of ``gpus`` devices holds a part; all
-    else is of one device. ``placement``: where each request of the step lives, where that was planned too.
+    backward walks down. ``norm_by_tiles``: so runs the norm behind the blocks at any length. ``seq_len``: tokens of
+    one whole sequence, of which each of ``gpus`` devices holds a part; all else is of one device. ``placement``: where
+    each request of the step lives, where that was planned too.
     """
 
     policy: str
@@ -429,6 +430,7 @@ class Plan:
     forecast: Forecast
     floor_bytes: int = 0
     accumulating: bool = False
+    norm_by_tiles: bool = False
     seq_len: int = 0
     gpus: int = 1
     placement: tuple[PlacedRequest, ...] = ()

@@ -17,6 +17,12 @@ from memo_runtime.units import GiB
 LONG_BYTES = GiB
 
 
+def can_run_by_tiles(norm: nn.Module) -> bool:
+    """No forward of the instance's own is in the way, but what a wrapped model has put there."""
+    own = vars(norm).get("forward")
+    return own is None or getattr(own, "runs_by_tiles", False)
+
+
 def final_norm(model: nn.Module, blocks: Sequence[str]) -> nn.Module | None:
     """The one module called a norm beside the container of ``blocks`` (names); None: there is none, or several."""
     stacks = {name.rpartition(".")[0] for name in blocks}

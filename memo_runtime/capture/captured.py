@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.capture.dims import Reading, may_be_front, may_be_square, token_dims
 from memo_runtime.capture.functional import Draw, make_functional
 from memo_runtime.capture.rules import arguments_of, operator_name
@@ -197,14 +198,24 @@ def _one_way(
 ) -> Captured:
     """The capture with tokens where they usually are, or in ``front``."""
     try:
-        return _capture(block, call, forward, Reading(front))
+        return _one_reading(block, call, forward, Reading(front))
     except CaptureRefusedError as error:
         if not may_be_square(call, front):
             raise
         try:
-            return _capture(block, call, forward, Reading(front, square=True))
+            return _one_reading(block, call, forward, Reading(front, square=True))
         except CaptureRefusedError:
             raise error from None
+
+
+def _one_reading(
+    block: nn.Module, call: BlockCall, forward: Callable[..., Any] | None, reading: Reading
+) -> Captured:
+    try:
+        return _capture(block, call, forward, reading)
+    except Exception as error:  # a graph may hold anything that a block makes, such as wrappers of torch.vmap
+        pass_on(error)
+        raise CaptureRefusedError(FORWARD, f"it cannot be captured: {first_line(error)}") from error
 
 
 def _capture(

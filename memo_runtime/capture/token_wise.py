@@ -97,7 +97,7 @@ def _layouts(name: str, subject: Subject, facts: Facts, seen: Seen) -> tuple[str
         CaptureRefusedError: in none; says which number differs by how much.
     """
     merged = any(factor > 1 for shape in (*facts.inputs, *seen.outputs) for factor in shape.factors)
-    found, worst = [], (float("inf"), "nothing")
+    found, worst = [], []
     for layout in ("outer", "inner") if merged else ("outer",):
         try:
             with _constants(seen):
@@ -106,9 +106,9 @@ def _layouts(name: str, subject: Subject, facts: Facts, seen: Seen) -> tuple[str
             raise refused(name, str(error)) from error
         if difference <= 1.0:
             found.append(layout)
-        worst = min(worst, (difference, what))
+        worst.append((difference, what))
     if not found:
-        raise refused(name, f"it mixes tokens: {worst[1]}")
+        raise refused(name, f"it mixes tokens: {min(worst)[1]}")
     return tuple(found)
 
 

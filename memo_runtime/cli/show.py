@@ -36,6 +36,8 @@ def show(
     if html is not None:
         if not isinstance(value, Plan):
             raise ArgumentError(f"--html draws plans, and {file} holds a profile: plan from it first (memo.plan)")
+        if not html.name:
+            raise ArgumentError("--html is empty: name the file of the page, such as --html plan.html")
         if html.exists() and html.samefile(file):
             raise ArgumentError(f"--html {html}: the page would take the place of the plan: name another file")
         write_page(value, html)

@@ -33,7 +33,8 @@ from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
 from memo_runtime.execution.tiled_block import TiledForward, give_up_tiles
 from memo_runtime.execution.witness import Witness
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor
+from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role
+from memo_runtime.sizes import stored_bytes
 
 if TYPE_CHECKING:
     from memo_runtime.execution.session import Session
@@ -56,6 +57,13 @@ def for_length(plan: BlockPlan, tokens: int) -> BlockPlan:
     prefix = plan.prefix * tokens // plan.tokens
     device_rows = plan.device_rows * tokens // plan.tokens
     return replace(plan, tokens=tokens, prefix=max(prefix, 1 if plan.prefix else 0), device_rows=device_rows)
+
+
+def _tokens_of(call: BlockCall, profile: BlockProfile | None) -> int:
+    """Tokens of this call; 0 where the block's are not known."""
+    if profile is None or not profile.tokens:
+        return 0
+    return int(call.leaves[profile.input_leaf].shape[profile.token_dim])
 
 
 class BlockForward:
@@ -114,6 +122,9 @@ class BlockForward:
                 if session.plan is None:
                     session.note_native(self.name, counters.reason)
         counters.executor = executor
+        tokens = _tokens_of(call, profile)
+        if plan is not None and tokens != plan.tokens and executor is not Executor.NATIVE:
+            session.note_length(self.name, tokens, plan.tokens)
         if executor is Executor.TILED and plan is not None and profile is not None:
             try:
                 given = BlockCall.of(args, kwargs, self.block) if found else call
@@ -124,7 +135,8 @@ class BlockForward:
                 give_up_tiles(session, self, error)
                 executor = Executor.NATIVE
         if executor in (Executor.KEEP, Executor.NATIVE) or plan is None or profile is None:
-            output = self._untouched(forward, args, kwargs, plan)
+            kept = self._kept(profile, tokens) if profile is not None and executor is Executor.KEEP else 0
+            output = self._untouched(forward, args, kwargs, kept)
         else:
             counters.alpha = plan.alpha
             output = self._stashed(forward, call, profile, plan)
@@ -132,27 +144,28 @@ class BlockForward:
         return output
 
     def _left_alone(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = self._untouched(forward, args, kwargs, None)
+        output = self._untouched(forward, args, kwargs, 0)
         self.session.leave(self)
         return output
 
-    def _untouched(
-        self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], plan: BlockPlan | None
-    ) -> Any:
+    def _kept(self, profile: BlockProfile, tokens: int) -> int:
+        """Bytes that stay on the device for a call that is left as it is, as profiled."""
+        of_others = (Role.PARAMETER, Role.SHARED)
+        return stored_bytes((group for group in profile.groups if group.saved and group.role not in of_others), tokens)
+
+    def _untouched(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: int) -> Any:
+        """The block as it is; ``kept``: bytes of it that stay, as far as that is counted."""
         output = forward(*args, **kwargs)
-        counters = self.session.step.block(self.name)
-        if plan is not None and counters.executor == Executor.KEEP:
-            counters.bytes_kept += plan.bytes_kept
+        self.session.step.block(self.name).bytes_kept += kept
         tensor = first_tensor(output)
         if tensor is not None:
-            kept = plan.bytes_kept if plan is not None and counters.executor == Executor.KEEP else 0
             # When its gradient arrives, this block's backward starts and the one below should be on its way.
             tensor.register_hook(_BackwardStarts(self.session, kept))
         return output
 
     def _stashed(self, forward: Forward, call: BlockCall, profile: BlockProfile, plan: BlockPlan) -> Any:
         session = self.session
-        tokens = call.leaves[profile.input_leaf].shape[profile.token_dim] if profile.tokens else 0
+        tokens = _tokens_of(call, profile)
         plan = for_length(plan, tokens)
         stash = Stash(self.name, session.tools, session.step.block(self.name))
         stash.whole_rerun = plan.executor == Executor.RECOMPUTE

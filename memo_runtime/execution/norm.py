@@ -23,6 +23,8 @@ logger = logging.getLogger("memo_runtime")
 class NormForward:
     """Takes the place of the norm's forward; not part of any copy of the model."""
 
+    runs_by_tiles = True
+
     def __init__(self, norm: nn.Module, long_bytes: int = LONG_BYTES) -> None:
         self._norm = weakref.ref(norm)
         self._own = original_forward(norm)
@@ -64,9 +66,9 @@ def install_norm(norm: nn.Module) -> bool:
 
 def run_as_planned(norm: nn.Module, plan: Plan) -> None:
     """Let ``norm`` run by tiles at any length, or from where it is long, as ``plan`` needs it."""
-    forward, end = vars(norm).get("forward"), plan.profile.long_end
+    forward = vars(norm).get("forward")
     if isinstance(forward, NormForward):
-        forward.always = end is not None and not end.tokens
+        forward.always = plan.norm_by_tiles
 
 
 def remove_norm(norm: nn.Module) -> None:

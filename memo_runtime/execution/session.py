@@ -105,6 +105,7 @@ class Session:
         self.steps = 0
         self._notes: dict[str, None] = {}
         self._told_of_squares = False
+        self._told_of_length = False
         #: Tiles have drawn dropout, under other masks than the blocks would have.
         self.draws_masks = False
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
@@ -460,6 +461,17 @@ class Session:
             "its forward calls autograd itself, which it did not when it was profiled: what it saves is swapped whole"
         )
         self.note(f"'{name}': {counters.reason}")
+
+    def note_length(self, name: str, tokens: int, planned: int) -> None:
+        """Say once that block ``name`` is given other ``tokens`` than it was planned for."""
+        if self._told_of_length:
+            return
+        self._told_of_length = True
+        self.note(
+            f"'{name}' was given {tokens:,} tokens where its plan is for {planned:,}, so plan, budget and forecast are "
+            "those of another length: it is a given plan's, or one that the arguments of the model do not show (a model that "
+            "cuts its batch itself). Would work: a plan for the longest (plan=, or the longest batch first)"
+        )
 
     def note_deviation(self, name: str) -> None:
         """A block saved something else than when it was profiled."""

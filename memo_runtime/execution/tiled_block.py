@@ -126,13 +126,17 @@ class TiledForward:
         self._refusals += 1
 
     @property
+    def tries_again(self) -> bool:
+        """It was not refused so often that no other way out is left."""
+        return self._refusals <= _MOST_REFUSALS
+
+    @property
     def may_try_again(self) -> bool:
         """Something is another than when it was refused: a hook has gone, an output is not recorded any more.
 
         Not after many refusals, each of which costs a step that nothing manages.
         """
-        given_up = self._refused_in is not None and self._refusals <= _MOST_REFUSALS
-        return given_up and self._refused_in != self._block().surroundings()
+        return self._refused_in is not None and self.tries_again and self._refused_in != self._block().surroundings()
 
     def profile(
         self, call: BlockCall, tile: int | None, known: TiledProfile | None = None
@@ -311,9 +315,9 @@ def give_up_tiles(session: Session, block: BlockForward, error: CaptureRefusedEr
     session.demotions[block.name] = Demotion(reason=reason, rerunnable=True, tiles_only=True)
     counters = session.step.block(block.name)
     counters.executor, counters.reason = Executor.NATIVE, reason
+    until = "as long as that is so" if block.tiles.tries_again else "since that came and went too often"
     session.note(
-        f"'{block.name}' is not managed in this step: {reason}. From the next step on it runs in another way, as long "
-        "as that is so"
+        f"'{block.name}' is not managed in this step: {reason}. From the next step on it runs in another way, {until}"
     )
 
 

@@ -95,7 +95,7 @@ def iteration_trace(plan: Plan, runs: Mapping[str, BlockRun]) -> tuple[Trace, li
         embedded = step.allocate("embedding", max(0, around_blocks - stays - goes))
         kept = _forward(step, blocks)
         step.free(passing)
-        around = Surroundings.of(plan.profile, tokens)
+        around = Surroundings.of(plan.profile, tokens, norm_by_tiles=plan.norm_by_tiles)
         step.passing("head and loss", max(around.outside_peak, around.loss_peak) + around.outside_gradients)
         gradients = [step.allocate("gradients outside blocks", around.outside_gradients)]
         gradients += _backward(step, blocks, kept)

@@ -83,7 +83,7 @@ def _note_on_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, 
     """A config says how weights are stored, which need not be how they are trained."""
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "").removeprefix("torch.")
     planned = str(dtype).removeprefix("torch.")
-    if stored in ("", planned):
+    if stored == planned or stored not in ("float32", "float16", "float64"):
         return ()
     return (f"planned in {planned}, and the config says {stored}: a factory (module:function) is planned as made",)
 

@@ -78,7 +78,8 @@ def amended(plan: Plan, demotions: Mapping[str, Demotion], *, accumulating: bool
     accumulating = accumulating or plan.accumulating
     if profile is plan.profile and accumulating == plan.accumulating:
         return plan
-    sheet = Sheet(profile, tuple(block.tokens for block in plan.blocks), accumulating=accumulating)
+    lengths = tuple(block.tokens for block in plan.blocks)
+    sheet = Sheet(profile, lengths, accumulating=accumulating, norm_by_tiles=plan.norm_by_tiles)
     choices = tuple(
         _instead(block, planned) if _concerned(planned, demotions) else _choice(planned)
         for block, planned in zip(profile.blocks, plan.blocks, strict=True)

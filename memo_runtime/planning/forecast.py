@@ -108,7 +108,9 @@ class Surroundings:
     entry: int = 0
 
     @classmethod
-    def of(cls, profile: Profile, tokens: int, *, accumulating: bool = False) -> Surroundings:
+    def of(
+        cls, profile: Profile, tokens: int, *, accumulating: bool = False, norm_by_tiles: bool = False
+    ) -> Surroundings:
         """Those of ``profile`` where the last stack is given ``tokens``; ``accumulating``: gradients are there."""
         states = profile.states
         asynchronous = profile.device_type != "cpu"
@@ -128,7 +130,7 @@ class Surroundings:
             base = states.parameters + states.buffers + states.gradients + states.optimizer
         last = states.gradients_last if gradual else 0
         outside = max(0, states.gradients - in_blocks - last) if gradual else 0
-        outside_peak, loss_peak = profile.end(tokens) if asynchronous else (0, 0)
+        outside_peak, loss_peak = profile.end(tokens, by_tiles=norm_by_tiles) if asynchronous else (0, 0)
         return cls(
             asynchronous=asynchronous,
             base_bytes=base,

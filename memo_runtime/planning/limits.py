@@ -82,7 +82,7 @@ def _splinters(sheet: Sheet) -> int:
         return 0
     tokens = sheet.lengths[-1] if sheet.lengths else 0
     # Logits that are not tiled are there as they are, in float32, and as two gradients.
-    largest = profile.end(tokens)[0] // 3
+    largest = profile.end(tokens, by_tiles=sheet.norm_by_tiles)[0] // 3
     for block, length in zip(profile.blocks, sheet.lengths, strict=True):
         for group in block.groups:
             # An estimate stands for many tensors.

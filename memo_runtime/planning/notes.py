@@ -47,7 +47,7 @@ def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
             f"nothing is saved on the device: policy 'none' peaks at {format_bytes(untouched)} too (what these blocks "
             "hold is small at this length, or its copies and reruns take as much), so 'none' is faster"
         )
-    if sheet.profile.long_end is not None and not sheet.profile.long_end.tokens:
+    if sheet.norm_by_tiles:
         yield "the norm behind the blocks runs by tiles: as it is, on all tokens at once, the step would not fit"
     timed = {block.timed_tokens for block, tokens in moved if 0 < block.timed_tokens < tokens}
     if timed:

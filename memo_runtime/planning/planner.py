@@ -58,6 +58,7 @@ def plan_of(sheet: Sheet, settings: Settings, decision: Decision) -> Plan:
         forecast=sheet.forecast(decision.choices),
         floor_bytes=sheet.peak_bytes(floor(sheet, settings)),
         accumulating=sheet.accumulating,
+        norm_by_tiles=sheet.norm_by_tiles,
         seq_len=max(sheet.lengths, default=0),
         notes=(*decision.notes, *notes_on(sheet, decision.choices), *note_on_accumulation(sheet, settings)),
     )

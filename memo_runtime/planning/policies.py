@@ -42,8 +42,13 @@ def decide_somehow(sheet: Sheet, settings: Settings) -> tuple[Sheet, Decision | 
     As it is that norm takes several times the hidden state, and its results are the unwrapped model's to the bit.
     """
     decision = decide(sheet, settings)
-    less = sheet.with_norm_by_tiles() if decision is None else None
+    less = with_norm_by_tiles(sheet, settings) if decision is None else None
     return (sheet, decision) if less is None else (less, decide(less, settings))
+
+
+def with_norm_by_tiles(sheet: Sheet, settings: Settings) -> Sheet | None:
+    """``sheet`` so where that is a help and done: under policy 'none' nothing runs but the model."""
+    return None if settings.policy is Policy.NONE else sheet.with_norm_by_tiles()
 
 
 def strategy_for(settings: Settings, budgets: Budgets) -> tuple[Strategy, tuple[str, ...]]:

@@ -69,13 +69,15 @@ def lengths_of(profile: Profile, tokens: Mapping[int, int] | None) -> tuple[int,
 class Sheet:
     """Totals of ``profile`` where block i is given ``lengths[i]`` tokens.
 
-    ``accumulating``: of steps that start with gradients already there.
+    ``accumulating``: of steps that start with gradients already there. ``norm_by_tiles``: the norm behind the blocks
+    runs so, however short its state is; at other lengths that is asked anew.
     """
 
     profile: Profile
     lengths: tuple[int, ...]
     kinds: tuple[int, ...] = ()
     accumulating: bool = False
+    norm_by_tiles: bool = False
     around: Surroundings = field(init=False)
     _known: dict[tuple[int, int, Choice], _One] = field(init=False, default_factory=dict)
     _courses: dict[tuple[int, ...], Course] = field(init=False, default_factory=dict)
@@ -83,8 +85,9 @@ class Sheet:
     _latest: tuple[Sequence[Choice], list[_One]] = field(init=False, default=((), []))
 
     def __post_init__(self) -> None:
+        tokens = self.lengths[-1] if self.lengths else 0
         self.around = Surroundings.of(
-            self.profile, self.lengths[-1] if self.lengths else 0, accumulating=self.accumulating
+            self.profile, tokens, accumulating=self.accumulating, norm_by_tiles=self.norm_by_tiles
         )
         self.kinds = self.kinds or kinds_of(self.profile.blocks)
 
@@ -98,11 +101,11 @@ class Sheet:
 
     def with_norm_by_tiles(self) -> Sheet | None:
         """The same where the norm behind the blocks runs by tiles, short as its state is; None: that is no help."""
-        end, tokens = self.profile.long_end, self.lengths[-1] if self.lengths else 0
-        if end is None or tokens >= end.tokens or end.outside_peak.at(tokens) >= self.around.outside_peak:
+        tokens = self.lengths[-1] if self.lengths else 0
+        pairs = zip(self.profile.end(tokens, by_tiles=True), self.profile.end(tokens), strict=True)
+        if self.norm_by_tiles or not any(by_tiles < as_it_is for by_tiles, as_it_is in pairs):
             return None
-        profile = replace(self.profile, long_end=replace(end, tokens=0))
-        return Sheet(profile, self.lengths, self.kinds, self.accumulating)
+        return Sheet(self.profile, self.lengths, self.kinds, self.accumulating, norm_by_tiles=True)
 
     @property
     def blocks(self) -> tuple[BlockProfile, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from memo_runtime.config import Policy, Settings
 from memo_runtime.errors import MemoError
 from memo_runtime.planning.limits import Budgets
-from memo_runtime.planning.policies import decide, strategy_for
+from memo_runtime.planning.policies import decide_somehow, strategy_for, with_norm_by_tiles
 from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.search import largest
 from memo_runtime.planning.sheet import Sheet
@@ -40,7 +40,7 @@ def is_feasible(sheet: Sheet, settings: Settings) -> bool:
     strategy, _ = strategy_for(settings, budgets)
     if strategy.is_feasible(sheet, budgets):
         return True
-    less = sheet.with_norm_by_tiles()
+    less = with_norm_by_tiles(sheet, settings)
     return less is not None and strategy.is_feasible(less, Budgets.of(less, settings))
 
 
@@ -88,17 +88,17 @@ def longest_that_fits(sheet: Sheet, settings: Settings) -> int:
     )
 
 
-def _planned(sheet: Sheet, settings: Settings) -> Decision | None:
+def _planned(sheet: Sheet, settings: Settings) -> tuple[Sheet, Decision | None]:
     try:
-        return decide(sheet, settings)
+        return decide_somehow(sheet, settings)
     except MemoError:
         # A suggestion that raises (strict, a knob that does not go with this model) is not made.
-        return None
+        return sheet, None
 
 
 def _checked(sheet: Sheet, settings: Settings, text: str) -> Iterator[Suggestion]:
     """The suggestion, if a whole plan for it exists."""
-    decision = _planned(sheet, settings)
+    sheet, decision = _planned(sheet, settings)
     if decision is not None:
         yield Suggestion(text, sheet.peak_bytes(decision.choices), sheet.host_bytes(decision.choices))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memo_runtime.blocks.final_norm import LONG_BYTES, final_norm
+from memo_runtime.blocks.final_norm import LONG_BYTES, can_run_by_tiles, final_norm
 from memo_runtime.losses import tiles
 from memo_runtime.records import BlockProfile, Growth, LongEnd
 from memo_runtime.sizes import NORM_TILE
@@ -60,7 +60,8 @@ def end_of(
         return replace(behind, constant=behind.constant + held), before
 
     long_end = None
-    if final_norm(model, [profile.name for profile in profiles]) is not None and hidden_bytes:
+    norm = final_norm(model, [profile.name for profile in profiles])
+    if norm is not None and can_run_by_tiles(norm) and hidden_bytes:
         tokens = -(-LONG_BYTES * max(1, profiles[-1].tokens) // hidden_bytes)
         behind, before = end(by_tiles=True)
         long_end = LongEnd(tokens=tokens, outside_peak=behind, loss_peak=before)

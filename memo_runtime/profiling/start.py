@@ -53,7 +53,8 @@ class Start:
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._unwritten: dict[int, list[torch.Tensor]] = {}
         for _, tensor in self._found.tensors:
-            if hasattr(tensor, "__tensor_flatten__") or tensor.is_inference():
+            strided = tensor.layout is torch.strided  # sparse ones have no memory of their own to look at
+            if hasattr(tensor, "__tensor_flatten__") or tensor.is_inference() or not strided:
                 continue
             small = clone and not isinstance(tensor, nn.Parameter) and _bytes(tensor) <= MOST_CLONED_BYTES
             if id(tensor) in buffers or small:

@@ -13,7 +13,7 @@ from memo_runtime.config import make_settings
 from memo_runtime.execution.norm import NormForward, install_norm, remove_norm, run_as_planned
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.profiling.outside import end_of
-from memo_runtime.records import BlockProfile, Growth, LongEnd
+from memo_runtime.records import BlockProfile
 from memo_runtime.sizes import NORM_TILE
 from tests.execution.alive import Alive
 from tests.planning.builders import llama_profile
@@ -113,11 +113,9 @@ def test_wrap_puts_it_in_and_takes_it_out():
 def test_a_plan_says_whether_it_goes_by_tiles_at_any_length():
     norm = install_on(nn.LayerNorm(WIDTH))
     plan = make_plan(llama_profile(2), make_settings())
-    long = LongEnd(tokens=9, outside_peak=Growth(), loss_peak=Growth())
-    always = replace(long, tokens=0)
-    for one in (always, long, always, None):
-        run_as_planned(norm, replace(plan, profile=replace(plan.profile, long_end=one)))
-        assert norm.forward.always == (one is always)
+    for always in (True, False, True):
+        run_as_planned(norm, replace(plan, norm_by_tiles=always))
+        assert norm.forward.always == always
     remove_norm(norm)
     run_as_planned(norm, plan)  # nothing to tell
 

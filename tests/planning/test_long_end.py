@@ -1,5 +1,6 @@
 """The norm behind the blocks runs by tiles where its state is long, and at other lengths where nothing fits without."""
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -39,10 +40,10 @@ def test_what_head_and_loss_take_is_that_of_the_length():
 def test_where_nothing_fits_the_norm_goes_by_tiles_and_the_plan_says_so(tmp_path):
     tokens = 100_000
     as_it_is = make_plan(PROFILE, make_settings(**SWAP), tokens={0: tokens})
-    assert as_it_is.profile.long_end == END
+    assert not as_it_is.norm_by_tiles
     assert not any("norm behind" in note for note in as_it_is.notes)
     less = make_plan(PROFILE, make_settings(**SWAP, budget=as_it_is.forecast.peak_bytes - GiB), tokens={0: tokens})
-    assert less.profile.long_end == replace(END, tokens=0)
+    assert (less.norm_by_tiles, less.profile) == (True, PROFILE)
     assert any("the norm behind the blocks runs by tiles" in note for note in less.notes)
     assert less.forecast.peak_bytes <= as_it_is.forecast.peak_bytes - GiB
     save(less, tmp_path / "plan.json")
@@ -75,3 +76,30 @@ def test_more_sequences_reach_it_at_fewer_tokens():
     found = _long_end_at(END, Fraction(2))
     assert (found.tokens, found.outside_peak.linear) == (65536, 8 * HIDDEN)
     assert (found.outside_peak.constant, found.loss_peak.linear) == (GiB / 2, 6 * HIDDEN)
+
+
+@pytest.mark.parametrize("policy", ["swap", "recompute", "memo", "replay", "none", "auto"])
+@pytest.mark.parametrize("budget", [8 * GiB, 12 * GiB, 20 * GiB])
+def test_lengths_that_would_fit_do(policy, budget):
+    """Each suggested length is planned with the norm as a plan of that length has it."""
+    settings = {"policy": policy, "host_budget": "2TiB", "budget": budget}
+    with pytest.raises(PlanInfeasibleError) as refused:
+        make_plan(PROFILE, make_settings(**settings), tokens={0: 120_000})
+    (tokens,) = re.findall(r"seq_len=(\d+)", str(refused.value))[:1] or [None]
+    if tokens is not None:
+        found = make_plan(PROFILE, make_settings(**settings), tokens={0: int(tokens)})
+        assert found.forecast.peak_bytes <= budget
+
+
+def test_it_goes_by_tiles_where_only_the_loss_takes_less():
+    end = LongEnd(tokens=131072, outside_peak=PROFILE.outside_peak, loss_peak=Growth(linear=HIDDEN))
+    sheet = Sheet(replace(PROFILE, long_end=end), lengths_of(PROFILE, {0: 4096}))
+    assert sheet.with_norm_by_tiles().norm_by_tiles
+    assert sheet.with_norm_by_tiles().with_norm_by_tiles() is None
+    assert not sheet.with_norm_by_tiles().at((2048,) * 8).norm_by_tiles
+
+
+def test_policy_none_runs_nothing_by_tiles():
+    as_it_is = make_plan(PROFILE, make_settings(policy="none"), tokens={0: 100_000}).forecast.peak_bytes
+    with pytest.raises(PlanInfeasibleError):
+        make_plan(PROFILE, make_settings(policy="none", budget=as_it_is - GiB), tokens={0: 100_000})

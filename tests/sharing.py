@@ -115,6 +115,8 @@ class Teller:
         without_values = tensor.device.type == "meta" and not self._values
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or not (tensor.is_cpu or without_values):
             raise NotToldError(type(tensor))
+        if tensor.layout is not torch.strided:
+            raise NotToldError(type(tensor))
         if self._values and tensor.numel() and id(tensor) not in self._numbers:
             packed = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             self._hash.update(packed.view(torch.uint8).numpy().tobytes())

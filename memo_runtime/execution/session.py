@@ -469,8 +469,8 @@ class Session:
         self._told_of_length = True
         self.note(
             f"'{name}' was given {tokens:,} tokens where its plan is for {planned:,}, so plan, budget and forecast are "
-            "those of another length: it is a given plan's, or one that the arguments of the model do not show (a model that "
-            "cuts its batch itself). Would work: a plan for the longest (plan=, or the longest batch first)"
+            "those of another length: a given plan's, or one that the arguments of the model do not show (a model "
+            "that cuts its batch itself). Would work: a plan for the longest (plan=, or the longest batch first)"
         )
 
     def note_deviation(self, name: str) -> None:

@@ -10,7 +10,7 @@ from memo_runtime.planning.sheet import KEEP, Choice, Sheet
 from memo_runtime.planning.single_alpha import ClosedForm
 from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
 from memo_runtime.planning.swap import solve_prefixes
-from memo_runtime.planning.treatment import at_fraction, kept_blocks
+from memo_runtime.planning.treatment import all_kept, at_fraction, kept_blocks
 from memo_runtime.records import Executor
 
 #: Numbers of kept blocks that are tried first, evenly spaced, and in all; each costs a linear program.
@@ -47,7 +47,7 @@ class Auto(Strategy):
 
     def stand_bys(self, sheet: Sheet) -> Iterator[Choices]:
         """Everything kept; then every number of kept blocks, the rest at both ends."""
-        yield (KEEP,) * len(sheet.blocks)
+        yield all_kept(sheet)
         for count in range(len(sheet.blocks)):
             yield from _ends(sheet, _last(sheet, count))
 
@@ -56,7 +56,7 @@ class Auto(Strategy):
 
         Where no stand-by fits, the program is asked once, with no block kept whole.
         """
-        everything = (KEEP,) * len(sheet.blocks)
+        everything = all_kept(sheet)
         if fits(sheet, budgets, everything):
             return Decision(everything, ("everything fits on the device, so nothing is moved",))
         counts = [
@@ -80,7 +80,7 @@ class AutoOnHost(Strategy):
         yield from ClosedForm(None).stand_bys(sheet)
         for count in range(len(kept_blocks(sheet, None)) + 1, len(sheet.blocks)):
             yield from _ends(sheet, _last(sheet, count))
-        yield (KEEP,) * len(sheet.blocks)
+        yield all_kept(sheet)
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
         """What ``memo`` decides, if that fits; else the first stand-by that does, and a note that says so."""

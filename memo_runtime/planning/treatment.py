@@ -44,8 +44,18 @@ def at_fraction(sheet: Sheet, alpha: float, kept: frozenset[int]) -> tuple[Choic
         kind = sheet.kind(index)
         if index not in kept and kind not in by_kind:
             by_kind[kind] = at_prefix(block, prefix_of(alpha, length), length)
-        found.append(KEEP if index in kept else by_kind[kind])
+        found.append(kept_choice(block, length) if index in kept else by_kind[kind])
     return tuple(found)
+
+
+def all_kept(sheet: Sheet) -> tuple[Choice, ...]:
+    """Every block left as it is."""
+    return tuple(kept_choice(block, length) for block, length in zip(sheet.blocks, sheet.lengths, strict=True))
+
+
+def kept_choice(block: BlockProfile, tokens: int) -> Choice:
+    """The block stays as it is; with its reason where nothing of it is known, so that nobody counts on its bytes."""
+    return KEEP if tokens else at_prefix(block, 0, tokens)
 
 
 def at_prefix(block: BlockProfile, prefix: int, tokens: int) -> Choice:

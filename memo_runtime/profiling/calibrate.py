@@ -157,7 +157,7 @@ def _sliced(subject: Subject, trial: Trial) -> BlockProfile:
     return replace(
         base_profile(subject, trial),
         saved=tuple(inventory.saved),
-        groups=tuple(with_growth(inventory.groups, inventory.saved, runs)),
+        groups=tuple(with_growth(inventory.groups, inventory.saved, inventory.pins, runs)),
         pins=tuple(inventory.pins),
         sliceable=True,
         replayable=True,

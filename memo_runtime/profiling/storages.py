@@ -6,15 +6,17 @@ How much that is at other lengths is seen in runs at shorter ones, since it need
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+
+import torch
 
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.profiling.growth import fit_counts, times
 from memo_runtime.profiling.observe import Observation
 from memo_runtime.profiling.trial import Trial
-from memo_runtime.records import Growth, Role, SavedTensor, Storage, TensorGroup
+from memo_runtime.records import Growth, Pin, Role, SavedTensor, Storage, TensorGroup
 
 #: What a block is given is its maker's, and a call that is made up has other storages than a caller's.
 _FROM_OUTSIDE = (Role.PARAMETER, Role.SHARED, Role.INPUT)
@@ -50,16 +52,42 @@ def at_length(groups: Sequence[TensorGroup], tokens: int) -> list[TensorGroup]:
 
 
 def with_growth(
-    groups: Sequence[TensorGroup], saved: Sequence[SavedTensor], runs: Sequence[Trial]
+    groups: Sequence[TensorGroup], saved: Sequence[SavedTensor], pins: Sequence[Pin], runs: Sequence[Trial]
 ) -> list[TensorGroup]:
     """``groups``, whose storages are those of the last of ``runs``, with how they grow."""
     first, found = _first(saved), list(groups)
+    alike = [run for run in runs if len(run.whole.saved) == len(saved)]
     for number, group in enumerate(groups):
         if group.storage is not None:
             at = group.storage.number
-            size = _growth(groups[at], first[at], [run for run in runs if len(run.whole.saved) == len(saved)])
-            found[number] = replace(group, storage=Storage(number=at, size=size))
+            found[number] = replace(group, storage=Storage(number=at, size=_growth(groups[at], first[at], alike)))
+        elif number in first and not group.splits and group.role not in _FROM_OUTSIDE:
+            found[number] = replace(group, size=_seen(group, [(run, run.whole.saved[first[number]]) for run in alike]))
+    for pin in pins:
+        if pin.group is not None and pin.saved is None and not found[pin.group].splits:
+            group = found[pin.group]
+            if group.role not in _FROM_OUTSIDE:
+                found[pin.group] = replace(group, size=_seen(group, list(_pinned(pin, alike))))
     return found
+
+
+def _pinned(pin: Pin, runs: Sequence[Trial]) -> Iterator[tuple[Trial, torch.Tensor]]:
+    for run in runs:
+        record = run.whole.by_key().get((pin.op, pin.call))
+        value = record.pin_values().get(pin.output) if record is not None else None
+        if isinstance(value, torch.Tensor):
+            yield run, value
+
+
+def _seen(group: TensorGroup, tensors: Sequence[tuple[Trial, torch.Tensor]]) -> Growth:
+    """How ``group``, which was one of ``tensors`` in each run, grows where its dimensions do not say (padded by some).
+
+    As they say where the tensor is not all of the group.
+    """
+    points = [(run.lengths.whole, tensor.numel() * tensor.element_size()) for run, tensor in tensors]
+    if len(points) < 2 or points[-1][1] != group.size.at(points[-1][0]):
+        return group.size
+    return group.size if all(group.size.at(tokens) == count for tokens, count in points) else fit_counts(points)
 
 
 def _growth(part: TensorGroup, index: int, runs: Sequence[Trial]) -> Growth:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memo_runtime.config import Policy
 from memo_runtime.placement import ArenaReport
 from memo_runtime.records import BlockReport, Executor, Report
 from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table
@@ -18,7 +19,8 @@ _HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "recom
 def report_table(report: Report) -> str:
     """``report`` as a readable table, at most 110 columns wide."""
     steps = report.totals.steps
-    done = {0: "no step yet", 1: "after 1 step"}.get(steps, f"after {steps} steps")
+    none = "the model runs as it is, and nothing is measured" if report.policy == Policy.NONE else "no step yet"
+    done = {0: none, 1: "after 1 step"}.get(steps, f"after {steps} steps")
     title = f"report: policy {report.policy}, {done}"
     copies = [f"copies by {report.copies}"] if report.copies else []
     arena = [_arena(report.arena)] if report.arena is not None else []

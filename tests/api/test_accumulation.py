@@ -26,8 +26,10 @@ from tests.api.towers import BOUND, POLICIES, signal, tower
 def walking(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Surroundings.of.__func__  # type: ignore[attr-defined]
 
-    def of(cls: type[Surroundings], profile: Profile, tokens: int, *, accumulating: bool = False) -> Surroundings:
-        around: Surroundings = original(cls, profile, tokens, accumulating=accumulating)
+    def of(
+        cls: type[Surroundings], profile: Profile, tokens: int, *, accumulating: bool = False, **more: bool
+    ) -> Surroundings:
+        around: Surroundings = original(cls, profile, tokens, accumulating=accumulating, **more)
         if accumulating:
             return around
         outside = profile.states.gradients - sum(block.gradients for block in profile.blocks)

@@ -30,7 +30,7 @@ ALLOWED = {
     "arguments": NOUNS,
     "blocks": NOUNS | {"recent"},
     "losses": NOUNS,
-    "reporting": {"records", "placement", "sizes", "units", "errors", "output"},
+    "reporting": {"records", "placement", "sizes", "units", "errors", "output", "config"},
     "native": NOUNS,
     "profiling": NOUNS | {"blocks", "losses", "native"},
     "planning": NOUNS | {"traces"},

@@ -1,0 +1,142 @@
+"""Models that newcomers bring: other lengths inside, padded convolutions, sparse tensors, transforms of torch.func."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import memo_runtime as memo
+from memo_runtime.errors import BlockFallbackError
+from memo_runtime.records import Executor
+from tests.api.towers import HIDDEN, Block, tower
+from tests.tiny import few_samples
+
+__all__ = ["few_samples"]
+
+
+class Padded(nn.Module):
+    """A causal convolution: its input is padded by three tokens, in front by hand or on both sides by itself."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand = by_hand
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 4, groups=HIDDEN, padding=0 if by_hand else 3)
+        self.mlp = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.transpose(1, 2)
+        mixed = self.conv(functional.pad(channels, (3, 0)) if self.by_hand else channels)[..., : x.shape[1]]
+        return x + self.mlp(functional.silu(mixed).transpose(1, 2))
+
+
+class Mapped(Block):
+    """Maps over its rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * torch.vmap(torch.sin)(x)
+
+
+class Graph(Block):
+    """Neighbours by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.eye(24, dtype=torch.float64).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.stack([torch.sparse.mm(self.edges, row) for row in x])
+
+
+class Inner(Block):
+    """Calls a transform that takes no saved-tensor hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.01 * torch.func.grad(lambda t: self.mlp(t).square().sum())(x)
+
+
+class Cutting(nn.Module):
+    """Cuts its batch itself, as masked autoencoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.length = tower(), 40
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(x[:, : self.length])
+
+
+def made_of(make: Any) -> nn.Module:
+    model = tower()
+    model.layers = nn.ModuleList(make() for _ in range(3))
+    return model.double()
+
+
+def signal(tokens: int = 24) -> Tensor:
+    return torch.randn(2, tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("policy", ["swap", "recompute", "memo"])
+def test_what_a_convolution_pads_is_forecast_to_the_byte_at_every_length(policy: str, by_hand: bool) -> None:
+    model = made_of(lambda: Padded(by_hand))
+    memo.wrap(model, policy=policy, alpha=0.5 if policy == "memo" else None, keep_last=0)
+    for tokens in (1000, 517):
+        step(model, signal(tokens))
+        totals = memo.report(model).totals
+        assert totals.bytes_to_host == totals.forecast.bytes_to_host > 0
+        assert totals.peak_bytes == totals.forecast.peak_bytes
+        assert totals.bytes_kept == totals.forecast.bytes_kept
+
+
+@pytest.mark.parametrize("settings", [{"policy": "tiled", "tile": 8}, {"policy": "recompute", "keep_last": 0}])
+@pytest.mark.parametrize("make", [Mapped, Graph])
+def test_what_cannot_be_seen_trains_and_says_why(make: type[nn.Module], settings: dict[str, Any]) -> None:
+    plain = made_of(make)
+    model = copy.deepcopy(plain)
+    memo.wrap(model, **settings)
+    for _ in range(2):
+        pairs = zip(step(model, signal()), step(plain, signal()), strict=True)
+        assert all(torch.allclose(got, want, rtol=1e-11, atol=1e-14) for got, want in pairs)
+    blocks = memo.report(model).blocks
+    assert {block.executor for block in blocks} <= {Executor.REPLAY, Executor.NATIVE}
+    if make is Graph or "tile" in settings:
+        assert all(block.reason for block in blocks)
+
+
+@pytest.mark.parametrize("settings", [{"budget": "1GiB"}, {"policy": "swap"}, {}])
+def test_unknown_blocks_are_not_called_kept(settings: dict[str, Any]) -> None:
+    model = made_of(Inner)
+    memo.wrap(model, **settings)
+    step(model, signal())
+    report = memo.report(model)
+    assert {block.executor for block in report.blocks} == {Executor.NATIVE}
+    assert all("saved tensor hooks" in block.reason for block in report.blocks)
+    memo.unwrap(model)
+    memo.wrap(model, strict=True, **settings)
+    with pytest.raises(BlockFallbackError, match="3 of 3 blocks"):
+        step(model, signal())
+
+
+def test_a_length_that_the_model_does_not_show_is_said_and_counted() -> None:
+    model = Cutting()
+    memo.wrap(model, budget="1GiB")
+    step(model, signal(160))
+    kept = memo.report(model).totals.bytes_kept
+    assert not any("tokens where its plan" in note for note in memo.report(model).notes)
+    model.length = 160
+    step(model, signal(160))
+    report = memo.report(model)
+    (said,) = [note for note in report.notes if "was given 160 tokens where its plan is for 40" in note]
+    assert "Would work" in said
+    assert report.totals.bytes_kept == 4 * kept

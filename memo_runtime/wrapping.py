@@ -184,8 +184,12 @@ class Wrapped:
             if self.memory is not None and self.session.observer is None and not self.session.under_way():
                 self.memory.end()
             return
-        with self.session.turn():
-            self._ready_for(args, kwargs)
+        try:
+            with self.session.turn():
+                self._ready_for(args, kwargs)
+        except BaseException:
+            self.session.caches.forward_ended()  # before it began
+            raise
 
     def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """The plan of a step on this batch that starts without gradients; nothing is reserved for it yet.

@@ -84,7 +84,6 @@ class BlockForward:
         forward = original_forward(self.block)
         if self.session.observer is not None:
             return self.session.observer(self, forward, args, kwargs)
-        self.session.caches.refuse_left_empty(self.name, args, kwargs)
         if not torch.is_grad_enabled() or self.session.idle:
             return forward(*args, **kwargs)
         counters = self.session.enter(self)
@@ -109,7 +108,7 @@ class BlockForward:
             session.note_native(self.name, HOLDS_TOKENS if filled else WANTED)
             return self._left_alone(forward, args, kwargs)
         if found:
-            session.note_cache_off(self.name, call)
+            session.note_cache_off(self.block, call)
             call = call.with_own_caches()
         if call.is_empty:
             executor = Executor.NATIVE

@@ -300,6 +300,7 @@ class Session:
         """A block's forward raised."""
         step = self.step
         step.failed, step.in_forward = True, False
+        self.caches.forward_ended()
 
     def _take_back(self) -> bool:
         """Free the host memory of steps that an exception ended; False if there was none."""
@@ -413,9 +414,9 @@ class Session:
             self._notes[text] = None
             logger.log(level, text)
 
-    def note_cache_off(self, name: str, call: BlockCall) -> None:
-        """Block ``name`` leaves the key/value cache of ``call`` empty."""
-        self.caches.leave_empty(name, call)
+    def note_cache_off(self, block: nn.Module, call: BlockCall) -> None:
+        """``block`` leaves the key/value cache of ``call`` empty."""
+        self.caches.leave_empty(block, call)
         if self.caches.asked:
             self.note("use_cache=True is overruled in training: the key/value cache stays empty")
         self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",

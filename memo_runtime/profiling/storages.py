@@ -80,14 +80,23 @@ def _pinned(pin: Pin, runs: Sequence[Trial]) -> Iterator[tuple[Trial, torch.Tens
 
 
 def _seen(group: TensorGroup, tensors: Sequence[tuple[Trial, torch.Tensor]]) -> Growth:
-    """How ``group``, which was one of ``tensors`` in each run, grows where its dimensions do not say (padded by some).
+    """How ``group``, which was one of ``tensors`` in each run, grows where its dimensions do not say: padded by a few.
 
-    As they say where the tensor is not all of the group.
+    As they say where the tensor is not all of the group, or is longer by another number of tokens in each run (padded
+    to a multiple): what a curve through such points says of other lengths may be anything.
     """
     points = [(run.lengths.whole, tensor.numel() * tensor.element_size()) for run, tensor in tensors]
     if len(points) < 2 or points[-1][1] != group.size.at(points[-1][0]):
         return group.size
-    return group.size if all(group.size.at(tokens) == count for tokens, count in points) else fit_counts(points)
+    if all(group.size.at(tokens) == count for tokens, count in points):
+        return group.size
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    each = Fraction(y1 - y0, x1 - x0) if x1 != x0 else Fraction(0)
+    more = y1 - each * x1
+    padded = each > 0 and more >= 0 and (more / each).denominator == 1
+    if not (padded and all(each * tokens + more == count for tokens, count in points)):
+        return group.size
+    return Growth(constant=int(more), linear=int(each) if each.denominator == 1 else float(each))
 
 
 def _growth(part: TensorGroup, index: int, runs: Sequence[Trial]) -> Growth:

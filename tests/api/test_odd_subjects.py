@@ -34,6 +34,18 @@ class Padded(nn.Module):
         return x + self.mlp(functional.silu(mixed).transpose(1, 2))
 
 
+class ToMultiple(nn.Module):
+    """Pads its tokens to a multiple, as scans by chunks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = functional.pad(x, (0, 0, 0, -x.shape[1] % 64))
+        return x + self.mlp(torch.tanh(functional.silu(padded))[:, : x.shape[1]])
+
+
 class Mapped(Block):
     """Maps over its rows."""
 
@@ -97,6 +109,18 @@ def test_what_a_convolution_pads_is_forecast_to_the_byte_at_every_length(policy:
         assert totals.bytes_to_host == totals.forecast.bytes_to_host > 0
         assert totals.peak_bytes == totals.forecast.peak_bytes
         assert totals.bytes_kept == totals.forecast.bytes_kept
+
+
+@pytest.mark.parametrize("first", [100, 300, 1000])
+def test_what_is_padded_to_a_multiple_is_never_forecast_below_nothing(first: int) -> None:
+    model = made_of(ToMultiple)
+    profile = memo.profile(model, (signal(first),))
+    for block in profile.blocks:
+        for tokens in (1, 64, 300, 4096, 65536):
+            assert all(group.size.at(tokens) >= 0 for group in block.groups)
+    kept = [memo.plan(profile, policy="none", seq_len=tokens).forecast.bytes_kept for tokens in (1024, 4096, 16384)]
+    assert kept[1] == pytest.approx(4 * kept[0], rel=0.1)
+    assert kept[2] == pytest.approx(16 * kept[0], rel=0.1)
 
 
 @pytest.mark.parametrize("settings", [{"policy": "tiled", "tile": 8}, {"policy": "recompute", "keep_last": 0}])

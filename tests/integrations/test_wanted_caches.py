@@ -162,7 +162,7 @@ def test_caches_inside_of_a_batch_are_seen() -> None:
 
 
 @pytest.mark.parametrize("way", ["itself", "a copy"])
-def test_a_part_that_is_called_refuses_it_too(way: str) -> None:
+def test_one_that_a_part_left_empty_is_refused_until_it_is_filled(way: str) -> None:
     model = make("llama").train()
     memo.wrap(model, policy="swap", keep_last=0)
     trained(model)
@@ -171,14 +171,87 @@ def test_a_part_that_is_called_refuses_it_too(way: str) -> None:
     held = cache if way == "itself" else copy.deepcopy(cache)
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients), pytest.raises(ArgumentError, match="is empty"):
-            model.model(input_ids=IDS[:, 16:], past_key_values=held)
+            model(input_ids=IDS[:, 16:], past_key_values=held)
     memo.unwrap(model)
     with torch.no_grad():
         model.model(input_ids=IDS[:, :16], past_key_values=cache)
     memo.wrap(model, policy="swap", keep_last=0)
     with torch.no_grad():  # it holds its tokens now
-        model.model(input_ids=IDS[:, 16:], past_key_values=cache)
+        model(input_ids=IDS[:, 16:], past_key_values=cache)
     assert cache.get_seq_length() == 48
+
+
+def test_one_that_others_filled_in_part_is_refused_all_the_same() -> None:
+    model = make("llama", num_hidden_layers=3)
+    memo.wrap(model, policy="swap", keep_last=0, blocks=list(model.model.layers)[1:])
+    left = model(input_ids=IDS).past_key_values
+    assert [layer.get_seq_length() for layer in left.layers][:1] == [48]
+    with torch.no_grad(), pytest.raises(ArgumentError, match="is empty"):
+        model(input_ids=IDS[:, :1], past_key_values=left)
+
+
+class Owner(nn.Module):
+    """Keeps its cache from step to step, and begins anew where it holds something."""
+
+    def __init__(self, base: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.base, self.cache = base, DynamicCache()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.cache.get_seq_length():
+            self.cache = DynamicCache()
+        return self.base.model(input_ids=ids, past_key_values=self.cache).last_hidden_state.square().mean()
+
+
+class Looped(nn.Module):
+    """Two rounds of the same layers, each with slots of its own in one cache."""
+
+    def __init__(self, base: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        cache, count = DynamicCache(), len(self.base.model.layers)
+        hidden = self.base.model.embed_tokens(ids)
+        places = self.base.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+        for number in range(2):
+            for index, layer in enumerate(self.base.model.layers):
+                layer.self_attn.layer_idx = number * count + index
+                hidden = layer(hidden, position_embeddings=places, past_key_values=cache)
+        return hidden.square().mean()
+
+
+@pytest.mark.parametrize("kind", [Owner, Looped])
+def test_caches_that_a_model_keeps_or_loops_over_are_its_own(kind: type[nn.Module]) -> None:
+    plain = kind(make("llama"))
+    model = copy.deepcopy(plain)
+    memo.wrap(model, policy="recompute", keep_last=0)
+    for _ in range(3):
+        for one in (plain, model):
+            one.zero_grad()
+            one(IDS).backward()
+        pairs = zip(model.named_parameters(), plain.named_parameters(), strict=True)
+        for (_, got), (_, want) in pairs:
+            assert (got.grad is None) == (want.grad is None)
+            assert got.grad is None or torch.allclose(got.grad, want.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_use_cache_within_a_batch_is_seen() -> None:
+    model = Batched(make("llama")).eval()
+    memo.wrap(model, policy="swap", keep_last=0)
+    assert model({"input_ids": IDS, "use_cache": True}).past_key_values.get_seq_length() == 48
+
+
+def test_what_was_asked_ends_with_a_forward_that_raises() -> None:
+    model = make("llama").eval()
+    memo.wrap(model, policy="swap", keep_last=0)
+    trained(model)
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=IDS, use_cache=True)
+    handle.remove()
+    model.model(input_ids=IDS).last_hidden_state.square().mean().backward()
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.REPLAY}
 
 
 def test_generation_between_and_within_steps_leaves_training_managed() -> None:

@@ -239,3 +239,21 @@ def test_the_command(path, tmp_path):
     assert refused.exit_code == 3
     assert "optimizer" in refused.output
     assert memo("--optimizer", "adamm").exit_code == 2
+
+
+@pytest.mark.slow
+def test_no_length_below_the_longest_is_refused(tmp_path):
+    """The norm behind the blocks runs by tiles from 149,797 tokens on here, and below where nothing fits otherwise."""
+    qwen2 = {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(qwen2))
+    subject = trained_in_part(subject_named(str(tmp_path)), lora=16, trainable=None)
+    study = study_model(subject, find_machine("rtx-4090"), optimizer=find_optimizer("adamw-8bit"))
+    longest = fit(study, make_settings()).longest.tokens
+    assert longest == 185_088
+    lengths = [*range(16_384, longest, 16_384), 149_760, 150_016, longest]
+    assert all(is_feasible_at(study.at(tokens), make_settings()) for tokens in lengths)
+    assert not is_feasible_at(study.at(longest + 128), make_settings())

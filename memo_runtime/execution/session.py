@@ -11,7 +11,6 @@ The session is the only place that knows the order of blocks. Streams and lifeti
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import weakref
@@ -24,15 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.real_kernels import RealKernels
-from memo_runtime.blocks.squares import about_squares
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.config import OnRefusal
-from memo_runtime.errors import BlockFallbackError, ReplayMismatchError
+from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.batch import Outgoing
 from memo_runtime.execution.block import BlockForward
-from memo_runtime.execution.caches import Caches
 from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
@@ -40,6 +36,7 @@ from memo_runtime.execution.layout import Sorted
 from memo_runtime.execution.peak import PeakWatch, device_peak
 from memo_runtime.execution.ranges import named
 from memo_runtime.execution.stash import Stash, Tools
+from memo_runtime.execution.telling import Telling
 from memo_runtime.execution.tiled_block import new_programs
 from memo_runtime.execution.tiled_products import Departures
 from memo_runtime.execution.tiled_run import ProgramCache
@@ -49,15 +46,12 @@ from memo_runtime.records import (
     BlockPlan,
     BlockProfile,
     Demotion,
-    Executor,
     Forecast,
     Plan,
     Report,
     TiledProfile,
     Totals,
 )
-
-logger = logging.getLogger("memo_runtime")
 
 Observer = Callable[[BlockForward, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _NO_PLAN = (
@@ -67,7 +61,7 @@ _NO_PLAN = (
 _NOT_SEEN = "it was not called when the model was profiled (layer drop, a branch not taken)"
 
 
-class Session:
+class Session(Telling):
     """The runtime state of one wrapped model.
 
     After an exception in a step, including an interrupt, the next step starts clean: what the abandoned graph held
@@ -88,12 +82,11 @@ class Session:
         strict: bool = False,
         on_refusal: OnRefusal = OnRefusal.STOP,
     ) -> None:
+        super().__init__(strict=strict)
         self.policy = policy
-        self.strict = strict
         self._on_refusal = on_refusal
         #: What reruns have shown, by block; plans made from now on take it into account.
         self.demotions: dict[str, Demotion] = {}
-        self.caches = Caches()
         #: Blocks that were called and that the plan does not have; whoever plans next takes note of them.
         self.strangers: set[str] = set()
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
@@ -103,11 +96,6 @@ class Session:
         self.idle = False
         self.plan: Plan | None = None
         self.steps = 0
-        self._notes: dict[str, None] = {}
-        self._told_of_squares = False
-        self._told_of_length = False
-        #: Tiles have drawn dropout, under other masks than the blocks would have.
-        self.draws_masks = False
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
         self._tools: Tools | None = None
         self._step: StepCounters | None = None
@@ -406,80 +394,7 @@ class Session:
             f"{error}. This step is lost. From the next step on {then}{others}; strict=True leaves it at the error"
         )
 
-    # ---- notes and report
-
-    def note(self, text: str, *, level: int = logging.WARNING) -> None:
-        """Say ``text`` once, in the log and in the report."""
-        if text not in self._notes:
-            self._notes[text] = None
-            logger.log(level, text)
-
-    def note_cache_off(self, block: nn.Module, call: BlockCall) -> None:
-        """``block`` leaves the key/value cache of ``call`` empty."""
-        self.caches.leave_empty(block, call)
-        if self.caches.asked:
-            self.note("use_cache=True is overruled in training: the key/value cache stays empty")
-        self.note("the key/value cache is off in training forwards: it would keep every block's keys and values",
-                  level=logging.INFO)  # fmt: skip
-
-    def note_native(self, name: str, reason: str) -> None:
-        """Block ``name``, whatever its plan says, runs as it is in this step.
-
-        Raises:
-            BlockFallbackError: ``strict``.
-        """
-        if self.strict:
-            raise BlockFallbackError(f"strict=True and '{name}' is not managed in this step: {reason}")
-        counters = self.step.block(name)
-        counters.executor, counters.reason = Executor.NATIVE, reason
-        self.note(f"blocks that are not managed in a step run as they do unwrapped, whatever the budget: {reason}")
-
-    def note_masks(self) -> None:
-        """Tiles draw dropout."""
-        self.draws_masks = True
-        self.note("blocks that run by tiles draw dropout from seeds of their own: a step is the model's under "
-                  "other masks", level=logging.INFO)  # fmt: skip
-
-    def note_squares(self, call: BlockCall) -> None:
-        """Say once that blocks are given a mask of all pairs of tokens."""
-        text = None if self._told_of_squares else about_squares(call)
-        if text is not None:
-            self._told_of_squares = True
-            self.note(text)
-
-    def note_in_place(self, name: str, what: str) -> None:
-        """A block changed ``what`` it was run from in place, so it cannot be run again."""
-        counters = self.step.block(name)
-        counters.executor, counters.alpha = Executor.REPLAY, 1.0
-        counters.reason = f"it modifies {what} in place, so it is not run again: what it saves is swapped whole"
-        self.note(f"'{name}': {counters.reason}")
-
-    def note_inner_autograd(self, name: str) -> None:
-        """A block went backward in its own forward, which it did not when it was profiled."""
-        counters = self.step.block(name)
-        counters.executor, counters.alpha = Executor.REPLAY, 1.0
-        counters.reason = (
-            "its forward calls autograd itself, which it did not when it was profiled: what it saves is swapped whole"
-        )
-        self.note(f"'{name}': {counters.reason}")
-
-    def note_length(self, name: str, tokens: int, planned: int) -> None:
-        """Say once that block ``name`` is given other ``tokens`` than it was planned for."""
-        if self._told_of_length:
-            return
-        self._told_of_length = True
-        self.note(
-            f"'{name}' was given {tokens:,} tokens where its plan is for {planned:,}, so plan, budget and forecast are "
-            "those of another length: a given plan's, or one that the arguments of the model do not show (a model "
-            "that cuts its batch itself). Would work: a plan for the longest (plan=, or the longest batch first)"
-        )
-
-    def note_deviation(self, name: str) -> None:
-        """A block saved something else than when it was profiled."""
-        counters = self.step.block(name)
-        counters.alpha = 1.0
-        counters.reason = "it saved other tensors than when it was profiled, and all of them are swapped whole"
-        self.note(f"'{name}': {counters.reason}")
+    # ---- report
 
     def report(self) -> Report:
         """What the last step did; see ``records.Report``."""
@@ -503,7 +418,7 @@ class Session:
             steps=self.steps,
             forecast=forecast,
         )
-        notes = (*self._notes, *(self.plan.notes if self.plan is not None else ()))
+        notes = (*self.notes, *(self.plan.notes if self.plan is not None else ()))
         return Report(
             policy=self.policy,
             blocks=blocks,

@@ -149,7 +149,7 @@ class BlockForward:
 
     def _kept(self, profile: BlockProfile, tokens: int) -> int:
         """Bytes that stay on the device for a call that is left as it is, as profiled."""
-        of_others = (Role.PARAMETER, Role.SHARED)
+        of_others = (Role.PARAMETER, Role.SHARED)  # as plans count, which are not imported here
         return stored_bytes((group for group in profile.groups if group.saved and group.role not in of_others), tokens)
 
     def _untouched(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: int) -> Any:

@@ -52,7 +52,7 @@ class Caches:
             _refuse_left_empty(type(model).__name__, cache)
         managed = torch.is_grad_enabled()
         said = (one.get("use_cache") for one in (kwargs, *args, *kwargs.values()) if isinstance(one, Mapping))
-        self._here.asked = managed and any(one is True or one == 1 for one in said)
+        self._here.asked = managed and any(isinstance(one, int) and one for one in said)
         self._here.filled = self._here.asked and not model.training
         if managed:
             self._given.update(given)

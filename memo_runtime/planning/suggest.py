@@ -98,6 +98,7 @@ def _planned(sheet: Sheet, settings: Settings) -> tuple[Sheet, Decision | None]:
 
 def _checked(sheet: Sheet, settings: Settings, text: str) -> Iterator[Suggestion]:
     """The suggestion, if a whole plan for it exists."""
+    # As it is asked: whether the norm goes by tiles is decided for each suggestion.
     sheet, decision = _planned(sheet.at(sheet.lengths), settings)
     if decision is not None:
         yield Suggestion(text, sheet.peak_bytes(decision.choices), sheet.host_bytes(decision.choices))

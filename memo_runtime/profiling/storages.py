@@ -6,15 +6,16 @@ How much that is at other lengths is seen in runs at shorter ones, since it need
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 import torch
 
+from memo_runtime.blocks.pins import PinKey
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.profiling.growth import fit_counts, times
-from memo_runtime.profiling.observe import Observation
+from memo_runtime.profiling.observe import Observation, OperatorRecord
 from memo_runtime.profiling.trial import Trial
 from memo_runtime.records import Growth, Pin, Role, SavedTensor, Storage, TensorGroup
 
@@ -63,17 +64,21 @@ def with_growth(
             found[number] = replace(group, storage=Storage(number=at, size=_growth(groups[at], first[at], alike)))
         elif number in first and not group.splits and group.role not in _FROM_OUTSIDE:
             found[number] = replace(group, size=_seen(group, [(run, run.whole.saved[first[number]]) for run in alike]))
+    operators = [(run, run.whole.by_key()) for run in alike]
     for pin in pins:
         if pin.group is not None and pin.saved is None and not found[pin.group].splits:
             group = found[pin.group]
             if group.role not in _FROM_OUTSIDE:
-                found[pin.group] = replace(group, size=_seen(group, list(_pinned(pin, alike))))
+                found[pin.group] = replace(group, size=_seen(group, list(_pinned(pin, operators))))
     return found
 
 
-def _pinned(pin: Pin, runs: Sequence[Trial]) -> Iterator[tuple[Trial, torch.Tensor]]:
-    for run in runs:
-        record = run.whole.by_key().get((pin.op, pin.call))
+def _pinned(
+    pin: Pin, operators: Sequence[tuple[Trial, Mapping[PinKey, OperatorRecord]]]
+) -> Iterator[tuple[Trial, torch.Tensor]]:
+    """The tensor of ``pin`` in each run."""
+    for run, records in operators:
+        record = records.get((pin.op, pin.call))
         value = record.pin_values().get(pin.output) if record is not None else None
         if isinstance(value, torch.Tensor):
             yield run, value

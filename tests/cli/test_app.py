@@ -126,3 +126,5 @@ def test_a_plan_is_also_a_page_and_a_profile_is_none(tmp_path):
     over = memo("show", str(tmp_path / "plan.json"), "--html", str(tmp_path / "sub" / ".." / "plan.json"))
     assert (over.exit_code, "take the place of the plan" in over.output) == (ExitCode.USAGE, True)
     assert (tmp_path / "plan.json").read_bytes() == before
+    empty = memo("show", str(tmp_path / "plan.json"), "--html", "")
+    assert (empty.exit_code, "--html is empty" in empty.output) == (ExitCode.USAGE, True)

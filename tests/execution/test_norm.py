@@ -120,6 +120,24 @@ def test_a_plan_says_whether_it_goes_by_tiles_at_any_length():
     run_as_planned(norm, plan)  # nothing to tell
 
 
+def test_a_norm_that_cannot_run_by_tiles_is_not_planned_so():
+    model = Outer().to(torch.bfloat16)
+    blocks = [
+        BlockProfile(name=name, kind="Sequential", stack=0, tokens=64, token_dim=1, input_leaf=0)
+        for name in ("inner.layers.0", "inner.layers.1")
+    ]
+
+    def planned():
+        return end_of(model, blocks, 1, 64 * 2 * WIDTH, tiled_loss=False)["long_end"] is not None
+
+    assert planned()
+    install_on(model.inner.norm)
+    assert planned()
+    remove_norm(model.inner.norm)
+    model.inner.norm.forward = lambda x: x
+    assert not planned()
+
+
 def install_on(norm):
     assert install_norm(norm)
     return norm

@@ -85,10 +85,15 @@ def test_lengths_that_would_fit_do(policy, budget):
     settings = {"policy": policy, "host_budget": "2TiB", "budget": budget}
     with pytest.raises(PlanInfeasibleError) as refused:
         make_plan(PROFILE, make_settings(**settings), tokens={0: 120_000})
-    (tokens,) = re.findall(r"seq_len=(\d+)", str(refused.value))[:1] or [None]
-    if tokens is not None:
-        found = make_plan(PROFILE, make_settings(**settings), tokens={0: int(tokens)})
-        assert found.forecast.peak_bytes <= budget
+    found = re.search(r"([\d,]+) tokens instead of 120,000 \(device ([\d.]+) GiB", str(refused.value))
+    if found is None:
+        assert "no length" in str(refused.value)
+        assert budget == 8 * GiB
+        return
+    tokens = int(found[1].replace(",", ""))
+    peak_bytes = make_plan(PROFILE, make_settings(**settings), tokens={0: tokens}).forecast.peak_bytes
+    assert peak_bytes <= budget
+    assert peak_bytes / GiB == pytest.approx(float(found[2]), abs=0.01)
 
 
 def test_it_goes_by_tiles_where_only_the_loss_takes_less():

@@ -54,12 +54,14 @@ class Comparison:
     Attributes:
         source: the file they are from, as a link.
         shown, shown_lengths: what the table has; None: all. Who is fastest is asked of all rows, whatever is shown.
+        confirmed: of rehearsals: rows of real steps at the lengths that were rehearsed, of another run; None: none.
     """
 
     source: str
     rows: tuple[Row, ...]
     shown: frozenset[str] | None = None
     shown_lengths: frozenset[int] | None = None
+    confirmed: Comparison | None = None
 
     @property
     def first(self) -> Row:
@@ -140,6 +142,8 @@ def _heading(comparison: Comparison) -> str:
     where = f"{row['gpu'] or row['cpu']}, torch {row['versions']['torch']}, commit {row['commit'][:7]}"
     if comparison.rehearsed:
         said = "The longest sequence of each by rehearsal (attention replaced by the same stand-in for everybody)"
+        if comparison.confirmed is not None:
+            said += f", and one real step of that length (run {comparison.confirmed.first['run']})"
     else:
         _, unit = _unit(comparison.rows)
         said = f"Step, causal MFU, and {unit} of device memory at its peak + of pinned host memory"
@@ -182,8 +186,11 @@ def _cell(comparison: Comparison, name: str, tokens: int) -> str:
         return _STATUSES.get(row["status"], row["status"])
     unit, _ = _unit(comparison.rows)
     share = f"{100 * row['mfu']:.1f} %" if row["mfu"] is not None else "-"
-    pinned = (row["pinned_bytes"] or 0) / unit
-    return f"{_seconds(row)}, {share}, {row['peak_allocated'] / unit:.1f} + {pinned:.1f}"
+    return f"{_seconds(row)}, {share}, {_memory(row, unit)}"
+
+
+def _memory(row: Row, unit: int) -> str:
+    return f"{row['peak_allocated'] / unit:.1f} + {(row['pinned_bytes'] or 0) / unit:.1f}"
 
 
 def _seconds(row: Row) -> str:
@@ -227,15 +234,19 @@ def _longest(comparison: Comparison) -> list[str]:
     for one in filter(comparison.shows, reached):
         row = reached[one]
         short = _stopped(comparison, one, 0 if row is None else int(row["seq_len"]))
-        memory = "" if row is None else f"{row['peak_allocated'] / unit:.1f} + {(row['pinned_bytes'] or 0) / unit:.1f}"
-        rows.append(
-            [one, "none" if row is None else f"{row['seq_len']:,}", "" if short is None else too_long(short), memory]
-        )
+        cells = [one, "none" if row is None else f"{row['seq_len']:,}", "" if short is None else too_long(short)]
+        rows.append([*cells, "" if row is None else _memory(row, unit)])
+        if (real := comparison.confirmed) is not None:
+            rows[-1].append("" if row is None else _cell(real, one, int(row["seq_len"])))
+    header = ["contender", "longest", "too long", f"peak + pinned, {name}"]
+    if comparison.confirmed is not None:
+        header.append("one real step")
     ours, theirs = (_leader(reached, memo=memo) for memo in (True, False))
     if ours and theirs:
         most, other = (int(reached[one]["seq_len"]) for one in (ours, theirs))  # type: ignore[index]
-        rows.append([f"{ours} against the longest other", f"{most / other:.2f} x {theirs}", "", ""])
-    return _table(["contender", "longest", "too long", f"peak + pinned, {name}"], rows)
+        line = [f"{ours} against the longest other", f"{most / other:.2f} x {theirs}"]
+        rows.append([*line, *[""] * (len(header) - len(line))])
+    return _table(header, rows)
 
 
 def _reached(comparison: Comparison, name: str) -> Row | None:

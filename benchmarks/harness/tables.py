@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", help="runs on this GPU only, such as 'NVIDIA H100 80GB HBM3'")
     add("--contenders", help="these only, such as checkpoint,memo-auto")
     add("--lengths", help="these only, such as 16K,32K")
+    add("--confirmed", metavar="NAME", help="real steps at the longest lengths of a rehearsed run, beside these")
     add("--full", action="store_true", help="every column and reason, as text, as memo bench run prints it")
     add("--refresh", type=Path, action="append", metavar="DOCUMENT", help="make the tables of a document again")
     return parser
@@ -123,6 +124,28 @@ def _known(what: str, value: object, there: Sequence[object]) -> None:
         raise RowError(f"there are no rows of {what} {value!r}; there are: {listed}")
 
 
+def _confirming(found: Sequence[Comparison], name: str, rehearsed: Comparison) -> Comparison:
+    """The run ``name`` of real steps, made as ``rehearsed`` was.
+
+    Raises:
+        RowError: it is not there, or one of the two is not what it should be, or was made otherwise.
+    """
+    _known("run", name, [one.first["run"] for one in found])
+    (real,) = (one for one in found if one.first["run"] == name)
+    if not rehearsed.rehearsed or real.rehearsed:
+        wrong = rehearsed.first["run"] if not rehearsed.rehearsed else name
+        raise RowError(f"--confirmed {name}: real steps beside rehearsals; '{wrong}' is the other kind")
+    ours, theirs = ({field: row.get(field) or None for field in RUN_FIELDS if field != "config"} | row["config"]
+                    for row in (rehearsed.first, real.first))  # fmt: skip
+    for field in sorted({*ours, *theirs} - {"run", "steps", "rehearse"}):
+        if ours.get(field) != theirs.get(field):
+            raise RowError(
+                f"--confirmed {name}: {field} is {theirs.get(field)!r} there and {ours.get(field)!r} in "
+                f"'{rehearsed.first['run']}'"
+            )
+    return real
+
+
 def tables(arguments: Sequence[str], *, root: Path = Path(), document: Path | None = None) -> str:
     """What ``memo bench table`` prints for ``arguments``.
 
@@ -137,6 +160,10 @@ def tables(arguments: Sequence[str], *, root: Path = Path(), document: Path | No
     if document is not None:
         found = [replace(one, source=os.path.relpath(one.source, document.parent)) for one in found]
     chosen = _chosen(found, given)
+    if given.confirmed is not None:
+        if given.full:
+            raise RowError("--full has no place for --confirmed: leave one of them out")
+        chosen = [replace(one, confirmed=_confirming(found, given.confirmed, one)) for one in chosen]
     if not given.full:
         return "\n\n".join(markdown(one) for one in chosen) + "\n"
     return "\n\n".join(run_table([row for row in one.rows if one.shows(row["contender"])]) for one in chosen) + "\n"

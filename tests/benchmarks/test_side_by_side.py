@@ -125,6 +125,45 @@ def test_longest_lengths_have_their_own_table(tmp_path):
     assert found["memo-auto against the longest other"][0] == "2.00 x checkpoint"
 
 
+def rehearsed_and_real(tmp_path, **real):
+    told = {"status": "ok", "commit": "0123456789"}
+    rehearsed = {"device": "cuda", "attention": "cudnn", "dtype": "bfloat16", "steps": None, "rehearse": True}
+    made = {**rehearsed, "steps": 1, "rehearse": False}
+    return write(
+        tmp_path / "rows.jsonl",
+        row("checkpoint", 1 << 19, peak=70 * GIB, **told, rehearsed=True, config=rehearsed),
+        row("memo-auto", 1 << 20, peak=75 * GIB, **told, rehearsed=True, config=rehearsed),
+        timed("checkpoint", 1 << 19, 7.0, **{"run": "real", "config": made, **real}),
+    )
+
+
+def test_real_steps_stand_beside_the_lengths_that_they_confirm(tmp_path):
+    path = rehearsed_and_real(tmp_path)
+    text = tables([str(path), "--run", "r", "--confirmed", "real"])
+    assert "one real step of that length (run real)" in " ".join(text.split())
+    found = lines_of(text)
+    assert found["contender"][-1] == "one real step"
+    assert found["checkpoint"] == ["524,288", "", "70.0 + 0.0", "7.00 s, 50.0 %, 10.0 + 1.0"]
+    assert found["memo-auto"][-1] == ""
+    assert {len(cells) for cells in found.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("real", "asked", "said"),
+    [
+        ({}, ["--run", "r", "--confirmed", "none"], "no rows of run 'none'; there are: r, real"),
+        ({}, ["--run", "real", "--confirmed", "real"], "real steps beside rehearsals; 'real' is the other kind"),
+        ({}, ["--run", "r", "--confirmed", "r"], "real steps beside rehearsals; 'r' is the other kind"),
+        ({"commit": "9876543210"}, ["--run", "r", "--confirmed", "real"], "commit is '9876543210' there and"),
+        ({"config": {"dtype": "bfloat16"}}, ["--run", "r", "--confirmed", "real"], "attention is None there and"),
+        ({}, ["--run", "r", "--confirmed", "real", "--full"], "--full has no place for --confirmed"),
+    ],
+)
+def test_only_real_steps_of_the_same_settings_confirm(tmp_path, capsys, real, asked, said):
+    assert main([str(rehearsed_and_real(tmp_path, **real)), *asked]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_runs_and_machines_are_never_in_one_table(tmp_path):
     one, other = write(tmp_path / "a", timed("unwrapped", 64, 1.0)), write(
         tmp_path / "b", timed("memo-auto", 64, 0.5, gpu="NVIDIA H200")

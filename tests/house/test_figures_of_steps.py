@@ -9,6 +9,8 @@ from tests.house.test_figures import GIB, rows_of, run_of
 ROWS, RUN = "harness_step_h200.jsonl", "issue9-1b-d"
 #: The shorter lengths of it once more, on later code.
 LATER = "issue9-1b-e"
+#: Longest lengths, rehearsed.
+LONGEST = "issue9-1b-longest-d"
 FITS, BEYOND = (8192, 16384, 32768), (65536, 131072)
 
 
@@ -154,9 +156,17 @@ def test_what_is_said_of_the_papers_model_is_made_of_its_row():
     assert (row["config"]["memory"], row["host_budget"]) == (78 * GIB, 100 * GIB)
 
 
-def searched():
-    """Rehearsed rows, what did not fit among them, by contender and length."""
-    return {(row["contender"], row["seq_len"]): row for row in rows_of(ROWS) if row["run"] == "issue9-1b-longest-c"}
+def longest_rows(run):
+    """Rows of ``run``, what did not fit among them, by contender and length."""
+    return {(row["contender"], row["seq_len"]): row for row in rows_of(ROWS) if row["run"] == run}
+
+
+def ends(rows):
+    """(longest that fit, shortest that did not) of each contender."""
+    lengths = {}
+    for (name, tokens), row in rows.items():
+        lengths.setdefault(name, {"ok": [], "oom": []})[row["status"]].append(tokens)
+    return {name: (max(one["ok"]), min(one["oom"])) for name, one in lengths.items()}
 
 
 def peaks_line(run, name, limit):
@@ -168,36 +178,57 @@ def peaks_line(run, name, limit):
 
 
 def test_what_is_said_of_longest_steps_is_made_of_rows():
-    docs, rows = text_of("docs/benchmarks.md"), searched()
-    lengths = {(name, status): [tokens for (one, tokens), row in rows.items() if (one, row["status"]) == (name, status)]
-               for name, _ in rows for status in ("ok", "oom")}  # fmt: skip
-    reached, told = max(lengths["memo-auto", "ok"]), longest_forecast("issue9-1b-longest-c")
-    beyond = min(lengths["memo-auto", "oom"])
-    assert reached < told < beyond
-    assert f"says {told:,} for `memo-auto`: {100 * (told / reached - 1):.1f} % more than what was seen to fit," in docs
+    docs, rows = text_of("docs/benchmarks.md"), longest_rows(LONGEST)
+    reached, (longest, beyond) = ends(rows), ends(rows)["memo-auto"]
+    told = longest_forecast(LONGEST)
+    assert longest < told < beyond
+    assert f"says {told:,} for `memo-auto`: {100 * (told / longest - 1):.1f} % more than what was seen to fit," in docs
     assert "needs 100.71 GiB of host memory" in rows["memo-auto", beyond]["error"]
     assert f"at {beyond:,} tokens the plan needs 100.7 GiB" in docs
-    others = {name for name, _ in rows} - {"memo-auto"}
-    best = max(others, key=lambda name: max(lengths[name, "ok"]))
-    short = min(lengths[best, "oom"])
-    assert f"rehearsed is {reached / short:.2f} times the {short:,} tokens that did not fit {best}." in docs
-    assert reached / short > 1.4
+    best = max(set(reached) - {"memo-auto"}, key=lambda name: reached[name])
+    short = reached[best][1]
+    assert f"rehearsed is {longest / short:.2f} times the {short:,} tokens that did not fit {best}." in docs
+    assert longest / short > 1.4
     assert f"`memo fit` says {told:,} for `memo-auto`." in text_of("README.md")
-    assert len(others) == 7
+    assert len(reached) == 12
+    minutes = rows["memo-auto", longest]["details"]["forecast"]["step_seconds"] / 60
+    assert f"that of `memo-auto` is forecast to take {minutes:.0f} minutes" in docs
+    before = ends(longest_rows("issue9-1b-longest-c"))
+    assert {name: reached[name] for name in before} == before
+    assert len(before) == 8
 
 
-def test_the_line_of_peaks_says_what_was_not_searched():
-    docs, rows = text_of("docs/benchmarks.md"), searched()
-    steps, limit = run_of(ROWS, RUN), 78 * GIB
-    known = {name for name, _ in rows} & {name for name, _ in steps} - {"memo-auto"}
-    assert len(known) == 6
-    for name in known:
-        short = min(tokens for (one, tokens), row in rows.items() if (one, row["status"]) == (name, "oom"))
-        assert abs(peaks_line(steps, name, limit) / short - 1) < 0.003
-    said_of = {name: round(peaks_line(steps, name, limit))
-               for name in ("selective+compile", "selective", "unwrapped+compile", "unwrapped")}  # fmt: skip
-    first, second, third, fourth = said_of.values()
-    assert (
-        f"for selective+compile it says {first:,} tokens, for selective {second:,}, for unwrapped+compile "
-        f"{third:,} and for unwrapped {fourth:,}."
-    ) in docs
+def test_real_steps_confirm_what_was_rehearsed():
+    """One of each at its longest, but for the two that docs name; the rehearsal's peak to 2,048 bytes."""
+    rehearsed, real = longest_rows(LONGEST), run_of(ROWS, f"{LONGEST}-confirm")
+    reached = ends(rehearsed)
+    missing = {"memo-auto", "megatron-full"}
+    assert {(name, longest) for name, (longest, _) in reached.items() if name not in missing} == set(real)
+    assert len(real) == 10
+    for which, row in real.items():
+        apart = [abs(row[name] - rehearsed[which][name]) for name in ("peak_allocated", "pinned_bytes")]
+        assert max(apart) <= 2048
+        assert row["step_seconds"] < 480
+    assert "all ten are those of the rehearsals within 2,048 bytes" in text_of("docs/benchmarks.md")
+
+
+def test_the_line_of_peaks_says_what_did_not_fit():
+    reached, steps = ends(longest_rows(LONGEST)), run_of(ROWS, RUN)
+    found = {name: abs(peaks_line(steps, name, 78 * GIB) / reached[name][1] - 1)
+             for name in set(reached) & {name for name, _ in steps} - {"memo-auto"}}  # fmt: skip
+    assert len(found) == 10
+    whole = {"unwrapped", "unwrapped+compile"}
+    most = [max(far for name, far in found.items() if (name in whole) == asked) for asked in (False, True)]
+    assert [f"{100 * far:.1f} %" for far in most] == ["0.3 %", "1.0 %"]
+    assert "meets 78 GiB within 0.3 % of the shortest length that did not fit, and within 1.0 % for" in text_of(
+        "docs/benchmarks.md"
+    )
+
+
+def test_what_is_said_of_blocks_at_262144_is_made_of_its_rows():
+    docs, run = text_of("docs/benchmarks.md"), run_of("harness_8b_h200.jsonl", "issue9-8b-256k")
+    row = run["memo-auto", 262144]
+    apart = off(row)
+    assert f"`memo-auto`'s forecast is {-100 * apart['step']:.1f} % too short" in docs
+    assert max(abs(apart["peak"]), abs(apart["host"])) < 0.001
+    assert all(one["n"] == 1 for one in run.values())

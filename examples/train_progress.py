@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from train_options import Options
 
-from memo_runtime.records import Report
 from memo_runtime.reporting.mfu import utilization
+from memo_runtime.reports import Report
 from memo_runtime.units import format_bytes, format_seconds
 
 _COLUMNS = "{:>4} {:>8} {:>9} {:>6} {:>9} {:>9} {:>9} {:>10} {:>10} {:>10} {:>10} {:>6}"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from memo_runtime.api import check, plan, profile, register_mixer, rehearse, report, token_wise, unwrap, wrap
     from memo_runtime.errors import MemoError
     from memo_runtime.losses import linear_cross_entropy
-    from memo_runtime.records import Plan, Profile, Report
+    from memo_runtime.records import Plan, Profile
+    from memo_runtime.reports import Report
 
 __version__ = "0.1.0"
 

@@ -51,9 +51,10 @@ from memo_runtime.lookup import all_wrapped, find_wrapped, policy_from_outside
 from memo_runtime.output import file_path
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
-from memo_runtime.records import Plan, Profile, Report
+from memo_runtime.records import Plan, Profile
 from memo_runtime.rehearsal.record import Rehearsal
 from memo_runtime.rehearsal.run import rehearse
+from memo_runtime.reports import Report
 from memo_runtime.soundness import find_deviation, find_fault
 from memo_runtime.units import parse_tokens, show_value
 from memo_runtime.wrapping import Batch, Wrapped, make_wrapped

@@ -31,7 +31,8 @@ from memo_runtime.config import Loss, Settings, make_settings
 from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling.model import model_device
-from memo_runtime.records import Executor, Report
+from memo_runtime.records import Executor
+from memo_runtime.reports import Report
 from memo_runtime.units import format_bytes, format_flops
 from memo_runtime.wrapping import Batch, Wrapped, make_wrapped
 

@@ -1,4 +1,4 @@
-"""The nouns: what is measured (Profile), what is decided (Plan), what happened (Report).
+"""The nouns: what is measured (Profile), what is decided (Plan); what happened (Report) is in reports.py.
 
 All are frozen, torch-free values. A stage takes only the value of the stage before:
 
@@ -18,7 +18,7 @@ from memo_runtime.moments import Stretch as Stretch
 from memo_runtime.moments import TileAt as TileAt
 from memo_runtime.moments import TiledProfile as TiledProfile
 from memo_runtime.moments import attention_text as attention_text
-from memo_runtime.placement import ArenaReport, PlacedRequest
+from memo_runtime.placement import PlacedRequest
 from memo_runtime.sizes import Bundle as Bundle
 from memo_runtime.sizes import Growth as Growth
 from memo_runtime.sizes import LongEnd as LongEnd
@@ -41,6 +41,10 @@ class Role(StrEnum):
     TOKEN = "token"  # token-wise: a prefix is swapped, the rest can be rebuilt
     WHOLE = "whole"  # two token dimensions or a size that depends on data: never split
     FIXED = "fixed"  # made inside the block, same size at any length: rebuilt by any rerun
+
+
+#: Roles whose bytes belong to the model or to all blocks: never moved, never counted for a block.
+RESIDENT_ROLES = (Role.PARAMETER, Role.SHARED)
 
 
 class Action(StrEnum):
@@ -329,6 +333,11 @@ class Profile:
         one = self if self.long_end is None or not (by_tiles or tokens >= self.long_end.tokens) else self.long_end
         return one.outside_peak.at(tokens), one.loss_peak.at(tokens)
 
+    def __str__(self) -> str:
+        from memo_runtime.reporting.profile_table import profile_table
+
+        return profile_table(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPlan:
@@ -441,60 +450,3 @@ class Plan:
         from memo_runtime.reporting.plan_table import plan_table
 
         return plan_table(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockReport:
-    """What one block did in the last step; ``attention``: the kernels that it chose by tiles."""
-
-    name: str
-    executor: Executor
-    reason: str
-    alpha: float
-    bytes_to_host: int
-    bytes_to_device: int
-    bytes_kept: int
-    recomputed_flops: int
-    attention: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """Sums over the blocks and peaks of the last step, beside their forecast.
-
-    ``peak_bytes`` is ``torch.cuda.max_memory_allocated`` on CUDA; on CPU, where no allocator counts, it is the
-    model's states plus the peak of the stash. ``host_bytes`` is host memory reserved, ``open_copies`` the copies
-    still in flight.
-    """
-
-    bytes_to_host: int
-    bytes_to_device: int
-    bytes_kept: int
-    recomputed_flops: int
-    peak_bytes: int
-    stash_peak_bytes: int
-    stash_bytes: int
-    host_bytes: int
-    host_bytes_in_use: int
-    open_copies: int
-    step_seconds: float
-    steps: int
-    forecast: Forecast
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a wrapped model did in its last step; ``copies``: who made them; ``arena``: planned memory."""
-
-    policy: str
-    blocks: tuple[BlockReport, ...]
-    totals: Totals
-    states: ModelStates | None
-    notes: tuple[str, ...] = ()
-    copies: str = ""
-    arena: ArenaReport | None = None
-
-    def __str__(self) -> str:
-        from memo_runtime.reporting.report_table import report_table
-
-        return report_table(self)

@@ -33,7 +33,7 @@ from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
 from memo_runtime.execution.tiled_block import TiledForward, give_up_tiles
 from memo_runtime.execution.witness import Witness
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role
+from memo_runtime.records import RESIDENT_ROLES, Action, BlockPlan, BlockProfile, Executor
 from memo_runtime.sizes import stored_bytes
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ class BlockForward:
 
     def _kept(self, profile: BlockProfile, tokens: int) -> int:
         """Bytes that stay on the device for a call that is left as it is, as profiled."""
-        of_others = (Role.PARAMETER, Role.SHARED)  # as plans count, which are not imported here
-        return stored_bytes((group for group in profile.groups if group.saved and group.role not in of_others), tokens)
+        own = (group for group in profile.groups if group.saved and group.role not in RESIDENT_ROLES)
+        return stored_bytes(own, tokens)
 
     def _untouched(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: int) -> Any:
         """The block as it is; ``kept``: bytes of it that stay, as far as that is counted."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memo_runtime.records import BlockReport, Executor
+from memo_runtime.records import Executor
+from memo_runtime.reports import BlockReport
 
 
 @dataclass(slots=True)

@@ -48,10 +48,9 @@ from memo_runtime.records import (
     Demotion,
     Forecast,
     Plan,
-    Report,
     TiledProfile,
-    Totals,
 )
+from memo_runtime.reports import Report, Totals
 
 Observer = Callable[[BlockForward, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _NO_PLAN = (
@@ -397,7 +396,7 @@ class Session(Telling):
     # ---- report
 
     def report(self) -> Report:
-        """What the last step did; see ``records.Report``."""
+        """What the last step did; see ``reports.Report``."""
         step = self._step
         blocks = tuple(step.blocks[b.name].report() for b in self.blocks if b.name in step.blocks) if step else ()
         forecast = self.plan.forecast if self.plan is not None else Forecast()

@@ -13,11 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memo_runtime.records import Action, BlockPlan, BlockProfile, Executor, Role, TensorGroup, TiledProfile
+from memo_runtime.records import (
+    RESIDENT_ROLES,
+    Action,
+    BlockPlan,
+    BlockProfile,
+    Executor,
+    Role,
+    TensorGroup,
+    TiledProfile,
+)
 from memo_runtime.sizes import MIN_SWAP_BYTES, slot_bytes, stored_bytes
-
-#: Roles whose bytes belong to the model or to all blocks: never moved, never counted for a block.
-RESIDENT_ROLES = (Role.PARAMETER, Role.SHARED)
 
 _RERUN_INPUTS = (Role.INPUT, Role.MIXER, Role.RANDOM)
 

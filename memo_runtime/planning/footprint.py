@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memo_runtime.planning.actions import RESIDENT_ROLES, row_bytes
+from memo_runtime.planning.actions import row_bytes
 from memo_runtime.records import (
+    RESIDENT_ROLES,
     Action,
     BlockPlan,
     BlockProfile,

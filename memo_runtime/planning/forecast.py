@@ -24,9 +24,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memo_runtime.planning.actions import RESIDENT_ROLES
 from memo_runtime.planning.footprint import NO_PRODUCTS, Footprint
-from memo_runtime.records import FETCH_PARTS, Profile, Stretch
+from memo_runtime.records import FETCH_PARTS, RESIDENT_ROLES, Profile, Stretch
 from memo_runtime.sizes import WITNESS_ROWS
 from memo_runtime.units import MiB
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from memo_runtime.config import Policy
 from memo_runtime.placement import ArenaReport
-from memo_runtime.records import BlockReport, Executor, Report
+from memo_runtime.records import Executor
 from memo_runtime.reporting.text_table import amount, notes_text, reasons_text, run_rows, table
+from memo_runtime.reports import BlockReport, Report
 from memo_runtime.units import format_bytes, format_flops, format_seconds
 
 _HEADER = ("blocks", "executor", "alpha", "to host", "to device", "kept", "recomputed", "attention")

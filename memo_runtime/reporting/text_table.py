@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import groupby
 from typing import TypeVar
 
-from memo_runtime.records import BlockPlan, BlockReport
+from memo_runtime.records import BlockPlan
+from memo_runtime.reports import BlockReport
 
 WIDTH = 110
 _GAP = "  "

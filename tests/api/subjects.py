@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import memo_runtime as memo
-from memo_runtime.records import Report, Totals
+from memo_runtime.reports import Report, Totals
 from tests.api.towers import BOUND, POLICIES
 from tests.integrations.models import batch, make
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import memo_runtime as memo
-from memo_runtime.records import Totals
+from memo_runtime.reports import Totals
 from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, step, totals
 from tests.api.towers import POLICIES, signal, tower

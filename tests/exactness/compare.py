@@ -17,7 +17,8 @@ from torch.utils import _pytree
 
 import memo_runtime as memo
 from memo_runtime.lookup import find_wrapped
-from memo_runtime.records import Executor, Plan, Report
+from memo_runtime.records import Executor, Plan
+from memo_runtime.reports import Report
 
 TOLERANCE = 1e-12
 TRADE = ("bytes_to_host", "bytes_to_device", "bytes_kept", "recomputed_flops")

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import memo_runtime as memo
 from memo_runtime.lookup import find_wrapped
-from memo_runtime.records import BlockReport, Executor
+from memo_runtime.records import Executor
+from memo_runtime.reports import BlockReport
 from memo_runtime.wrapping import Wrapped
 from tests.exactness.compare import (
     MEMO,

@@ -7,7 +7,8 @@ import pytest
 from train_options import parse_options
 from train_progress import HEADER, Outcome, Step, Talk, Workload, largest_difference, result_line, step_line
 
-from memo_runtime.records import Forecast, Report, Totals
+from memo_runtime.records import Forecast
+from memo_runtime.reports import Report, Totals
 
 WORKLOAD = Workload(tokens=2048, flops=10**12, passes=2, device_name="NVIDIA H100 80GB HBM3")
 TOTALS = Totals(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import memo_runtime as memo
 from memo_runtime.errors import BlockFallbackError
-from memo_runtime.records import Executor, Report
+from memo_runtime.records import Executor
+from memo_runtime.reports import Report
 from tests.exactness import hand_written as blocks
 from tests.exactness.compare import MAIN_WAYS, MEMO, SWAP, assert_gradients, output_loss, run_step
 from tests.tiny import few_samples

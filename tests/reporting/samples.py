@@ -7,7 +7,6 @@ from memo_runtime.records import (
     ArgumentAxes,
     BlockPlan,
     BlockProfile,
-    BlockReport,
     Executor,
     Fingerprint,
     Forecast,
@@ -19,13 +18,12 @@ from memo_runtime.records import (
     PinKind,
     Plan,
     Profile,
-    Report,
     Role,
     SavedTensor,
     TensorGroup,
     TokenAxis,
-    Totals,
 )
+from memo_runtime.reports import BlockReport, Report, Totals
 
 BLOCK = BlockProfile(
     name="model.layers.0",

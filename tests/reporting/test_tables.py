@@ -147,6 +147,7 @@ def test_columns_without_content_are_left_out():
 
 def test_a_profile_prints_what_blocks_save():
     text = profile_table(PROFILE)
+    assert str(PROFILE) == text
     assert text.startswith("profile: 3 x 4,096 tokens on cpu\n")
     assert "model.layers.0-2  LlamaDecoderLayer" in text
     assert "AdamW, assumed" in text

@@ -50,7 +50,7 @@ _HOMES = {
     "MemoError": "memo_runtime.errors",
     "Plan": "memo_runtime.records",
     "Profile": "memo_runtime.records",
-    "Report": "memo_runtime.records",
+    "Report": "memo_runtime.reports",
     "check": "memo_runtime.api",
     "linear_cross_entropy": "memo_runtime.losses",
     "plan": "memo_runtime.api",

@@ -18,11 +18,16 @@ from typing import TYPE_CHECKING
 
 from memo_runtime.reporting.mfu import model_flops
 
+_ROOT = Path(__file__).resolve().parents[2]
+_EXAMPLES = str(_ROOT / "examples")
+if _EXAMPLES not in sys.path:
+    sys.path.append(_EXAMPLES)
+
+import geometries  # noqa: E402 - of the examples, at once: a tree may be replaced while a run goes on
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ROOT = Path(__file__).resolve().parents[2]
-_EXAMPLES = str(_ROOT / "examples")
 _CONFIGS = _ROOT / "benchmarks" / "configs"
 
 #: Model types whose MLP is two products with a function between them.
@@ -70,6 +75,7 @@ class Shape:
         gated: the MLP has a product for its gate.
         experts, active: MLPs of a block, and those that a token goes through; a router chooses among several.
         rank: of the adapters beside every product of the blocks, all else being frozen; 0: there are none.
+        windows: of the blocks whose attention sees so many tokens only, up to its own; the others see all before.
     """
 
     hidden: int
@@ -83,6 +89,7 @@ class Shape:
     experts: int = 1
     active: int = 1
     rank: int = 0
+    windows: tuple[int, ...] = ()
 
     @property
     def attention_width(self) -> int:
@@ -116,16 +123,23 @@ class Shape:
         """Parameters of the adapters of one block: two thin matrices for each of its products."""
         return sum(self.rank * (linear.inputs + linear.outputs) for linear in self.linears)
 
+    def attended(self, tokens: int) -> int:
+        """Twice the pairs of query and key of all blocks: ``L S^2``, and ``W (2 S - W)`` of a block with a window W."""
+        whole = (self.blocks - len(self.windows)) * tokens * tokens
+        return whole + sum(seen * (2 * tokens - seen) for seen in (min(one, tokens) for one in self.windows))
+
     def model_flops(self, tokens: int) -> int:
         """Forward and backward of one sequence, nothing counted twice: ``6 N S + 6 L d S^2``, ``4 N S`` of frozen N.
 
-        N counts matrix products only; norms, about 0.004 % of an 8B block's parameters, are left out.
+        N counts matrix products only; norms, about 0.004 % of an 8B block's parameters, are left out. Of a block with a
+        window, attention counts as far as it reaches.
         """
         own = self.blocks * sum(linear.size for linear in self.linears) + self.vocabulary * self.hidden
-        return model_flops(
-            parameters=own + self.blocks * self.adapters, frozen=own if self.rank else 0, layers=self.blocks,
+        products = model_flops(
+            parameters=own + self.blocks * self.adapters, frozen=own if self.rank else 0, layers=0,
             attention_width=self.attention_width, tokens=tokens,
         )  # fmt: skip
+        return products + 6 * self.attention_width * self.attended(tokens)
 
     def rerun_flops(self, tokens: int, *, attention: bool, last: bool = False) -> int:
         """FLOPs of running every block once more for its backward, with or without its attention.
@@ -139,11 +153,12 @@ class Shape:
         products = sum(2 * linear.size for linear in repeated) + 2 * self.adapters
         if self.rank and not last:
             products -= 2 * self.rank * self.hidden
-        return self.blocks * (products * tokens + (2 * self.attention_width * tokens * tokens if attention else 0))
+        again = 2 * self.attention_width * self.attended(tokens) if attention else 0
+        return self.blocks * products * tokens + again
 
 
 class UnknownGeometryError(ValueError):
-    """No such geometry; names those that there are."""
+    """No such geometry, or one of which nothing could be measured as it is counted; says what would work."""
 
 
 def check_geometry(name: str) -> None:
@@ -156,24 +171,27 @@ def check_geometry(name: str) -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise UnknownGeometryError("models come from Hugging Face transformers: pip install 'memo-runtime[hf]'")
+    if not name.strip() or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
+        raise UnknownGeometryError(f"--geometry {name!r} names no config.json; {_known()}")
     _find(name)
 
 
-def _find(name: str) -> object:
-    if _EXAMPLES not in sys.path:
-        sys.path.append(_EXAMPLES)
-    import geometries
+def _own() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(_CONFIGS.glob("*.json"))}
 
-    own = {path.stem: path for path in sorted(_CONFIGS.glob("*.json"))}
+
+def _known() -> str:
+    names = ", ".join([*geometries.GEOMETRIES, *_own()])
+    return f"there are: {names}, or give the path of a Hugging Face config.json"
+
+
+def _find(name: str) -> geometries.Geometry:
     try:
-        return geometries.find_geometry(str(own.get(name, name)))
+        return geometries.find_geometry(str(_own().get(name, name)))
     except geometries.GeometryError as error:
         if Path(name).exists():
             raise UnknownGeometryError(str(error)) from None
-        known = ", ".join([*geometries.GEOMETRIES, *own])
-        raise UnknownGeometryError(
-            f"--geometry {name} is unknown; there are: {known}, or give the path of a Hugging Face config.json"
-        ) from None
+        raise UnknownGeometryError(f"--geometry {name} is unknown; {_known()}") from None
 
 
 def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConfig:
@@ -183,8 +201,6 @@ def make_config(name: str, *, tokens: int, blocks: int | None) -> PreTrainedConf
         UnknownGeometryError: no such geometry, or the installed transformers make none of it.
     """
     found = _find(name)
-    import geometries
-
     try:
         return geometries.make_config(found, tokens=tokens, layers=blocks)
     except geometries.GeometryError as error:

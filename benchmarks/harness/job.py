@@ -51,6 +51,9 @@ class Job:
         own_budgets: they are another contender's peaks, so that one that is too small says nothing of longer lengths.
         host_budget: the same for host memory, at all lengths.
         sketch_at: length at which gradients are sketched; None: nowhere.
+        longest: of the whole run, which the model has positions for; None: of ``lengths``.
+        wider, plain: what a reference is: gradients in a wider dtype where that is affordable, or else those of plain
+            PyTorch in the run's own; with neither there is none.
         deadline: Unix time at which nothing may be running any more; None: none.
         traces: path of the Chrome traces of one more step per length, without ``-TOKENS.json.gz``; None: no traces.
         plans: path of memo's plans, without ``-TOKENS.json``: carried out where they are, else written; None: none.
@@ -63,9 +66,17 @@ class Job:
     own_budgets: bool = False
     host_budget: int | None = None
     sketch_at: int | None = None
+    longest: int | None = None
+    wider: bool = True
+    plain: bool = False
     deadline: float | None = None
     traces: str | None = None
     plans: str | None = None
+
+    @property
+    def model_length(self) -> int:
+        """Tokens that the model has positions for: the same in all processes of a run."""
+        return max(self.longest or 0, *self.lengths)
 
     def to_json(self) -> str:
         """One line."""

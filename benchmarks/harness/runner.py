@@ -34,8 +34,10 @@ DONE, FAILED, USAGE, NOT_IN_TIME, INTERRUPTED = 0, 1, 2, 4, 130
 #: Whose gradients the others are compared with where there is no wider reference.
 PLAIN = "unwrapped"
 #: Largest relative L2 distance of gradients from the reference's: rounding stays far below, and mistakes do not. Where
-#: unwrapped itself is farther from it, twice as far as that is taken.
+#: plain PyTorch in the run's dtype is farther from it, twice as far as that is taken, and never more than ``_MOST``
+#: times as much, which is what unwrapped may be off by.
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-4, "float64": 1e-10}
+_MOST = 5
 
 #: How long last words are waited for, where what the process started may still hold its talk.
 _SECONDS_OF_WORDS = 2.0
@@ -121,6 +123,7 @@ class Runner:
     file: RowFile
     conditions: Row
     deadline: float | None = None
+    tried_wider: bool = False
 
     @classmethod
     def of(cls, options: Options) -> Runner:
@@ -174,14 +177,16 @@ class Runner:
 
     def run(self) -> int:
         """Measure what is missing; an exit code."""
-        first = self.options.lengths[0]
-        if self._wants_reference(first):
-            self._walk(Entry(REFERENCE), (first,))
+        looked_at = next((entry for entry in self.options.entries if self._looks(entry)), None)
+        if looked_at is not None:
+            self._refer(looked_at)
         for entry in self.options.entries:
             lengths = self.missing(entry)
             if not lengths:
                 say(f"{entry.label}: nothing to measure")
                 continue
+            if self._looks(entry):
+                self._refer(entry)
             if not self._in_time():
                 break
             self._walk(entry, lengths)
@@ -196,13 +201,36 @@ class Runner:
             return NOT_IN_TIME
         return FAILED if any(row["status"] == "error" for row in self.file.rows) else DONE
 
-    def _wants_reference(self, tokens: int) -> bool:
-        """Gradients will be looked at, a wider reference was not refused, and it was not tried yet."""
-        settings = self.options.settings
-        if not self.options.reference or settings.dtype not in WIDER or not self._in_time():
-            return False
-        looked_at = [entry for entry in self.options.entries if self._sketch_at(entry) == tokens]
-        return self.file.find(REFERENCE, tokens) is None and any(tokens in self.missing(entry) for entry in looked_at)
+    def _looks(self, entry: Entry) -> bool:
+        """Whether gradients of ``entry`` will be looked at."""
+        return self._sketch_at(entry) in self.missing(entry)
+
+    def _refer(self, entry: Entry) -> None:
+        """Measure what the gradients of ``entry``, which comes next, are compared with, where that is not there.
+
+        A wider dtype's, before all others. Where there is none: unwrapped's own, or where that comes later, or failed,
+        those of one step of the same.
+        """
+        tokens, wanted = self.options.lengths[0], self.options.reference
+        if self.file.find(REFERENCE, tokens) is not None or not self._in_time():
+            return
+        wider = wanted and self.options.settings.dtype in WIDER and not self.tried_wider
+        named = any(one.label == PLAIN for one in self.options.entries)
+        plain = (wanted or named) and entry.label != PLAIN and self._base(tokens) is None
+        if not wider and not plain:
+            return
+        self.tried_wider = True
+        self._walk(Entry(REFERENCE), (tokens,), wider=wider, plain=plain)
+
+    def _base(self, tokens: int) -> tuple[str, Row] | None:
+        """(whose, row) that gradients at ``tokens`` are compared with, if it is there."""
+        found = self.file.find(REFERENCE, tokens)
+        if found is not None and found["status"] == "ok":
+            own = self.options.settings.dtype
+            dtype = (found["details"] or {}).get("dtype", WIDER.get(own))
+            return PLAIN if dtype == own else dtype, found
+        found = self.file.find(PLAIN, tokens)
+        return None if found is None or found["status"] != "ok" or found["gradient_sketch"] is None else (PLAIN, found)
 
     def _in_time(self) -> bool:
         return self.deadline is None or time.time() < self.deadline
@@ -211,7 +239,7 @@ class Runner:
         folder = self.options.traces
         return None if folder is None else str(folder / f"{self.options.run}-{entry.label.replace('@', '-at-')}")
 
-    def _walk(self, entry: Entry, lengths: tuple[int, ...]) -> None:
+    def _walk(self, entry: Entry, lengths: tuple[int, ...], *, wider: bool = False, plain: bool = False) -> None:
         say(f"{entry.label}: {', '.join(f'{tokens:,}' for tokens in lengths)} tokens")
         budgets = self.budgets(entry, lengths)
         job = Job(
@@ -222,6 +250,9 @@ class Runner:
             own_budgets=entry.budget_from is not None,
             host_budget=self.options.host_budget if entry.takes_budget else None,
             sketch_at=self._sketch_at(entry),
+            longest=self.options.lengths[-1],
+            wider=wider,
+            plain=plain,
             deadline=self.deadline,
             traces=self._traces(entry),
         )
@@ -279,26 +310,28 @@ class Runner:
         mine = measured.get("gradient_sketch")
         if mine is None or entry.name == REFERENCE:
             return
-        plain = mine if entry.label == PLAIN else self._sketch(PLAIN, measured["seq_len"])
-        wide = self._sketch(REFERENCE, measured["seq_len"])
-        theirs = wide or plain
-        if theirs is None:
+        base = self._base(measured["seq_len"])
+        if base is None and entry.label == PLAIN and measured["status"] == "ok":
+            base = PLAIN, measured
+        if base is None:
+            say(f"{entry.label}: its gradients are compared with nobody's, for want of a reference and of {PLAIN}")
             return
-        name = PLAIN if wide is None else WIDER[self.options.settings.dtype]
-        apart, most = relative_difference(mine, theirs), TOLERANCE[self.options.settings.dtype]
-        if entry.label == PLAIN:
-            most *= 5  # its rounding alone, which is that of the model
-        elif plain is not None:
-            most = max(most, 2 * relative_difference(plain, theirs))
+        name, reference = base
+        apart, most = relative_difference(mine, reference["gradient_sketch"]), self._most(entry, reference)
         measured["gradient_difference"] = apart
         measured["details"] = {**(measured.get("details") or {}), "gradient_reference": name}
         if not apart <= most:  # NaN is not
             measured["status"] = "error"
             measured["error"] = f"gradients are {apart:.2g} (relative L2) from {name}'s; at most {most:.2g} is rounding"
 
-    def _sketch(self, contender: str, tokens: int) -> str | None:
-        row = self.file.find(contender, tokens)
-        return None if row is None else row["gradient_sketch"]
+    def _most(self, entry: Entry, reference: Row) -> float:
+        """How far gradients of ``entry`` may be from those of ``reference``."""
+        tolerance = TOLERANCE[self.options.settings.dtype]
+        if entry.label == PLAIN:  # its rounding alone, which is that of the model
+            return _MOST * tolerance
+        rounding = (reference["details"] or {}).get("rounding") or 0.0
+        # As far off as unwrapped may not be, plain PyTorch says nothing of rounding.
+        return min(max(tolerance, 2 * rounding), _MOST * tolerance) if rounding <= _MOST * tolerance else tolerance
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.harness.counted import (
+    NO_MODEL,
+    check_calls,
+    check_layers,
+    check_windows,
+    find_windows,
+    keeps_blocks,
+    refusal,
+)
 from benchmarks.harness.geometry import Scope, Shape, make_config, make_shape
 from benchmarks.harness.job import Settings
 from memo_runtime.config import Loss
@@ -72,13 +82,16 @@ class Subject:
         self._attention = attention
         self.device = torch.device(settings.device)
         self.config = make_config(settings.geometry, tokens=longest, blocks=settings.blocks)
-        self.shape: Shape = make_shape(self.config, settings.scope, rank=settings.lora or 0)
+        shape = make_shape(self.config, settings.scope, rank=settings.lora or 0)
         torch.manual_seed(settings.seed)
-        self.model = self._build()
+        made = self._build()
+        self.shape: Shape = replace(shape, windows=find_windows(self.config, made))
+        check_windows(self.shape, settings.scope, longest)
+        self.model = made.train() if settings.scope == Scope.STEP else self._stack(made)
         self.layers = _find_layers(self.model)
         if settings.lora is not None:
             _add_adapters(self.model, self.layers, settings.lora)
-        _check_products(self.layers[0], self.shape)
+        check_layers(self.layers, self.shape)
         self.optimizer = self._optimizer()
         self._loss: Any = None
 
@@ -86,13 +99,28 @@ class Subject:
         from transformers import AutoModel, AutoModelForCausalLM
 
         made: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype), "attn_implementation": self._attention}
-        with self.device:
-            if self.settings.scope == Scope.STEP:
-                return AutoModelForCausalLM.from_config(self.config, **made).train()
+        if self.settings.scope == Scope.BLOCKS:
             # An embedding comes with the layers; of one row, since nothing reads it.
             self.config.vocab_size, self.config.pad_token_id = 1, None
-            whole = AutoModel.from_config(self.config, **made)
-            return BlockStack(whole.layers, whole.rotary_emb).train()
+        kind = AutoModelForCausalLM if self.settings.scope == Scope.STEP else AutoModel
+        try:
+            with self.device:
+                found: nn.Module = kind.from_config(self.config, **made)
+        except NO_MODEL as error:
+            raise refusal(error, self.config, self._attention) from error
+        whole = found.base_model if self.settings.scope == Scope.STEP else found
+        if not keeps_blocks(whole):
+            raise refusal(ValueError("it has no layers with rotary_emb"), self.config, self._attention)
+        return found
+
+    def _stack(self, whole: nn.Module) -> BlockStack:
+        layers, rotary = whole.layers, whole.rotary_emb
+        assert isinstance(layers, nn.ModuleList), "it keeps its blocks there"
+        assert isinstance(rotary, nn.Module), "and makes their tables"
+        check_calls(list(layers), rotary)
+        stack = BlockStack(layers, rotary)
+        stack.train()
+        return stack
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -167,27 +195,6 @@ class Subject:
         """Drop all gradients."""
         self.model.zero_grad(set_to_none=True)
         batch[0].grad = None
-
-
-def _check_products(layer: nn.Module, shape: Shape) -> None:
-    """That FLOPs are counted as they are done.
-
-    Raises:
-        ValueError: a block has other matrix products than its shape.
-    """
-    counted = sum(linear.weights for linear in shape.linears) + shape.adapters
-    there = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1)
-    if there != counted and shape.rank:
-        raise ValueError(
-            f"--lora {shape.rank}: adapters would be counted beside every product of a block, and PEFT puts them "
-            "beside modules of class nn.Linear alone, which experts and products joined into one are not: leave it out"
-        )
-    if there != counted:
-        raise ValueError(
-            f"a block of this geometry has {there:,} weights in matrix products, and FLOPs would be counted for "
-            f"{counted:,}: the harness knows decoders with attention and an MLP, gated or not, or experts "
-            "(benchmarks/harness/geometry.py)"
-        )
 
 
 def _add_adapters(model: nn.Module, layers: Sequence[nn.Module], rank: int) -> None:

@@ -82,3 +82,93 @@ def test_no_reference_where_nothing_is_compared(in_process, arguments):
     assert main(arguments("unwrapped", "--reference", "unwrapped", lengths="48")) == 0
     assert "reference" not in [job.contender for job in in_process]
     assert runner.WIDER.get("float64") is None
+
+
+class FarOff(WrongGradients):
+    """Its gradients are twice as large."""
+
+    def step(self, on_gradients=None):
+        if on_gradients is None:
+            return super().step()
+        return Unwrapped.step(self, lambda given: on_gradients({name: 2 * one for name, one in given.items()}))
+
+
+class NoMemory(Unwrapped):
+    """It does not fit."""
+
+    def step(self, on_gradients=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("order", ["unwrapped,checkpoint,selective", "checkpoint,selective,unwrapped"])
+def test_a_failed_unwrapped_widens_nobody_s_bound(in_process, arguments, monkeypatch, order):
+    monkeypatch.setitem(CONTENDERS, "unwrapped", FarOff)
+    monkeypatch.setitem(CONTENDERS, "checkpoint", WrongGradients)
+    given = arguments(order, lengths="48")
+    assert main(given) == 1
+    rows = {row["contender"]: row for row in rows_of(given)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "reference": "ok", "unwrapped": "error", "checkpoint": "error", "selective": "ok",
+    }  # fmt: skip
+    assert "at most 0.0001 is rounding" in rows["checkpoint"]["error"]
+
+
+@pytest.mark.parametrize(("rounding", "most"), [(None, 1e-4), (4e-5, 1e-4), (9e-5, 1.8e-4), (4e-4, 5e-4), (0.2, 1e-4)])
+def test_how_far_apart_gradients_may_be(make_runner, rounding, most):
+    """Twice plain PyTorch's rounding, never more than unwrapped may be off by, and nothing of one that is wrong."""
+    run = make_runner("unwrapped,checkpoint")
+    plain, other = run.options.entries
+    row = {"details": {"dtype": "float64"} | ({} if rounding is None else {"rounding": rounding})}
+    assert run._most(other, row) == pytest.approx(most)
+    assert run._most(plain, row) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("more", [["--reference", "unwrapped"], []])
+@pytest.mark.parametrize("order", ["checkpoint,unwrapped", "checkpoint"])
+def test_gradients_are_compared_where_unwrapped_is_not_the_first(
+    in_process, arguments, monkeypatch, more, order, capsys
+):
+    monkeypatch.setitem(reference._AFFORDABLE, "cpu", 1)
+    monkeypatch.setitem(CONTENDERS, "checkpoint", WrongGradients)
+    given = arguments(order, *more, lengths="48")
+    if (more, order) == (["--reference", "unwrapped"], "checkpoint"):
+        # Who asks for unwrapped's and does not name it has none, and is told so.
+        assert main(given) == 0
+        assert "checkpoint: its gradients are compared with nobody's" in capsys.readouterr().err
+        return
+    assert main(given) == 1
+    found, wrong, *others = rows_of(given)
+    assert (found["contender"], found["details"]["dtype"]) == ("reference", "float32")
+    assert wrong["status"] == "error"
+    assert "from unwrapped's; at most 0.0001 is rounding" in wrong["error"]
+    assert all(row["gradient_difference"] < 1e-6 for row in others)
+    assert {row["details"]["gradient_reference"] for row in (wrong, *others)} == {"unwrapped"}
+
+
+def test_gradients_are_compared_where_unwrapped_does_not_fit(in_process, arguments, monkeypatch):
+    monkeypatch.setitem(CONTENDERS, "unwrapped", NoMemory)
+    monkeypatch.setitem(CONTENDERS, "checkpoint", WrongGradients)
+    given = arguments("unwrapped,checkpoint", "--reference", "unwrapped", lengths="48")
+    assert main(given) == 1
+    assert [(row["contender"], row["status"]) for row in rows_of(given)] == [
+        ("unwrapped", "oom"), ("reference", "ok"), ("checkpoint", "error"),
+    ]  # fmt: skip
+
+
+def test_a_wider_reference_that_does_not_fit_leaves_plain_pytorch_s(make_job, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(reference, "_wide", refuse)
+    found = refer(make_job("unwrapped", dtype="bfloat16"))
+    assert found["details"] == {"dtype": "bfloat16", "wider": "OutOfMemoryError: CUDA out of memory"}
+
+
+def test_what_plain_pytorch_cannot_do_is_no_failure_of_the_reference(make_job, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr(Subject, "tile_loss", refuse)
+    found = refer(make_job("unwrapped"))
+    assert found["details"] == {"dtype": "float64"}
+    assert "plain PyTorch in float32 does not run here: No available kernel" in caplog.text

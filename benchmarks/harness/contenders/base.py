@@ -80,7 +80,7 @@ class Training(Contender):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.subject = Subject(job.settings, longest=max(job.lengths))
+        self.subject = Subject(job.settings, longest=job.model_length)
         self.device = self.subject.device
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self.settings: dict[str, Any] = {}

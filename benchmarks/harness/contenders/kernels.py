@@ -7,6 +7,7 @@ the time that no manager of memory can beat without doing less arithmetic.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch.nn.attention import sdpa_kernel
@@ -14,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.packages import SkippedError
-from benchmarks.harness.geometry import Linear, Scope, make_config, make_shape
+from benchmarks.harness.geometry import Linear
 from benchmarks.harness.job import Job
-from benchmarks.harness.subject import BACKENDS, OnGradients
+from benchmarks.harness.subject import BACKENDS, OnGradients, Subject
 from memo_runtime.rehearsal.cpu_peak import storage_bytes
 
 #: Length at which kernels of attention are compared; their order does not change with it.
@@ -32,11 +33,17 @@ class Kernels(Contender):
         settings = job.settings
         self.device = torch.device(settings.device)
         self._dtype = getattr(torch, settings.dtype)
-        config = make_config(settings.geometry, tokens=max(job.lengths), blocks=settings.blocks)
+        # The model that others train, without its numbers: what is refused for them is refused here.
+        found = Subject(replace(settings, device="meta"), longest=job.model_length).shape
         # Blocks alone in either scope: head and loss are no part of the definition.
-        self.shape = make_shape(config, Scope.BLOCKS)
+        self.shape = replace(found, vocabulary=0)
         if self.shape.experts > 1:
             raise SkippedError("kernels are those of attention and one MLP, and this geometry has experts")
+        if min(self.shape.windows, default=job.model_length) < job.model_length:
+            raise SkippedError(
+                f"kernels are those of attention to all tokens before, and blocks of this geometry have a window of "
+                f"{min(self.shape.windows):,} tokens"
+            )
         torch.manual_seed(settings.seed)
         self._weights = {linear: self._random(linear.outputs, linear.inputs) for linear in self.shape.linears}
         self._weight_gradient = torch.empty_like(max(self._weights.values(), key=torch.Tensor.numel)).flatten()

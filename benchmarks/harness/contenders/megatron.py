@@ -57,6 +57,11 @@ class Megatron(Training):
                 f"{self.name} has layers like those of {' and '.join(_MODELS)}, not {subject.config.model_type}: "
                 "choose another --geometry"
             )
+        if subject.shape.windows:
+            raise SkippedError(
+                f"{self.name} has attention to all tokens before here, and blocks of this geometry have a window of "
+                f"{min(subject.shape.windows):,}: choose another --geometry"
+            )
         if self.options is _SELECTIVE and not subject.shape.gated:
             raise SkippedError(
                 f"{self.name} is for layers without biases: Megatron's checkpoint of an MLP returns its bias, whose "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -141,8 +142,12 @@ class Shape:
         )  # fmt: skip
         return products + 6 * self.attention_width * self.attended(tokens)
 
-    def rerun_flops(self, tokens: int, *, attention: bool, last: bool = False) -> int:
+    def rerun_flops(
+        self, tokens: int, *, attention: bool, last: bool = False, kept: Collection[str] = ()
+    ) -> int:  # fmt: skip
         """FLOPs of running every block once more for its backward, with or without its attention.
+
+        Products named in ``kept`` are not repeated: what they returned was saved. That is for blocks without adapters.
 
         Without ``last`` the last product is not repeated: nobody saved its output, and PyTorch's checkpoint stops
         before it. That of experts is: what they are weighted with wants it for its gradient. So is one with an adapter,
@@ -150,7 +155,7 @@ class Shape:
         """
         last = last or self.experts > 1
         repeated = self.linears if last or self.rank else [one for one in self.linears if one.name != "down_proj"]
-        products = sum(2 * linear.size for linear in repeated) + 2 * self.adapters
+        products = sum(2 * linear.size for linear in repeated if linear.name not in kept) + 2 * self.adapters
         if self.rank and not last:
             products -= 2 * self.rank * self.hidden
         again = 2 * self.attention_width * self.attended(tokens) if attention else 0

@@ -17,12 +17,14 @@ MEMO_WAYS: dict[str, tuple[str, float | None]] = {
 }
 #: What other projects recommend for long sequences. One that is not installed is a row with status ``skipped``.
 OTHERS = (
-    "axolotl", "hf-offload", "trl-offload", "trl-offload-all", "liger", "hf-offload+liger", "deepspeed",
-    "deepspeed-zero-offload", "megatron-full", "megatron-selective", "megatron-mlp-chunks",
-    "unwrapped+compile", "selective+compile", "memory-budget", "trainstream",
+    "axolotl", "hf-offload", "trl-offload", "trl-offload-all", "liger", "liger-kernels", "hf-offload+liger",
+    "hf-offload+liger-kernels", "deepspeed", "deepspeed-zero-offload", "megatron-full", "megatron-selective",
+    "megatron-mlp-chunks", "unwrapped+compile", "selective+compile", "selective-mm+compile", "memory-budget",
+    "trainstream",
 )  # fmt: skip
 NAMES = (
-    "kernels", "unwrapped", "selective", "checkpoint", "save_on_cpu", *OTHERS, *(f"memo-{way}" for way in MEMO_WAYS),
+    "kernels", "unwrapped", "selective", "selective-mm", "checkpoint", "save_on_cpu", *OTHERS,
+    *(f"memo-{way}" for way in MEMO_WAYS),
 )  # fmt: skip
 
 #: They train layers of their own, or nothing, and so none that has adapters.

@@ -19,6 +19,7 @@ from benchmarks.harness.table import first_line, too_long
 ATTENTION_AGAIN = {
     "unwrapped": False,
     "selective": False,
+    "selective-mm": False,
     "checkpoint": True,
     "save_on_cpu": True,
     "axolotl": False,
@@ -26,7 +27,9 @@ ATTENTION_AGAIN = {
     "trl-offload": True,
     "trl-offload-all": False,
     "liger": True,
+    "liger-kernels": True,
     "hf-offload+liger": True,
+    "hf-offload+liger-kernels": True,
     "deepspeed": True,
     "deepspeed-zero-offload": True,
     "megatron-full": True,
@@ -34,6 +37,7 @@ ATTENTION_AGAIN = {
     "megatron-mlp-chunks": True,
     "unwrapped+compile": False,
     "selective+compile": False,
+    "selective-mm+compile": False,
     "memory-budget": False,
     "trainstream": False,
 }

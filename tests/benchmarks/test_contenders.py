@@ -1,18 +1,21 @@
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.contenders.megatron import WAYS
 from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.contenders.selective import ATTENTION
+from benchmarks.harness.contenders.selective_mm import PRODUCTS, EverySecond
 from benchmarks.harness.geometry import Scope
 
 #: The compiler takes half a minute for each on the CPU.
-COMPILED = ("memory-budget", "unwrapped+compile", "selective+compile")
+COMPILED = ("memory-budget", "unwrapped+compile", "selective+compile", "selective-mm+compile")
 SLOW = set(COMPILED)
 #: Norms are in float32 whatever the model is. Compiled ones round otherwise, and Megatron's are not: relative L2.
 ROUNDING = dict.fromkeys((*COMPILED, *WAYS), 1e-6)
@@ -87,6 +90,7 @@ def calls(job):
         ("checkpoint", 2),
         ("save_on_cpu", 2),
         ("selective", 1),
+        ("selective-mm", 1),
         ("axolotl", 1),
         ("megatron-full", 2),
         ("megatron-selective", 1),
@@ -96,6 +100,36 @@ def calls(job):
 def test_attention_runs_again_or_does_not(make_job, name, times):
     counts = calls(make_job(name))
     assert sum(counts[op] for op in ATTENTION) == 2 * times
+
+
+def test_every_second_product_is_kept_and_counts_begin_anew_in_each_block(make_job):
+    """q, v, gate and down of a Llama: k, o and up run again, in every block."""
+    seen = []
+
+    class Recorded(EverySecond):
+        def __call__(self, context, operator, *args, **kwargs):
+            found = super().__call__(context, operator, *args, **kwargs)
+            if operator in PRODUCTS and not context.is_recompute:
+                seen.append((tuple(args[-1].shape), found == CheckpointPolicy.MUST_SAVE))
+            return found
+
+    contender = made(make_job("selective-mm", blocks=3))
+    contender.start(64)
+    with mock.patch("benchmarks.harness.contenders.selective_mm.EverySecond", Recorded):
+        contender.step()
+    q, k, up, down = (96, 96), (96, 32), (96, 256), (256, 96)
+    block = [(q, True), (k, False), (k, True), (q, False), (up, True), (up, False), (down, True)]
+    assert seen == 3 * block
+
+
+def test_products_are_counted_apart_in_forward_and_rerun():
+    """PyTorch 2.13 asks in forward only, older ones again in the rerun, which ends before the last product."""
+    policy, product = EverySecond(), torch.ops.aten.mm.default
+    for rerun, times in ((False, 7), (True, 6)):
+        context = SelectiveCheckpointContext(is_recompute=rerun)
+        found = [policy(context, product) == CheckpointPolicy.MUST_SAVE for _ in range(times)]
+        assert found == [place % 2 == 0 for place in range(times)]
+        assert policy(context, torch.ops.aten.mul.Tensor) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def test_attention_that_is_not_fused_runs_again_under_selective(make_job):

@@ -92,6 +92,24 @@ def test_a_step_has_the_products_of_the_formula(make_job, geometry, lora):
     assert found == contender.model_flops(64) - attention
 
 
+@pytest.mark.parametrize("geometry", ["tiny", "gpt-7b-tp8"])
+def test_every_second_product_that_is_run_again_is_what_rows_say(make_job, geometry):
+    def job(name):
+        made = make_job(name, blocks=1)
+        return replace(made, settings=replace(made.settings, geometry=geometry))
+
+    _, once = products(job("unwrapped"))
+    contender, found = products(job("selective-mm"))
+    assert 0 < found - once == contender.recomputed_flops(64) < contender.subject.shape.rerun_flops(64, attention=False)
+
+
+def test_products_that_are_joined_or_of_experts_are_not_said_to_be_run_again(make_job):
+    for more in ({"geometry": "olmoe-1b-7b"}, {"geometry": "tiny", "lora": 4}):
+        made = make_job("selective-mm")
+        settings = replace(made.settings, device="meta", **more)
+        assert CONTENDERS["selective-mm"](replace(made, settings=settings)).recomputed_flops(64) is None
+
+
 @pytest.mark.parametrize(
     ("name", "lora"),
     [("checkpoint", None), ("checkpoint", 4), ("selective", None), ("selective", 4), ("save_on_cpu", None)],

@@ -1,5 +1,6 @@
 """Contenders of others that need a GPU, with the pieces of one imitated: streams, and what says where tensors are."""
 
+import inspect
 from contextlib import nullcontext
 
 import pytest
@@ -113,13 +114,12 @@ def test_trl_sends_what_is_saved_to_the_host(make_job, monkeypatch, scope, name,
     assert not contender._manager.tracker
 
 
-@needs(LIGER)
-def test_liger_runs_mlps_by_tiles_with_everybodys_weights(make_job, monkeypatch):
+@pytest.fixture
+def gated(monkeypatch):
+    """Liger's kernel of the gate, which is Triton's, imitated; how many tokens it was given."""
     from liger_kernel.transformers import tiled_mlp
 
     class Gated:
-        """Its kernel is Triton's."""
-
         @staticmethod
         def apply(gate, up):
             seen.append(gate.shape[-2])
@@ -128,8 +128,57 @@ def test_liger_runs_mlps_by_tiles_with_everybodys_weights(make_job, monkeypatch)
     seen = []
     monkeypatch.setattr(liger, "need_gpu", lambda *_: None)
     monkeypatch.setattr(tiled_mlp, "LigerSiLUMulFunction", Gated)
+    return seen
+
+
+@needs(LIGER)
+def test_liger_runs_mlps_by_tiles_with_everybodys_weights(make_job, gated):
     job = make_job("liger", (TOKENS,), blocks=BLOCKS, dtype="float64")
     contender = CONTENDERS["liger"](job)
     assert_same(contender, job)
-    assert len(seen) == 3 * BLOCKS  # forward, the checkpoint's rerun, and the tile's own
+    assert len(gated) == 3 * BLOCKS  # forward, the checkpoint's rerun, and the tile's own
     assert contender.recomputed_flops(TOKENS) is None
+    assert "apply_liger_kernel_to_llama" not in contender.settings
+
+
+@needs(LIGER)
+@pytest.mark.parametrize("scope", [Scope.BLOCKS, Scope.STEP])
+def test_liger_s_norms_and_rotary_positions_are_its_own_by_its_default(make_job, gated, monkeypatch, scope):
+    from liger_kernel.transformers import apply_liger_kernel_to_llama, monkey_patch, rms_norm
+    from transformers.models.llama import modeling_llama
+
+    class Norm:
+        @staticmethod
+        def apply(hidden, weight, eps, offset, casting, in_place, row_mode):
+            seen.append("norm")
+            wide = hidden.float()
+            return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+
+    def rotary(*given, **more):
+        seen.append("rotary")
+        return before["apply_rotary_pos_emb"](*given, **more)
+
+    seen, before = [], {name: getattr(modeling_llama, name) for name in liger._OF_LLAMA}
+    monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", Norm)
+    monkeypatch.setattr(monkey_patch, "liger_rotary_pos_emb", rotary)
+    job = make_job("liger-kernels", (TOKENS,), blocks=BLOCKS, dtype="float64", scope=scope)
+    contender = CONTENDERS["liger-kernels"](job)
+    norms = [module for module in contender.subject.model.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    assert len(norms) == 2 * BLOCKS + (scope == Scope.STEP)
+    assert all(module._get_name() == "LigerRMSNorm" for module in norms)
+    assert all(type(layer.mlp).__name__ == "LigerTiledSwiGLUMLP" for layer in contender.subject.layers)
+    assert all("forward" not in vars(layer.mlp) for layer in contender.subject.layers)  # its own is by tiles
+    if scope == Scope.BLOCKS:
+        found = gradients(contender)
+        assert seen.count("norm") == 2 * 2 * BLOCKS  # forward and the checkpoint's rerun
+        assert seen.count("rotary") == 2 * BLOCKS
+        assert len(gated) == 3 * BLOCKS
+    contender.close()
+    assert {name: getattr(modeling_llama, name) for name in liger._OF_LLAMA} == before
+    if scope == Scope.BLOCKS:
+        for name, expected in gradients(CONTENDERS["unwrapped"](job)).items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+    # What is not on by Liger's own default: its plain MLP, in whose place the tiled one is.
+    defaults = {n: p.default for n, p in inspect.signature(apply_liger_kernel_to_llama).parameters.items()}
+    expected = defaults | {"swiglu": False, "fused_linear_cross_entropy": scope == Scope.STEP}
+    assert contender.settings["apply_liger_kernel_to_llama"] | {"model": None} == expected

@@ -1,4 +1,5 @@
-"""Blocks compiled one by one (``torch.compile``): as they are, or with selective checkpointing inside (torchtitan).
+"""Blocks compiled one by one (``torch.compile``): as they are, or with selective checkpointing inside, as torchtitan
+compiles blocks; by its policy that is ``selective-mm+compile``.
 
 memo's own tiles are compiled; these say what compilation alone is worth.
 """
@@ -9,6 +10,7 @@ from typing import Any
 
 from benchmarks.harness.contenders.base import Training
 from benchmarks.harness.contenders.selective import Selective
+from benchmarks.harness.contenders.selective_mm import SelectiveMm
 
 _OPTIONS: dict[str, Any] = {"dynamic": False}
 
@@ -24,6 +26,15 @@ class CompiledBlocks(Training):
 
 class CompiledSelective(Selective):
     """All but attention runs again, in a backward that the compiler makes."""
+
+    def install(self) -> None:
+        """Every block compiled with its checkpoint."""
+        super().install()
+        compile_blocks(self)
+
+
+class CompiledSelectiveMm(SelectiveMm):
+    """All but attention and every second product runs again, in a backward that the compiler makes."""
 
     def install(self) -> None:
         """Every block compiled with its checkpoint."""

@@ -27,14 +27,14 @@ def enable_checkpointing(subject: Subject, *, offload: bool = False) -> dict[str
     Raises:
         SkippedError: this transformers has no ``offload``.
     """
-    enable = _enabler(_owner(subject))
+    enable = _enabler(owner(subject))
     first = next(iter(inspect.signature(enable).parameters))
     enable(**{first: _CHECKPOINTING}, offload=offload)
     return {enable.__name__: {first: _CHECKPOINTING, "offload": offload}}
 
 
-def _owner(subject: Subject) -> nn.Module:
-    """The pretrained model whose blocks these are."""
+def owner(subject: Subject) -> nn.Module:
+    """The pretrained model whose blocks these are, for what others do to models."""
     if subject.settings.scope == Scope.STEP:
         return subject.model
     from transformers import AutoModel

@@ -30,7 +30,8 @@ def next_lengths(rows: Sequence[Row], first: int, last: int) -> tuple[int, ...]:
     there = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: int(row["seq_len"]))
     short = [int(row["seq_len"]) for row in rows if row["status"] == "oom"]
     if not there:
-        return () if short else _doubling(first, last)
+        # Of a search that began at a longer one: what lies below the shortest that did not fit.
+        return tuple(tokens for tokens in _doubling(first, last) if tokens < min(short, default=last + 1))
     low = int(there[-1]["seq_len"])
     high = min((tokens for tokens in short if tokens > low), default=None)
     if high is None:

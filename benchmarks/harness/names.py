@@ -68,7 +68,8 @@ def _entry(label: str) -> Entry:
             raise ContenderError(f"contender {one!r} is unknown; there are: {', '.join(NAMES)}")
     try:
         entry = Entry(name, source if found and size is None else None, size)
-        _ = entry.budget
+        if entry.budget == 0:
+            raise ValueError("a budget of 0 bytes leaves no memory: give a size such as 24GiB")
     except ValueError as error:
         raise ContenderError(f"contender {label!r}: {error}") from None
     if found and not entry.takes_budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,15 @@ from benchmarks.harness.rows import RowError, read_rows
 from memo_runtime.units import parse_bytes, parse_tokens
 
 ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
+_HALF = ("bfloat16", "float16")
+_WIDE = (*_HALF, "float32")
+#: Device -> kernels of PyTorch's attention that it has, and the dtypes that they take.
+_KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": dict.fromkeys(("flash", "math"), (*_WIDE, "float64")),
+    "cuda": {"cudnn": _HALF, "flash": _HALF, "efficient": _WIDE, "math": (*_WIDE, "float64")},
+}
+#: Seeds that PyTorch takes, with room for a length, which is added to them.
+_SEEDS = 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--contenders", required=True,
         help="such as kernels,unwrapped,selective,memo-auto@selective,memo-auto@24GiB,memo-auto")  # fmt: skip
     add("--budget-from", metavar="NAME", help="memo also runs with budget = the peak that NAME reached")
-    add("--budget", type=_size, help="device budget of memo contenders without @")
+    add("--budget", type=_some, help="device budget of memo contenders without @")
     add("--host-budget", type=_size, help="host budget of all memo contenders")
-    add("--memory", type=_size, help="what a contender may allocate, where it shall be less than there is")
-    add("--host-memory", type=_size, help="what may be in use on the whole machine: beyond it a contender is ended")
+    add("--memory", type=_some, help="what a contender may allocate, where it shall be less than there is")
+    add("--host-memory", type=_some, help="what may be in use on the whole machine: beyond it a contender is ended")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
     add("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: bfloat16, float32 on the CPU")
     add("--attention", choices=ATTENTION, help="the kernel of all contenders; default: cudnn, auto on the CPU")
@@ -91,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         help="find the longest length of each within --lengths FIRST,LAST, with stand-ins for attention")  # fmt: skip
     add("--reference", default="wider", choices=["wider", "unwrapped"],
         help="gradients are compared with a wider dtype's, where that is affordable, or with unwrapped's")  # fmt: skip
-    add("--minutes", type=float, help="stop in time; the same command goes on")
+    add("--minutes", type=_minutes, help="time of the whole command: stop in time; the same command goes on")
     add("--commit", help="commit of the tree that runs, where it is no checkout")
     return parser
 
@@ -102,6 +112,24 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _size(text: str) -> int:
     return _read(parse_bytes, text)
+
+
+def _some(text: str) -> int:
+    """A size that is not 0: with none nothing could be measured."""
+    size = _size(text)
+    if size == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves no memory: give a size such as 24GiB, or leave it out")
+    return size
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give minutes, such as 90, or leave it out")
+    return minutes
 
 
 def _read(parse: Callable[[str], int], text: str) -> int:
@@ -139,6 +167,32 @@ def _not_adapted(entries: Sequence[Entry], rank: int) -> str:
     return "" if other is None else f"{other} has no layers that adapters could be beside: leave it out"
 
 
+def _out_of_range(given: argparse.Namespace) -> str:
+    """What is wrong with one option, and would be for every contender; "": nothing."""
+    if not given.run.strip() or not given.run.isprintable():
+        return f"--run {given.run!r} is no name of a run: give one line that is not empty"
+    for name, count in (("steps", given.steps), ("blocks", given.blocks)):
+        if count is not None and count < 1:
+            return f"--{name} {count}: at least one {name[:-1]} is measured"
+    if given.scope == Scope.STEP and min(given.lengths or (2,)) < 2:
+        return "--lengths 1: in scope step tokens predict the next one, so there are 2 at least"
+    if not 0 <= given.seed < _SEEDS:
+        return f"--seed {given.seed}: PyTorch takes none; give a number from 0 to {_SEEDS - 1}"
+    if given.traces is not None:
+        there = next(path for path in (given.traces, *given.traces.absolute().parents) if path.exists())
+        if not there.is_dir():
+            return f"--traces {given.traces}: {there} is no folder; give one, which is made where it is not there"
+    return ""
+
+
+def _no_such_kernel(attention: str, device: str, dtype: str) -> str:
+    """Why no contender can run ``attention``; "": all can."""
+    there = [name for name, dtypes in _KERNELS[device].items() if dtype in dtypes]
+    if attention == "auto" or attention in there:
+        return ""
+    return f"--attention {attention}: PyTorch has none on {device} in {dtype}; there are: auto, {', '.join(there)}"
+
+
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """The options of ``arguments``; exits with 2 and what is wrong."""
     parser = _parser()
@@ -159,11 +213,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         parser.error(f"--rehearse: {refused}")
     if given.geometry in SHARES and given.scope == Scope.STEP:
         parser.error(f"--geometry {given.geometry} is {SHARES[given.geometry]}: give --scope blocks")
-    for name, count in (("steps", given.steps), ("blocks", given.blocks)):
-        if count is not None and count < 1:
-            parser.error(f"--{name} {count}: at least one {name[:-1]} is measured")
-    if given.scope == Scope.STEP and min(given.lengths or (2,)) < 2:
-        parser.error("--lengths 1: in scope step tokens predict the next one, so there are 2 at least")
+    dtype = given.dtype or ("bfloat16" if device == "cuda" else "float32")
+    attention = given.attention or ("cudnn" if device == "cuda" else "auto")
+    if refused := _out_of_range(given) or _no_such_kernel(attention, device, dtype):
+        parser.error(refused)
     if given.lora is not None and (refused := _not_adapted(entries, given.lora)):
         parser.error(f"--lora {given.lora}: {refused}")
     found = given.commit or commit()
@@ -174,8 +227,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         scope=Scope(given.scope),
         blocks=given.blocks,
         device=device,
-        dtype=given.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        attention=given.attention or ("cudnn" if device == "cuda" else "auto"),
+        dtype=dtype,
+        attention=attention,
         loss=given.loss,
         memory=given.memory,
         host_memory=given.host_memory,

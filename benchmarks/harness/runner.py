@@ -7,6 +7,7 @@ measured again, so that the same command goes on after an interruption or after 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from dataclasses import dataclass
 from benchmarks.harness import ending, forecast, provenance
 from benchmarks.harness.bound import held_back, terminable
 from benchmarks.harness.ending import LastWords
-from benchmarks.harness.geometry import UnknownGeometryError
 from benchmarks.harness.host_guard import HostGuard
 from benchmarks.harness.job import WIDER, Job
 from benchmarks.harness.longest import next_lengths
 from benchmarks.harness.names import Entry
 from benchmarks.harness.options import Options, parse_options
+from benchmarks.harness.own_files import RefusedError, refusal
 from benchmarks.harness.rows import REFERENCE, Row, RowError, RowFile, held, make_row, read_rows
 from benchmarks.harness.sketch import relative_difference
 from benchmarks.harness.table import first_line, run_table
@@ -104,9 +105,15 @@ class Child:
         return timer
 
     def failure(self) -> Row | None:
-        """How the process ended, if that was not as it should and not our doing."""
+        """How the process ended, if that was not as it should and not our doing.
+
+        Raises:
+            RefusedError: it did not find the project.
+        """
         if self.overdue or not self.returned:
             return None
+        if self.said and (refused := refusal(self.said[-1])) is not None:
+            raise RefusedError(refused)
         if self.guard is not None and (found := self.guard.failure()) is not None:
             return found
         settings = self.job.settings
@@ -152,7 +159,8 @@ class Runner:
     def budgets(self, entry: Entry, lengths: Sequence[int] = ()) -> dict[int, int]:
         """Device budget of ``entry`` by length; one of its own at ``lengths``, or at those of the run."""
         if entry.budget_from is None:
-            given = (entry.budget or self.options.budget) if entry.takes_budget else None
+            own = self.options.budget if entry.budget is None else entry.budget
+            given = own if entry.takes_budget else None
             return {} if given is None else dict.fromkeys(lengths or self.options.lengths, given)
         rows = [row for row in self.file.of(entry.budget_from) if row["status"] == "ok"]
         return {row["seq_len"]: row["peak_allocated"] for row in rows}
@@ -160,20 +168,34 @@ class Runner:
     def missing(self, entry: Entry) -> tuple[int, ...]:
         """Lengths at which ``entry`` is still to be measured.
 
-        None after a row that is not ok. One with a budget from another contender runs where that one did, and goes on
-        after a budget that was too small: the next length has another.
+        None from the shortest on that is not ok, and none at all of one that was skipped. One with a budget from
+        another contender runs where that one did, and goes on after a budget that was too small: the next length has
+        another.
         """
         rows = self.file.of(entry.label)
         if self.options.settings.rehearse:
             return next_lengths(rows, self.options.lengths[0], self.options.lengths[-1])
         harmless = ("ok",) if entry.budget_from is None else ("ok", "oom")
-        if any(row["status"] not in harmless for row in rows):
+        if any(row["status"] == "skipped" for row in rows):
             return ()
+        end = min((row["seq_len"] for row in rows if row["status"] not in harmless), default=math.inf)
         there = {row["seq_len"] for row in rows}
         possible = self.options.lengths if entry.budget_from is None else self.budgets(entry)
         if self.options.longest:
             possible = (self.options.longest[entry.label],)
-        return tuple(tokens for tokens in self.options.lengths if tokens in possible and tokens not in there)
+        return tuple(one for one in self.options.lengths if one in possible and one not in there and one < end)
+
+    def _why_not(self, entry: Entry) -> str:
+        """What keeps ``entry`` from lengths that have no row, if something does."""
+        rows = self.file.of(entry.label)
+        there = {row["seq_len"] for row in rows if row["status"] == "ok"}
+        ended = [row for row in rows if row["status"] != "ok"]
+        if self.options.settings.rehearse:  # a search ends with lengths that do not fit
+            ended = [row for row in ended if not there or row["status"] != "oom"]
+        elif entry.budget_from is not None or there | {row["seq_len"] for row in ended} >= set(self.options.lengths):
+            return ""
+        row = min(ended, key=lambda row: int(row["seq_len"]), default=None)
+        return "" if row is None else f" beyond {row['seq_len']:,} tokens, which is {row['status']}: see its row"
 
     def run(self) -> int:
         """Measure what is missing; an exit code."""
@@ -183,7 +205,7 @@ class Runner:
         for entry in self.options.entries:
             lengths = self.missing(entry)
             if not lengths:
-                say(f"{entry.label}: nothing to measure")
+                say(f"{entry.label}: nothing to measure{self._why_not(entry)}")
                 continue
             if self._looks(entry):
                 self._refer(entry)
@@ -260,7 +282,7 @@ class Runner:
         with closing(iter(child)) as measurements:  # its process ends before anything else is done
             for measured in measurements:
                 if "refused" in measured:
-                    raise UnknownGeometryError(measured["refused"])
+                    raise RefusedError(measured["refused"])
                 self._append(entry, measured, budgets)
                 if measured["status"] != "ok" and not (job.own_budgets and measured["status"] == "oom"):
                     return
@@ -339,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             return _measure(parse_options(arguments))
-    except (RowError, UnknownGeometryError) as error:
+    except (RowError, RefusedError) as error:
         say(f"error: {error}")
         return USAGE
     except KeyboardInterrupt:

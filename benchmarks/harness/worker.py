@@ -25,6 +25,7 @@ from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.geometry import UnknownGeometryError
 from benchmarks.harness.job import Job
 from benchmarks.harness.memory import cuda_peaks, host_facts, limit_memory, release, reset_peaks
+from benchmarks.harness.own_files import refusal_of
 from benchmarks.harness.reference import refer
 from benchmarks.harness.rehearsing import rehearse
 from benchmarks.harness.rows import REFERENCE
@@ -199,6 +200,9 @@ def walk(job: Job, out: TextIO) -> None:
     except UnknownGeometryError as error:  # nobody's result: no contender could be measured
         emit({"refused": str(error)})
     except Exception as error:  # whatever a contender does wrong is its result, and the others go on
+        if (refused := refusal_of(error)) is not None:
+            emit({"refused": refused})
+            return
         if not (ran_out(error) or isinstance(error, SkippedError)):
             traceback.print_exc()
         emit(_failure(job, tokens, error, device))

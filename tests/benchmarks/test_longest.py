@@ -60,6 +60,10 @@ def test_what_ends_a_search():
     assert longest(search(lambda tokens: 1)[0]) == LAST
     assert [one["seq_len"] for one in search(lambda tokens: MEMORY + 1)[0]] == [FIRST]
     assert next_lengths([{"seq_len": 48, "status": "error"}], 48, 192) == ()
+    # One that began at a length that did not fit goes on below it.
+    assert next_lengths([{"seq_len": 192, "status": "oom"}], 48, 768) == (48, 96)
+    assert next_lengths([{"seq_len": 192, "status": "oom"}], 48, 96) == (48, 96)
+    assert next_lengths([{"seq_len": 192, "status": "oom"}], 192, 768) == ()
     rows, _ = search(lambda tokens: MEMORY * tokens // 77, first=16, last=512)
     assert longest(rows) in (76, 77)
 

@@ -15,6 +15,7 @@ from benchmarks.harness import runner
 from benchmarks.harness.contenders import CONTENDERS
 from benchmarks.harness.job import Job
 from benchmarks.harness.options import parse_options
+from benchmarks.harness.own_files import RefusedError
 from benchmarks.harness.rows import RowFile, held, read_rows
 from benchmarks.harness.runner import Child, Runner, main
 from benchmarks.harness.tables import tables
@@ -124,6 +125,61 @@ def test_out_of_memory_is_not_tried_again_and_nothing_longer_either(scripted, ma
     again = make_runner("unwrapped", lengths="48,96,192")
     assert again.run() == 0
     assert [(row["seq_len"], row["status"]) for row in again.file.rows] == [(48, "ok"), (96, "oom")]
+
+
+def test_what_lies_below_a_length_that_did_not_fit_is_measured_later(scripted, make_runner, capsys):
+    scripted([{"status": "oom", "seq_len": 192, "error": "CUDA out of memory"}])
+    make_runner("unwrapped", lengths="192").run()
+    scripted([ok(48), ok(96), ok(384)])
+    again = make_runner("unwrapped", lengths="48,96,192,384")
+    assert again.run() == 0
+    assert sorted((row["seq_len"], row["status"]) for row in again.file.rows) == [(48, "ok"), (96, "ok"), (192, "oom")]
+    capsys.readouterr()
+    assert again.run() == 0
+    assert "unwrapped: nothing to measure beyond 192 tokens, which is oom: see its row" in capsys.readouterr().err
+
+
+def test_what_was_skipped_is_skipped_at_every_length(scripted, make_runner, capsys):
+    scripted([{"status": "skipped", "seq_len": 96, "error": "not installed"}])
+    make_runner("unwrapped", lengths="96").run()
+    scripted([ok(48)])
+    again = make_runner("unwrapped", lengths="48,96")
+    again.run()
+    assert [(row["seq_len"], row["status"]) for row in again.file.rows] == [(96, "skipped")]
+    assert "nothing to measure beyond 96 tokens, which is skipped" in capsys.readouterr().err
+
+
+def test_an_import_of_the_project_s_own_that_fails_is_nobody_s_result(in_process, arguments, monkeypatch, capsys):
+    """As where the tree is replaced while a run goes on."""
+
+    def fail(job):
+        raise ModuleNotFoundError("No module named 'benchmarks.harness.gone'", name="benchmarks.harness.gone")
+
+    monkeypatch.setitem(CONTENDERS, "checkpoint", fail)
+    given = arguments("unwrapped,checkpoint,selective", "--reference", "unwrapped", lengths="48")
+    assert main(given) == 2
+    said = "could not be imported (No module named 'benchmarks.harness.gone')"
+    assert f"error: a file of the project itself {said}" in capsys.readouterr().err
+    assert [row["contender"] for row in rows_of(given)] == ["unwrapped"]
+    monkeypatch.setitem(CONTENDERS, "checkpoint", CONTENDERS["selective"])
+    assert main(given) == 0
+
+    def foreign(job):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setitem(CONTENDERS, "save_on_cpu", foreign)
+    assert main(arguments("save_on_cpu", "--reference", "unwrapped", lengths="48")) == 1
+
+
+@pytest.mark.parametrize("missing", ["benchmarks.harness.worker", "benchmarks.harness.bound"])
+def test_a_process_that_does_not_find_the_project_is_nobody_s_result(make_job, monkeypatch, missing):
+    job = make_job("unwrapped")
+    words = (f"ModuleNotFoundError: No module named '{missing}'",)
+    child = Child(job, returned=1, said=words)
+    with pytest.raises(RefusedError, match="could not be imported"):
+        child.failure()
+    words = ("ModuleNotFoundError: No module named 'triton'",)
+    assert Child(job, returned=1, said=words).failure()["status"] == "error"
 
 
 def test_a_row_whose_line_was_deleted_is_measured_again(scripted, arguments):
@@ -249,6 +305,24 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatc
         (["--scope", "step", "--lengths", "1,48"], "--lengths 1: in scope step tokens predict the next one"),
         (["--budget-from", "nope"], "--budget-from nope is unknown; there are: kernels, unwrapped"),
         (["--budget-from", "selective"], "--budget-from selective: nobody takes it; name one of memo's"),
+        (["--budget", "0"], "argument --budget: '0' leaves no memory: give a size such as 24GiB"),
+        (["--memory", "0GiB"], "argument --memory: '0GiB' leaves no memory"),
+        (["--host-memory", "0"], "argument --host-memory: '0' leaves no memory"),
+        (["--contenders", "memo-auto@0"], "'memo-auto@0': a budget of 0 bytes leaves no memory"),
+        (["--minutes", "nan"], "argument --minutes: 'nan' is no time"),
+        (["--minutes", "-1"], "argument --minutes: '-1' is no time"),
+        (["--minutes", "inf"], "argument --minutes: 'inf' is no time"),
+        (["--minutes", "soon"], "argument --minutes: 'soon' is no time"),
+        (["--run", " "], "--run ' ' is no name of a run"),
+        (["--run", "a\nb"], "--run 'a\\nb' is no name of a run"),
+        (["--seed", str(2**63)], "PyTorch takes none; give a number from 0 to"),
+        (["--seed", "-1"], "--seed -1: PyTorch takes none"),
+        (["--attention", "cudnn"], "PyTorch has none on cpu in float32; there are: auto, flash, math"),
+        (["--attention", "efficient"], "PyTorch has none on cpu in float32; there are: auto, flash, math"),
+        (["--traces", "README.md"], "README.md is no folder; give one"),
+        (["--traces", "README.md/below"], "README.md is no folder; give one"),
+        (["--geometry", ""], "--geometry '' names no config.json; there are: tiny, qwen3-tiny, llama-1b-d128,"),
+        (["--geometry", "docs"], "--geometry 'docs' names no config.json; there are: tiny, qwen3-tiny,"),
         (["--lora", "0"], "--lora 0: a rank is 1 or more"),
         (["--lora", "8", "--contenders", "unwrapped,kernels"], "kernels has no layers that adapters could be beside"),
         (["--lengths", "many"], "argument --lengths: 'many' is not a token count"),

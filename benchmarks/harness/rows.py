@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from memo_runtime.units import show_value
 
 #: Version of the fields of a row. 1: the first.
 SCHEMA = 1
@@ -35,8 +38,20 @@ FIELDS = (
 RUN_FIELDS = ("geometry", "scope", "blocks", "config", "gpu", "driver", "cpu", "cores", "commit", "versions")
 #: What rows of this schema did not have at first.
 _ADDED = ("gradient_sketch", "rehearsed")
-#: What a reader takes for granted of some of them.
-_KINDS: dict[str, type] = {"run": str, "contender": str, "seq_len": int, "config": dict, "versions": dict}
+#: What a reader takes for granted of some of them; and of others, where there is anything.
+_KINDS: dict[str, type] = {
+    "run": str, "contender": str, "geometry": str, "scope": str, "seq_len": int, "config": dict, "versions": dict,
+    "commit": str,
+}  # fmt: skip
+_OPTIONAL: dict[str, type] = {
+    "error": str, "details": dict, "gpu": str, "cpu": str, "gradient_sketch": str,
+    **dict.fromkeys(("step_seconds", "p20", "p80", "mfu", "hfu", "first_step_seconds", "gradient_difference"), float),
+    **dict.fromkeys(("blocks", "n", "peak_allocated", "peak_reserved", "host_rss", "pinned_bytes", "budget"), int),
+}  # fmt: skip
+#: What a table names of the conditions of a run.
+_INSIDE = (("config", "dtype"), ("config", "attention"), ("versions", "torch"))
+#: What every contender's row has that is ok; a rehearsed one all but the first.
+_MEASURED = ("step_seconds", "peak_allocated")
 #: How every row begins: what is at the end of a file and begins otherwise was not cut off by a run.
 _BEGINNING = f'{{"schema": {SCHEMA}, "run": '.encode()
 #: As much of it as tells a row where there is no other.
@@ -97,11 +112,44 @@ def _parse(path: Path, number: int, line: str) -> Row:
     missing = [name for name in FIELDS if name not in row and name not in _ADDED]
     if missing:
         raise RowError(f"{path}:{number} is no row of this harness, it has no field {missing[0]!r}: use another file")
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(row[name], kind)]
-    if wrong or row["status"] not in STATUSES:
-        name = wrong[0] if wrong else "status"
-        raise RowError(f"{path}:{number} is no row of this harness, its {name} is {row[name]!r}: use another file")
+    if (name := _odd(row)) is not None:
+        outer, _, inner = name.partition(".")
+        value = show_value(row[outer].get(inner) if inner else row[outer])
+        raise RowError(f"{path}:{number} is no row of this harness, its {name} is {value}: use another file")
     return row
+
+
+def _odd(row: Row) -> str | None:
+    """The first field of ``row`` whose value no run would have written; None: there is none."""
+    kinds = {**_KINDS, **{name: kind for name, kind in _OPTIONAL.items() if row.get(name) is not None}}
+    for name, kind in kinds.items():
+        if not _is(row[name], kind):
+            return name
+    if row["status"] not in STATUSES:
+        return "status"
+    for outer, inner in _INSIDE:
+        if not isinstance(row[outer].get(inner), str):
+            return f"{outer}.{inner}"
+    if row["status"] == "ok" and row["contender"] != REFERENCE:
+        needed = _MEASURED[1:] if row.get("rehearsed") else _MEASURED
+        for name in needed:
+            if row[name] is None or not 0 < row[name] < math.inf:
+                return name
+    return None if row["seq_len"] > 0 else "seq_len"
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a value of JSON is of ``kind``: true is no number, and a whole number is a float too."""
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def differing(first: object, other: object) -> tuple[object, object]:
+    """Of two mappings what differs in each; anything else as it is."""
+    if not isinstance(first, dict) or not isinstance(other, dict):
+        return first, other
+    names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    mine, theirs = ({name: one[name] for name in names if name in one} for one in (first, other))
+    return mine, theirs
 
 
 def _is_json(text: bytes) -> bool:
@@ -233,9 +281,10 @@ class RowFile:
         for row in self.rows:
             for name in RUN_FIELDS:
                 if row[name] != conditions[name]:
+                    there, here = differing(row[name], conditions[name])
                     raise RowError(
-                        f"run '{self.run}' in {self.path} was measured with {name} = {row[name]!r}, here it is "
-                        f"{conditions[name]!r}: rows of one run must be comparable. Give the new run another --run name"
+                        f"run '{self.run}' in {self.path} was measured with {name} = {there!r}, here it is {here!r}: "
+                        "rows of one run must be comparable. Give the new run another --run name"
                     )
 
     def find(self, contender: str, tokens: int) -> Row | None:

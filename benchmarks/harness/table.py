@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 
 from benchmarks.harness import forecast
@@ -113,12 +113,23 @@ def longest_table(rows: Sequence[Row]) -> str:
     return "\n".join([_conditions(rows[0]), head, "", table(_LONGEST_HEADER, lines), *([""] if told else []), *told])
 
 
-def run_table(rows: Sequence[Row]) -> str:
+def run_table(
+    rows: Sequence[Row], *, contenders: Collection[str] | None = None, lengths: Collection[int] | None = None
+) -> str:
     """A table for each length, and why contenders stopped.
 
-    Speed is times as fast as ``checkpoint``.
+    Speed is times as fast as ``checkpoint``, shown or not.
+
+    Args:
+        contenders, lengths: what is shown; None: all.
     """
-    rows = of_contenders(rows)
+    whole = of_contenders(rows)
+    bases = {int(row["seq_len"]): row for row in whole if row["contender"] == BASE}
+    rows = [
+        row
+        for row in whole
+        if (contenders is None or row["contender"] in contenders) and (lengths is None or row["seq_len"] in lengths)
+    ]
     if not rows:
         return "no rows"
     if any(row.get("rehearsed") for row in rows):
@@ -132,8 +143,7 @@ def run_table(rows: Sequence[Row]) -> str:
     ordered = sorted(rows, key=lambda row: int(row["seq_len"]))
     for tokens, group in groupby(ordered, key=lambda row: int(row["seq_len"])):
         members = list(group)
-        base = next((row for row in members if row["contender"] == BASE), None)
-        lines += ["", f"{tokens:,} tokens", table(_HEADER, [_cells(row, base, size) for row in members])]
+        lines += ["", f"{tokens:,} tokens", table(_HEADER, [_cells(row, bases.get(tokens), size) for row in members])]
     over = [row for row in ordered if row["gpu"] and row["budget"] and (row["peak_allocated"] or 0) > row["budget"]]
     lines += [""] if over else []
     lines += [f"{row['contender']} at {row['seq_len']:,}: its peak is above its budget" for row in over]

@@ -19,22 +19,40 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from benchmarks.harness.rows import RUN_FIELDS, Row, RowError, of_contenders, read_rows
+from benchmarks.harness.rows import RUN_FIELDS, Row, RowError, differing, of_contenders, read_rows
 from benchmarks.harness.side_by_side import Comparison, markdown
 from benchmarks.harness.table import run_table
 from memo_runtime.output import print_all, write_output
 from memo_runtime.units import parse_tokens
 
 DONE, USAGE = 0, 2
-_BLOCK = re.compile(
-    r"(?P<start><!-- memo bench table (?P<command>.*?) -->\n).*?(?P<stop><!-- end of the table -->)", re.DOTALL
-)
+#: A line of a document that begins a table, or ends one.
+_START = re.compile(r"<!-- memo bench table (?P<command>.*?) -->")
+_STOP = "<!-- end of the table -->"
+#: Options that a command in a document has, and --refresh none of.
+_CHOICES = ("run", "gpu", "contenders", "lengths", "full")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Quiet(argparse.ArgumentParser):
+    """Of commands in documents: what is wrong with one is said with its place."""
+
+    def error(self, message: str) -> NoReturn:
+        """Not the end of the program.
+
+        Raises:
+            RowError: always.
+        """
+        raise RowError(message)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """As ``error``."""
+        self.error(message or "this command makes no table")
+
+
+def _parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = kind(
         prog="memo bench table",
         description="Contenders side by side, one Markdown table for each run in FILEs. Rows of different runs, and so "
         "of different machines, are never in one table.",
@@ -65,11 +83,11 @@ def find_comparisons(files: Sequence[Path]) -> list[Comparison]:
         whole, size = read_rows(path)
         if size < path.stat().st_size:
             print(f"{path}: its last row was cut off while it was written, and is left out", file=sys.stderr)
-        rows = of_contenders(whole)
-        for name in dict.fromkeys(row["run"] for row in rows):
-            mine = tuple(row for row in rows if row["run"] == name)
-            _check(path, mine)
-            found.append(Comparison(path.as_posix(), mine))
+        for name in dict.fromkeys(row["run"] for row in whole):
+            mine = [row for row in whole if row["run"] == name]
+            _check(path, mine)  # the reference of their gradients too
+            if rows := tuple(of_contenders(mine)):
+                found.append(Comparison(path.as_posix(), rows))
     if not found:
         raise RowError(f"no rows in {', '.join(str(path) for path in files)}")
     return found
@@ -81,9 +99,9 @@ def _check(path: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         for name in (*RUN_FIELDS, "rehearsed"):
             if (row.get(name) or None) != (first.get(name) or None):
+                one, other = differing(first.get(name), row.get(name))
                 raise RowError(
-                    f"{path}: run '{row['run']}' has rows with {name} = {first.get(name)!r} and {row.get(name)!r}, "
-                    "which are not comparable"
+                    f"{path}: run '{row['run']}' has rows with {name} = {one!r} and {other!r}, which are not comparable"
                 )
         key = (row["contender"], row["seq_len"])
         if key in seen:
@@ -101,14 +119,20 @@ def _chosen(found: Sequence[Comparison], given: argparse.Namespace) -> list[Comp
         _known("run", name, [one.first["run"] for one in found])
     chosen = [one for one in found if not given.run or one.first["run"] in given.run]
     if given.gpu is not None:
-        _known("GPU", given.gpu, [str(one.first["gpu"]) for one in chosen])
-        chosen = [one for one in chosen if str(one.first["gpu"]) == given.gpu]
+        _known("GPU", given.gpu, [one.first["gpu"] for one in chosen])
+        chosen = [one for one in chosen if one.first["gpu"] == given.gpu]
     kept: dict[str, frozenset[Any]] = {}
     if given.contenders is not None:
-        kept["contender"] = frozenset(part.strip() for part in given.contenders.split(","))
+        kept["contender"] = frozenset(_parts("--contenders", given.contenders))
     if given.lengths is not None:
+        rehearsed = next((one.first["run"] for one in chosen if one.rehearsed), None)
+        if rehearsed is not None:
+            raise RowError(
+                f"--lengths: run '{rehearsed}' is of rehearsals, whose table has the longest length of each and no "
+                "others: leave it out, or choose real steps with --run"
+            )
         try:
-            kept["length"] = frozenset(parse_tokens(part) for part in given.lengths.split(","))
+            kept["length"] = frozenset(parse_tokens(part) for part in _parts("--lengths", given.lengths))
         except ValueError as error:
             raise RowError(f"--lengths: {error}") from None
     for what, wanted in kept.items():
@@ -116,6 +140,18 @@ def _chosen(found: Sequence[Comparison], given: argparse.Namespace) -> list[Comp
         for value in sorted(wanted):
             _known(what, value, sorted({row[field] for one in chosen for row in one.rows}))
     return [replace(one, shown=kept.get("contender"), shown_lengths=kept.get("length")) for one in chosen]
+
+
+def _parts(option: str, text: str) -> list[str]:
+    """What commas separate in ``text``; one at its end is no part.
+
+    Raises:
+        RowError: there is nothing in it.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise RowError(f"{option} {text!r} names nothing: name some, separated by commas, or leave it out")
+    return parts
 
 
 def _known(what: str, value: object, there: Sequence[object]) -> None:
@@ -155,7 +191,9 @@ def tables(arguments: Sequence[str], *, root: Path = Path(), document: Path | No
     Raises:
         RowError: as in ``find_comparisons``, or something was asked for that is not there.
     """
-    given = _parser().parse_args(arguments)
+    given = _parser(_Quiet).parse_args(arguments)
+    if given.refresh or not given.files:
+        raise RowError("a table is made of FILEs of rows: name one")
     found = find_comparisons([root / path for path in given.files])
     if document is not None:
         found = [replace(one, source=os.path.relpath(one.source, document.parent)) for one in found]
@@ -166,33 +204,68 @@ def tables(arguments: Sequence[str], *, root: Path = Path(), document: Path | No
         chosen = [replace(one, confirmed=_confirming(found, given.confirmed, one)) for one in chosen]
     if not given.full:
         return "\n\n".join(markdown(one) for one in chosen) + "\n"
-    return "\n\n".join(run_table([row for row in one.rows if one.shows(row["contender"])]) for one in chosen) + "\n"
+    shown = [run_table(one.rows, contenders=one.shown, lengths=one.shown_lengths) for one in chosen]
+    return "\n\n".join(shown) + "\n"
 
 
 def refreshed(document: Path, root: Path) -> str:
     """``document`` with its tables made again by the commands that stand at them, which name files from ``root``.
 
+    Lines end as they did.
+
     Raises:
-        RowError: as in ``tables``, or it has no such table.
+        RowError: as in ``tables``, with the line of the command; or it has no such table, one without its end, or is no
+            text. Nothing is left out of it.
     """
-
-    def again(block: re.Match[str]) -> str:
-        made = tables(shlex.split(block["command"]), root=root, document=document)
-        return f"{block['start']}{made}{block['stop']}"
-
-    text, count = _BLOCK.subn(again, document.read_text(encoding="utf-8"))
-    if not count:
+    try:
+        with document.open(encoding="utf-8", newline="") as file:
+            lines = file.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise RowError(f"{document} is not UTF-8 (byte {error.start}): no document of ours") from error
+    made: list[str] = []
+    began: tuple[int, str] | None = None
+    tables_made = 0
+    for number, line in enumerate(lines, start=1):
+        start = _START.fullmatch(line.strip())
+        if start is not None and began is not None:
+            break
+        if line.strip() == _STOP and began is not None:
+            ending = "\r" if line.endswith("\r") else ""
+            made += [one + ending for one in _again(document, root, *began)]
+            began, tables_made = None, tables_made + 1
+        if began is None:
+            made.append(line)
+        if start is not None:
+            began = number, start["command"]
+    if began is not None:
+        raise RowError(
+            f"{document}:{began[0]}: no line below this table is {_STOP!r} before the next one, or the end of the "
+            "document: nothing was changed, put it there"
+        )
+    if not tables_made:
         raise RowError(f"{document}: no table of it has its command beside it")
-    return text
+    return "\n".join(made)
+
+
+def _again(document: Path, root: Path, number: int, command: str) -> list[str]:
+    """The lines that the command at line ``number`` prints.
+
+    Raises:
+        RowError: it cannot be read, or as in ``tables``; says where it stands.
+    """
+    try:
+        return tables(shlex.split(command), root=root, document=document).removesuffix("\n").split("\n")
+    except (RowError, ValueError) as error:
+        raise RowError(f"{document}:{number}: {error}") from error
 
 
 def _refresh(document: Path) -> None:
     if not document.is_file():
         raise RowError(f"--refresh {document}: there is no such document")
-    after = refreshed(document.resolve(), _root(document))
-    changed = after != document.read_text(encoding="utf-8")
+    after = refreshed(document.resolve(), _root(document)).encode("utf-8")
+    changed = after != document.read_bytes()
     if changed:
-        write_output(document, after.encode("utf-8"))
+        write_output(document, after)
     print(f"{document}: {'made again' if changed else 'as it was'}", file=sys.stderr)
 
 
@@ -211,6 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(asked)
     if bool(given.files) == bool(given.refresh):
         parser.error("give FILEs of rows, or --refresh DOCUMENT")
+    beside = [name for name in _CHOICES if getattr(given, name)]
+    if given.refresh and beside:
+        parser.error(f"--refresh: a document's tables are made by their own commands, so --{beside[0]} goes into those")
     try:
         if given.refresh:
             for document in given.refresh:

@@ -8,13 +8,15 @@ from benchmarks.harness.rows import SCHEMA, RowError, RowFile, held, make_row, r
 from tests.house.sources import ROOT
 
 CONDITIONS = {
-    "geometry": "tiny", "scope": "blocks", "blocks": 2, "config": {"seed": 0}, "gpu": None, "driver": None,
+    "geometry": "tiny", "scope": "blocks", "blocks": 2, "gpu": None, "driver": None,
+    "config": {"seed": 0, "dtype": "float32", "attention": "auto"},
     "cpu": "x", "cores": 2, "commit": "abc", "versions": {"torch": "2.13"},
 }  # fmt: skip
+MEASURED = {"step_seconds": 1.0, "peak_allocated": 2**20}
 
 
 def row(contender="unwrapped", tokens=64, run="a", **more):
-    given = {"run": run, "contender": contender, "seq_len": tokens, "status": "ok", **CONDITIONS}
+    given = {"run": run, "contender": contender, "seq_len": tokens, "status": "ok", **MEASURED, **CONDITIONS}
     return make_row(given | more)
 
 
@@ -80,6 +82,26 @@ ROW = json.dumps(row())
         ('{"schema": 1, "run": "a"}\n', "rows:1 is no row of this harness, it has no field 'contender'"),
         (json.dumps(row() | {"config": None}) + "\n", "its config is None"),
         (json.dumps(row() | {"status": "fine"}) + "\n", "its status is 'fine'"),
+        *(
+            (json.dumps(row() | {name: value}) + "\n", f"rows:1 is no row of this harness, its {said}: use another")
+            for name, value, said in (
+                ("step_seconds", None, "step_seconds is None"),
+                ("step_seconds", "1", "step_seconds is '1'"),
+                ("step_seconds", 0, "step_seconds is 0"),
+                ("step_seconds", float("nan"), "step_seconds is nan"),
+                ("step_seconds", True, "step_seconds is True"),
+                ("peak_allocated", None, "peak_allocated is None"),
+                ("peak_allocated", 1.5, "peak_allocated is 1.5"),
+                ("p20", "1", "p20 is '1'"),
+                ("details", [], r"details is \[\]"),
+                ("error", 3, "error is 3"),
+                ("versions", {}, "versions.torch is None"),
+                ("config", {}, "config.dtype is None"),
+                ("commit", None, "commit is None"),
+                ("seq_len", -4, "seq_len is -4"),
+                ("seq_len", True, "seq_len is True"),
+            )
+        ),
         (b"\xff\xfe\n", "rows:1 is not UTF-8"),
         (b"\xff\xfe", "rows:1 is no row, nor the beginning of one"),
     ],
@@ -168,6 +190,27 @@ def test_a_run_does_not_go_on_under_other_conditions(tmp_path, name, value):
     file.check_conditions(CONDITIONS)
     with pytest.raises(RowError, match=f"run 'a' in .* was measured with {name} = .* another --run name"):
         file.check_conditions(CONDITIONS | {name: value})
+
+
+def test_what_differs_is_named_and_not_all_that_was_measured_with(tmp_path):
+    file = RowFile.open(tmp_path / "rows.jsonl", "a")
+    file.append(row())
+    config = CONDITIONS["config"] | {"seed": 1, "allocator": "x"}
+    with pytest.raises(RowError) as caught:
+        file.check_conditions(CONDITIONS | {"config": config})
+    assert "was measured with config = {'seed': 0}, here it is {'seed': 1, 'allocator': 'x'}: rows" in str(caught.value)
+
+
+def test_a_reference_and_a_rehearsal_have_no_times(tmp_path):
+    path = tmp_path / "rows"
+    rows = [
+        row("reference", step_seconds=None, peak_allocated=None, gradient_difference=None),
+        row(rehearsed=True, step_seconds=None),
+        row("checkpoint", status="oom", error="x", step_seconds=None, peak_allocated=None),
+        row("selective", gradient_difference=float("nan"), status="error", error="x"),
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert len(read_rows(path)[0]) == 4
 
 
 def test_no_row_twice(tmp_path):

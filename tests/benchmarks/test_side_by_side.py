@@ -177,7 +177,8 @@ def test_runs_and_machines_are_never_in_one_table(tmp_path):
         find_comparisons([mixed])
     with pytest.raises(RowError, match="two rows of unwrapped at 64"):
         find_comparisons([write(tmp_path / "d", timed("unwrapped", 64, 1.0), timed("unwrapped", 64, 1.0))])
-    both = write(tmp_path / "e", timed("unwrapped", 64, 1.0), row("memo-auto", 64, status="ok", rehearsed=True))
+    rehearsed = timed("memo-auto", 64, None, status="ok", rehearsed=True)
+    both = write(tmp_path / "e", timed("unwrapped", 64, 1.0), rehearsed)
     with pytest.raises(RowError, match="which are not comparable"):
         find_comparisons([both])
 
@@ -247,3 +248,113 @@ def test_a_last_row_that_was_cut_off_is_said(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "checkpoint" not in shown.out
     assert "its last row was cut off while it was written, and is left out" in shown.err
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A document of a checkout with one file of rows, with what a test puts into it."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    rows = tmp_path / "benchmarks" / "results" / "rows.jsonl"
+    write(rows, timed("checkpoint", 64, 3.0), timed("memo-auto", 64, 2.0))
+
+    def make(*lines, end="\n"):
+        document = tmp_path / "page.md"
+        document.write_bytes("".join(line + end for line in lines).encode())
+        return document
+
+    return make
+
+
+START, STOP = "<!-- memo bench table benchmarks/results/rows.jsonl -->", "<!-- end of the table -->"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (("a", START, "prose", START, "stale", STOP), "page.md:2: no line below this table is"),
+        (("a", START, "stale", STOP, START, "prose"), "page.md:5: no line below this table is"),
+        (("a", "<!-- memo bench table 'rows -->", STOP), "page.md:2: No closing quotation"),
+        (("a", "<!-- memo bench table none.jsonl -->", STOP), "none.jsonl: there is no such file of rows"),
+        (("a", START.replace(" -->", " --nope -->"), STOP), "page.md:2: unrecognized arguments: --nope"),
+        (("a", START.replace(" -->", " --run s -->"), STOP), "page.md:2: there are no rows of run 's'"),
+        (("a", "<!-- memo bench table --run r -->", STOP), "page.md:2: a table is made of FILEs of rows"),
+        (("a", STOP), "page.md: no table of it has its command beside it"),
+    ],
+)
+def test_a_document_that_cannot_be_made_again_stays_and_says_where(page, capsys, lines, said):
+    document = page(*lines)
+    before = document.read_bytes()
+    assert main(["--refresh", str(document)]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+    assert document.read_bytes() == before
+
+
+def test_a_document_that_is_no_text_stays(page, capsys):
+    document = page(START, STOP)
+    document.write_bytes(b"\xff\xfe" + document.read_bytes())
+    assert main(["--refresh", str(document)]) == 2
+    assert "page.md is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_a_document_end_as_they_did(page, end):
+    document = page("before", START, "stale", STOP, "after", end=end)
+    assert main(["--refresh", str(document)]) == 0
+    made = document.read_bytes().decode()
+    assert "2.00 s" in made
+    assert "stale" not in made
+    assert made.startswith(f"before{end}{START}{end}")
+    assert made.endswith(f"{STOP}{end}after{end}")
+    assert made.count("\n") == made.count(end)
+    assert main(["--refresh", str(document)]) == 0
+    assert document.read_bytes().decode() == made
+
+
+def test_options_beside_refresh_are_refused(page, capsys):
+    for option in (["--run", "r"], ["--contenders", "checkpoint"], ["--lengths", "64"], ["--gpu", "x"], ["--full"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["--refresh", str(page(START, STOP)), *option])
+        assert ended.value.code == 2
+        assert f"so {option[0]} goes into those" in capsys.readouterr().err
+
+
+def test_what_a_full_table_shows_changes_no_comparison(rows, capsys):
+    assert main([str(rows), "--full", "--contenders", "memo-auto", "--lengths", "128K"]) == 0
+    shown = capsys.readouterr().out
+    assert "16,384 tokens" not in shown
+    (memo,) = [line.split() for line in shown.splitlines() if line.startswith("memo-auto ")]
+    assert memo[:2] == ["memo-auto", "2"]
+    assert "1.50" in memo  # times as fast as checkpoint, which is not shown
+    assert "checkpoint " not in shown
+    assert main([str(rows), "--contenders", "memo-auto,"]) == 0
+    assert main([str(rows), "--contenders", " ,"]) == 2
+    assert "--contenders ' ,' names nothing" in capsys.readouterr().err
+
+
+def test_a_table_of_longest_lengths_has_no_choice_of_lengths(tmp_path, capsys):
+    told = {"rehearsed": True, "status": "ok", "commit": "0123456789"}
+    path = write(tmp_path / "rows.jsonl", row("checkpoint", 1 << 19, peak=70 * GIB, **told))
+    for more in ([], ["--full"]):
+        assert main([str(path), "--lengths", "512K", *more]) == 2
+        assert "--lengths: run 'r' is of rehearsals" in capsys.readouterr().err
+
+
+def test_the_reference_of_gradients_is_of_the_same_run_and_machine(tmp_path, capsys):
+    reference = row("reference", 64, status="ok", commit="0123456789", gpu="NVIDIA H200", rehearsed=False)
+    path = write(tmp_path / "rows.jsonl", reference, timed("unwrapped", 64, 1.0))
+    assert main([str(path)]) == 2
+    assert "rows with gpu = 'NVIDIA H200' and 'NVIDIA H100 80GB HBM3', which are not" in capsys.readouterr().err
+    other = {"config": {"dtype": "bfloat16", "attention": "flash"}}
+    path = write(tmp_path / "rows.jsonl", timed("unwrapped", 64, 1.0), timed("checkpoint", 64, 1.0, **other))
+    assert main([str(path)]) == 2
+    assert "config = {'attention': 'cudnn'} and {'attention': 'flash'}, which" in capsys.readouterr().err
+    assert main([str(write(path, reference))]) == 2
+    assert "no rows in" in capsys.readouterr().err
+
+
+def test_a_gpu_that_no_row_has_is_said_of_rows_of_a_cpu(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", timed("unwrapped", 64, 1.0, gpu=None))
+    assert main([str(path), "--gpu", "nah"]) == 2
+    assert "no rows of GPU 'nah'; there are: none, on a CPU" in capsys.readouterr().err

@@ -125,9 +125,8 @@ def test_how_far_apart_gradients_may_be(make_runner, rounding, most):
 
 @pytest.mark.parametrize("more", [["--reference", "unwrapped"], []])
 @pytest.mark.parametrize("order", ["checkpoint,unwrapped", "checkpoint"])
-def test_gradients_are_compared_where_unwrapped_is_not_the_first(
-    in_process, arguments, monkeypatch, more, order, capsys
-):
+@pytest.mark.usefixtures("in_process")
+def test_gradients_are_compared_where_unwrapped_is_not_the_first(arguments, monkeypatch, more, order, capsys):
     monkeypatch.setitem(reference._AFFORDABLE, "cpu", 1)
     monkeypatch.setitem(CONTENDERS, "checkpoint", WrongGradients)
     given = arguments(order, *more, lengths="48")

@@ -155,7 +155,11 @@ def test_real_steps_stand_beside_the_lengths_that_they_confirm(tmp_path):
         ({}, ["--run", "real", "--confirmed", "real"], "real steps beside rehearsals; 'real' is the other kind"),
         ({}, ["--run", "r", "--confirmed", "r"], "real steps beside rehearsals; 'r' is the other kind"),
         ({"commit": "9876543210"}, ["--run", "r", "--confirmed", "real"], "commit is '9876543210' there and"),
-        ({"config": {"dtype": "bfloat16"}}, ["--run", "r", "--confirmed", "real"], "attention is None there and"),
+        (
+            {"config": {"device": "cuda", "attention": "flash", "dtype": "bfloat16"}},
+            ["--run", "r", "--confirmed", "real"],
+            "attention is 'flash' there and 'cudnn' in 'r'",
+        ),
         ({}, ["--run", "r", "--confirmed", "real", "--full"], "--full has no place for --confirmed"),
     ],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_rows import is_dense
 from memo_runtime.execution.tiled_run import ProgramCache, Run, stash_of, states_and_arguments
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
+from memo_runtime.execution.tiled_twice import differentiable_once, mark
 from memo_runtime.execution.witness import Witness
 from memo_runtime.records import TokenAxis
 
@@ -228,37 +229,10 @@ def _apply(run: Run, block: nn.Module, call: BlockCall, way: Way) -> Any:
     captured = run.captured
     sole_holders(run.device.type)  # found out here, not in the middle of a backward
     tensors = [*captured.read_states(block), *(call.leaves[leaf] for _, leaf in captured.arguments)]
-    results = _TiledFunction.apply(run, way, *tensors)  # type: ignore[no-untyped-call]
+    *results, _ = _TiledFunction.apply(run, way, *tensors)  # type: ignore[no-untyped-call]
     if captured.once(result_stage) is not None:
         run.yielded = next(Yielded.of(one) for one in results if isinstance(one, torch.Tensor))
-    return unflatten(list(results), captured.traced.output)
-
-
-_ONCE = (
-    "'{name}' runs by tiles, and the gradients of tiles cannot be differentiated again (create_graph=True). Would "
-    "work: policy='replay' or policy='swap'"
-)
-
-
-def _differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """``backward`` without a graph; whoever goes back through what it yields is told.
-
-    Unlike with PyTorch's own also where the gradients that come in have no graph: what comes out depends on parameters
-    all the same, and a penalty on it would be taken for a constant.
-    """
-
-    @wraps(backward)
-    def run(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        given = [one.detach().requires_grad_() if isinstance(one, torch.Tensor) else one for one in results]
-        refusal = torch._C._functions.DelayedError(_ONCE.format(name=ctx.run.owner or "a block").encode(), len(given))
-        told: tuple[Any, ...] = refusal(*given)
-        return told
-
-    return run
+    return unflatten(results, captured.traced.output)
 
 
 class _TiledFunction(torch.autograd.Function):
@@ -278,7 +252,8 @@ class _TiledFunction(torch.autograd.Function):
         ctx.input = _left_out(run, way, stash)
         with _given_back(run):
             ctx.entry = _swapped(run, way, stash, ctx)
-        ctx.save_for_backward(*stash)
+        marked = mark(tensors[-1])
+        ctx.save_for_backward(*stash, marked)
         for state in run.mixing.saved.values():
             state.tensors = (None,) * len(state.tensors)
         ctx.set_materialize_grads(False)
@@ -289,10 +264,10 @@ class _TiledFunction(torch.autograd.Function):
             if isinstance(out, torch.Tensor) and node not in wanted
         ]  # fmt: skip
         ctx.mark_non_differentiable(*constant)
-        return tuple(outputs)
+        return *outputs, marked
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         # Before anything here holds one of them.
         alone = sole_holders(ctx.run.device.type)
@@ -305,7 +280,7 @@ class _TiledFunction(torch.autograd.Function):
                 values = _values(ctx)
                 if not run.retain:
                     hand_over(ctx)
-                found = run.backward(values, grads, sole, ctx.entry)
+                found = run.backward(values, grads[:-1], sole, ctx.entry)
         except BaseException:
             surroundings.restore()
             raise
@@ -334,7 +309,7 @@ def _values(ctx: Any) -> dict[fx.Node, Any]:
         if ctx.entry is not None:
             ctx.entry.started()
         made = ctx.input.made()
-    stored: list[Any] = list(ctx.saved_tensors)
+    stored: list[Any] = list(ctx.saved_tensors[:-1])
     if ctx.entry is not None:
         for place, tensor in ctx.entry.take().items():
             stored[place] = tensor

@@ -51,6 +51,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import flatten
 from memo_runtime.blocks.declared import declared_in
 from memo_runtime.blocks.outside import Outside
+from memo_runtime.capture.at_length import same_operators
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
 from memo_runtime.capture.composites import composites
@@ -93,6 +94,7 @@ class Trace:
         fake_mode: what the traced values belong to.
         declared: modules that were declared token-wise, and their calls.
         outside: what the block reads beside itself and its arguments.
+        besides: a length that it holds for though ``guards`` exclude it (``at_length.py``).
     """
 
     graph: fx.Graph
@@ -104,13 +106,14 @@ class Trace:
     fake_mode: FakeTensorMode
     declared: DeclaredCalls
     outside: Outside
+    besides: int | None = None
 
     def allows(self, tokens: int) -> bool:
         """The trace holds for this number of tokens; also where somebody has asked a traced size for its number."""
         fixed = self.fake_mode.shape_env.replacements.get(self.token.symbol)  # type: ignore[union-attr]
         if fixed is not None and fixed != tokens:
             return False
-        return all(bool(guard.subs(self.token.symbol, tokens)) for guard in self.guards)
+        return tokens == self.besides or all(bool(guard.subs(self.token.symbol, tokens)) for guard in self.guards)
 
 
 def trace(
@@ -155,23 +158,21 @@ def trace(
         outside = outside or look()
     if shape_env.replacements.get(symbol) is not None or runner.output is None:
         raise CaptureRefusedError(FORWARD, _only_length(shape_env, symbol))
+    token, guards = TokenSymbol(symbol), tuple(guard.expr for guard in shape_env.guards)
+    found = Trace(
+        module.graph, states, tuple(leaves), runner.output, token, guards, mode, declared=declared, outside=outside
+    )
+    if not declared.live and not found.allows(tokens):
+        plain, output = _plainly(block, call, states, {leaf: dims.get(leaf, ()) for leaf in leaves}, tokens)
+        alike = plain is not None and same_operators(module.graph, lambda size: token.at(size, tokens), plain)
+        found.besides = tokens if alike and output == runner.output else None
     named_again(module.graph)
     inputs = (node for node in module.graph.nodes if node.op == "placeholder")
     for node, fake in zip(inputs, [*fakes, *arguments], strict=True):
         node.meta[NEEDS_GRAD] = fake.requires_grad
     for node in module.graph.nodes:
         _refuse_sizes_from_data(node, symbol)
-    return Trace(
-        graph=module.graph,
-        states=states,
-        leaves=tuple(leaves),
-        output=runner.output,
-        token=TokenSymbol(symbol),
-        guards=tuple(guard.expr for guard in shape_env.guards),
-        fake_mode=mode,
-        declared=declared,
-        outside=outside,
-    )
+    return found
 
 
 def refuse_by_sight(block: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -343,6 +344,22 @@ def _look(
         if not written:
             break
     return outside.settle()
+
+
+def _plainly(
+    block: nn.Module, call: BlockCall, states: Sequence[str], dims: Mapping[int, tuple[int, ...]], tokens: int
+) -> tuple[fx.Graph | None, Any]:
+    """(graph, structure of what it yields) of ``block`` at ``tokens`` tokens, a number there; None: it does not run."""
+    mode = FakeTensorMode()
+    copied, fakes = _fake_copy(block, mode, states)
+    arguments = [_fake_leaf(call.leaves[index], where, mode, tokens) for index, where in dims.items()]
+    autocast = AutocastState.current(arguments[0].device.type).uncached()
+    runner = _Runner(copied, states, tuple(dims), call)
+    with _quiet(), mode, _NoTensorHooks(), torch.enable_grad(), autocast.restored(), flash_stands_in():
+        try:
+            return _run_trace(runner, fakes, arguments).graph, runner.output
+        except CaptureRefusedError:
+            return None, None
 
 
 def _refuse_functions(outputs: Sequence[Any]) -> None:

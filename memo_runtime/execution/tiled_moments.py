@@ -31,6 +31,7 @@ from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixing_stag
 from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_costs import ProgramBytes, tensor_bytes
 from memo_runtime.execution.tiled_gradients import met_once, sum_dtype
+from memo_runtime.execution.tiled_growth import polynomial
 from memo_runtime.execution.tiled_heads import Grouping, grouping
 from memo_runtime.execution.tiled_overwrite import overwritten, sole_holders
 from memo_runtime.execution.tiled_programs import Cost
@@ -74,14 +75,6 @@ _REST: tuple[tuple[TileAt, _Part], ...] = (
 )  # fmt: skip
 #: The same of a segment that keeps nothing, however long a tile is.
 _WHICHEVER: tuple[tuple[TileAt, _Part], ...] = ((TileAt.ANY, lambda one: one.bare),)
-
-
-def polynomial(size: Callable[[int], float], tokens: int) -> Growth:
-    """The polynomial through ``size`` at one, two and three times ``tokens``; sizes are polynomials themselves."""
-    one, two, three = (size(count * tokens) for count in (1, 2, 3))
-    quadratic = (three - 2 * two + one) / (2 * tokens**2)
-    linear = (two - one) / tokens - 3 * tokens * quadratic
-    return Growth(constant=one - linear * tokens - quadratic * tokens**2, linear=linear, quadratic=quadratic)
 
 
 @dataclass(slots=True)

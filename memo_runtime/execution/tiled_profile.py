@@ -27,13 +27,13 @@ from memo_runtime.execution.mixers.attention import (
 )
 from memo_runtime.execution.tiled_chain import result_stage
 from memo_runtime.execution.tiled_costs import tensor_bytes
+from memo_runtime.execution.tiled_growth import polynomial, polynomial_within
 from memo_runtime.execution.tiled_heads import grouping, head_count
 from memo_runtime.execution.tiled_moments import (
     Needs,
     Workspace,
     moments,
     one_of_each,
-    polynomial,
     result_moments,
     results_of_mixers,
     stashed_results,
@@ -100,7 +100,9 @@ def tiled_profile(
         {mixed_values(stage)[0]: sum(size.linear for size in tried[stage.node].saved)
          for stage in captured.stages.stages if isinstance(stage, Mixer)},
         {node: one.merging for node, one in tried.items()},
-        polynomial(partial(weights_backward_bytes, captured, autocast=tracing.autocast), tokens),
+        polynomial_within(
+            partial(weights_backward_bytes, captured, autocast=tracing.autocast), tokens, captured.traced.allows
+        ),
     )  # fmt: skip
     needs_by_groups = replace(needs, workspaces={node: taken(node, one.by_group) for node, one in tried.items()})
     forward, backward = moments(captured, needs, tokens)

@@ -35,8 +35,9 @@ from memo_runtime.execution.mixers.by_graph import run_with_graph
 from memo_runtime.execution.mixers.merging import merge_bytes
 from memo_runtime.execution.mixers.registered import kernel_name, mixer_operator
 from memo_runtime.execution.tiled_costs import tensor_bytes
+from memo_runtime.execution.tiled_growth import polynomial
 from memo_runtime.execution.tiled_heads import HEADS
-from memo_runtime.execution.tiled_moments import Workspace, polynomial
+from memo_runtime.execution.tiled_moments import Workspace
 from memo_runtime.execution.tiled_rows import is_dense, lies_by_token
 from memo_runtime.records import Growth, TokenAxis
 

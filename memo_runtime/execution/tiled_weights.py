@@ -12,18 +12,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_runtime.blocks.ambient import AutocastState
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.split import Segment
+from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.inlining import storages
 from memo_runtime.execution.tiled_costs import bytes_alive
 from memo_runtime.execution.tiled_programs import forward_nodes, run_node
 
 
 def weights_backward_bytes(captured: Captured, tokens: int, autocast: AutocastState) -> int:
-    """Most bytes alive in it at ``tokens`` tokens, beside those values and their own gradients."""
+    """Most bytes alive in it at ``tokens`` tokens, beside those values and their own gradients.
+
+    Raises:
+        CaptureRefusedError: what is made of parameters does not run at that length.
+    """
     inside = set(captured.stages.weights)
-    segments = (stage for stage in captured.stages.stages if isinstance(stage, Segment))
-    used = dict.fromkeys(node for segment in segments for node in segment.sources if node in inside)
+    given_to = (stage.sources if isinstance(stage, Segment) else stage.inputs for stage in captured.stages.stages)
+    used = dict.fromkeys(node for nodes in given_to for node in nodes if node in inside)
     wanted = captured.stages.differentiable
     results = [node for node in used if node in wanted]
     given = dict.fromkeys(one for node in inside for one in node.all_input_nodes
@@ -48,7 +54,12 @@ def weights_backward_bytes(captured: Captured, tokens: int, autocast: AutocastSt
         leaves, tangents = ([_fake(node, size) for node in nodes] for nodes in (given, results))
         for node, leaf in zip(given, leaves, strict=True):
             leaf.requires_grad_(node in wanted)
-        graph = make_fx(joint, tracing_mode="real")(leaves, tangents).graph
+        try:
+            graph = make_fx(joint, tracing_mode="real")(leaves, tangents).graph
+        except Exception as error:
+            pass_on(error)
+            reason = f"what backward through them takes at {tokens:,} tokens cannot be told: {first_line(error)}"
+            raise CaptureRefusedError("values made of parameters", reason) from error
     # What is made of the leaves alone is there all the while.
     forward = forward_nodes(graph, [node for node in graph.nodes if node.op == "placeholder"][: len(leaves)])
     return bytes_alive(graph, {key for node in forward for key, _ in storages(node.meta.get("val"))})

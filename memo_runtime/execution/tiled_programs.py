@@ -36,6 +36,7 @@ from memo_runtime.capture.split import Segment
 from memo_runtime.execution.compilers import Compiler, Program, run_eagerly
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
 from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
+from memo_runtime.execution.tiled_rows import gapless_like
 
 aten = torch.ops.aten
 _HALVES = (torch.float16, torch.bfloat16)
@@ -95,7 +96,7 @@ class Programs:
         casts: sources -> casts of weights; they come behind the sources of the other programs.
         choices: how many choices and seeds the forward programs yield before products.
         places: where the gradient of each source is.
-        layouts: sizes and strides of outputs, and that their gradients must have (meta tensors).
+        layouts: sizes and strides of outputs (meta tensors); their gradients are given as ``gapless_like`` these.
         cost: what one run of each takes.
     """
 
@@ -208,17 +209,20 @@ def make_programs(
 def _trace(
     captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
 ) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
-    """(the graph of outputs, choices, and a gradient or None of each source; what gradients of outputs look like)."""
+    """(the graph of outputs, choices, and a gradient or None of each source; what outputs look like)."""
     segment, wanted = captured.segment(stage), captured.stages.differentiable
     needs = [node in wanted for node in segment.sources]
     tangents: list[torch.Tensor] = []
+    layouts: list[torch.Tensor] = []
     mode = FakeTensorMode()
     mode.cache_enabled = False  # hardly anything in a tile is done twice
 
     def joint(inputs: list[torch.Tensor]) -> list[Any]:
         outputs, chosen = segment_outputs(captured, stage, inputs, tokens)
-        # What they look like is known once outputs are there; they become inputs of the graph afterwards.
-        tangents.extend(_alike(out) for out in outputs)
+        # What they look like is known once outputs are there; they become inputs of the graph afterwards. They lie as
+        # in a run: strides of dimensions of size one may be any, and operators order what they yield by them.
+        tangents.extend(gapless_like(out, out.device) for out in outputs)
+        layouts.extend(_on_meta(out) for out in outputs)
         pairs = [(out, tangent) for out, tangent in zip(outputs, tangents, strict=True) if out.requires_grad]
         sought = [one for one, need in zip(inputs, needs, strict=False) if need]
         found: tuple[Any, ...] = (None,) * len(sought)
@@ -240,7 +244,7 @@ def _trace(
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
     _results_to_inputs(module.graph, len(tangents))
-    return module, tuple(_on_meta(one) for one in tangents)
+    return module, tuple(layouts)
 
 
 def _results_to_inputs(graph: fx.Graph, count: int) -> None:

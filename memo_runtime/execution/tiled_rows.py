@@ -73,6 +73,15 @@ def gapless_like(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_strided(layout.shape, strides, dtype=layout.dtype, device=device)
 
 
+def gapless_place(tensor: torch.Tensor, layout: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides of ``gapless_like`` where ``tensor`` lies so already; None: it does not.
+
+    Those of dimensions of size one count: operators order what they yield by them too.
+    """
+    strides, _ = _without_gaps(layout.shape, layout.stride())
+    return strides if _alike(tensor.shape, tensor.stride(), strides) else None
+
+
 @lru_cache(maxsize=1 << 12)
 def _without_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
     """(strides without gaps in the same memory order, whether these lie so already); blocks ask often."""

@@ -38,7 +38,7 @@ from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_programs import Programs, make_programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
-from memo_runtime.execution.tiled_rows import gapless_like, gapless_rows, like, packed, same_memory, write
+from memo_runtime.execution.tiled_rows import gapless_like, gapless_place, gapless_rows, like, packed, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
 
@@ -445,15 +445,15 @@ class Run:
     def _tangent(
         self, layout: torch.Tensor, axis: TokenAxis | None, grad: torch.Tensor | None, start: int, stop: int
     ) -> torch.Tensor:
-        """Rows of the gradient of an output, laid out as when traced; zeros where nothing depends on it."""
+        """Rows of the gradient of an output, without gaps as when traced; zeros where nothing depends on it."""
         assert axis is not None, "a segment yields values with tokens"
         if grad is None:
             return gapless_like(layout, self.device).zero_()
         part = rows(grad, axis, self.tokens, start, stop)
         if axis.outer != 1 or axis.inner != 1:
             part = part.flatten(axis.dim, axis.dim + 2)
-        if part.dtype == layout.dtype and same_memory(part, layout):
-            return part.as_strided(layout.shape, layout.stride())
+        if part.dtype == layout.dtype and (strides := gapless_place(part, layout)) is not None:
+            return part.as_strided(layout.shape, strides)
         return gapless_like(layout, grad.device).copy_(part)
 
     def _weights(self, values: Values) -> tuple[Values, Values]:

@@ -1,10 +1,11 @@
-"""What surrounds a forward and must be the same when it runs again: autocast and random number state."""
+"""What surrounds a forward and must be the same when it runs again: autocast, random numbers, kernels of attention."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
@@ -55,6 +56,62 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     """Autocast off; nothing where it is, since to say so again takes as long as some launches."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
+def _accessors(*names: str) -> tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...]:
+    """Getters and setters of what this PyTorch has of ``names``, in its own words: called at every forward."""
+    found = []
+    for getter, setter in (name.split() for name in names):
+        if hasattr(torch._C, getter) and hasattr(torch._C, setter):
+            found.append((getattr(torch._C, getter), getattr(torch._C, setter)))
+    return tuple(found)
+
+
+_ATTENTION = _accessors(
+    "_get_flash_sdp_enabled _set_sdp_use_flash",
+    "_get_mem_efficient_sdp_enabled _set_sdp_use_mem_efficient",
+    "_get_cudnn_sdp_enabled _set_sdp_use_cudnn",
+    "_get_math_sdp_enabled _set_sdp_use_math",
+    "_get_overrideable_sdp_enabled _set_sdp_use_overrideable",
+    "_get_fa3_sdp_enabled _set_sdp_use_fa3",
+    "_get_math_sdp_allow_fp16_bf16_reduction _set_math_sdp_allow_fp16_bf16_reduction",
+    "_get_sdp_priority_order _set_sdp_priority_order",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionState:
+    """Which kernels ``scaled_dot_product_attention`` may take, and in which order (``torch.nn.attention.sdpa_kernel``).
+
+    They belong to the process, and backward mostly runs when what was in force around the forward is over.
+    """
+
+    values: tuple[Any, ...]
+
+    @classmethod
+    def current(cls) -> AttentionState:
+        """What is in force here."""
+        return cls(tuple([get() for get, _ in _ATTENTION]))
+
+    def set(self) -> None:
+        """Make it what is in force."""
+        for (get, put), value in zip(_ATTENTION, self.values, strict=True):
+            if get() != value:
+                put(value)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run with it in force, then put back what was before."""
+        before = AttentionState.current()
+        if before == self:
+            yield
+            return
+        undo = Undo(before.set)
+        try:
+            self.set()
+            yield
+        finally:
+            undo()
 
 
 @dataclass(frozen=True, slots=True)

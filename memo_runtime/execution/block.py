@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memo_runtime.blocks.ambient import AutocastState, BufferState, RandomState
+from memo_runtime.blocks.ambient import AttentionState, AutocastState, BufferState, RandomState
 from memo_runtime.blocks.cache import HOLDS_TOKENS
 from memo_runtime.blocks.call import BlockCall, first_tensor
 from memo_runtime.blocks.operators import pin_kind
@@ -169,7 +169,7 @@ class BlockForward:
         stash = Stash(self.name, session.tools, session.step.block(self.name))
         stash.whole_rerun = plan.executor == Executor.RECOMPUTE
         capture = self._capture(profile, plan)
-        autocast = AutocastState.current(session.tools.device.type)
+        ambient = AutocastState.current(session.tools.device.type), AttentionState.current()
         random = RandomState.current(session.tools.device) if _needs_random(profile, plan) else None
         state = self._watch.take(call, draws=profile.draws) if _reruns(plan) else None
         buffers = BufferState.current(state.writable()) if profile.stateful and state is not None else None
@@ -190,7 +190,7 @@ class BlockForward:
                 written = "an argument"
             sorted_ = self._sort(stash, call, profile, plan, captured, written=written)
             if not sorted_.complete:
-                rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), autocast=autocast)
+                rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), ambient=ambient)
                 rerun.random, rerun.buffers, rerun.inner_autograd = random, buffers, stash.walked
                 rerun.begin_from(state)
                 if session.asks_for_witness(self.name, plan):
@@ -252,9 +252,9 @@ class BlockForward:
         sorted_: Sorted,
         *,
         count: int,
-        autocast: AutocastState,
+        ambient: tuple[AutocastState, AttentionState],
     ) -> Rerun:
-        """How to run this call again; ``count`` is how many tensors it saved."""
+        """How to run this call again; ``count`` is how many tensors it saved, ``ambient`` what was in force."""
         needs_grad = False
         if profile.tokens:
             needs_grad = call.leaves[profile.input_leaf].requires_grad
@@ -269,7 +269,8 @@ class BlockForward:
             input_source=sorted_.input_source,
             input_needs_grad=needs_grad,
             count=count,
-            autocast=autocast,
+            autocast=ambient[0],
+            attention=ambient[1],
             arguments=profile.arguments,
             tokens=plan.tokens,
             prefix=0 if profile.dynamic or plan.executor == Executor.RECOMPUTE else plan.prefix,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from memo_runtime.blocks.ambient import AutocastState, BufferState, RandomState
+from memo_runtime.blocks.ambient import AttentionState, AutocastState, BufferState, RandomState
 from memo_runtime.blocks.aside import Aside
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value
@@ -59,6 +59,7 @@ class Rerun:
     Attributes:
         call: its arguments, detached, without the input. input_source: where that comes from, None: it was kept.
         count: how many tensors the forward saved. prefix, tokens: rows to rebuild; 0 for all.
+        autocast, attention: what was in force around the forward.
         pins: what is replaced. random, buffers: state to start from, None where nothing is drawn or written.
         state: everything else that the forward started from.
         inner_autograd: the forward went backward itself, and so will the rerun.
@@ -73,6 +74,7 @@ class Rerun:
     input_needs_grad: bool
     count: int
     autocast: AutocastState
+    attention: AttentionState
     arguments: tuple[ArgumentAxes, ...] = ()
     tokens: int = 0
     prefix: int = 0
@@ -122,7 +124,7 @@ class Rerun:
         mode = ReplayMode(values)
         random = self.random.restored() if self.random is not None else contextlib.nullcontext()
         buffers = self.buffers.restored() if self.buffers is not None else contextlib.nullcontext()
-        with self.autocast.restored(), random, buffers:
+        with self.autocast.restored(), self.attention.restored(), random, buffers:
             saved = run_again(
                 self.forward,
                 call,

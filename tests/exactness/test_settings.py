@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memo_runtime as memo
+from memo_runtime.blocks.ambient import AttentionState
 from tests.exactness import hand_written as blocks
 from tests.exactness.compare import (
     OTHER_WAYS,
@@ -213,3 +215,47 @@ def test_float32(way: Way) -> None:
     )
     assert_acted(model, way)
     assert_trade(model)
+
+
+@pytest.mark.parametrize("backends", [[SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION]], ids=["math", "flash"])
+@pytest.mark.parametrize(("policy", "alpha"), [("memo", 0.3), ("replay", 0.3), ("recompute", None), ("tiled", None)])
+def test_kernels_of_attention_that_forward_alone_allows(policy: str, alpha: float | None, backends: list[Any]) -> None:
+    """As ``sdpa_kernel`` is used around a model, whose backward comes when that is over."""
+    torch.manual_seed(0)
+    model = blocks.Stack(*[blocks.Attention() for _ in range(3)]).double()
+    plain = copy.deepcopy(model)
+    memo.wrap(model, policy=policy, alpha=alpha, keep_last=0 if policy != "tiled" else None)
+    kinds = ["flash", "math", "mem_efficient", "cudnn"]
+    enabled = [getattr(torch.backends.cuda, f"{kind}_sdp_enabled") for kind in kinds]
+
+    def loss(one: nn.Module) -> Tensor:
+        with sdpa_kernel(backends):
+            return one(blocks.sequence())[0].square().mean()
+
+    order = torch._C._get_sdp_priority_order()
+    for _ in range(2):
+        for one in (model, plain):
+            one.zero_grad()
+            loss(one).backward()
+        for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+    assert all(now() for now in enabled)
+    assert torch._C._get_sdp_priority_order() == order
+    report = memo.report(model)
+    assert not any(block.reason for block in report.blocks)
+    if policy == "tiled":
+        kernel = "rows" if backends == [SDPBackend.MATH] else "cpu"
+        assert {block.attention for block in report.blocks} == {(kernel,)}
+
+
+def test_the_order_of_kernels_is_that_of_the_forward() -> None:
+    """Also what is not named in the restriction, and back again when a rerun is over."""
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        state = AttentionState.current()
+    before = AttentionState.current()
+    assert state != before
+    with state.restored():
+        assert AttentionState.current() == state
+        assert torch._C._get_sdp_priority_order()[0] == int(SDPBackend.EFFICIENT_ATTENTION)
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert AttentionState.current() == before

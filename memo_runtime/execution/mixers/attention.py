@@ -2,10 +2,11 @@
 
 PyTorch's fused kernels yield their output and the log-sum-exp of each row, and their backward needs nothing else beside
 queries, keys and values. Called here as operators, so forward is run once and backward starts from what was saved,
-while queries, keys and values are rebuilt. Which kernels may serve a call is PyTorch's to say. The one that was fastest
-when they were timed (``tiled_timing.py``) is taken, else the first of cuDNN, flash, memory-efficient; if that was
-faster, forward by chunks of queries (``by_queries.py``). What no fused kernel takes (a bias that needs a gradient,
-dropout on CPU) goes in chunks of queries with autograd inside (``by_rows.py``).
+while queries, keys and values are rebuilt. Which kernels may serve a call is PyTorch's to say, and what the caller
+allows (``torch.nn.attention.sdpa_kernel`` around the forward). Of these the one that was fastest when they were timed
+(``tiled_timing.py``) is taken, else the first of cuDNN, flash, memory-efficient; if that was faster, forward by chunks
+of queries (``by_queries.py``). What no fused kernel takes (a bias that needs a gradient, dropout on CPU), or may take,
+goes in chunks of queries with autograd inside (``by_rows.py``).
 """
 
 from __future__ import annotations
@@ -87,12 +88,13 @@ def kernels_for(inputs: Inputs, settings: Settings) -> Iterator[str]:
 
     One at a time: to ask for the memory-efficient kernel takes keys and values as wide as it wants them.
     """
-    query = inputs.query
+    query, backends = inputs.query, torch.backends.cuda
     if query.device.type == "cpu":
         wide = query.shape[-1] == inputs.value.shape[-1]
-        yield "cpu" if settings.dropout == 0.0 and wide else "rows"
+        # On a GPU the questions below are answered by what is enabled now; here it is the one fused kernel there is.
+        fused = settings.dropout == 0.0 and wide and backends.flash_sdp_enabled()
+        yield "cpu" if fused else "rows"
         return
-    backends = torch.backends.cuda
     params = backends.SDPAParams(
         query, inputs.key, inputs.value, inputs.mask, settings.dropout, settings.causal, settings.grouped
     )

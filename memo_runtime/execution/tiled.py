@@ -271,7 +271,7 @@ class _TiledFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         # Before anything here holds one of them.
         alone = sole_holders(ctx.run.device.type)
-        sole = [at for at in range(len(grads)) if alone is not None and holders(grads, at) == alone]
+        sole = [at for at in range(len(grads)) if alone is not None and holders(grads, at) in alone]
         run: Run = ctx.run
         run.retain = torch._C._autograd._get_current_graph_task_keep_graph()
         surroundings = Surroundings()

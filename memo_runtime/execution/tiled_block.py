@@ -57,6 +57,10 @@ _HELD = (
     "the gradient of its result is held elsewhere too (a hook that keeps it, a sum behind the block), so its backward "
     "takes one tensor of full length more than planned"
 )
+_LAID = (
+    "the gradient of its result does not lie in memory as its input does (another order of dimensions, one number for "
+    "all, another type), so its backward takes one tensor of full length more than planned"
+)
 
 
 def new_programs(device: torch.device) -> ProgramCache:
@@ -97,8 +101,10 @@ class _Ended:
     def __call__(self, run: Run) -> None:
         self._counters.recomputed_flops += run.again_flops
         run.again_flops = 0
-        if run.held_elsewhere and not self._planned and sole_holders(run.device.type) is not None:
-            self._session.note(f"'{self._name}': {_HELD}")
+        if not self._planned and sole_holders(run.device.type) is not None:
+            for found, text in ((run.held_elsewhere, _HELD), (run.laid_otherwise, _LAID)):
+                if found:
+                    self._session.note(f"'{self._name}': {text}")
         self._step.clock.touch()
 
 

@@ -120,8 +120,9 @@ class Run:
         tile: tokens of a tile; the last one may be shorter.
         keep: number of tiles, from the first, whose matrix products are kept.
         retain: backward leaves them for another one. ended: called with each backward that is over.
-        again_flops: of operators that backward has run again. held_elsewhere: a gradient that it was given could not be
-            written over. bytes_kept: on the device between the two.
+        again_flops: of operators that backward has run again. bytes_kept: on the device between the two.
+        held_elsewhere: a gradient that it was given could not be written over. laid_otherwise: since it does not lie in
+            memory as the input does, or is of another type.
         seed: of its dropout.
         autocast: the precision of the call.
         swap: host memory for its stash. to_host: use it; a block that does not still keeps the order of blocks.
@@ -156,6 +157,7 @@ class Run:
     ended: Callable[[Run], None] | None = None
     again_flops: int = 0
     held_elsewhere: bool = False
+    laid_otherwise: bool = False
     bytes_kept: int = 0
     owner: str = ""
     yielded: Yielded | None = None
@@ -377,9 +379,13 @@ class Run:
             place = self.captured.outputs.index(result)
             grad = grads[place]
             value = values[node]
-            if grad is not None and place in sole and grad.dtype == value.dtype and grad.stride() == value.stride():
+            if grad is None:
+                continue
+            if grad.dtype != value.dtype or grad.stride() != value.stride():
+                self.laid_otherwise = True
+            elif place in sole:
                 found.place(node, grad)
-            elif grad is not None:
+            else:
                 self.held_elsewhere = True
         mixing = mixing_stages(stages.stages)
         if entry is not None and not mixing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 from collections.abc import Callable
@@ -84,6 +85,20 @@ def expanded(block: Forward, x: Tensor) -> None:
     block(x).sum().backward()
 
 
+def behind_a_matrix(block: Forward, x: Tensor) -> None:
+    """A linear layer hands down a view of a gradient that nobody else has."""
+    (nn.functional.linear(block(block(x)), MATRIX) * 3).sum().backward()
+
+
+def a_view_of_what_is_kept(block: Forward, x: Tensor) -> None:
+    (Keeping.apply(block(x).flatten(0, 1)) * 3).sum().backward()
+
+
+def parts_of_one(block: Forward, x: Tensor) -> None:
+    """Of two views of one gradient the second is alone when the first is done with."""
+    (torch.cat((block(x), block(2 * x))) * 3).sum().backward()
+
+
 def twice(block: Forward, x: Tensor) -> None:
     loss = (block(x) * 3).sum()
     loss.backward(retain_graph=True)
@@ -92,7 +107,9 @@ def twice(block: Forward, x: Tensor) -> None:
 
 #: How a gradient reaches the block, and how often in a step it may be written over.
 WAYS = {product: 2, seen_twice: 1, twice: 2, a_sum_of_two: 1, around_it: 0, kept_by_a_hook: 0, kept_by_a_function: 0,
-        kept_in_the_graph: 1, given: 0, expanded: 0}  # fmt: skip
+        kept_in_the_graph: 1, given: 0, expanded: 0, behind_a_matrix: 2, a_view_of_what_is_kept: 0,
+        parts_of_one: 1}  # fmt: skip
+MATRIX = torch.linspace(-1, 1, hand_written.WIDTH**2, dtype=torch.float64).view(hand_written.WIDTH, -1)
 
 
 def gradients(way: Callable[[Forward, Tensor], None], block: nn.Module, forward: Forward) -> tuple[list, list]:
@@ -143,6 +160,54 @@ def test_the_report_says_where_more_is_taken_than_planned():
     notes = [note for note in memo.report(model).notes if "held elsewhere" in note]
     assert len(notes) == 1
     assert notes[0].startswith("'blocks.0': ")
+
+
+class Encoder(nn.Module):
+    """Behind a transpose of what is embedded."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(hand_written.WIDTH, 4, 64, dropout=0.0, batch_first=False)
+        self.embed = nn.Linear(hand_written.WIDTH, hand_written.WIDTH)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(3))
+
+    def forward(self, x):
+        x = self.embed(x).transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TwoTowers(nn.Module):
+    """Joined by a linear layer, whose gradient of its input is a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.ModuleList(hand_written.Attention() for _ in range(2)) for _ in range(2))
+        self.between = nn.Linear(hand_written.WIDTH, hand_written.WIDTH)
+
+    def forward(self, x):
+        for layer in self.first:
+            x = layer(x)
+        x = self.between(x).tanh()
+        for layer in self.second:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Encoder, TwoTowers])
+def test_nothing_is_said_of_gradients_that_nobody_else_holds(kind):
+    torch.manual_seed(0)
+    model = kind().double()
+    plain, x = copy.deepcopy(model), hidden().detach()
+    memo.wrap(model, policy="tiled", tile=8)
+    for one in (model, plain):
+        one(x).square().mean().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    report = memo.report(model)
+    assert {block.executor for block in report.blocks} == {"tiled"}
+    assert not any("gradient of its result" in note for note in report.notes)
 
 
 def test_nothing_is_written_over_while_a_debugger_may_hold_what_frames_hold(monkeypatch):

@@ -205,18 +205,19 @@ def _calibrate(
     roots = roots_of(NamedBlock(name, stack, block, forward), call)
     key = _key_of(roots, forward, call.leaves, str(call.spec), name, stack, values=True)
 
-    def make() -> tuple[BlockProfile, list[Example]]:
+    def make() -> tuple[BlockProfile, list[Example], bool]:
         before = len(examples)
         made = _CALIBRATE(block, forward, call, start, name=name, stack=stack, examples=examples)
         added = examples[before:]
         del examples[before:]
-        return made, added
+        return made, added, start.left
 
-    profile, added = _calibrations.or_made(key, make)
+    profile, added, left = _calibrations.or_made(key, make)
     if profile.draws:  # from generators of the whole process
         _calibrations.pop(key, None)
     examples += added
     start.wrote, start.drew = start.wrote or profile.stateful, start.drew or profile.draws
+    start.left = start.left or left
     return profile  # type: ignore[no-any-return]
 
 

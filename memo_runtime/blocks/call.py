@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.cache import cache_is_empty, cache_layers_of, is_cache, own_copy
-from memo_runtime.blocks.containers import flatten, leaves_of, text_of, unflatten
+from memo_runtime.blocks.containers import flatten, leaves_of, mapped, text_of, unflatten
 from memo_runtime.blocks.region import packed
 from memo_runtime.records import ArgumentAxes
 
@@ -39,8 +39,11 @@ class BlockCall:
 
     def with_own_caches(self) -> BlockCall:
         """The call with a copy of each cache, empty as it is, which nobody else fills before a rerun."""
-        own = {index: self._own(leaf) for index, leaf in enumerate(self.leaves) if is_cache(leaf)}
-        return self.replaced(own) if own else self
+        own = {id(leaf): self._own(leaf) for leaf in self.leaves if is_cache(leaf)}
+        if not own:
+            return self
+        leaves = tuple([own.get(id(leaf), leaf) for leaf in self.leaves])
+        return BlockCall(leaves, self.spec, self._exchanged(own), self.cache_layers)
 
     def _own(self, leaf: Any) -> Any:
         empty = is_cache(leaf) and cache_is_empty(leaf, self.cache_layers)
@@ -53,10 +56,31 @@ class BlockCall:
         would have (updating a cache copies keys and values, which changes their memory layout and with it the last
         bits of later sums), but no keys and values outlive it, and a rerun does not append to them.
         """
-        if self.original is not None and not self.caches()[0]:
+        own = {id(leaf): self._own(leaf) for leaf in self.leaves if is_cache(leaf)}
+        found = self._exchanged(own)
+        if found is None:
+            found = unflatten([own.get(id(leaf), leaf) for leaf in self.leaves], self.spec)
+        return found
+
+    def _exchanged(self, own: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The caller's own arguments with ``own`` in the place of caches, by identity of these; None: they are gone.
+
+        A container without a cache stays the caller's, who reads what a block adds to it.
+        """
+        if self.original is None or not own:
             return self.original
-        args, kwargs = unflatten([self._own(leaf) for leaf in self.leaves], self.spec)
-        return args, kwargs
+
+        def exchanged(value: Any) -> Any:
+            if id(value) in own:
+                return own[id(value)]
+            if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)):
+                return value
+            if not any(id(leaf) in own for leaf in leaves_of(value)):
+                return value
+            return mapped(lambda leaf: own.get(id(leaf), leaf), value)
+
+        args, kwargs = self.original
+        return tuple([exchanged(value) for value in args]), {name: exchanged(value) for name, value in kwargs.items()}
 
     def replaced(self, leaves: dict[int, Any]) -> BlockCall:
         """The same call with some leaves exchanged."""

@@ -2,12 +2,15 @@
 
 Lists, tuples, dicts, named tuples and what libraries register (transformers' outputs) are PyTorch's to open. Objects of
 dataclasses, frozen ones too, are opened here where tensors are inside and their fields are all that they are: one of
-the same class with other values in its fields is then what the caller could have given. Others stay leaves.
+the same class with other values in its fields is then what the caller could have given. So are a ``UserDict`` and what
+derives from it, which hold one dict and nothing else, whatever is in it: blocks fill it (keys and values that others
+read) as they fill a dict. Others stay leaves.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import MemberDescriptorType
@@ -127,7 +130,8 @@ def _with_objects_open(value: Any, inside: tuple[int, ...]) -> Any:
             return leaf
         values = [_with_objects_open(getattr(leaf, name), (*inside, id(leaf))) for name in names]
         # Settings and the like stay what they are: the very object that the caller gave.
-        if not any(isinstance(one, torch.Tensor) for one in _pytree.tree_leaves(values)):
+        holds = any(isinstance(one, torch.Tensor) for one in _pytree.tree_leaves(values))
+        if not holds and not issubclass(kind, UserDict):
             return leaf
         return _Opened(kind, names, values)
 
@@ -146,12 +150,15 @@ def _may_open(leaf: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def _names(kind: Any) -> tuple[str, ...] | None:
-    """Fields of a class whose objects may be opened; None where they may not."""
+    """Fields of a class whose objects may be opened, ``data`` of a ``UserDict``; None where they may not."""
     parameters = getattr(kind, "__dataclass_params__", None)
-    if parameters is None:
+    if parameters is not None:
+        names = tuple(field.name for field in dataclasses.fields(kind))
+    elif isinstance(kind, type) and issubclass(kind, UserDict):
+        names = ("data",)
+    else:
         return None
-    names = tuple(field.name for field in dataclasses.fields(kind))
-    frozen = bool(parameters.frozen)
+    frozen = parameters is not None and bool(parameters.frozen)
     plain = kind.__getattribute__ is object.__getattribute__ and not hasattr(kind, "__getattr__")
     plain = plain and (frozen or kind.__setattr__ is object.__setattr__) and kind.__new__ is object.__new__
     # Those of PyTorch are not the user's: a sharding, a block mask, a graph.

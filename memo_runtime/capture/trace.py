@@ -51,6 +51,9 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import flatten
 from memo_runtime.blocks.declared import declared_in
 from memo_runtime.blocks.outside import Outside
+from memo_runtime.blocks.reach import reach
+from memo_runtime.blocks.state import argument_roots
+from memo_runtime.blocks.undo import Undo
 from memo_runtime.capture.at_length import same_operators
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
@@ -293,9 +296,21 @@ class _Runner:
         args, kwargs = call.arguments()
         named = dict(zip(self._states, states, strict=True))
         given, how = flatten((args, kwargs))
-        out = torch.func.functional_call(self._block, named, args, kwargs)
+        # Containers are copies here. Objects are the caller's, where other blocks would find what a trace leaves.
+        found = reach(argument_roots(call))
+
+        def put_back() -> None:
+            for index in found.changed():
+                found.cells[index].write(found.contents[index])
+
+        undo = Undo(put_back)
+        try:
+            out = torch.func.functional_call(self._block, named, args, kwargs)
+            writes = bool(found.changed())
+        finally:
+            undo()
         there, as_it_is = flatten((args, kwargs))
-        if how != as_it_is or any(one is not other for one, other in zip(given, there, strict=True)):
+        if writes or how != as_it_is or any(one is not other for one, other in zip(given, there, strict=True)):
             raise CaptureRefusedError("arguments", "the block writes to a list, a dict or an object that it is given")
         leaves, self.output = flatten(out)
         return leaves

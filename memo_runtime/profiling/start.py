@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.aside import is_aside
+from memo_runtime.blocks.containers import flatten
 from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.outside import Outside
@@ -61,9 +63,11 @@ class Start:
                 self._take(tensor)
             else:
                 self._unwritten.setdefault(storage_key(tensor), []).append(tensor)
-        #: What the runs did since: wrote to tensors in place, drew from Python's or NumPy's generators.
+        #: What the runs did since: wrote to tensors in place, drew from Python's or NumPy's generators, left something
+        #: in Python state, where blocks behind may look for it.
         self.wrote = False
         self.drew = False
+        self.left = False
 
     def _take(self, tensor: torch.Tensor) -> None:
         self._values.append(BufferState.current([tensor]))
@@ -83,7 +87,9 @@ class Start:
         for values in self._values:
             self.wrote = self.wrote or (look and values.changed())
             values.set()
-        for index in self._found.changed():
+        changed = self._found.changed()
+        self.left = self.left or bool(changed) or any(outside.changed() for outside in self._outside)
+        for index in changed:
             self._found.cells[index].write(self._found.contents[index])
         self.drew = self.drew or self._random.advanced()
         self._random.set()
@@ -148,8 +154,14 @@ class _FromHere:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.start.set()
+        given, how = flatten((args, kwargs))
         with _FirstWrites(self.start), self.start.first_run():
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
+        # Containers are copies here, made for this run.
+        there, as_it_is = flatten((args, kwargs))
+        if how != as_it_is or not all(map(is_, given, there)):
+            self.start.left = True
+        return output
 
 
 class _FirstWrites(OutsideCompiled):
@@ -193,15 +205,31 @@ def cut_graphs(before: Reach, roots: Roots) -> bool:
 def _without_graphs(content: Any) -> Any:
     """A content whose tensors have no graph; None: it holds no tensor that has one."""
     if isinstance(content, dict):
-        found = {key: without_graph(value) for key, value in content.items() if _has_graph(value)}
+        found = {key: _cut(value) for key, value in content.items() if _has_graph(value)}
         return {**content, **found} if found else None
     if isinstance(content, list) and any(_has_graph(value) for value in content):
-        return [without_graph(value) if _has_graph(value) else value for value in content]
+        return [_cut(value) for value in content]
     return None
 
 
 def _has_graph(value: Any) -> bool:
+    """A tensor with a graph, or a tuple with one inside, which is no place of its own."""
+    if _is_tuple(value):
+        return any(map(_has_graph, value))
     return isinstance(value, torch.Tensor) and value.grad_fn is not None
+
+
+def _is_tuple(value: Any) -> bool:
+    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make"))
+
+
+def _cut(value: Any) -> Any:
+    if not _has_graph(value):
+        return value
+    if not _is_tuple(value):
+        return without_graph(value)
+    parts = map(_cut, value)
+    return tuple(parts) if type(value) is tuple else value._make(parts)
 
 
 def without_graph(leaf: Any) -> Any:

@@ -51,6 +51,9 @@ class Walk(ABC):
     blocks: dict[str, NamedBlock]
     device: torch.device
     may_stop: bool = True
+    #: Names of blocks that leave something elsewhere, where blocks behind them may read it: they are run each time.
+    #: Blocks that are equal otherwise need not (of a model's layers two may store keys and values for others).
+    leaving: set[str] = field(default_factory=set)
     _outputs: dict[object, bool] = field(default_factory=dict)
     _start: Start = field(init=False)
 
@@ -87,12 +90,13 @@ class Walk(ABC):
         return self._result(block, forward, call, profile)
 
     def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:
-        key = (type(block.module), profile.groups, profile.tokens)
+        leaves = block.name in self.leaving
+        key = (type(block.module), profile.groups, profile.tokens, leaves)
         hidden = call.leaves[profile.input_leaf] if profile.tokens else None
-        if self._outputs.get(key) and isinstance(hidden, torch.Tensor):
+        if self._outputs.get(key) and not leaves and isinstance(hidden, torch.Tensor):
             return hidden
         roots = roots_of(block, call)
-        if key not in self._outputs and hidden is not None:
+        if key not in self._outputs and not leaves and hidden is not None:
             shown = passed_on(forward, call, profile, Start(roots, self.device), roots)
             if shown is not None:
                 self._outputs[key] = True
@@ -105,7 +109,6 @@ class Walk(ABC):
         hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
         with torch.enable_grad(), hooks, self._start.outside(block.module):
             output = forward(*args, **kwargs)
-        # What a block leaves elsewhere, blocks behind it may read: such a block is run each time.
         self._outputs[key] = not cut_graphs(before, roots) and (
             isinstance(output, torch.Tensor)
             and isinstance(hidden, torch.Tensor)

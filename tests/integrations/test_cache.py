@@ -106,6 +106,47 @@ def test_blocks_are_managed_beside_others_that_fill_it(
     assert all(block.bytes_to_host for block in report.blocks)
 
 
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, losses: dict[str, torch.Tensor], cache: DynamicCache) -> torch.Tensor:
+        losses[f"of {len(losses)}"] = x.pow(2).mean()
+        return x + self.linear(x).relu()
+
+
+class Counting(torch.nn.Module):
+    """Every layer is given an empty cache, and adds to a dict that the model reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        losses: dict[str, torch.Tensor] = {}
+        cache = DynamicCache()
+        for layer in self.layers:
+            x = layer(x, losses, cache)
+        assert len(losses) == len(self.layers)
+        return sum(losses.values(), x.mean())
+
+
+@pytest.mark.parametrize("policy", ["swap", "recompute", "tiled"])
+def test_what_blocks_add_to_a_dict_beside_it_is_the_callers(policy: str) -> None:
+    torch.manual_seed(0)
+    plain = Counting().double()
+    model = memo.wrap(copy.deepcopy(plain), policy=policy, keep_last=0)
+    x = torch.randn(2, 33, 16, dtype=torch.float64)
+    for _ in range(2):
+        losses = [plain(x), model(x)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(got.grad, want.grad, rtol=1e-11, atol=1e-15)
+
+
 def test_a_rerun_starts_from_the_cache_of_its_forward() -> None:
     """A layer put in after wrap has the number of another one, and fills its part of the cache."""
     plain, model = llama(), llama()

@@ -7,7 +7,7 @@ from torch import nn
 import memo_runtime as memo
 from memo_runtime.profiling import passing
 from memo_runtime.records import Role
-from tests.api.towers import Block, tower
+from tests.api.towers import HIDDEN, Block, tower
 from tests.tiny import few_samples
 
 __all__ = ["few_samples"]
@@ -39,6 +39,35 @@ class Casts(Block):
         return super().forward(x.double()).float()
 
 
+class Fills(Block):
+    """Leaves its result in the dict that all are given, where ``fills`` says so."""
+
+    fills = False
+
+    def forward(self, x, found):
+        y = super().forward(x)
+        if self.fills:
+            found["x"] = y
+        return y
+
+
+class Filled(nn.Module):
+    """The second of four blocks fills what those behind it may not miss."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, HIDDEN)
+        self.layers = nn.ModuleList(Fills() for _ in range(4))
+        self.layers[1].fills = True
+
+    def forward(self, x):
+        x, found = self.first(x), {}
+        for number, layer in enumerate(self.layers):
+            x = layer(x, found)
+            assert number == 0 or "x" in found
+        return x
+
+
 def lengths_of(model, tokens=LONG):
     """Lengths at which the first block's own modules ran while the model was profiled."""
     seen = []
@@ -66,6 +95,15 @@ def test_where_a_crop_does_not_tell_it_runs_as_it_is(kind):
     seen, _ = lengths_of(model)
     assert max(seen) == LONG
     assert not LOG
+
+
+def test_of_equal_blocks_those_alone_that_leave_something_run_at_full_length():
+    model, seen = Filled().double(), {}
+    for number, layer in enumerate(model.layers):
+        inner = next(iter(layer.children()))
+        inner.register_forward_pre_hook(lambda _, args, at=number: seen.setdefault(at, []).append(args[0].shape[1]))
+    memo.profile(model, (torch.randn(1, LONG, 8, dtype=torch.float64),))
+    assert [at for at, lengths in seen.items() if max(lengths) == LONG] == [1]
 
 
 def test_the_profile_is_the_same(monkeypatch):

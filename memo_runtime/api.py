@@ -47,7 +47,7 @@ from memo_runtime.errors import (
     ProfileError,
 )
 from memo_runtime.execution.guard import refuse_other_optimisers
-from memo_runtime.lookup import all_wrapped, find_wrapped, policy_from_outside
+from memo_runtime.lookup import all_wrapped, find_wrapped, policy_from_outside, refuse_part
 from memo_runtime.output import file_path
 from memo_runtime.persist import load_plan
 from memo_runtime.planning.planner import make_plan
@@ -252,9 +252,16 @@ def _count_blocks(model: nn.Module) -> str:
 
 
 def unwrap(model: Model) -> Model:
-    """Undo ``wrap``, of ``model`` or of all models inside it, and return ``model``; an unwrapped one as it is."""
+    """Undo ``wrap``, of ``model`` or of all models inside it, and return ``model``; an unwrapped one as it is.
+
+    Raises:
+        NotWrappedError: it is a part of what was wrapped.
+    """
     check_model(model, "unwrap")
-    for wrapped in all_wrapped(model).values():
+    found = all_wrapped(model)
+    if not found:
+        refuse_part(model, "unwrap")
+    for wrapped in found.values():
         wrapped.remove()
     return model
 
@@ -370,11 +377,12 @@ def report(model: nn.Module) -> Report:
     """What the last step of a wrapped ``model`` did.
 
     Raises:
-        NotWrappedError: the model is not wrapped.
+        NotWrappedError: the model is not wrapped, or is a part of what was.
     """
     check_model(model, "report")
     wrapped = find_wrapped(model)
     if wrapped is None:
+        refuse_part(model, "report")
         raise NotWrappedError(f"{type(model).__name__} is not wrapped: call memo.wrap(model) before the first step")
     if wrapped.memory is None:
         return wrapped.session.report()

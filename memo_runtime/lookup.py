@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from memo_runtime.errors import ArgumentError
+from memo_runtime.errors import ArgumentError, NotWrappedError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.wrapping import ATTRIBUTE, Wrapped
 
@@ -29,6 +29,20 @@ def find_wrapped(model: nn.Module) -> Wrapped | None:
             f"report of its own: give one of them, such as model.{names[0]}"
         )
     return next(iter(found.values()), None)
+
+
+def refuse_part(model: nn.Module, asked: str) -> None:
+    """Whoever gives a part of a wrapped model, or a model that was wrapped by way of what is around it.
+
+    Raises:
+        NotWrappedError: that is so; ``asked``: the function that it was given to.
+    """
+    policy = policy_from_outside(model)
+    if policy is not None:
+        raise NotWrappedError(
+            f"blocks of this {type(model).__name__} are managed (policy '{policy}'), and it is not what memo.wrap was "
+            f"given: it is a part of that, or inside of it (torch.compile, DDP). Give memo.{asked} the same object"
+        )
 
 
 def policy_from_outside(model: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
 from torch import nn
 
@@ -31,11 +32,31 @@ def _module(model: nn.Module, entry: object) -> nn.Module:
             return model.get_submodule(entry)
         except AttributeError:
             raise BlockListError(
-                f"blocks={entry!r} names no module of {type(model).__name__}; its children: {describe_children(model)}"
+                f"blocks={entry!r} names no module of {type(model).__name__}{_meant(model, entry)}; "
+                f"{_children(model, entry)}"
             ) from None
     if isinstance(entry, nn.Module):
         return entry
     raise BlockListError(f"blocks holds {show_value(entry)} ({type(entry).__name__}): {_WHAT}")
+
+
+def _meant(model: nn.Module, entry: str) -> str:
+    """A name that is nearly that, or ends in it, as a question."""
+    names = [name for name, _ in model.named_modules() if name]
+    near = [name for name in names if name.endswith(f".{entry}")][:2] or get_close_matches(entry, names, n=1)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+def _children(model: nn.Module, entry: str) -> str:
+    """What there is where the name stops being one of the model's."""
+    there, module = [], model
+    for part in entry.split("."):
+        if part not in module._modules or module._modules[part] is None:
+            break
+        there.append(part)
+        module = module.get_submodule(part)
+    whose = f"the children of '{'.'.join(there)}'" if there else "its children"
+    return f"{whose}: {describe_children(module)}"
 
 
 def _members(module: nn.Module, name: str, alone: bool) -> list[nn.Module]:

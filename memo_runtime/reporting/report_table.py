@@ -25,7 +25,8 @@ def report_table(report: Report) -> str:
     title = f"report: policy {report.policy}, {done}"
     copies = [f"copies by {report.copies}"] if report.copies else []
     arena = [_arena(report.arena)] if report.arena is not None else []
-    return "\n".join([title, "", *_blocks(report), "", _totals(report), *copies, *arena, *notes_text(report.notes)])
+    measured = [*_blocks(report), "", _totals(report)] if steps else _foreseen(report)
+    return "\n".join([title, "", *measured, *copies, *arena, *notes_text(report.notes)])
 
 
 def _arena(arena: ArenaReport) -> str:
@@ -90,6 +91,22 @@ def _totals(report: Report) -> str:
         line("step time", totals.step_seconds, forecast.step_seconds, format_seconds),
     ]
     return table(("totals", "actual", "forecast", "difference"), rows)
+
+
+def _foreseen(report: Report) -> list[str]:
+    """What is known before a step: the forecast of a plan that is there, and nothing that was measured."""
+    forecast = report.totals.forecast
+    rows = [
+        (name, amount(foreseen, show))
+        for name, foreseen, show in (
+            ("device peak", forecast.peak_bytes, format_bytes),
+            ("host memory", forecast.host_bytes, format_bytes),
+            ("recomputed", forecast.recomputed_flops, format_flops),
+            ("step time", forecast.step_seconds, format_seconds),
+        )
+        if foreseen
+    ]
+    return [table(("totals", "forecast"), rows)] if rows else []
 
 
 def _error(actual: float, foreseen: float) -> str:

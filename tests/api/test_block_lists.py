@@ -19,6 +19,9 @@ Given = Callable[[Tower], Any]
 
 WRONG: dict[str, tuple[Given, list[str]]] = {
     "a name of nothing": (lambda m: "encoder.h", ["'encoder.h'", "names no module of Tower", "layers: ModuleList"]),
+    "nearly a name": (lambda m: "layrs.0.mlp", ["did you mean 'layers.0.mlp'?", "its children: "]),
+    "the end of a name": (lambda m: "mlp", ["did you mean 'layers.0.mlp' or 'layers.1.mlp'?"]),
+    "a name of nothing further in": (lambda m: "layers.0.xyz", ["children of 'layers.0': "]),
     "a name of nothing in a list": (lambda m: ["layers.0", "layers.9"], ["'layers.9'", "names no module"]),
     "a block of another model": (lambda m: [tower().layers[0]], ["Block that is not part of Tower"]),
     "blocks of another model": (lambda m: tower().layers, ["Block that is not part of Tower"]),

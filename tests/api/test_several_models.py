@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import memo_runtime as memo
-from memo_runtime.errors import AlreadyWrappedError, ArgumentError, HostLimitError
+from memo_runtime.errors import AlreadyWrappedError, ArgumentError, HostLimitError, NotWrappedError
 from tests.api.main_ways import MAIN_POLICIES
 from tests.api.subjects import Gradients, acted, assert_close, assert_nothing_held
 from tests.api.towers import POLICIES, Tower, signal, tower
@@ -189,6 +189,23 @@ def test_what_is_asked_of_a_model_with_several_wrapped_ones_inside() -> None:
     acted(model)
     with pytest.raises(AlreadyWrappedError, match=r"part of a model that is wrapped already with policy 'memo'"):
         memo.wrap(model.text, **POLICIES["swap"])
+
+
+def test_a_part_of_a_wrapped_model_is_no_handle_of_it() -> None:
+    """Neither is what is inside a wrapper that was given to wrap; nothing is undone on the way."""
+    model, inner = memo.wrap(Pair(), **POLICIES["memo"]), tower()
+    around = memo.wrap(torch.compile(inner), **POLICIES["memo"])
+    for call in (memo.report, memo.unwrap):
+        for part in (model.text, model.text.layers[0], inner):
+            with pytest.raises(NotWrappedError, match=r"are managed \(policy 'memo'\), and it is not what memo.wrap"):
+                call(part)
+    model(signal()).sum().backward()
+    acted(model)
+    assert memo.unwrap(model) is model
+    assert memo.unwrap(around) is around
+    assert memo.unwrap(inner) is inner
+    with pytest.raises(NotWrappedError, match=r"is not wrapped: call memo.wrap"):
+        memo.report(inner)
 
 
 def test_each_has_a_host_budget_of_its_own() -> None:

@@ -111,11 +111,21 @@ def test_long_names_lose_their_front_and_the_table_stays_narrow():
     assert widest(text) <= 110
 
 
-def test_a_report_without_forecast_or_step():
-    totals = replace(REPORT.totals, forecast=Forecast(), steps=0)
-    text = report_table(replace(REPORT, totals=totals, blocks=(), notes=()))
-    assert "no step yet" in text
+def test_a_report_without_forecast():
+    text = report_table(replace(REPORT, totals=replace(REPORT.totals, forecast=Forecast()), blocks=(), notes=()))
     assert "not foreseen" in text
+
+
+def test_a_report_before_the_first_step_says_nothing_of_what_was_not_measured():
+    before = replace(REPORT, totals=replace(REPORT.totals, steps=0), blocks=(), notes=())
+    text = report_table(before)
+    assert "no step yet" in text
+    assert "forecast" in text
+    assert "device peak" in text
+    assert not any(word in text for word in ("exact", "difference", "blocks", "to host"))
+    without = report_table(replace(before, totals=replace(before.totals, forecast=Forecast())))
+    assert without.splitlines()[0].endswith("no step yet")
+    assert not any(word in without for word in ("forecast", "exact", "device peak"))
 
 
 def test_an_empty_plan_prints():

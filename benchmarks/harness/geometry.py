@@ -9,6 +9,7 @@ Shapes are the example's, so that ``llama-8b`` is one thing in the whole project
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import textwrap
 from collections.abc import Collection
@@ -176,7 +177,7 @@ def check_geometry(name: str) -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise UnknownGeometryError("models come from Hugging Face transformers: pip install 'memo-runtime[hf]'")
-    if not name.strip() or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
+    if not name.strip() or (os.path.isdir(name) and not os.path.exists(Path(name) / "config.json")):
         raise UnknownGeometryError(f"--geometry {name!r} names no config.json; {_known()}")
     _find(name)
 
@@ -193,8 +194,8 @@ def _known() -> str:
 def _find(name: str) -> geometries.Geometry:
     try:
         return geometries.find_geometry(str(_own().get(name, name)))
-    except geometries.GeometryError as error:
-        if Path(name).exists():
+    except (geometries.GeometryError, OSError) as error:  # of a name that no file can have
+        if os.path.exists(name):
             raise UnknownGeometryError(str(error)) from None
         raise UnknownGeometryError(f"--geometry {name} is unknown; {_known()}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +164,8 @@ def _not_adapted(entries: Sequence[Entry], rank: int) -> str:
     """What does not go with adapters of ``rank``; "": nothing."""
     if rank < 1:
         return "a rank is 1 or more"
+    if importlib.util.find_spec("peft") is None:
+        return "adapters are PEFT's, which is not installed: pip install peft"
     other = next((entry.name for entry in entries if entry.name in WITHOUT_ADAPTERS), None)
     return "" if other is None else f"{other} has no layers that adapters could be beside: leave it out"
 

@@ -1,5 +1,6 @@
 """A run: order, resumption, failures and what ends up in the file."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -322,6 +323,7 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatc
         (["--traces", "README.md"], "README.md is no folder; give one"),
         (["--traces", "README.md/below"], "README.md is no folder; give one"),
         (["--geometry", ""], "--geometry '' names no config.json; there are: tiny, qwen3-tiny, llama-1b-d128,"),
+        (["--geometry", "a" * 300], "a is unknown; there are: tiny, qwen3-tiny,"),
         (["--geometry", "docs"], "--geometry 'docs' names no config.json; there are: tiny, qwen3-tiny,"),
         (["--lora", "0"], "--lora 0: a rank is 1 or more"),
         (["--lora", "8", "--contenders", "unwrapped,kernels"], "kernels has no layers that adapters could be beside"),
@@ -336,6 +338,14 @@ def test_bad_input_is_refused_before_anything_runs(arguments, capsys, monkeypatc
             main([*arguments("unwrapped"), *more])
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_adapters_without_peft_are_refused_before_anything_runs(arguments, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    with pytest.raises(SystemExit):
+        main(arguments("unwrapped", "--lora", "4"))
+    assert "--lora 4: adapters are PEFT's, which is not installed: pip install peft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

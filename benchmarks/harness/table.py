@@ -134,7 +134,7 @@ def run_table(
         return "no rows"
     if any(row.get("rehearsed") for row in rows):
         return longest_table(rows)
-    first, (unit, size) = rows[0], _unit(rows)
+    first, (unit, size) = rows[0], _unit(whole)
     lines = [
         _conditions(first),
         f"seconds of a step; times as fast as {BASE}; {unit}; relative L2 distance of gradients from "

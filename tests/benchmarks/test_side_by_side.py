@@ -332,6 +332,7 @@ def test_what_a_full_table_shows_changes_no_comparison(rows, capsys):
     assert memo[:2] == ["memo-auto", "2"]
     assert "1.50" in memo  # times as fast as checkpoint, which is not shown
     assert "checkpoint " not in shown
+    assert "; GiB;" in shown
     assert main([str(rows), "--contenders", "memo-auto,"]) == 0
     assert main([str(rows), "--contenders", " ,"]) == 2
     assert "--contenders ' ,' names nothing" in capsys.readouterr().err

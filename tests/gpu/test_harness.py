@@ -49,8 +49,11 @@ def reference():
 
 @pytest.mark.parametrize(
     "name",
-    ["selective", "checkpoint", "save_on_cpu", "axolotl", "hf-offload", "memo-auto", "memo-swap", "memo-recompute"],
-)
+    [
+        "selective", "selective-mm", "checkpoint", "save_on_cpu", "axolotl", "hf-offload",
+        "memo-auto", "memo-swap", "memo-recompute",
+    ],
+)  # fmt: skip
 def test_contenders_agree_and_say_what_they_used(reference, name):
     row = measured(name)
     assert relative_difference(row["gradient_sketch"], reference["gradient_sketch"]) < 0.05

@@ -24,12 +24,14 @@ from typing import Any, NoReturn
 from benchmarks.harness.rows import RUN_FIELDS, Row, RowError, differing, of_contenders, read_rows
 from benchmarks.harness.side_by_side import Comparison, markdown
 from benchmarks.harness.table import run_table
+from memo_runtime.errors import OutputError
 from memo_runtime.output import print_all, write_output
 from memo_runtime.units import parse_tokens
 
 DONE, USAGE = 0, 2
 #: A line of a document that begins a table, or ends one.
-_START = re.compile(r"<!-- memo bench table (?P<command>.*?) -->")
+_BEGINNING = "<!-- memo bench table"
+_START = re.compile(rf"{_BEGINNING} (?P<command>.*?) -->")
 _STOP = "<!-- end of the table -->"
 #: Options that a command in a document has, and --refresh none of.
 _CHOICES = ("run", "gpu", "contenders", "lengths", "full")
@@ -222,11 +224,15 @@ def refreshed(document: Path, root: Path) -> str:
             lines = file.read().split("\n")
     except UnicodeDecodeError as error:
         raise RowError(f"{document} is not UTF-8 (byte {error.start}): no document of ours") from error
+    except OSError as error:
+        raise RowError(f"cannot read {document}: {error.strerror or error}") from error
     made: list[str] = []
     began: tuple[int, str] | None = None
     tables_made = 0
     for number, line in enumerate(lines, start=1):
         start = _START.fullmatch(line.strip())
+        if start is None and line.strip().startswith(_BEGINNING):
+            raise RowError(f"{document}:{number}: a command is one line of its own, from {_BEGINNING!r} to '-->'")
         if start is not None and began is not None:
             break
         if line.strip() == _STOP and began is not None:
@@ -294,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif why := print_all(tables(asked)):
             print(f"error: {why}", file=sys.stderr)
             return USAGE
-    except RowError as error:
+    except (RowError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     return DONE

@@ -8,6 +8,7 @@ from benchmarks.harness.names import NAMES
 from benchmarks.harness.rows import RowError
 from benchmarks.harness.side_by_side import ATTENTION_AGAIN, FLOOR
 from benchmarks.harness.tables import find_comparisons, main, refreshed, tables
+from memo_runtime.errors import OutputError
 from tests.benchmarks.test_table import row
 
 GIB = 2**30
@@ -282,6 +283,8 @@ START, STOP = "<!-- memo bench table benchmarks/results/rows.jsonl -->", "<!-- e
         (("a", START.replace(" -->", " --nope -->"), STOP), "page.md:2: unrecognized arguments: --nope"),
         (("a", START.replace(" -->", " --run s -->"), STOP), "page.md:2: there are no rows of run 's'"),
         (("a", "<!-- memo bench table --run r -->", STOP), "page.md:2: a table is made of FILEs of rows"),
+        (("a", START.removesuffix("-->"), STOP), "page.md:2: a command is one line of its own"),
+        (("a", START + " more", STOP), "page.md:2: a command is one line of its own"),
         (("a", STOP), "page.md: no table of it has its command beside it"),
     ],
 )
@@ -300,6 +303,15 @@ def test_a_document_that_is_no_text_stays(page, capsys):
     document.write_bytes(b"\xff\xfe" + document.read_bytes())
     assert main(["--refresh", str(document)]) == 2
     assert "page.md is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_document_that_cannot_be_written_is_one_message(page, capsys, monkeypatch):
+    def refuse(path, content):
+        raise OutputError(f"cannot write {path}: Read-only file system")
+
+    monkeypatch.setattr("benchmarks.harness.tables.write_output", refuse)
+    assert main(["--refresh", str(page(START, STOP))]) == 2
+    assert "page.md: Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

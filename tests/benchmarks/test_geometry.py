@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness.contenders import CONTENDERS
+from benchmarks.harness.contenders import CONTENDERS, compiled
 from benchmarks.harness.contenders.packages import SkippedError
 from benchmarks.harness.geometry import Scope, make_config, make_shape
 from benchmarks.harness.subject import Subject
@@ -101,6 +101,15 @@ def test_every_second_product_that_is_run_again_is_what_rows_say(make_job, geome
     _, once = products(job("unwrapped"))
     contender, found = products(job("selective-mm"))
     assert 0 < found - once == contender.recomputed_flops(64) < contender.subject.shape.rerun_flops(64, attention=False)
+
+
+@pytest.mark.parametrize("name", ["selective+compile", "selective-mm+compile"])
+def test_a_compiled_backward_runs_again_what_rows_say(make_job, monkeypatch, name):
+    """With the compiler's partition of the graph, and without the code that it would write."""
+    monkeypatch.setitem(compiled._OPTIONS, "backend", "aot_eager_decomp_partition")
+    _, once = products(make_job("unwrapped"))
+    contender, found = products(make_job(name))
+    assert 0 < found - once == contender.recomputed_flops(64)
 
 
 def test_products_that_are_joined_or_of_experts_are_not_said_to_be_run_again(make_job):

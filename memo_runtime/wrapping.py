@@ -181,6 +181,7 @@ class Wrapped:
         if self.session.observer is None:
             self.session.caches.look_at(self.model, args, kwargs)
         if not torch.is_grad_enabled() or self.session.idle or self.session.observer is not None:
+            self.session.evaluates()
             if self.memory is not None and self.session.observer is None and not self.session.under_way():
                 self.memory.end()
             return

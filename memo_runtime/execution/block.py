@@ -85,6 +85,7 @@ class BlockForward:
         if self.session.observer is not None:
             return self.session.observer(self, forward, args, kwargs)
         if not torch.is_grad_enabled() or self.session.idle:
+            self.session.pass_by()
             return forward(*args, **kwargs)
         counters = self.session.enter(self)
         surroundings = Surroundings()

@@ -80,6 +80,9 @@ class StepCounters:
     in_backward: bool = False
     #: A block's forward raised.
     failed: bool = False
+    #: A block ran without gradients in the model's forward, which has them; a forward without any came since.
+    passed_by: bool = False
+    evaluated: bool = False
     owner: threading.Thread = field(default_factory=threading.current_thread)
 
     def block(self, name: str) -> BlockCounters:

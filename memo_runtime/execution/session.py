@@ -251,6 +251,7 @@ class Session(Telling):
         if last is not None and (last.failed or last.in_backward):
             self._given_up = [one for one in (*self._given_up, *self._stored) if one() is not None]
         self._stored = []
+        self._tell_of_idleness()
         self._step = StepCounters(Clock(self.tools.device))
         self.steps += 1
         self.last_stash = None
@@ -282,6 +283,16 @@ class Session(Telling):
             self._release_copies()
             self.step.in_forward = False
             self.caches.forward_ended()
+
+    def pass_by(self) -> None:
+        """A block runs without gradients."""
+        if self._step is not None and not self._step.evaluated:
+            self._step.passed_by = True
+
+    def evaluates(self) -> None:
+        """The model's forward has no gradients: what its blocks do is no part of a step."""
+        if self._step is not None:
+            self._step.evaluated = True
 
     def give_up(self) -> None:
         """A block's forward raised."""
@@ -395,8 +406,14 @@ class Session(Telling):
 
     # ---- report
 
+    def _tell_of_idleness(self) -> None:
+        """Say once that all blocks of a step ran without gradients."""
+        if self._step is not None and self._step.passed_by and not self._step.blocks:
+            self.note_idleness()
+
     def report(self) -> Report:
         """What the last step did; see ``reports.Report``."""
+        self._tell_of_idleness()
         step = self._step
         blocks = tuple(step.blocks[b.name].report() for b in self.blocks if b.name in step.blocks) if step else ()
         forecast = self.plan.forecast if self.plan is not None else Forecast()

@@ -65,6 +65,13 @@ class Telling(ABC):
         counters.executor, counters.reason = Executor.NATIVE, reason
         self.note(f"blocks that are not managed in a step run as they do unwrapped, whatever the budget: {reason}")
 
+    def note_idleness(self) -> None:
+        """No block ran with gradients in a step."""
+        self.note(
+            "nothing was managed in a step: every block was called without gradients, as inside an autograd function "
+            "that goes backward by itself (reversible layers), or under torch.no_grad()"
+        )
+
     def note_masks(self) -> None:
         """Tiles draw dropout."""
         self.draws_masks = True

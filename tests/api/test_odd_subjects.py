@@ -164,3 +164,57 @@ def test_a_length_that_the_model_does_not_show_is_said_and_counted() -> None:
     (said,) = [note for note in report.notes if "was given 160 tokens where its plan is for 40" in note]
     assert "Would work" in said
     assert report.totals.bytes_kept == 4 * kept
+
+
+class _Reversible(torch.autograd.Function):
+    """All blocks without gradients; backward runs them again, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: nn.ModuleList, *parameters: Tensor) -> Tensor:
+        ctx.layers, ctx.parameters = layers, parameters
+        ctx.save_for_backward(x)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            y = start = x.detach().requires_grad_()
+            for layer in ctx.layers:
+                y = type(layer).forward(layer, y)
+        found = torch.autograd.grad(y, [start, *ctx.parameters], grads)
+        return found[0], None, *found[1:]
+
+
+class ByItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = tower().layers
+        self.last = nn.Linear(HIDDEN, 8, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.cat([x] * 4, dim=-1)
+        return self.last(_Reversible.apply(hidden, self.layers, *self.layers.parameters()))
+
+
+def test_a_step_in_which_every_block_runs_without_gradients_is_said() -> None:
+    model = memo.wrap(ByItself(), policy="swap")
+    plain = copy.deepcopy(model)
+    for one in (model, plain):
+        step(one, signal())
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert [note for note in memo.report(model).notes if "nothing was managed in a step" in note] != []
+
+
+def test_evaluation_is_no_step_in_which_nothing_is_managed() -> None:
+    model = memo.wrap(tower(), policy="swap")
+    with torch.no_grad():
+        model(signal())
+    with pytest.raises(RuntimeError):
+        model(signal()[..., :3])  # fails before a block
+    with torch.no_grad():
+        model(signal())
+    step(model, signal())
+    assert not any("nothing was managed" in note for note in memo.report(model).notes)

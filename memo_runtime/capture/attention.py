@@ -4,6 +4,9 @@
 at a symbolic size is a condition, and some hold for one length only. So a trace never runs it: it runs an operator of
 our own, which yields a result of the right shape, and the graph then says ``aten.scaled_dot_product_attention`` again.
 What is captured is the same on every device, and the kernel is chosen when a block runs (``execution/mixers``).
+
+Kernels take [batch, heads, tokens, features]. Attention of three dimensions (one head without a dimension of its own,
+heads merged with sequences) is traced with a fourth.
 """
 
 from __future__ import annotations
@@ -46,7 +49,28 @@ def _standing_in(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
     dtype, kind = query.dtype, query.device.type
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-    return torch.ops.memo_runtime.attention(query, key, value, *(given[name] for name in _DEFAULTS), dtype)
+    tensors: list[torch.Tensor | None] = [query, key, value, given.pop("attn_mask")]
+    back: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+    if {one.dim() for one in (query, key, value)} == {3}:
+        # Shared heads are counted in the last dimension but two.
+        tensors, back = _with_another(tensors, 0 if given["enable_gqa"] else 1)
+    rest = tuple(given[name] for name in _DEFAULTS if name in given)
+    return back(torch.ops.memo_runtime.attention(*tensors, *rest, dtype))
+
+
+def _as_it_is(result: torch.Tensor) -> torch.Tensor:
+    return result
+
+
+def _with_another(
+    tensors: list[torch.Tensor | None], dim: int
+) -> tuple[list[torch.Tensor | None], Callable[[torch.Tensor], torch.Tensor]]:
+    """(tensors of attention with another dimension ``dim``, what takes it out of the result)."""
+
+    def wide(one: torch.Tensor | None) -> torch.Tensor | None:
+        return one.unsqueeze(dim) if one is not None and one.dim() == 3 else one
+
+    return [wide(one) for one in tensors], lambda result: result.squeeze(dim)
 
 
 #: For ``make_fx``: what to run in place of attention.

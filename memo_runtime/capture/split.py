@@ -42,6 +42,7 @@ _SIZED = (
 )  # fmt: skip
 PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
 MIXERS = ("aten.scaled_dot_product_attention",)
+_TENSORS = ("query", "key", "value")
 DROPOUT = "aten.dropout"
 
 
@@ -269,9 +270,14 @@ class _Splitter:
 
     def _place_attention(self, node: fx.Node, reason: str) -> None:
         named = arguments_of(node)
+        shapes = [[self.token.text(size) for size in named[name].meta["val"].shape] for name in _TENSORS]
+        if not _is_of_kernels(*shapes):
+            texts = ", ".join(f"{name} [{', '.join(shape)}]" for name, shape in zip(_TENSORS, shapes, strict=True))
+            text = f"fused kernels take [batch, heads, tokens, size] of one batch, and it is given {texts}"
+            raise CaptureRefusedError(operator_name(node), text)
         # Of other tokens than the queries, which are as many in every call of this kind.
         others = self.axes[named["key"]] is None and self.axes[named["value"]] is None and not named["is_causal"]
-        for name in ("query",) if others else ("query", "key", "value"):
+        for name in _TENSORS[:1] if others else _TENSORS:
             axis = self.axes[named[name]]
             count = named[name].meta["val"].dim()
             if not isinstance(axis, TokenAxis) or axis.dim != count - 2 or axis.outer * axis.inner != 1:
@@ -397,6 +403,13 @@ class _Splitter:
     def _start_stage(self, stage: Stage) -> None:
         before = self.segment(stage.inputs if isinstance(stage, Mixer) else stage.sources)
         self.out.stages.extend([before, stage] if before is not None else [stage])
+
+
+def _is_of_kernels(query: Sequence[str], key: Sequence[str], value: Sequence[str]) -> bool:
+    """Kernels do not ask, and of keys of fewer sequences or heads they read what lies behind them."""
+    if not len(query) == len(key) == len(value) == 4 or not query[0] == key[0] == value[0] or key[1] != value[1]:
+        return False
+    return query[1] == key[1] or (query[1].isdecimal() and key[1].isdecimal() and int(query[1]) % int(key[1]) == 0)
 
 
 def _is_by_graph(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from memo_runtime.blocks.ambient import AutocastState, RandomState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
-from memo_runtime.blocks.failures import first_line
+from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.capture.axes import packed_rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.copying import structural_copy
@@ -53,7 +53,7 @@ def check(captured: Captured, block: nn.Module, call: BlockCall, execute: Execut
         execute: runs ``captured`` on (a module, a call, a tile size).
 
     Raises:
-        CaptureRefusedError: an output or a gradient differs; names it and says by how much.
+        CaptureRefusedError: an output or a gradient differs; names it and says by how much. Or it does not run.
     """
     with RandomState.current(call.leaves[captured.input_leaf].device).restored(), torch.enable_grad():
         copied = _moved_copy(block)
@@ -61,8 +61,12 @@ def check(captured: Captured, block: nn.Module, call: BlockCall, execute: Execut
         inputs = {f"argument {index}": leaf for index, leaf in short.tensors() if leaf.requires_grad}
         states = (*copied.named_parameters(), *copied.named_buffers())
         inputs |= {name: one for name, one in states if one.requires_grad}
-        with logged_draws() as log:
-            result, run = execute(copied, short, _TILE)
+        try:
+            with logged_draws() as log:
+                result, run = execute(copied, short, _TILE)
+        except RuntimeError as error:
+            pass_on(error)
+            raise CaptureRefusedError("check", f"its forward fails: {first_line(error)}") from error
         try:
             mine = _outputs_and_gradients(result, inputs)
         except RuntimeError as error:

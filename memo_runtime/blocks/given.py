@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from memo_runtime.blocks.stack import BlockRef, describe_children, is_callable, opened, repeated
+from memo_runtime.blocks.stack import SCRIPTED, BlockRef, describe_children, is_callable, is_scripted, opened, repeated
 from memo_runtime.errors import BlockListError
 from memo_runtime.units import show_value
 
@@ -104,6 +104,8 @@ def _refuse_unusable(model: nn.Module, chosen: list[nn.Module], names: dict[int,
             raise BlockListError(f"blocks holds a {type(module).__name__} that is not part of {type(model).__name__}")
         if module is model:
             raise BlockListError("blocks holds the model itself: name its repeated blocks")
+        if is_scripted(module):
+            raise BlockListError(f"blocks holds '{names[id(module)]}'. {SCRIPTED}")
     for index, module in enumerate(chosen):
         inside = {id(inner) for inner in module.modules()}
         for other_index, other in enumerate(chosen):

@@ -16,6 +16,8 @@ def about_squares(call: BlockCall) -> str | None:
     if call.input_leaf is None:
         return None
     source: torch.Tensor = call.leaves[call.input_leaf]
+    if source.is_nested:  # its sequences have as many tokens as they have
+        return None
     tokens = int(source.shape[-2])
     found = [
         tensor for _, tensor in call.tensors()

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from memo_runtime.errors import ArgumentError, NoBlocksError
@@ -25,6 +26,7 @@ from memo_runtime.errors import ArgumentError, NoBlocksError
 _MIN_PARAMETER_SHARE = 0.01
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _CANDIDATES_SHOWN = 3
+SCRIPTED = "Modules that torch.jit has compiled cannot be blocks: wrap the model with those that they were made of."
 
 Run = list[tuple[str, nn.Module]]
 
@@ -40,7 +42,14 @@ class BlockRef:
 
 def is_callable(module: nn.Module) -> bool:
     """Whether ``module`` has a forward; one that only holds others (a ``ModuleList``) has none."""
+    if is_scripted(module):
+        return True  # its class does not say
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether ``torch.jit`` has compiled ``module``: what it does is no Python, and no forward can be put over it."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def opened(module: nn.Module, prefix: str) -> Run:
@@ -66,6 +75,7 @@ def _shape(module: nn.Module) -> tuple[object, ...]:
 def _could_be_block(module: nn.Module) -> bool:
     return (
         is_callable(module)
+        and not is_scripted(module)
         and next(module.children(), None) is not None
         and next(module.parameters(), None) is not None
     )
@@ -170,6 +180,8 @@ def find_blocks(model: nn.Module) -> tuple[BlockRef, ...]:
             if candidates
             else "Name the blocks yourself: memo.wrap(model, blocks=[model.first, model.second])"
         )
+        if any(is_scripted(module) for module in model.modules()):
+            ready = f"{SCRIPTED} {ready}" if candidates else SCRIPTED
         raise NoBlocksError(
             f"no repeated block found in {type(model).__name__} (its children: {describe_children(model)}): memo looks "
             "for a ModuleList, ModuleDict or Sequential with at least two modules of one class that have a forward and "

@@ -46,12 +46,14 @@ def token_dims(call: BlockCall, reading: Reading = USUAL) -> tuple[int, dict[int
     refused: what is captured is proved operator by operator.
 
     Raises:
-        CaptureRefusedError: the call has no such tensor.
+        CaptureRefusedError: the call has no such tensor, or it is nested.
     """
     first = call.input_leaf
     if first is None:
         raise CaptureRefusedError("arguments", "none is a floating-point tensor with two dimensions")
     source: torch.Tensor = call.leaves[first]
+    if source.is_nested:
+        raise CaptureRefusedError("arguments", "its input is a nested tensor: sequences have lengths of their own")
     front = reading.front and source.dim() == 3
     at = 0 if front else source.dim() - 2
     tokens = int(source.shape[at])

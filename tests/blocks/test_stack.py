@@ -228,6 +228,26 @@ def test_a_module_without_a_forward_is_no_block() -> None:
     assert "part: Block" in message
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_what_torch_jit_has_compiled_is_no_block() -> None:
+    """Found or given; and blocks beside it are found."""
+
+    class Scriptable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.up(x)
+
+    model = nn.Sequential(*[torch.jit.script(Scriptable()) for _ in range(3)])
+    message = refused(NoBlocksError, find_blocks, model)
+    assert message.endswith("cannot be blocks: wrap the model with those that they were made of.")
+    assert "torch.jit" in refused(BlockListError, given_blocks, model, ["0", "1"])
+    model.extend([Block(), Block()])
+    assert [ref.name for ref in find_blocks(model)] == ["3", "4"]
+
+
 def test_check_takes_blocks_as_modules_and_the_blocks_of_a_wrapped_model() -> None:
     """What is checked are copies: the modules that are given belong to the model."""
     model = made("lists of blocks")

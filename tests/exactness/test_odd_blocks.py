@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -173,3 +174,31 @@ def test_blocks_that_go_on_from_their_last_forward(kind: type[nn.Module], policy
 def test_blocks_that_share_modules(policy: str, alpha: float | None) -> None:
     wrapped = Way(policy, alpha).wrap(model_of(Attention, tied=True))
     assert_trains_alike(model_of(Attention, tied=True), wrapped)
+
+
+class Pointwise(nn.Module):
+    """Takes nested tensors too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x).sin()
+
+
+@pytest.mark.parametrize("policy", ["swap", "memo", "tiled", "auto"])
+def test_nested_hidden_states_are_left_alone(policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Sequences of their own lengths have no number of tokens: every step is the unwrapped model's."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[Pointwise() for _ in range(3)]).double()
+    model = memo.wrap(copy.deepcopy(plain), policy=policy)
+    for _ in range(2):
+        parts = [torch.randn(tokens, WIDTH, dtype=torch.float64) for tokens in (5, 9)]
+        gradients = []
+        for one in (model, plain):
+            one.zero_grad()
+            one(torch.nested.as_nested_tensor(parts, layout=torch.jagged)).values().square().sum().backward()
+            gradients.append([parameter.grad for parameter in one.parameters()])
+        assert all(map(torch.equal, *gradients))
+    assert f"cannot take policy '{policy}'" in caplog.text

@@ -79,6 +79,10 @@ _ATTENTION = _accessors(
 )
 
 
+def _attention_now() -> tuple[Any, ...]:
+    return tuple([get() for get, _ in _ATTENTION])
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionState:
     """Which kernels ``scaled_dot_product_attention`` may take, and in which order (``torch.nn.attention.sdpa_kernel``).
@@ -91,7 +95,7 @@ class AttentionState:
     @classmethod
     def current(cls) -> AttentionState:
         """What is in force here."""
-        return cls(tuple([get() for get, _ in _ATTENTION]))
+        return cls(_attention_now())
 
     def set(self) -> None:
         """Make it what is in force."""
@@ -99,14 +103,13 @@ class AttentionState:
             if get() != value:
                 put(value)
 
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """Run with it in force, then put back what was before; nothing where it is, as mostly."""
+        return contextlib.nullcontext() if self.values == _attention_now() else self._restored()
+
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run with it in force, then put back what was before."""
-        before = AttentionState.current()
-        if before == self:
-            yield
-            return
-        undo = Undo(before.set)
+    def _restored(self) -> Iterator[None]:
+        undo = Undo(AttentionState.current().set)
         try:
             self.set()
             yield

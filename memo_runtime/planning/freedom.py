@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from memo_runtime.planning.limits import Budgets, fits
+from memo_runtime.planning.rounding import round_prefix
 from memo_runtime.planning.sheet import KEEP, Choice, Sheet
 from memo_runtime.planning.single_alpha import ClosedForm
 from memo_runtime.planning.strategy import Choices, Decision, Strategy, fastest
@@ -33,12 +35,17 @@ class FreeReplay(Strategy):
         yield from _ends(sheet, kept_blocks(sheet, self.keep_last))
 
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
-        """The program's answer, or the fastest stand-by; with those blocks left as they are for which there is room."""
+        """The program's answer, or the fastest stand-by; with those blocks left as they are for which there is room.
+
+        Where nothing else fits, as many such blocks are tried as there is room for.
+        """
         kept = kept_blocks(sheet, self.keep_last)
         best = _solved(sheet, budgets, kept, device_rows=self.device_rows)
-        if best is None or not self.device_rows:
-            return None if best is None else Decision(best)
-        return Decision(fastest(sheet, budgets, [best, *_with_whole(sheet, budgets, kept)]) or best)
+        if self.device_rows:
+            whole = _Whole.of(sheet, kept)
+            found = whole.most(budgets) if best is None else [best, *whole.some(budgets)]
+            best = fastest(sheet, budgets, found)
+        return None if best is None else Decision(best)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class Auto(Strategy):
     def decide(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
         """The fastest plan over some numbers of kept blocks, by the program and the stand-bys of each.
 
-        Where no stand-by fits, the program is asked once, with no block kept whole.
+        Where no stand-by fits, the program is asked with no block kept whole, and if need be with some.
         """
         everything = all_kept(sheet)
         if fits(sheet, budgets, everything):
@@ -65,10 +72,16 @@ class Auto(Strategy):
             if any(fits(sheet, budgets, choices) for choices in _ends(sheet, _last(sheet, count)))
         ]
         if not counts:
-            best = _solved(sheet, budgets, frozenset(), device_rows=True)
-            return None if best is None else Decision(best)
+            return self._between(sheet, budgets)
         tries = _Tries(sheet, budgets)
         return Decision(tries.plan(lowest(counts, tries.seconds)))
+
+    def _between(self, sheet: Sheet, budgets: Budgets) -> Decision | None:
+        """The program's answer with no block kept whole, or else with as many as there is room for."""
+        some = _most(sheet, budgets, lambda count: at_fraction(sheet, 0.0, _last(sheet, count)), len(sheet.blocks) - 1)
+        solved = (_solved(sheet, budgets, _last(sheet, count), device_rows=True) for count in (0, *some))
+        best = next((choices for choices in solved if choices is not None), None)
+        return None if best is None else Decision(best)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,28 +148,68 @@ def lowest(counts: Sequence[int], value: Callable[[int], float]) -> int:
         tried.update({at: value(counts[at]) for at in sorted(middles)})
 
 
-def _with_whole(sheet: Sheet, budgets: Budgets, kept: frozenset[int]) -> Iterator[Choices]:
+@dataclass(frozen=True, slots=True)
+class _Whole:
     """Plans with all rows of some blocks left where the forward put them, which no line of the program leads to.
 
-    They take no landing buffer and no copies on the device: of all free blocks, or of some at the end.
+    They take no landing buffer and no copies on the device: of all ``free`` blocks, or of some at the end. The others
+    are as in ``base``, or as the program says.
     """
-    base = at_fraction(sheet, 0.0, kept)
-    free = [index for index, choice in enumerate(base) if choice == Choice(Executor.REPLAY)]
 
-    def plan(whole: Sequence[int]) -> Choices | None:
-        fixed = tuple(
-            Choice(Executor.REPLAY, sheet.lengths[index], sheet.lengths[index]) if index in whole else choice
-            for index, choice in enumerate(base)
+    sheet: Sheet
+    base: Choices
+    free: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sheet: Sheet, kept: frozenset[int]) -> _Whole:
+        base = at_fraction(sheet, 0.0, kept)
+        return cls(sheet, base, tuple(at for at, choice in enumerate(base) if choice == Choice(Executor.REPLAY)))
+
+    def beside(self, count: int) -> Choices:
+        """The last ``count`` free blocks so, and of the others nothing but inputs and mixers swapped."""
+        lengths, whole = self.sheet.lengths, {*self.free[len(self.free) - count :]}
+        return tuple(
+            Choice(Executor.REPLAY, lengths[index], lengths[index]) if index in whole else choice
+            for index, choice in enumerate(self.base)
         )
-        others = solve_prefixes(sheet, budgets, fixed, device_rows=True) if len(whole) < len(free) else None
-        return fastest(sheet, budgets, [fixed] if others is None else [fixed, others])
 
-    everything = plan(free)
-    if everything is not None:
-        yield everything
-        return
-    found = (plan(free[-count:]) for count in _spread(len(free)))
-    yield from (one for one in found if one is not None)
+    def plan(self, budgets: Budgets, count: int) -> Choices | None:
+        """The best with the last ``count`` free blocks so."""
+        fixed = self.beside(count)
+        others = None
+        if count < len(self.free) and not _over_at_head(self.sheet, budgets, fixed):
+            others = solve_prefixes(self.sheet, budgets, fixed, device_rows=True)
+        return fastest(self.sheet, budgets, [fixed] if others is None else [fixed, others])
+
+    def some(self, budgets: Budgets) -> Iterator[Choices]:
+        """Those of all blocks, or of a few numbers of them."""
+        everything = self.plan(budgets, len(self.free))
+        if everything is not None:
+            yield everything
+            return
+        found = (self.plan(budgets, count) for count in _spread(len(self.free)))
+        yield from (one for one in found if one is not None)
+
+    def most(self, budgets: Budgets) -> list[Choices]:
+        """Those of as many blocks as there is room for, which takes least of the host."""
+        counts = _most(self.sheet, budgets, self.beside, len(self.free))
+        return [one for one in (self.plan(budgets, count) for count in counts) if one is not None]
+
+
+def _most(sheet: Sheet, budgets: Budgets, at: Callable[[int], Choices], highest: int) -> list[int]:
+    """The largest numbers up to ``highest`` at which ``at``, of which more take more, fits the device.
+
+    Both while head and loss run, which room is made for elsewhere by what the program decides, and as it is.
+    """
+    head = bisect_left(range(highest + 1), True, key=lambda count: _over_at_head(sheet, budgets, at(count))) - 1
+    all_along = next(
+        (count for count in range(head, 0, -1) if not budgets.over_device(sheet.peak_bytes(at(count)))), 0
+    )
+    return [count for count in sorted({head, head - 1, all_along, all_along - 1}, reverse=True) if count > 0]
+
+
+def _over_at_head(sheet: Sheet, budgets: Budgets, choices: Choices) -> bool:
+    return budgets.over_device(sheet.bytes_at_head(choices)) > 0
 
 
 def _spread(count: int) -> list[int]:
@@ -178,9 +231,16 @@ def _variants(sheet: Sheet, choices: Choices) -> Iterator[Choices]:
     yield choices
     if not choices or not sheet.around.asynchronous:
         return
-    last = choices[-1]
-    if last.executor is Executor.REPLAY and last.prefix < sheet.lengths[-1]:
+    last, tokens = choices[-1], sheet.lengths[-1]
+    if last.executor is not Executor.REPLAY:
+        return
+    if last.prefix < tokens:
         yield (*choices[:-1], replace(last, resident=True))
+    elif sheet.blocks[-1].sliceable and not last.reason:
+        # Mixers of a block that is not run again are not read by a rerun: of a few rows it may be.
+        prefix = round_prefix(tokens - 1, tokens)
+        rerun = replace(last, prefix=prefix, device_rows=min(last.device_rows, prefix), resident=True)
+        yield (*choices[:-1], rerun)
 
 
 def _last(sheet: Sheet, count: int) -> frozenset[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from memo_runtime.planning.cbc import solve
 from memo_runtime.planning.footprint import Footprint, copy_seconds
 from memo_runtime.planning.forecast import (
+    Surroundings,
     all_gradients,
     gradients_above,
     held_behind,
@@ -56,12 +57,17 @@ def least_of(sheet: Sheet, base: Sequence[Choice], lines: Mapping[int, Lines]) -
     return found
 
 
+def _at_head(around: Surroundings) -> int:
+    """Bytes beside what is kept while head and loss run."""
+    return max(around.loss_peak, around.outside_peak - around.entry) + around.outside_gradients
+
+
 @dataclass(frozen=True, slots=True)
 class _Shares:
     """Of one block's tokens those on the device and in host memory, and what follows from them in bytes.
 
-    ``rebuilt``: copied for the rows that are rebuilt, ``rerun``: transient in their rerun, both with a granule for
-    rounding. ``copied``: in all.
+    ``rebuilt``: copied for the rows that are rebuilt, ``rerun``: transient in their rerun, both with ``spare`` granules
+    for rounding. ``copied``: in all.
     """
 
     device: Linear
@@ -71,9 +77,9 @@ class _Shares:
     copied: Linear
 
     @classmethod
-    def of(cls, line: Lines, device: Linear, host: Linear) -> _Shares:
+    def of(cls, line: Lines, device: Linear, host: Linear, spare: int) -> _Shares:
         prefix = device + host
-        rows = line.tokens * (1 - prefix) + line.step
+        rows = line.tokens * (1 - prefix) + spare * line.step
         rebuilt = line.copied_per_rebuilt_row * rows if line.copied_per_rebuilt_row else 0
         return cls(
             device=device,
@@ -86,25 +92,32 @@ class _Shares:
 
 @dataclass(slots=True)
 class PrefixProgram:
-    """The program for the blocks that have ``lines``; ``device_rows``: rows may also stay on the device."""
+    """The program for the blocks that have ``lines``.
+
+    ``device_rows``: rows may also stay on the device. ``spare``: granules of each block by which rounding may add to
+    what is rebuilt.
+    """
 
     sheet: Sheet
     budgets: Budgets
     base: Sequence[Choice]
     lines: dict[int, Lines]
     device_rows: bool
+    spare: int = 1
     _program: LinearProgram = field(init=False, default_factory=LinearProgram)
     _possible: bool = field(init=False, default=True)
     _shares: dict[int, _Shares] = field(init=False, default_factory=dict)
 
     def solve(self) -> dict[int, tuple[float, float]] | None:
         """(prefix rows, device rows) of every block with lines; None if no solution exists."""
+        feet = least_of(self.sheet, self.base, self.lines)
+        if self._fixed_on_host(feet) + self._least_on_host(feet) > self.budgets.host:
+            return None
         for index, line in self.lines.items():
             device = self._program.variable(f"device_{index}", 1 if self.device_rows else 0)
             host = self._program.variable(f"host_{index}", 1)
-            self._shares[index] = shares = _Shares.of(line, device, host)
+            self._shares[index] = shares = _Shares.of(line, device, host, self.spare)
             self._program.hold(shares.prefix - 1, Sense.AT_MOST)
-        feet = least_of(self.sheet, self.base, self.lines)
         self._hold_host(feet)
         if self.budgets.device is not None:
             self._hold_device(feet, self.budgets.device)
@@ -120,14 +133,43 @@ class PrefixProgram:
         }
 
     def _hold_host(self, feet: Sequence[Footprint]) -> None:
-        fixed = sum(
+        fixed = self._fixed_on_host(feet)
+        copied = total(self._shares[index].copied + line.host_slack for index, line in self.lines.items())
+        limit = self.budgets.host * (1 - _SOLVER_SLACK)
+        self._program.hold((copied + fixed) * (1 / max(1.0, limit)) - limit / max(1.0, limit), Sense.AT_MOST)
+
+    def _fixed_on_host(self, feet: Sequence[Footprint]) -> int:
+        """Bytes of blocks without lines."""
+        return sum(
             self.sheet.one(index, self.base[index])[0].host_bytes
             for index in range(len(feet))
             if index not in self.lines
         )
-        copied = total(self._shares[index].copied + line.host_slack for index, line in self.lines.items())
-        limit = self.budgets.host * (1 - _SOLVER_SLACK)
-        self._program.hold((copied + fixed) * (1 / max(1.0, limit)) - limit / max(1.0, limit), Sense.AT_MOST)
+
+    def _least_on_host(self, feet: Sequence[Footprint]) -> float:
+        """Bytes on the host at least, of blocks with lines, where the device has what head and loss leave.
+
+        Most programs without a solution are seen by it, which takes no solver.
+        """
+        lines = self.lines.values()
+        by_rows = [
+            (line.copied_per_rebuilt_row, line.copied_per_host_row) for line in lines if line.copied_per_rebuilt_row
+        ]
+        most = sum(line.copied_per_rebuilt_row * line.tokens for line in lines)
+        if all(rebuilt < host for rebuilt, host in by_rows):
+            # Only rows on the device make it less.
+            room = self._room_at_head(feet) if self.device_rows else 0.0
+            most = min(most, max(0.0, room) * max((rebuilt / host for rebuilt, host in by_rows), default=0.0))
+        spare = sum(self.spare * line.copied_per_rebuilt_row * line.step for line in lines)
+        at_none = sum(line.copied + line.copied_per_rebuilt_row * line.tokens + line.host_slack for line in lines)
+        return at_none + spare - most
+
+    def _room_at_head(self, feet: Sequence[Footprint]) -> float:
+        """Device bytes for rows while head and loss run."""
+        if self.budgets.device is None:
+            return float("inf")
+        room = self.budgets.device * (1 - _SOLVER_SLACK) - self.sheet.around.base_bytes
+        return room - _at_head(self.sheet.around) - sum(foot.kept for foot in feet)
 
     def _hold_device(self, feet: Sequence[Footprint], limit: int) -> None:
         """A row for every point of the step; the bytes kept up to a block are a variable of their own."""
@@ -170,8 +212,7 @@ class PrefixProgram:
             if foot.copies:
                 landing = foot.landing + fetched
             outgoing = foot.outgoing if around.asynchronous else 0
-        head = max(around.loss_peak, around.outside_peak - around.entry) + around.outside_gradients
-        self._hold(kept + scale * (head - room))
+        self._hold(kept + scale * (_at_head(around) - room))
         self._hold(scale * (all_gradients(around, feet) + around.result + around.embedding_peak - later))
 
     def _hold(self, excess: Linear | float) -> None:

@@ -10,22 +10,25 @@ counts only.
 
 What jumps as soon as a prefix is not empty (landing buffers, copies under way, tensors with two token
 dimensions) is constant in the program; blocks for which there is no room for that are taken out first, with
-an empty prefix. The result is rounded down to whole granules and verified by exact bytes.
+an empty prefix. The result is rounded to whole granules and verified by exact bytes: down where that fits, else so
+that no block has more in either memory than was meant. What fits less memory or a longer sequence fits more memory and
+a shorter one, which errors and bisections rely on; lengths of few granules may miss it by one in each block.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import islice
 
 from memo_runtime.planning.forecast import compute_seconds, gradients_above, held_behind, put_off
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.lines import Lines, lines_of
 from memo_runtime.planning.program import PrefixProgram, least_of
 from memo_runtime.planning.rounding import granule, round_prefix, whole_granules
-from memo_runtime.planning.search import largest
 from memo_runtime.planning.sheet import Choice, Sheet
 from memo_runtime.records import Executor
 
@@ -33,9 +36,6 @@ _LOG = logging.getLogger("memo_runtime")
 
 #: Rows by which the solver's answer may miss the whole number that was meant.
 _ROW_TOLERANCE = 1e-3
-
-#: Steps in which all prefixes are scaled down together if rounding broke a budget.
-_REPAIR_STEPS = 256
 
 
 def solve_prefixes(
@@ -60,15 +60,21 @@ def solve_prefixes(
     best: tuple[Choice, ...] | None = None
     least_seconds = float("inf")
     tried: list[set[int]] = []
-    for chosen in _line_ups(lines):
-        open_blocks = _with_room(sheet, budgets, base, chosen)
+
+    def with_room() -> Iterator[dict[int, Lines]]:
+        for chosen in _line_ups(lines):
+            yield _with_room(sheet, budgets, base, chosen)
+        if best is None:
+            # What fits a smaller device fits this one.
+            yield from islice(_with_less_and_less(sheet, budgets, base, lines), 1, None)
+
+    for open_blocks in with_room():
         if set(open_blocks) in tried:
             continue
         tried.append(set(open_blocks))
         if not open_blocks or _bound(sheet, base, open_blocks) >= least_seconds:
             continue
-        rows = PrefixProgram(sheet, budgets, base, open_blocks, device_rows).solve()
-        choices = None if rows is None else _rounded(sheet, budgets, base, rows)
+        choices = _solved(sheet, budgets, base, open_blocks, device_rows=device_rows)
         if choices is not None and sheet.step_seconds(choices) < least_seconds:
             best, least_seconds = choices, sheet.step_seconds(choices)
     return best
@@ -107,65 +113,127 @@ def _line_ups(lines: dict[int, Lines]) -> list[dict[int, Lines]]:
 
 def _with_room(sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines]) -> dict[int, Lines]:
     """Those of ``lines`` for whose landing buffers and copies under way the device has room at any prefix."""
+    return next(_with_less_and_less(sheet, budgets, base, lines))
+
+
+def _with_less_and_less(
+    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines]
+) -> Iterator[dict[int, Lines]]:
+    """Those of ``lines`` for which the device has room, and those for which a smaller and smaller one would have."""
     left = dict(lines)
     if budgets.device is None:
-        return left
+        yield left
+        return
     room = budgets.device - sheet.around.base_bytes
     while True:
-        crowded = _crowding(sheet, base, left, room)
-        if not crowded:
-            return left
-        for index in crowded:
-            del left[index]
+        takes = _takes_at_least(sheet, base, left)
+        if not takes:
+            yield {}
+            return
+        most = max(takes.values())
+        if most <= room:
+            yield dict(left)
+            room = most - 1
+        for index, least in takes.items():
+            if least > room:
+                del left[index]
 
 
-def _crowding(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines], room: int) -> set[int]:
-    """Blocks whose copies alone break the device budget somewhere, with everything else at its least."""
+def _takes_at_least(sheet: Sheet, base: Sequence[Choice], lines: dict[int, Lines]) -> dict[int, int]:
+    """Most bytes beside which copies of each block of ``lines`` have to be, with everything else at its least."""
     transient = 1 if sheet.around.asynchronous else 0
     feet = least_of(sheet, base, lines)
-    crowded: set[int] = set()
+    takes = dict.fromkeys([-1, *range(len(feet))], 0)
     kept = outgoing = 0
     for index, foot in enumerate(feet):
         at_end = foot.kept_rows + foot.gathered + transient * foot.end_peak if foot.stashed else 0
-        if kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end) > room:
-            crowded.add(index - 1)
+        there = kept + outgoing + foot.skeletal + max(transient * foot.forward_peak, at_end)
+        takes[index - 1] = max(takes[index - 1], there)
         outgoing = foot.outgoing if sheet.around.asynchronous else 0
         kept += foot.kept
     kept = landing = 0
     lower = -1
-    there = gradients_above(sheet.around, feet)
+    gradients = gradients_above(sheet.around, feet)
     for index, foot in enumerate(feet):
         kept += foot.kept
         behind = held_behind(sheet.around, foot, last=index == len(feet) - 1)
         peak = transient * max(foot.rerun_peak + sheet.around.result, foot.backward_peak + behind - foot.spent)
         arriving = 0 if put_off(foot, landing) else landing
-        if kept + foot.full + arriving + peak + there[index] > room:
-            crowded.add(lower)
+        takes[lower] = max(takes[lower], kept + foot.full + arriving + peak + gradients[index])
         if foot.copies:
             landing, lower = foot.landing, index
-    return crowded & set(lines)
+    return {index: takes[index] for index in lines}
+
+
+def _solved(
+    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], lines: dict[int, Lines], *, device_rows: bool
+) -> tuple[Choice, ...] | None:
+    """The program's answer for the blocks of ``lines`` in whole granules; None: it has none.
+
+    Where rounding breaks a budget it is solved again with room for that, so that what is rounded always keeps it.
+    """
+    for spare in (1, 2):
+        rows = PrefixProgram(sheet, budgets, base, lines, device_rows, spare).solve()
+        if rows is None:
+            return None
+        choices = _rounded(sheet, budgets, base, rows)
+        if choices is not None:
+            return choices
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounding:
+    """How the rows of one block may be rounded to whole granules, the fastest last.
+
+    Attributes:
+        least: neither more on the device nor in host memory than was meant, and up to two granules more are rebuilt.
+        short: likewise, of less than all tokens: what has one size at any length is then made again.
+        upper: the prefix rounded down, and no row more in host memory: some more may be on the device.
+        lower: both numbers rounded down; as many rows less on the device may be more in host memory.
+    """
+
+    least: Choice
+    short: Choice
+    upper: Choice
+    lower: Choice
+
+    @classmethod
+    def of(cls, tokens: int, prefix_rows: float, device_rows: float) -> _Rounding:
+        host_rows = prefix_rows - device_rows
+        prefix = round_prefix(prefix_rows + _ROW_TOLERANCE, tokens)
+        whole = device_rows >= tokens - _ROW_TOLERANCE
+        device = tokens if whole else whole_granules(device_rows + _ROW_TOLERANCE, tokens)
+        fewer = round_prefix(device + host_rows + _ROW_TOLERANCE, tokens)
+        short = min(fewer, round_prefix(tokens - 1, tokens))
+        more = device if prefix - host_rows <= device + _ROW_TOLERANCE else device + granule(tokens)
+        return cls(*(
+            Choice(Executor.REPLAY, rows, min(stay, rows))
+            for rows, stay in ((fewer, device), (short, device), (prefix, more), (prefix, device))
+        ))  # fmt: skip
 
 
 def _rounded(
     sheet: Sheet, budgets: Budgets, base: Sequence[Choice], rows: dict[int, tuple[float, float]]
 ) -> tuple[Choice, ...] | None:
-    """``rows`` in whole granules, scaled down together where exact bytes break a budget all the same."""
+    """``rows`` in whole granules: rounded down, and block by block otherwise where that breaks a budget."""
+    ways = {index: _Rounding.of(sheet.lengths[index], *pair) for index, pair in rows.items()}
 
-    def scaled(steps: int) -> tuple[Choice, ...]:
-        share = steps / _REPAIR_STEPS
-        return tuple(
-            _choice(sheet.lengths[index], *(share * row for row in rows[index])) if index in rows else choice
-            for index, choice in enumerate(base)
-        )
+    def with_each(of: Mapping[int, Choice]) -> tuple[Choice, ...]:
+        return tuple(of.get(index, choice) for index, choice in enumerate(base))
 
-    choices = scaled(_REPAIR_STEPS)
-    if fits(sheet, budgets, choices):
-        return choices
-    choices = scaled(largest(lambda steps: fits(sheet, budgets, scaled(steps)), _REPAIR_STEPS))
-    return choices if fits(sheet, budgets, choices) else None
-
-
-def _choice(tokens: int, prefix_rows: float, device_rows: float) -> Choice:
-    prefix = round_prefix(prefix_rows + _ROW_TOLERANCE, tokens)
-    device = tokens if device_rows >= tokens - _ROW_TOLERANCE else whole_granules(device_rows + _ROW_TOLERANCE, tokens)
-    return Choice(Executor.REPLAY, prefix, min(device, prefix))
+    lower = with_each({index: way.lower for index, way in ways.items()})
+    if fits(sheet, budgets, lower):
+        return lower
+    for field in ("least", "short", "upper"):
+        found: dict[int, Choice] = {index: getattr(way, field) for index, way in ways.items()}
+        if fits(sheet, budgets, with_each(found)):
+            break
+    else:
+        return None
+    for index, way in ways.items():
+        for choice in (way.upper, way.lower, way.least):
+            if choice == found[index] or fits(sheet, budgets, with_each({**found, index: choice})):
+                found[index] = choice
+                break
+    return with_each(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from memo_runtime.planning.limits import Budgets, fits
 from memo_runtime.planning.rounding import round_prefix
@@ -44,6 +45,7 @@ class FreeReplay(Strategy):
         if self.device_rows:
             whole = _Whole.of(sheet, kept)
             found = whole.most(budgets) if best is None else [best, *whole.some(budgets)]
+            found += [choices for one in found for choices in _all_but_a_granule(sheet, one)]
             best = fastest(sheet, budgets, found)
         return None if best is None else Decision(best)
 
@@ -173,12 +175,12 @@ class _Whole:
             for index, choice in enumerate(self.base)
         )
 
-    def plan(self, budgets: Budgets, count: int) -> Choices | None:
-        """The best with the last ``count`` free blocks so."""
+    def plan(self, budgets: Budgets, count: int, *, thorough: bool = False) -> Choices | None:
+        """The best with the last ``count`` free blocks so; ``thorough``: see ``solve_prefixes``."""
         fixed = self.beside(count)
         others = None
         if count < len(self.free) and not _over_at_head(self.sheet, budgets, fixed):
-            others = solve_prefixes(self.sheet, budgets, fixed, device_rows=True)
+            others = solve_prefixes(self.sheet, budgets, fixed, device_rows=True, thorough=thorough)
         return fastest(self.sheet, budgets, [fixed] if others is None else [fixed, others])
 
     def some(self, budgets: Budgets) -> Iterator[Choices]:
@@ -193,7 +195,7 @@ class _Whole:
     def most(self, budgets: Budgets) -> list[Choices]:
         """Those of as many blocks as there is room for, which takes least of the host."""
         counts = _most(self.sheet, budgets, self.beside, len(self.free))
-        return [one for one in (self.plan(budgets, count) for count in counts) if one is not None]
+        return [one for one in (self.plan(budgets, count, thorough=True) for count in counts) if one is not None]
 
 
 def _most(sheet: Sheet, budgets: Budgets, at: Callable[[int], Choices], highest: int) -> list[int]:
@@ -231,16 +233,18 @@ def _variants(sheet: Sheet, choices: Choices) -> Iterator[Choices]:
     yield choices
     if not choices or not sheet.around.asynchronous:
         return
-    last, tokens = choices[-1], sheet.lengths[-1]
-    if last.executor is not Executor.REPLAY:
-        return
-    if last.prefix < tokens:
+    last = choices[-1]
+    if last.executor is Executor.REPLAY and last.prefix < sheet.lengths[-1]:
         yield (*choices[:-1], replace(last, resident=True))
-    elif sheet.blocks[-1].sliceable and not last.reason:
-        # Mixers of a block that is not run again are not read by a rerun: of a few rows it may be.
-        prefix = round_prefix(tokens - 1, tokens)
-        rerun = replace(last, prefix=prefix, device_rows=min(last.device_rows, prefix), resident=True)
-        yield (*choices[:-1], rerun)
+
+
+def _all_but_a_granule(sheet: Sheet, choices: Choices) -> Iterator[Choices]:
+    """``choices`` with the last block run again for a few rows, where it was not, so that mixers may stay as well."""
+    last, tokens = choices[-1], sheet.lengths[-1]
+    prefix = round_prefix(tokens - 1, tokens)
+    if last.executor is Executor.REPLAY and last.prefix == tokens and prefix and sheet.blocks[-1].sliceable:
+        fewer = Choice(Executor.REPLAY, prefix, min(last.device_rows, prefix))
+        yield from islice(_variants(sheet, (*choices[:-1], fewer)), 1, None)
 
 
 def _last(sheet: Sheet, count: int) -> frozenset[int]:

@@ -39,13 +39,14 @@ _ROW_TOLERANCE = 1e-3
 
 
 def solve_prefixes(
-    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], *, device_rows: bool
+    sheet: Sheet, budgets: Budgets, base: Sequence[Choice], *, device_rows: bool, thorough: bool = True
 ) -> tuple[Choice, ...] | None:
     """The fastest prefixes for the blocks that ``base`` leaves at an empty one; None: no solution.
 
     Args:
         base: choices with an empty prefix wherever one may be chosen; all others are constants.
         device_rows: rows may also stay on the device.
+        thorough: where nothing is found, prefixes for fewer and fewer blocks are tried.
     """
     free = {
         index for index, choice in enumerate(base) if choice == Choice(Executor.REPLAY) and _sliceable(sheet, index)
@@ -64,7 +65,7 @@ def solve_prefixes(
     def with_room() -> Iterator[dict[int, Lines]]:
         for chosen in _line_ups(lines):
             yield _with_room(sheet, budgets, base, chosen)
-        if best is None:
+        if thorough and best is None:
             # What fits a smaller device fits this one.
             yield from islice(_with_less_and_less(sheet, budgets, base, lines), 1, None)
 

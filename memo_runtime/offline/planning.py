@@ -12,9 +12,10 @@ from memo_runtime.offline.iteration import iteration_trace
 from memo_runtime.offline.optimizers import Optimizer
 from memo_runtime.offline.profile import Offline, profile_offline
 from memo_runtime.offline.subject import Subject
-from memo_runtime.planning.executors import tiles_are_worth_trying
+from memo_runtime.planning.executors import chooses_executors, tiles_are_worth_trying
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.layout import Layout, plan_layout
+from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.planner import plan_of
 from memo_runtime.planning.policies import decide_somehow
 from memo_runtime.planning.sheet import Sheet, lengths_of
@@ -27,8 +28,6 @@ from memo_runtime.units import format_bytes
 
 #: Limit of the layout's solver.
 _LAYOUT_SECONDS = 8.0
-#: What an error says where nothing can fit at the asked length: shorter ones may go further by tiles.
-_BY_REPLAY = "  tried      replay alone; memo fit tries shorter lengths by tiles too, which may go further"
 
 
 def plan_offline(
@@ -86,27 +85,19 @@ class _Decided:
 
 
 def _decided_at(offline: Offline, settings: Settings) -> _Decided:
-    """See ``plan_at``. Errors and plans are made only of what is not tried by tiles again."""
+    """See ``plan_at``. Of blocks that may run by tiles an error says what they need so, too."""
     words = CommandWords(offline.study.ranks.gpus)
     if settings.policy is not Policy.TILED:
         sheet, decision = decide_somehow(_sheet(offline), settings)
+        if decision is None and not chooses_executors(settings, Budgets.of(sheet, settings)):
+            raise infeasible(sheet, settings, words)
         seconds = None if decision is None else sheet.step_seconds(decision.choices)
-        if not tiles_are_worth_trying(sheet, settings, seconds):
-            if decision is not None:
-                return _Decided(sheet, decision)
-            error = infeasible(sheet, settings, words)
-            by_tiles = settings.policy is Policy.AUTO and _shorter_is_worth_trying(sheet, settings)
-            raise type(error)(f"{error}\n{_BY_REPLAY}") if by_tiles else error
+        if decision is not None and not tiles_are_worth_trying(sheet, settings, seconds):
+            return _Decided(sheet, decision)
     sheet, decision = decide_somehow(_sheet(offline.with_tiles()), settings)
     if decision is None:
         raise infeasible(sheet, settings, words)
     return _Decided(sheet, decision)
-
-
-def _shorter_is_worth_trying(sheet: Sheet, settings: Settings) -> bool:
-    """Whether tiles may go further at any length: not where what is there before any activation is too much."""
-    shortest = sheet.at(tuple(min(1, length) for length in sheet.lengths))
-    return tiles_are_worth_trying(shortest, settings, None)
 
 
 def is_feasible_at(offline: Offline, settings: Settings) -> bool:

@@ -10,15 +10,17 @@ this step does not fit in 76.00 GiB on H100 (budget): it needs 83.20 GiB, short 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from memo_runtime.config import Settings
+from memo_runtime.config import Policy, Settings
 from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning import suggest
+from memo_runtime.planning.executors import chooses_executors
 from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.policies import strategy_for
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.strategy import Choices
-from memo_runtime.planning.tiles import floor
+from memo_runtime.planning.tiles import floor, tiles_seen
 from memo_runtime.planning.words import PYTHON, PythonWords
 from memo_runtime.units import format_bytes
 
@@ -49,7 +51,8 @@ def _device_error(
 ) -> PlanInfeasibleError:
     budgets = Budgets.of(sheet, settings)
     choices = min(tried, key=sheet.peak_bytes)
-    needed = sheet.peak_bytes(choices)
+    unbounded = replace(settings, host_budget=max(1, *map(sheet.host_bytes, tried)))
+    needed = suggest.least_budget(sheet, unbounded, "budget", sheet.peak_bytes(choices))
     course = sheet.course(choices)
     name = sheet.blocks[course.index].name if sheet.blocks else "the model"
     where = course.phase if course.phase in _OUTSIDE else f"{name}, {course.phase}"
@@ -60,6 +63,7 @@ def _device_error(
         f"short by {format_bytes(budgets.over_device(needed))}",
         f"  at         {where}, policy '{settings.policy}'{f', tile={settings.tile}' if settings.tile else ''}",
         _floor_line(sheet, settings),
+        *_replay_line(sheet, settings, words),
         *_accumulation_line(sheet, settings),
         *([_stepping_line(sheet)] if course.phase == _STEP else []),
         *_suggestions(suggest.for_device(sheet, settings, tried, words), _no_length(sheet)),
@@ -70,7 +74,8 @@ def _device_error(
 
 def _host_error(sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords) -> HostLimitError:
     budgets = Budgets.of(sheet, settings)
-    needed = min(sheet.host_bytes(choices) for choices in tried if not budgets.over_device(sheet.peak_bytes(choices)))
+    enough = min(sheet.host_bytes(choices) for choices in tried if not budgets.over_device(sheet.peak_bytes(choices)))
+    needed = suggest.least_budget(sheet, settings, "host_budget", enough)
     room = ""
     if budgets.device is not None:
         room = f" to fit in {format_bytes(budgets.device)} on the device ({budgets.device_source})"
@@ -78,10 +83,19 @@ def _host_error(sheet: Sheet, settings: Settings, tried: Sequence[Choices], word
         f"this step needs {format_bytes(needed)} of host memory with policy '{settings.policy}'{room}, and "
         f"{format_bytes(budgets.host)} are allowed ({budgets.host_source}): "
         f"short by {format_bytes(budgets.over_host(needed))}",
-        *_suggestions(suggest.for_host(sheet, settings, tried, words), "nothing that was tried"),
+        *_replay_line(sheet, settings, words),
+        *_suggestions(suggest.for_host(sheet, settings, tried, words, needed), "nothing that was tried"),
         *_footing_line(words),
     ]
     return HostLimitError("\n".join(lines))
+
+
+def _replay_line(sheet: Sheet, settings: Settings, words: PythonWords) -> list[str]:
+    """Where ``auto`` knows nothing of tiles: a run captures no blocks that cannot fit any budget near the asked one."""
+    if tiles_seen(sheet) or not chooses_executors(settings, Budgets.of(sheet, settings)):
+        return []
+    tiled = words.setting("policy", Policy.TILED.value)
+    return [f"  tried      replay alone: by tiles ({tiled}) less may be enough"]
 
 
 def _footing_line(words: PythonWords) -> list[str]:

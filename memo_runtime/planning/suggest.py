@@ -19,6 +19,8 @@ from memo_runtime.units import format_bytes, parse_bytes
 
 #: Decimals of a suggested swap fraction.
 _ALPHA_STEPS = 1000
+#: Parts of what is missing of a budget.
+_BUDGET_STEPS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,32 @@ def is_feasible(sheet: Sheet, settings: Settings) -> bool:
     return less is not None and strategy.is_feasible(less, Budgets.of(less, settings))
 
 
+def least_budget(sheet: Sheet, settings: Settings, knob: str, enough: int) -> int:
+    """Bytes of the smallest ``budget`` or ``host_budget`` with a plan: ``enough``, of a stand-by, or what is less.
+
+    To a thousandth of what is asked for in addition; where ``enough`` has no plan within the other budget, it is that.
+    """
+    # As it is asked: whether the norm goes by tiles is decided for each budget.
+    sheet = sheet.at(sheet.lengths)
+    budgets = Budgets.of(sheet, settings)
+    asked = budgets.host if knob == "host_budget" else budgets.device or 0
+    between = max(0, enough - asked)
+
+    def at(steps: int) -> int:
+        return asked + between * steps // _BUDGET_STEPS
+
+    def is_short(steps: int) -> bool:
+        return not is_feasible(sheet, _with_budget(settings, knob, at(steps)))
+
+    return at(largest(is_short, _BUDGET_STEPS) + 1)
+
+
+def _with_budget(settings: Settings, knob: str, size_bytes: int) -> Settings:
+    if knob == "host_budget":
+        return replace(settings, host_budget=size_bytes)
+    return replace(settings, budget=size_bytes)
+
+
 def for_device(
     sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords
 ) -> list[Suggestion]:
@@ -51,20 +79,20 @@ def for_device(
     return [
         *_shorter_tile(sheet, settings, words),
         *_lengths(sheet, settings, words),
-        *_budgets(sheet, settings, tried, words, "budget"),
+        *_budgets(sheet, settings, tried, words),
         *_knobs(sheet, settings, words),
     ]
 
 
 def for_host(
-    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords
+    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords, needed: int
 ) -> list[Suggestion]:
-    """What to do about a host budget that no plan of ``tried`` keeps."""
+    """What to do about a host budget that no plan of ``tried`` keeps; ``needed``: the least that would do."""
     return [
         *_alphas(sheet, settings, words),
         *_lengths(sheet, settings, words),
-        *_budgets(sheet, settings, tried, words, "host_budget"),
-        *_budgets(sheet, settings, tried, words, "budget"),
+        *_raised(sheet, settings, words, "host_budget", needed),
+        *_budgets(sheet, settings, tried, words),
         *_more_kept(sheet, settings, words),
         *_knobs(sheet, settings, words),
     ]
@@ -112,22 +140,20 @@ def _lengths(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[S
 
 
 def _budgets(
-    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords, knob: str
+    sheet: Sheet, settings: Settings, tried: Sequence[Choices], words: PythonWords
 ) -> Iterator[Suggestion]:
-    """The smallest budget of one kind under which a plan keeps the other; of the device no more than it has."""
+    """The smallest device budget under which a plan keeps the host's; no more than the device has."""
     budgets = Budgets.of(sheet, settings)
-    if knob == "budget":
-        needs = [sheet.peak_bytes(c) for c in tried if not budgets.over_host(sheet.host_bytes(c))]
-        if sheet.profile.device_type != "cpu":
-            needs = [need for need in needs if need <= sheet.profile.device_bytes]
-    else:
-        needs = [sheet.host_bytes(c) for c in tried if not budgets.over_device(sheet.peak_bytes(c))]
+    needs = [sheet.peak_bytes(c) for c in tried if not budgets.over_host(sheet.host_bytes(c))]
     if needs:
-        raised_bytes = parse_bytes(size_at_least(min(needs)))
-        raised = (
-            replace(settings, budget=raised_bytes) if knob == "budget" else replace(settings, host_budget=raised_bytes)
-        )
-        yield from _checked(sheet, raised, words.size(knob, min(needs)))
+        least = least_budget(sheet, settings, "budget", min(needs))
+        if sheet.profile.device_type == "cpu" or least <= sheet.profile.device_bytes:
+            yield from _raised(sheet, settings, words, "budget", least)
+
+
+def _raised(sheet: Sheet, settings: Settings, words: PythonWords, knob: str, least: int) -> Iterator[Suggestion]:
+    raised = _with_budget(settings, knob, parse_bytes(size_at_least(least)))
+    yield from _checked(sheet, raised, words.size(knob, least))
 
 
 def _alphas(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:

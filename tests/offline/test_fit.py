@@ -1,6 +1,7 @@
 """The longest sequence that trains: found by plans, whatever stands in the way is named."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -257,3 +258,16 @@ def test_no_length_below_the_longest_is_refused(tmp_path):
     lengths = [*range(16_384, longest, 16_384), 149_760, 150_016, longest]
     assert all(is_feasible_at(study.at(tokens), make_settings()) for tokens in lengths)
     assert not is_feasible_at(study.at(longest + 128), make_settings())
+
+
+def test_a_budget_below_the_model_itself_is_refused_with_what_tiles_need(study):
+    """Nothing can fit it, but the floor and the least budget are those of tiles, which auto takes there."""
+    offline = study.at(1 << 17, host_bytes=1 << 40)
+    said = []
+    for policy in ("auto", "tiled"):
+        with pytest.raises(PlanInfeasibleError) as refused:
+            plan_at(offline, make_settings(policy=policy, budget=MiB))
+        said.append(re.findall(r"it needs ([\d.]+ .iB)|floor +([\d.]+ .iB)|--budget ([\d.]+)", str(refused.value)))
+        assert "replay alone" not in str(refused.value)
+    assert said[0] == said[1]
+    assert len(said[0]) == 3

@@ -300,3 +300,19 @@ def test_tiles_are_twice_as_long_where_that_costs_nothing_else():
         kept = [(block.prefix, block.sent, block.device_rows, block.groups) for block in some.blocks]
         assert kept == [(block.prefix, block.sent, block.device_rows, block.groups) for block in again.blocks]
         assert some.forecast.peak_bytes <= budget
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings", "said"),
+    [
+        (llama_profile(), {"budget": "1GiB"}, True),
+        (tried(llama_profile()), {"budget": "1GiB"}, False),
+        (llama_profile(), {"budget": "1GiB", "policy": "replay"}, False),
+        (llama_profile(), {"budget": "1GiB", "keep_last": 1}, False),
+    ],
+    ids=["untried", "tried", "replay", "keep_last"],
+)
+def test_a_refusal_that_knows_nothing_of_tiles_says_so(profile, settings, said):
+    with pytest.raises(PlanInfeasibleError) as refused:
+        plan(profile, **settings)
+    assert ("replay alone: by tiles (policy='tiled') less may be enough" in str(refused.value)) == said

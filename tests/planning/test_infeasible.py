@@ -12,6 +12,7 @@ from memo_runtime.planning.words import size_at_least
 from memo_runtime.records import Role
 from memo_runtime.units import GiB, parse_bytes
 from tests.planning.builders import group, llama_block, llama_profile, on_cpu, opaque, profile_of
+from tests.planning.test_monotone import MODELS
 
 PROFILE = llama_profile(12)
 
@@ -214,4 +215,25 @@ def test_a_host_budget_of_a_few_bytes_is_suggested_with_its_unit():
     settings = {"policy": "recompute", "keep_last": 0, "host_budget": "0B"}
     text = refused(profile, error=HostLimitError, **settings)
     assert "host_budget='192B'" in text
+    assert_suggestions_fit(text, profile, **settings)
+
+
+BOTH_BIND = [
+    ({"policy": "replay", "host_budget": "1GiB"}, "host_budget"),
+    ({"policy": "auto", "keep_last": 3, "host_budget": "1GiB"}, "host_budget"),
+    ({"policy": "memo", "host_budget": "100GiB", "budget": "9GiB"}, "budget"),
+]
+
+
+@pytest.mark.parametrize(("settings", "knob"), BOTH_BIND, ids=str)
+def test_what_a_step_needs_is_enough_and_a_little_less_is_not(settings, knob):
+    """Also where a prefix of some blocks, or whole ones, take less than all stand-bys do."""
+    error = HostLimitError if knob == "host_budget" else PlanInfeasibleError
+    profile = MODELS["small"]
+    text = refused(profile, error=error, **settings)
+    needed = parse_bytes(re.search(r"needs ([\d.]+ GiB)", text)[1])
+    make_plan(profile, make_settings(**{**settings, knob: needed + GiB // 50}))
+    refused(profile, error=error, **{**settings, knob: needed - GiB // 50})
+    suggested = next(change[knob] for change, _ in suggestions(text) if knob in change)
+    assert abs(parse_bytes(suggested) - needed) <= GiB // 50
     assert_suggestions_fit(text, profile, **settings)

@@ -11,9 +11,10 @@ under autocast) and miss the bound, they are held to that of the narrower one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from memo_runtime.blocks.cache import refuse_caches
 from memo_runtime.blocks.containers import leaves_of, mapped
 from memo_runtime.blocks.given import given_blocks
 from memo_runtime.blocks.stack import BlockRef, check_keep_last, find_blocks
+from memo_runtime.blocks.state import LibraryRandom, shared_generators
 from memo_runtime.config import Loss, Settings, make_settings
 from memo_runtime.errors import MemoError, ProfileError
 from memo_runtime.lookup import find_wrapped
@@ -107,6 +109,25 @@ class CheckResult:
         return said if moved else f"{said}; policy memo moves bytes too"
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """States of the generators of PyTorch, Python and NumPy, from which every step that is compared starts."""
+
+    of_torch: RandomState
+    of_others: LibraryRandom
+
+    @classmethod
+    def current(cls, device: torch.device) -> _Start:
+        """The states at this point."""
+        return cls(RandomState.current(device), LibraryRandom.current(shared_generators()))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run from these states, then put back those from before."""
+        with self.of_torch.restored(), self.of_others.restored():
+            yield
+
+
 def _scalar(output: Any) -> torch.Tensor:
     """The loss of a model's output: its ``loss``, a scalar tensor, else the mean square of all float outputs."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -121,7 +142,7 @@ def _scalar(output: Any) -> torch.Tensor:
     return sum((leaf.square().mean().to(wide[0].device) for leaf in wide[1:]), start=wide[0].square().mean())
 
 
-def _run(model: nn.Module, batch: Batch, start: RandomState) -> tuple[float, Gradients]:
+def _run(model: nn.Module, batch: Batch, start: _Start) -> tuple[float, Gradients]:
     args, kwargs = batch
     model.zero_grad(set_to_none=True)
     with start.restored(), torch.enable_grad():
@@ -132,7 +153,7 @@ def _run(model: nn.Module, batch: Batch, start: RandomState) -> tuple[float, Gra
     }
 
 
-def _run_plain(model: nn.Module, batch: Batch, start: RandomState) -> tuple[float, Gradients]:
+def _run_plain(model: nn.Module, batch: Batch, start: _Start) -> tuple[float, Gradients]:
     """The unwrapped model's step; what fails here is the model, the batch or both."""
     try:
         return _run(model, batch, start)
@@ -146,7 +167,7 @@ def _run_plain(model: nn.Module, batch: Batch, start: RandomState) -> tuple[floa
         ) from error
 
 
-def _saved_dtypes(model: nn.Module, blocks: Sequence[str], batch: Batch, start: RandomState) -> set[torch.dtype]:
+def _saved_dtypes(model: nn.Module, blocks: Sequence[str], batch: Batch, start: _Start) -> set[torch.dtype]:
     """In which dtypes ``blocks`` keep something for their backward."""
     seen: set[torch.dtype] = set()
     open_hooks: list[Any] = []
@@ -282,7 +303,7 @@ class _DrawsMasksError(Exception):
 
 def _compared(own: nn.Module, batch: Batch, refs: Sequence[BlockRef], settings: Settings) -> CheckResult:
     plain, managed = _copy(own), _copy(own)
-    start = RandomState.current(model_device(plain))
+    start = _Start.current(model_device(plain))
     loss, plain_gradients = _run_plain(plain, batch, start)
     copied = [replace(ref, module=managed.get_submodule(ref.name)) for ref in refs]
     wrapped = make_wrapped(managed, copied, settings, loss=Loss.AUTO)
@@ -338,7 +359,7 @@ def _refs(model: nn.Module, blocks: Any, existing: Wrapped | None) -> Sequence[B
     return find_blocks(model) if existing is None else existing.refs
 
 
-def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: RandomState) -> tuple[float, bool]:
+def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: _Start) -> tuple[float, bool]:
     """(ratio of the wrapped model's error to the unwrapped one's, within bounds), median of five perturbed weights."""
     longest = max((max(t.shape) for t in leaves_of(batch) if isinstance(t, torch.Tensor)), default=0)
     wide = torch.float64 if longest <= _DOUBLE_TOKENS else torch.float32

@@ -442,8 +442,8 @@ class Wrapped:
                 refuse_active_hooks()
                 if by_tiles is None:
                     return observer(block.name, forward, a, k)
-                by_tiles.see(block, a, k)
-                return by_tiles.made(block, observer(block.name, forward, a, k))
+                output = observer(block.name, forward, a, k, first=partial(by_tiles.see, block, a, k))
+                return by_tiles.made(block, output)
 
             self.session.observer = see
             try:

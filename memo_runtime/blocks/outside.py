@@ -6,6 +6,8 @@ places (``places.py``) that it may read; of what code reaches that computes name
 They are read before the function runs, so that what it writes is seen too. Functions of PyTorch and of the standard
 library are not looked into, but for layers of ``torch.nn``. Not seen: what lies more than ``_DEPTH`` objects deep,
 large namespaces, containers and arrays, clocks.
+
+Where all that is wanted is to undo it (``room``), longer containers are looked at, and tensors, by value.
 """
 
 from __future__ import annotations
@@ -13,14 +15,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from itertools import islice
 from operator import is_
 from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.decorators import skip
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memo_runtime.blocks.places import (
@@ -33,7 +37,9 @@ from memo_runtime.blocks.places import (
     Members,
     Names,
     Place,
+    Values,
     is_small_array,
+    is_small_tensor,
 )
 from memo_runtime.blocks.reach import is_generator, reach
 from memo_runtime.blocks.spelled import ANY, spelled
@@ -43,13 +49,17 @@ _DEPTH = 4
 #: So many places are looked at; beyond, nothing is followed any more.
 _MOST_PLACES = 4096
 #: Packages whose functions are not looked into, beside the standard library and torch, of which layers are.
-_CLOSED = ("memo_runtime", "numpy", "sympy", "mpmath")
+_CLOSED = ("memo_runtime", "numpy", "sympy", "mpmath", "deepspeed")
 _NAMESPACES = ("types.SimpleNamespace", "argparse.Namespace")
 _LAYERS = ("torch.nn.modules.", "torch.nn.functional")
 _MACHINERY = "torch.nn.modules.module"
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+#: Members of a container that is looked at once, and not at every call.
+_MOST_MEMBERS_ONCE = 1 << 16
 
 
 @lru_cache(maxsize=4096)
+@skip  # type: ignore[untyped-decorator]
 def _is_closed(module: Any) -> bool:
     if not isinstance(module, str):
         return True
@@ -63,9 +73,14 @@ class Outside:
     """The places that one run of ``block`` leads to; ``kinds``: classes of the objects that it has.
 
     A context manager around the run. Ask ``written`` in the surroundings of the run and ``settle`` outside of them.
+
+    Args:
+        room: bytes for copies of tensors, of a run that is put back and never settled; None: it may be settled.
     """
 
-    def __init__(self, block: nn.Module, kinds: Iterable[type] = ()) -> None:
+    def __init__(self, block: nn.Module, kinds: Iterable[type] = (), *, room: int | None = None) -> None:
+        self._most_members = MOST_MEMBERS if room is None else _MOST_MEMBERS_ONCE
+        self._room = room or 0
         self._kinds = {one for one in (*map(type, block.modules()), *kinds) if not _is_closed(one.__module__)}
         found = [one for one in reach([("", block)]).generators if not isinstance(one, torch.Generator)]
         self._generators = {id(one): LibraryRandom.current([one]) for one in (*found, *shared_generators())}
@@ -73,12 +88,12 @@ class Outside:
         #: What globals and classes have led to: what a run itself makes is not looked into.
         self._known: dict[int, Any] = {}
         self._seen: set[CodeType] = set()
-        #: Of functions that have variables of a closure: those that were met, and what these held when one started.
+        #: Functions that have variables of a closure: those that were met, and whether what these held was looked at.
         self._functions: dict[CodeType, dict[int, FunctionType]] = {}
-        self._closures: dict[CodeType, list[tuple[Any, ...]]] = {}
+        self._started_once: set[int] = set()
         self._modules = [*block.modules()]
         self._tracer: Any = None
-        self._collects = False
+        self._collects = self._runs = False
         #: Once they are settled.
         self._glance: Glance | None = None
 
@@ -97,19 +112,30 @@ class Outside:
             for value in module.__dict__.values():
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     self._meet(one)
-        # What libraries have called when garbage is collected (gc.callbacks) would be taken for functions of the block.
-        self._collects = gc.isenabled()
-        gc.disable()
-        self._tracer = sys.gettrace()
-        sys.settrace(self._started)
+            for table in _HOOKS:
+                for hook in module.__dict__.get(table, {}).values():
+                    self._meet_hook(hook)
+        self._collects, self._tracer, self._runs = gc.isenabled(), sys.gettrace(), True
+        self._watch()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._rest()
+        self._tracer, self._runs = None, False
+
+    def _watch(self) -> None:
+        # What libraries have called when garbage is collected (gc.callbacks) would be taken for functions of the block.
+        gc.disable()
+        sys.settrace(self._started)
+
+    def _rest(self) -> None:
         sys.settrace(self._tracer)
         if self._collects:
             gc.enable()
-        self._tracer = None
-        self._places.update((id(one.holder), one) for one in [*self._variables()])
+
+    def paused(self) -> Pause:
+        """In the middle of the run, around what is none of it."""
+        return Pause(self)
 
     def written(self) -> str:
         """Words for what the run has changed; empty if nothing."""
@@ -135,14 +161,19 @@ class Outside:
         for place in self._places.values():
             place.renew()
         self._glance = Glance(self._places.values())
-        self._known, self._seen, self._closures, self._generators = {}, set(), {}, {}
+        self._known, self._seen, self._generators = {}, set(), {}
         self._functions, self._modules = {}, []
         return self
 
+    @skip  # type: ignore[untyped-decorator]
     def _started(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and not _is_closed(frame.f_globals.get("__name__")):
+            self._look_at(frame)
+
+    # In the middle of what torch.compile runs, it would compile this, and what is called from here, as well.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _look_at(self, frame: FrameType) -> None:
         code = frame.f_code
-        if event != "call" or _is_closed(frame.f_globals.get("__name__")):
-            return
         if code not in self._seen:
             self._seen.add(code)
             held, names = frame.f_globals, spelled(code)
@@ -157,11 +188,40 @@ class Outside:
             first = frame.f_locals.get(code.co_varnames[0])
             if id(first) in self._known:
                 self._follow(f"an object of {type(first).__name__}", first, spelled(code), _DEPTH)
-        if code.co_freevars:
-            values = tuple(frame.f_locals.get(name) for name in code.co_freevars)
-            known = self._closures.setdefault(code, [])
-            if not any(all(map(is_, values, one)) for one in known):
-                known.append(values)
+        if code.co_freevars and code in self._functions:
+            self._see_closures(code, [frame.f_locals.get(name) for name in code.co_freevars])
+
+    def _see_closures(self, code: CodeType, values: list[Any]) -> None:
+        """Of the functions that were met, one of which starts: those whose variables hold ``values``.
+
+        A decorator makes many with one code, and a frame does not say which of them it is of.
+        """
+        for function in [*self._functions[code].values()]:
+            cells = function.__closure__ or ()
+            if id(function) in self._started_once or not all(map(is_, map(_content, cells), values)):
+                continue
+            self._started_once.add(id(function))
+            for name, cell, value in zip(code.co_freevars, cells, values, strict=True):
+                label = f"'{name}' of the closure of {function.__qualname__}"
+                if name != "__class__" and id(cell) not in self._places:
+                    self._places[id(cell)] = Closed(label, cell, value)
+                    self._follow(label, value, spelled(code), _DEPTH)
+
+    def _meet_hook(self, hook: Any) -> None:
+        """Take note of a hook, of what it is given beside its call, and of the object that it is a method of."""
+        self._meet(hook)
+        given: list[Any] = []
+        while isinstance(hook, partial):
+            given += [*hook.args, *hook.keywords.values()]
+            hook = hook.func
+        function = getattr(hook, "__func__", hook)
+        owner = getattr(hook, "__self__", hook)
+        if not isinstance(owner, (nn.Module, FunctionType, ModuleType)):
+            self._known[id(owner)] = owner
+        if isinstance(function, FunctionType) and not _is_closed(function.__module__):
+            given += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            for one in given:
+                self._follow(f"what hook {function.__qualname__} is given", one, spelled(function.__code__), _DEPTH)
 
     def _meet(self, value: Any) -> None:
         """Take note of a function with a closure, and of those that it holds (what a decorator wraps)."""
@@ -173,27 +233,16 @@ class Outside:
                 for cell in function.__closure__:
                     self._meet(_content(cell))
 
-    def _variables(self) -> Iterator[Closed]:
-        """Of closures of functions that were met and have run; what they held is followed by the names of the code."""
-        for code, known in self._closures.items():
-            functions = [*self._functions.get(code, {}).values()]
-            for function in functions:
-                cells = function.__closure__ or ()
-                now = [_content(cell) for cell in cells]
-                before = next((values for values in known if all(map(is_, now, values))), None)
-                if before is None and len(functions) == len(known) == 1:
-                    before = known[0]  # it was written to; where a decorator has made many, it may be another that ran
-                for at, (name, cell) in enumerate(zip(code.co_freevars, cells, strict=True)):
-                    if before is not None and name != "__class__":
-                        label = f"'{name}' of the closure of {function.__qualname__}"
-                        self._follow(label, before[at], spelled(code), _DEPTH)
-                        yield Closed(label, cell, before[at])
-
     # ---- from one place to the next
 
     def _follow(self, label: str, value: Any, names: Sequence[str], depth: int) -> None:
         """Look at the places in ``value`` that ``names`` lead to."""
-        if depth <= 0 or isinstance(value, (*PLAIN, torch.Tensor)) or len(self._places) > _MOST_PLACES:
+        if depth <= 0 or isinstance(value, PLAIN) or len(self._places) > _MOST_PLACES:
+            return
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._places and is_small_tensor(value, self._room):
+                self._room -= value.nbytes
+                self._place(value, Values, label)
             return
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] not in _CLOSED:
@@ -261,9 +310,9 @@ class Outside:
             self._follow(label.format(name), holder[name], (), 1)
 
     def _see_members(self, label: str, value: Any, names: Sequence[str], depth: int) -> None:
-        if len(value) <= MOST_MEMBERS:
+        if len(value) <= self._most_members:
             self._place(value, Members, label)
-            for one in [*value.values()] if isinstance(value, dict) else [*value]:
+            for one in islice([*value.values()] if isinstance(value, dict) else [*value], MOST_MEMBERS):
                 self._follow(f"a member of {label}", one, names, depth - 1)
 
     def _see_environment(self, constants: Iterable[Any]) -> None:
@@ -281,6 +330,22 @@ class Outside:
             found = kind(label, holder) if owner is None else kind(label, holder.__dict__, owner)
             self._places[id(holder)] = found
         return found
+
+
+class Pause:
+    """No generator: one that an interrupt has suspended would be closed, and go on, long after the run."""
+
+    __slots__ = ("_outside",)
+
+    def __init__(self, outside: Outside) -> None:
+        self._outside = outside
+
+    def __enter__(self) -> None:
+        self._outside._rest()
+
+    def __exit__(self, *_: object) -> None:
+        if self._outside._runs:
+            self._outside._watch()
 
 
 def _is_open(kind: type) -> bool:

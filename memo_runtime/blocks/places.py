@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from memo_runtime.blocks.ambient import BufferState
+
 #: Told apart by value.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 #: Containers whose members are looked at, up to so many.
@@ -197,6 +199,37 @@ class Elements:
     def put_back(self) -> None:
         """See ``Place``."""
         self.holder[...] = self._values
+
+
+def is_small_tensor(tensor: torch.Tensor, most_bytes: int) -> bool:
+    """One whose elements can be kept in ``most_bytes``; no parameter, which no forward writes to."""
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_inference()
+    return plain and not tensor.is_meta and tensor.nbytes <= most_bytes
+
+
+class Values:
+    """The elements of a tensor."""
+
+    def __init__(self, label: str, holder: torch.Tensor) -> None:
+        self._label, self.holder = label, holder
+        self.renew()
+
+    def now(self) -> list[Any]:
+        """See ``Place``."""
+        return [self.holder]
+
+    def renew(self) -> None:
+        """See ``Place``."""
+        self._version, self._values = self.holder._version, BufferState.current([self.holder])
+
+    def changed(self) -> str:
+        """See ``Place``."""
+        return "" if self.holder._version == self._version else self._label
+
+    def put_back(self) -> None:
+        """See ``Place``."""
+        if self.changed():
+            self._values.set()
 
 
 class Glance:

@@ -29,6 +29,8 @@ from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.blocks.state import MOST_CLONED_BYTES, LibraryRandom, shared_generators
 from memo_runtime.blocks.undo import Undo
 
+#: Bytes of tensors outside of a module that are kept (what hooks sum up): few, since memory in use is measured beside.
+_ROOM = 1024**2
 Roots = Iterable[tuple[str, Any]]
 
 
@@ -84,17 +86,17 @@ class Start:
         ``look``: at values, to find what was written past autograd; that waits for the device.
         """
         self.wrote = self.wrote or any(tensor._version != version for tensor, version in self._versions)
+        self.drew = self.drew or self._random.advanced()
+        self.left = self.left or bool(self._found.changed()) or any(outside.changed() for outside in self._outside)
+        # First: they were looked at when this was, or later, in the middle of a forward that had written already.
+        for outside in reversed(self._outside):
+            outside.put_back()
         for values in self._values:
             self.wrote = self.wrote or (look and values.changed())
             values.set()
-        changed = self._found.changed()
-        self.left = self.left or bool(changed) or any(outside.changed() for outside in self._outside)
-        for index in changed:
+        for index in self._found.changed():
             self._found.cells[index].write(self._found.contents[index])
-        self.drew = self.drew or self._random.advanced()
         self._random.set()
-        for outside in reversed(self._outside):
-            outside.put_back()
 
     def first_run(self) -> contextlib.AbstractContextManager[object]:
         """Around every run: the first one shows what runs may change outside of the block."""
@@ -106,7 +108,7 @@ class Start:
 
     def outside(self, module: nn.Module) -> Outside:
         """Around a run of ``module``, whose changes outside of it are put back too."""
-        self._outside.append(Outside(module))
+        self._outside.append(Outside(module, room=_ROOM))
         return self._outside[-1]
 
     def left_outside(self) -> str:

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import mapped
+from memo_runtime.blocks.outside import Outside
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.passing import passed_on
@@ -56,6 +57,7 @@ class Walk(ABC):
     leaving: set[str] = field(default_factory=set)
     _outputs: dict[object, bool] = field(default_factory=dict)
     _start: Start = field(init=False)
+    _around: Outside = field(init=False)
 
     @abstractmethod
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -71,23 +73,33 @@ class Walk(ABC):
         self.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
         roots = [(type(model).__name__, model), ("the batch", batch)]
         self._start = Start(roots, self.device, clone=True)
+        # The first of all that is looked at, so that it is put back last: what the model's own code has written before
+        # a block was looked at, and what hooks of its modules, which see stand-ins here, have collected.
+        self._around = self._start.outside(model)
         with self._start.kept(), torch.enable_grad():
-            with contextlib.suppress(_AllSeenError):
+            with contextlib.suppress(_AllSeenError), self._around:
                 run(self)
             self.finish()
+        del self._start, self._around
 
     @abstractmethod
     def finish(self) -> None:
         """The forward is over; what it did not call can be looked at."""
 
-    def __call__(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look at block ``name`` and give a result of the right shape."""
-        block = self.blocks[name]
-        call = BlockCall.of(args, kwargs, block.module)
-        profile = self.look(block, forward, call)
-        if self.may_stop and self.is_done():
-            raise _AllSeenError
-        return self._result(block, forward, call, profile)
+    def __call__(
+        self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], *,
+        first: Callable[[], None] | None = None,
+    ) -> Any:  # fmt: skip
+        """Look at block ``name`` and give a result of the right shape; ``first``: what else looks at the call."""
+        with self._around.paused():
+            if first is not None:
+                first()
+            block = self.blocks[name]
+            call = BlockCall.of(args, kwargs, block.module)
+            profile = self.look(block, forward, call)
+            if self.may_stop and self.is_done():
+                raise _AllSeenError
+            return self._result(block, forward, call, profile)
 
     def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:
         leaves = block.name in self.leaving

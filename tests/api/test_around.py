@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.api.subjects import (
     totals,
     wrapped_llama,
 )
-from tests.api.towers import POLICIES, signal, tower
+from tests.api.towers import HIDDEN, POLICIES, Block, signal, tower
 from tests.integrations.models import batch, make
 
 # Casts.
@@ -178,6 +179,49 @@ def test_a_compiled_model_works(policy: str, order: str, backend: str, fresh_dyn
     assert_nothing_held(compiled)
     memo.unwrap(compiled)
     assert_trains_as(compiled, plain, signal())
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2.0 * x
+
+
+class CompiledBlock(Block):
+    act: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + CompiledBlock.act(x)
+
+
+class CallsCompiled(nn.Module):
+    """A tower with a compiled function in front of its blocks, and in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, HIDDEN)
+        self.layers = nn.ModuleList(CompiledBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = CompiledBlock.act(self.first(x))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.anew
+@pytest.mark.parametrize("policy", ["swap", "memo"])
+def test_functions_that_are_compiled_work_in_front_of_blocks_and_inside(
+    policy: str, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What looks at every function that starts is none that is compiled with them."""
+    compiled = torch.compile(lambda x: _doubled(x).relu(), backend="aot_eager")
+    monkeypatch.setattr(CompiledBlock, "act", staticmethod(compiled))
+    torch.manual_seed(0)
+    plain = CallsCompiled().double()
+    model = copy.deepcopy(plain)
+    memo.wrap(model, **POLICIES[policy])
+    for _ in range(2):
+        assert_trains_as(model, plain, signal())
+        acted(model)
 
 
 @pytest.mark.slow

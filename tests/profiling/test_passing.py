@@ -8,6 +8,7 @@ import memo_runtime as memo
 from memo_runtime.profiling import passing
 from memo_runtime.records import Role
 from tests.api.towers import HIDDEN, Block, tower
+from tests.seen import Seen
 from tests.tiny import few_samples
 
 __all__ = ["few_samples"]
@@ -70,11 +71,11 @@ class Filled(nn.Module):
 
 def lengths_of(model, tokens=LONG):
     """Lengths at which the first block's own modules ran while the model was profiled."""
-    seen = []
+    seen = Seen()
     inner = next(iter(model.layers[0].children()))
-    inner.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    inner.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     profile = memo.profile(model, (torch.randn(1, tokens, 8, dtype=torch.float64),))
-    return seen, profile
+    return seen.taken(), profile
 
 
 def test_no_block_runs_at_full_length():
@@ -98,12 +99,14 @@ def test_where_a_crop_does_not_tell_it_runs_as_it_is(kind):
 
 
 def test_of_equal_blocks_those_alone_that_leave_something_run_at_full_length():
-    model, seen = Filled().double(), {}
+    model, seen = Filled().double(), Seen()
     for number, layer in enumerate(model.layers):
         inner = next(iter(layer.children()))
-        inner.register_forward_pre_hook(lambda _, args, at=number: seen.setdefault(at, []).append(args[0].shape[1]))
+        inner.register_forward_pre_hook(lambda _, args, at=number: seen.add((at, args[0].shape[1])))
     memo.profile(model, (torch.randn(1, LONG, 8, dtype=torch.float64),))
-    assert [at for at, lengths in seen.items() if max(lengths) == LONG] == [1]
+    lengths = seen.taken()
+    assert {at for at, _ in lengths} == {0, 1, 2, 3}
+    assert {at for at, length in lengths if length == LONG} == {1}
 
 
 def test_the_profile_is_the_same(monkeypatch):

@@ -16,6 +16,7 @@ from memo_runtime.lookup import find_wrapped
 from memo_runtime.profiling import timing
 from tests.api.towers import HIDDEN, Block, signal
 from tests.exactness.models import FAMILIES
+from tests.seen import Seen
 
 #: Calibrating the first block of a kind, and comparing another with it; GPT-2's has a dropout to find.
 CALIBRATION = 9
@@ -30,18 +31,23 @@ class Runs:
     def __init__(self, model: nn.Module) -> None:
         wrapped = find_wrapped(model)
         assert wrapped is not None
-        self.by_block: Counter[str] = Counter()
-        self.lengths: set[tuple[int, ...]] = set()
+        self._seen = Seen()
         for ref in wrapped.refs:
             inner = next(iter(ref.module.children()))
             inner.register_forward_pre_hook(self._counter(ref.name))
 
     def _counter(self, name: str) -> Callable[..., None]:
         def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.by_block[name] += 1
-            self.lengths.update(tuple(arg.shape) for arg in args[:1])
+            self._seen.add((name, [tuple(arg.shape) for arg in args[:1]]))
 
         return count
+
+    def end(self) -> Runs:
+        """All are counted."""
+        seen = self._seen.taken()
+        self.by_block = Counter(name for name, _ in seen)
+        self.lengths = {shape for _, shapes in seen for shape in shapes}
+        return self
 
 
 class Tower(nn.Module):
@@ -63,7 +69,7 @@ def profiled(model: nn.Module, batch: Any) -> Runs:
     memo.wrap(model)
     runs = Runs(model)
     memo.profile(model, batch)
-    return runs
+    return runs.end()
 
 
 @pytest.mark.parametrize("count", [2, 16])

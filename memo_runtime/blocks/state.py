@@ -24,6 +24,7 @@ from torch import nn
 
 from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.parametrized import ComputedWeights
 from memo_runtime.blocks.reach import Reach, reach
 from memo_runtime.blocks.undo import Undo
 from memo_runtime.errors import StateChangedError
@@ -223,6 +224,7 @@ class CallState:
         self._marks = marks if arguments is None else [*marks, *_marks(arguments)]
         generators = [generator for found in self._reaches for generator in found.generators]
         self._random = LibraryRandom.current([*generators, *shared_generators()] if draws else generators)
+        self._weights = ComputedWeights.current()
 
     def writable(self) -> list[torch.Tensor]:
         """Tensors of the block's modules, parameters aside, that are small enough to be cloned at every call."""
@@ -252,7 +254,8 @@ class CallState:
         """
         for mark in self._marks:
             mark.check(block)
-        with _cells_as(self._reaches), _requires_grad_as(self._marks), self._random.restored():
+        cells, grads = _cells_as(self._reaches), _requires_grad_as(self._marks)
+        with cells, grads, self._random.restored(), self._weights.restored():
             yield
 
 

@@ -19,6 +19,7 @@ from torch import fx, nn
 from memo_runtime.blocks.ambient import AutocastState, without_autocast
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import unflatten
+from memo_runtime.blocks.parametrized import NO_WEIGHTS
 from memo_runtime.blocks.real_kernels import RealKernels
 from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.capture.captured import TRACING, Captured, capture
@@ -156,15 +157,20 @@ class TiledBlock:
                 self._captures.append(known)
             self._in_a_row, self.restless = 0, ""
         else:
-            with TRACING:
-                found = capture(self.block, call, self.forward)
-            if not found.traced.allows(found.tokens(call)):
-                raise CaptureRefusedError("forward", f"it takes another way for {found.tokens(call)} tokens")
-            if found.signature not in self.programs.checked:
-                with RealKernels():
-                    check(found, self.block, call, partial(_checked_run, found, self.programs.eager()))
-                self.programs.checked.add(found.signature)
+            with NO_WEIGHTS.restored():
+                found = self._captured_anew(call)
             self._remember(keys(found.reading), found, call)
+        return found
+
+    def _captured_anew(self, call: BlockCall) -> Captured:
+        with TRACING:
+            found = capture(self.block, call, self.forward)
+        if not found.traced.allows(found.tokens(call)):
+            raise CaptureRefusedError("forward", f"it takes another way for {found.tokens(call)} tokens")
+        if found.signature not in self.programs.checked:
+            with RealKernels():
+                check(found, self.block, call, partial(_checked_run, found, self.programs.eager()))
+            self.programs.checked.add(found.signature)
         return found
 
     def surroundings(self) -> Key:

@@ -24,6 +24,7 @@ from memo_runtime.blocks.containers import flatten
 from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import is_mutable, written_by
 from memo_runtime.blocks.outside import Outside
+from memo_runtime.blocks.parametrized import ComputedWeights
 from memo_runtime.blocks.reach import Reach, reach
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.blocks.state import MOST_CLONED_BYTES, LibraryRandom, shared_generators
@@ -49,6 +50,7 @@ class Start:
         self._found = reach(roots)
         self._torch = RandomState.current(device)
         self._random = LibraryRandom.current([*self._found.generators, *shared_generators()])
+        self._weights = ComputedWeights.current()
         modules = [root for _, root in roots if isinstance(root, nn.Module)]
         self._unseen = modules
         self._outside: list[Outside] = []
@@ -97,6 +99,8 @@ class Start:
         for index in self._found.changed():
             self._found.cells[index].write(self._found.contents[index])
         self._random.set()
+        # A run may go backward, and not into the graphs of others.
+        self._weights.mapped(without_graph).set()
 
     def first_run(self) -> contextlib.AbstractContextManager[object]:
         """Around every run: the first one shows what runs may change outside of the block."""
@@ -130,6 +134,7 @@ class Start:
                 parameter.grad = gradient
             hooks()
             self.set()
+            self._weights.set()
             self._torch.set()
 
         hooks, undo = self._found.without_leaf_hooks(), Undo(put_back)

@@ -113,12 +113,12 @@ class Later:
     def call_blocks(self, measured: Measured) -> None:
         """Run the forward such that ``run`` sees a call of every block, and compute as little as that takes."""
         blocks = {block.name: block for block in self.blocks}
-        calls = _Calls(blocks, model_device(self.model), leaving={*measured.leaving}, measured=measured)
+        calls = _Calls(blocks, model_device(self.model), each_time={*measured.each_time}, measured=measured)
         calls.over(self.model, self.batch, self.run)
 
     def _look(self, measured: Measured, wanted: Mapping[str, Any], measure: _Measure) -> dict[int, Any]:
         blocks = {block.name: block for block in self.blocks}
-        device, leaving = model_device(self.model), {*measured.leaving}
-        look = _Look(blocks, device, leaving=leaving, measured=measured, wanted=wanted, measure=measure)
+        device, each_time = model_device(self.model), {*measured.each_time}
+        look = _Look(blocks, device, each_time=each_time, measured=measured, wanted=wanted, measure=measure)
         look.over(self.model, self.batch, self.run)
         return look.found

@@ -23,7 +23,7 @@ class Measured:
         shared_by_all: the part of ``profile.shared`` that does not grow with the number of sequences.
         tiles: what blocks take by tiles, by name and number of sequences, where that was seen. One number does not
             tell what sequences share (position biases, masks), so at others it is an estimate.
-        leaving: names of blocks that leave something elsewhere when they run.
+        each_time: names of blocks that are run in every pass (``Walk``).
     """
 
     profile: Profile
@@ -31,7 +31,7 @@ class Measured:
     pairs: Mapping[str, PairLaw] = field(default_factory=dict)
     shared_by_all: Growth = field(default_factory=Growth)
     tiles: Mapping[tuple[str, int], TiledProfile] = field(default_factory=dict)
-    leaving: frozenset[str] = frozenset()
+    each_time: frozenset[str] = frozenset()
 
     def rows_of(self, block: BlockProfile) -> int | None:
         """Sequences in the profiled input of ``block``; None where they cannot be told from tokens."""

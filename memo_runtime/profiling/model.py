@@ -139,7 +139,7 @@ class Observer(Walk):
         for profile in before.profile.blocks:
             if profile.name not in self.profiles:
                 self.profiles[profile.name], self.laws[profile.name] = profile, before.laws[profile.name]
-                self.leaving |= before.leaving & {profile.name}
+                self.each_time |= before.each_time & {profile.name}
                 self.pairs |= {name: law for name, law in before.pairs.items() if name == profile.name}
 
     def _compare(self, block: NamedBlock) -> None:
@@ -163,8 +163,8 @@ class Observer(Walk):
         profile = calibrate(
             block.module, forward, call, start, name=block.name, stack=block.stack, examples=self._examples
         )
-        if start.left:
-            self.leaving.add(block.name)
+        if start.left or not start.yields_like(profile.input_leaf):
+            self.each_time.add(block.name)
         self._note_shared(call, profile)
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
@@ -315,7 +315,7 @@ def profile_model(
         notes=_notes(measured),
     )
     shared_by_all = observer.shared_growth(tokens, by_row=False)
-    return Measured(profile, observer.laws, observer.pairs, shared_by_all, leaving=frozenset(observer.leaving))
+    return Measured(profile, observer.laws, observer.pairs, shared_by_all, each_time=frozenset(observer.each_time))
 
 
 def _last(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], in_front: set[int]) -> int:

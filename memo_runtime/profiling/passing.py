@@ -15,7 +15,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward
-from memo_runtime.profiling.start import Roots, Start, cut_graphs
+from memo_runtime.profiling.start import Roots, Start, cut_graphs, is_like
 from memo_runtime.profiling.trial import crop_tokens
 from memo_runtime.records import BlockProfile
 
@@ -50,16 +50,12 @@ def passed_on(
             pass_on(error)
             return None
         left = cut_graphs(before, watched) or bool(start.left_outside())
-    if left or start.wrote or start.drew or not _is_like(output, crop.leaves[profile.input_leaf]):
+    given = crop.leaves[profile.input_leaf]
+    if left or start.wrote or start.drew or not (is_like(output, given) and output.is_contiguous()):
         return None
     alias = hidden.detach()
     # No leaf where it has a gradient: what comes behind may write into it.
     return (alias.requires_grad_() if output.requires_grad else alias).clone()
-
-
-def _is_like(output: Any, given: torch.Tensor) -> bool:
-    alike = isinstance(output, torch.Tensor) and output.shape == given.shape and output.dtype == given.dtype
-    return alike and bool(output.is_contiguous())
 
 
 def _never(_: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ written to by value, the generators of PyTorch, Python and NumPy, and what the f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -72,6 +72,8 @@ class Start:
         self.wrote = False
         self.drew = False
         self.left = False
+        #: Leaves of the arguments that every result so far was like; None: there was no run.
+        self._like: set[int] | None = None
 
     def _take(self, tensor: torch.Tensor) -> None:
         self._values.append(BufferState.current([tensor]))
@@ -149,6 +151,20 @@ class Start:
         """``forward`` such that every run starts from here."""
         return _FromHere(forward, self)
 
+    def note_result(self, output: Any, given: Sequence[Any]) -> None:
+        """A run has yielded ``output`` for these leaves."""
+        alike = {at for at, leaf in enumerate(given) if isinstance(leaf, torch.Tensor) and is_like(output, leaf)}
+        self._like = alike if self._like is None else self._like & alike
+
+    def yields_like(self, leaf: int) -> bool:
+        """Whether every run yielded a tensor like that leaf of its arguments."""
+        return self._like is not None and leaf in self._like
+
+
+def is_like(output: Any, given: torch.Tensor) -> bool:
+    """Whether ``output`` is a tensor of the shape and dtype of ``given``."""
+    return isinstance(output, torch.Tensor) and output.shape == given.shape and output.dtype == given.dtype
+
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
@@ -168,6 +184,7 @@ class _FromHere:
         there, as_it_is = flatten((args, kwargs))
         if how != as_it_is or not all(map(is_, given, there)):
             self.start.left = True
+        self.start.note_result(output, given)
         return output
 
 

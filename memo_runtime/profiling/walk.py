@@ -23,7 +23,7 @@ from memo_runtime.blocks.outside import Outside
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.passing import passed_on
-from memo_runtime.profiling.start import Start, cut_graphs, without_graph
+from memo_runtime.profiling.start import Start, cut_graphs, is_like, without_graph
 from memo_runtime.records import BlockProfile
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,9 +52,10 @@ class Walk(ABC):
     blocks: dict[str, NamedBlock]
     device: torch.device
     may_stop: bool = True
-    #: Names of blocks that leave something elsewhere, where blocks behind them may read it: they are run each time.
-    #: Blocks that are equal otherwise need not (of a model's layers two may store keys and values for others).
-    leaving: set[str] = field(default_factory=set)
+    #: Names of blocks that are run each time: they leave something elsewhere, where blocks behind them may read it, or
+    #: yield something else than a tensor like their input. Blocks that are equal otherwise need not do so (of a model's
+    #: layers two may store keys and values for others, one may halve the tokens).
+    each_time: set[str] = field(default_factory=set)
     _outputs: dict[object, bool] = field(default_factory=dict)
     _start: Start = field(init=False)
     _around: Outside = field(init=False)
@@ -102,13 +103,13 @@ class Walk(ABC):
             return self._result(block, forward, call, profile)
 
     def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:
-        leaves = block.name in self.leaving
-        key = (type(block.module), profile.groups, profile.tokens, leaves)
+        each_time = block.name in self.each_time
+        key = (type(block.module), profile.groups, profile.tokens, each_time)
         hidden = call.leaves[profile.input_leaf] if profile.tokens else None
-        if self._outputs.get(key) and not leaves and isinstance(hidden, torch.Tensor):
+        if self._outputs.get(key) and not each_time and isinstance(hidden, torch.Tensor):
             return hidden
         roots = roots_of(block, call)
-        if key not in self._outputs and not leaves and hidden is not None:
+        if key not in self._outputs and not each_time and hidden is not None:
             shown = passed_on(forward, call, profile, Start(roots, self.device), roots)
             if shown is not None:
                 self._outputs[key] = True
@@ -122,10 +123,7 @@ class Walk(ABC):
         with torch.enable_grad(), hooks, self._start.outside(block.module):
             output = forward(*args, **kwargs)
         self._outputs[key] = not cut_graphs(before, roots) and (
-            isinstance(output, torch.Tensor)
-            and isinstance(hidden, torch.Tensor)
-            and output.shape == hidden.shape
-            and output.dtype == hidden.dtype
+            isinstance(hidden, torch.Tensor) and is_like(output, hidden)
         )
         return mapped(without_graph, output)
 

@@ -6,6 +6,7 @@ of the first batch with another number of sequences.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import deque
 from collections.abc import Callable
@@ -295,3 +296,62 @@ def test_hooks_collect_what_the_step_has_made(register: Callable[[Model], Callab
             way.wrap(model)
         found.append(steps(model, felt))
     assert_same_steps(found[1], found[0], way)
+
+
+class Merges(nn.Module):
+    """Equal to the others but for what it yields: every so many-th token."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.mlp, self.every = Mlp(), every
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)[:, :: self.every]
+
+
+class Scales(nn.Module):
+    """A block of images, whose width and size may change."""
+
+    def __init__(self, before: int, behind: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, behind, 3, stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.conv(x))
+
+
+class Reads(nn.Module):
+    """Adds what fits the results of its blocks only."""
+
+    def __init__(self, blocks: list[nn.Module], like: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers, self.at = nn.ModuleList(blocks), nn.Parameter(torch.randn(like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return (x + self.at).square().mean()
+
+
+@pytest.mark.parametrize("way", [SWAP, MEMO], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("images", [False, True])
+def test_a_block_that_yields_less_than_those_like_it_is_run(images: bool, frozen: bool, way: Way) -> None:
+    torch.manual_seed(0)
+    if images:
+        made = [Scales(8, 8, 1), Scales(8, 8, 1), Scales(8, 16, 2), Scales(16, 16, 1)]
+        model, x = Reads(made, (16, 8, 8)).double(), torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    else:
+        made = [Merges(1), Merges(1), Merges(2), Merges(1)]
+        model, x = Reads(made, (20, WIDTH)).double(), torch.randn(2, 40, WIDTH, dtype=torch.float64)
+    model.layers.requires_grad_(not frozen)
+    plain = copy.deepcopy(model)
+    way.wrap(model)
+    for one in (model, plain):
+        one(x).backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or torch.allclose(mine.grad, theirs.grad, rtol=1e-12, atol=0)
+    report = memo.report(model)
+    assert not any("could not be profiled" in note or "was given" in note for note in report.notes)
+    assert len(report.blocks) == 4

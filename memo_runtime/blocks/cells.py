@@ -43,6 +43,8 @@ def is_intact(tensor: torch.Tensor) -> bool:
     """The tensor's storage has its elements: engines that gather parameters free the storage and keep the tensor."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
         return True
+    if tensor.layout is not torch.strided:
+        return True
     return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
 
 

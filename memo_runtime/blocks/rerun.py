@@ -19,6 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from memo_runtime.blocks.call import BlockCall
 
 Forward = Callable[..., Any]
+_DENSE = torch.strided
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class _AllSavedError(Exception):
@@ -113,8 +115,25 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Identity of the storage behind ``tensor`` while it is alive."""
+    """Identity of the storage behind ``tensor`` while it is alive; of a sparse one that of its values."""
+    if tensor.layout is not _DENSE and is_sparse(tensor):  # asked of every tensor at every call
+        tensor = sparse_parts(tensor)[0]
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_sparse(tensor: torch.Tensor) -> bool:
+    """It has no storage of its own, but values and where they are."""
+    return tensor.layout in _SPARSE
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The values of a sparse tensor, and where they are."""
+    with torch._C._DisableTorchDispatch():
+        if tensor.layout is torch.sparse_coo:
+            return tensor._values(), tensor._indices()
+        if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            return tensor.values(), tensor.crow_indices(), tensor.col_indices()
+        return tensor.values(), tensor.ccol_indices(), tensor.row_indices()
 
 
 def parameter_storages(block: nn.Module) -> set[int]:

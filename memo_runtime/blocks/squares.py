@@ -21,7 +21,7 @@ def about_squares(call: BlockCall) -> str | None:
     tokens = int(source.shape[-2])
     found = [
         tensor for _, tensor in call.tensors()
-        if tensor is not source and sum(size == tokens for size in tensor.shape) > 1
+        if tensor is not source and tensor.layout is torch.strided and sum(size == tokens for size in tensor.shape) > 1
     ]  # fmt: skip
     largest = max(found, key=_bytes, default=None)
     if largest is None:

@@ -26,6 +26,7 @@ from memo_runtime.blocks.cache import is_cache
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.parametrized import ComputedWeights
 from memo_runtime.blocks.reach import Reach, reach
+from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.blocks.undo import Undo
 from memo_runtime.errors import StateChangedError
 
@@ -141,7 +142,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _storage(tensor: torch.Tensor) -> int:
     # Not its address: FSDP frees and refills a gathered parameter's storage, and that stays the same storage.
-    return int(tensor.untyped_storage()._cdata)
+    return storage_key(tensor)
 
 
 @dataclass(slots=True)
@@ -229,7 +230,7 @@ class CallState:
     def writable(self) -> list[torch.Tensor]:
         """Tensors of the block's modules, parameters aside, that are small enough to be cloned at every call."""
         small = (t for t in _of_modules(self._reaches[0]) if t.numel() * t.element_size() <= MOST_CLONED_BYTES)
-        return [tensor for tensor in small if _is_plain(tensor)]
+        return [tensor for tensor in small if _is_plain(tensor) and tensor.layout is torch.strided]
 
     def written(self, restored: Iterable[torch.Tensor]) -> str:
         """To be called when the forward is done: the first tensor that it wrote to in place, by name; "" if none.

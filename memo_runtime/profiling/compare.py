@@ -69,6 +69,8 @@ def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     if hasattr(a, "__tensor_flatten__") or hasattr(b, "__tensor_flatten__"):
         return False
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a.layout == b.layout and storage_key(a) == storage_key(b)
     return (
         storage_key(a) == storage_key(b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
     )

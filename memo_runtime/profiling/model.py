@@ -17,7 +17,7 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import BlockRefusedError, first_line, pass_on
 from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
-from memo_runtime.blocks.rerun import Forward, storage_key
+from memo_runtime.blocks.rerun import Forward, is_sparse, sparse_parts, storage_key
 from memo_runtime.errors import ProfileError
 from memo_runtime.profiling.calibrate import calibrate
 from memo_runtime.profiling.entry import is_alone, is_saved_in_front, leaves_in_front
@@ -200,7 +200,9 @@ class Observer(Walk):
         for leaf, tensor in call.tensors():
             if leaf != profile.input_leaf:
                 by_row = rows > 1 and row_dim is not None and tensor.shape[row_dim : row_dim + 1] == (rows,)
-                self.shared[storage_key(tensor)] = (tensor.untyped_storage().nbytes(), dims.get(leaf, 0), by_row)
+                parts = sparse_parts(tensor) if is_sparse(tensor) else (tensor,)
+                size = sum(part.untyped_storage().nbytes() for part in parts)
+                self.shared[storage_key(tensor)] = size, dims.get(leaf, 0), by_row
 
     def shared_growth(self, tokens: int, *, by_row: bool = True) -> Growth:
         """Bytes of the arguments that blocks share, by tokens; without those of single sequences if not ``by_row``."""

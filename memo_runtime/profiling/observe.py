@@ -23,8 +23,13 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.operators import is_mutable, pin_kind
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
-from memo_runtime.blocks.rerun import Forward, run_again, storage_key
+from memo_runtime.blocks.rerun import Forward, is_sparse, parameter_storages, run_again, storage_key
 from memo_runtime.profiling.bounds import check_bounds
+
+_MAKES_SPARSE = (
+    "it saves a sparse tensor that it makes itself, and these are not copied to the host. Would work: one that is made "
+    "in front of the blocks and given to them, or held as a buffer"
+)
 
 
 @dataclass(slots=True)
@@ -70,6 +75,9 @@ class Observation:
         """Why the work of ``block`` is not what was observed of it; "": it is."""
         if any(isinstance(tensor, FakeTensor) for tensor in self.saved):
             return self._traced_inside()
+        known = {storage_key(tensor) for _, tensor in call.tensors()} | parameter_storages(block)
+        if any(is_sparse(tensor) and storage_key(tensor) not in known for tensor in self.saved):
+            return _MAKES_SPARSE
         trained = any(parameter.requires_grad for parameter in block.parameters())
         if not self.returned or self.saved or not (trained or any(t.requires_grad for _, t in call.tensors())):
             return ""

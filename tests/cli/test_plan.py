@@ -130,7 +130,12 @@ def test_what_cannot_fit_exits_with_3_and_says_what_would(folder, asked):
     assert result.exit_code == 3
     for said in ("does not fit in 100.00 MiB", "floor", "would fit  --seq-len", f" instead of {int(asked[:-1]) << 20}"):
         assert said in result.output
-    assert "memo fit tries shorter lengths by tiles too" in result.output
+    # Tiles are of what was tried, so that no longer length fits by them.
+    assert "replay alone" not in result.output
+    longest = int(re.search(r"--seq-len (\d+) instead", result.output)[1])
+    for tokens, code in ((longest, 0), (longest + 128, 3)):
+        more = memo("--model", "offlinemodel:make", "--seq-len", str(tokens), "--budget", "100MiB")
+        assert more.exit_code == code, more.output
 
 
 @pytest.mark.parametrize(

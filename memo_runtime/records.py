@@ -162,6 +162,8 @@ class BlockProfile:
         tokens: length of one sequence at which the block will be planned (seen in the profiled call).
         token_dim: token dimension of the input hidden state.
         input_leaf: which leaf of the flattened (args, kwargs) is the input hidden state.
+        way: how it was called (``BlockCall.way``): called with a mask it saves other tensors than without one. Empty:
+            not known, and then no call counts as another.
         arguments: leaves that are cut along tokens for a rerun on a slice.
         sliceable: a rerun on a token slice rebuilds every token-wise tensor (checked numerically).
         replayable: a rerun at full length with pins rebuilds them (checked numerically).
@@ -190,6 +192,7 @@ class BlockProfile:
     tokens: int
     token_dim: int
     input_leaf: int
+    way: str = ""
     arguments: tuple[ArgumentAxes, ...] = ()
     saved: tuple[SavedTensor, ...] = ()
     groups: tuple[TensorGroup, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,15 +27,17 @@ from memo_runtime.blocks.members import have_gradients, modules_of, parameters_o
 from memo_runtime.blocks.ranks import apart_from_other_ranks, forwards_meet
 from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
-from memo_runtime.errors import MemoError, PinningError, PlanInfeasibleError
+from memo_runtime.errors import PinningError, PlanInfeasibleError
 from memo_runtime.execution.block import BlockForward
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
 from memo_runtime.execution.norm import install_norm, remove_norm, run_as_planned
 from memo_runtime.execution.session import Session
 from memo_runtime.execution.tiled_block import Tiling, try_tiles_again
+from memo_runtime.gate import Gate
 from memo_runtime.integrations import huggingface
 from memo_runtime.integrations.attention_masks import MaskInstallation, install_masks
+from memo_runtime.kinds import Kinds
 from memo_runtime.planning.announcing import announce
 from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
@@ -58,7 +61,7 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Plans, kinds of batches, and profiles of a kind that are remembered: a run may have a new length at every step.
 _MOST_PLANS = 64
-_MOST_KINDS = 16
+_MOST_KINDS = 32
 _MOST_SHAPES = 7
 #: How often a kind of batch is profiled anew for a block that came late, which need not come again.
 _MOST_TRIES = 3
@@ -69,24 +72,7 @@ _NO_TILES = (
 _ALONE = "a batch of a new kind or shape came while parameters are sharded, so it was not profiled"
 
 
-class _Gate:
-    """Forward pre-hook of the wrapped model."""
-
-    def __init__(self, wrapped: Wrapped) -> None:
-        self._wrapped = wrapped
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(model, "_is_replica", False):
-            raise MemoError(
-                f"nn.DataParallel runs copies of {type(model).__name__} on several devices, and its blocks are managed "
-                "on one: use DistributedDataParallel (torchrun), or set CUDA_VISIBLE_DEVICES to one device, or call "
-                "memo.unwrap(model)"
-            )
-        self._wrapped.before_forward(args, kwargs)
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Wrapped:
     """One wrapped model: settings, session, and the plans made so far."""
 
@@ -109,12 +95,19 @@ class Wrapped:
     _kind: tuple[Any, ...] | None = None
     #: Host bytes that the system gave when it refused the rest; every plan from then on is made for those.
     _granted: int | None = None
+    _kinds: Kinds = field(init=False)
+    #: The step under way starts with gradients.
+    _accumulating: bool = False
     _handle: Any = None
     _integration: Any = None
     _masks: MaskInstallation | None = None
     _norm: nn.Module | None = None
     #: Places the memory of steps, for ``layout='planned'``.
     memory: StepMemory | None = None
+
+    def __post_init__(self) -> None:
+        self._kinds = Kinds(self.model, self._known)
+        self.session.on_other_way = weakref.WeakMethod(self._called_otherwise)
 
     def __str__(self) -> str:
         asked, given = self.settings, self.given_plan
@@ -138,7 +131,7 @@ class Wrapped:
                 norm = final_norm(self.model, [ref.name for ref in self.refs])
                 self._norm = norm if norm is not None and install_norm(norm) else None
             self.session.install()
-            self._handle = install_pre_hook(self.model, _Gate(self))
+            self._handle = install_pre_hook(self.model, Gate(self.before_forward))
             place(self.model, ATTRIBUTE, self)
         except BaseException:
             self.remove()
@@ -222,12 +215,38 @@ class Wrapped:
             self._accumulates.put((key, shapes), True)
         if plan is not self.session.plan:
             self._adopt(plan, planned, device)
+        self._accumulating = accumulating
         steps_before = self.session.steps
         self.session.begin_if_new()
         if self.memory is not None and self.session.steps != steps_before:
             tokens, others = length_of(shapes)
             given = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            self.memory.begin((key, others, found, accumulating), device, tokens, given)
+            # Numbers of calls are given as they come, which may be another order in the next run.
+            ways = tuple(sorted({block.way for block in plan.profile.blocks}))
+            self.memory.begin((key[:-1], ways, others, found, accumulating), device, tokens, given)
+
+    def _look(self, batch: Batch, known: Sequence[Measured]) -> Mapping[str, str] | None:
+        return Later(self.model, self._named(), self._runner(batch), batch).ways(known)
+
+    def _called_otherwise(self, name: str, way: str) -> bool:
+        """Block ``name`` of the step under way is called in another way; True: a plan for such calls is adopted."""
+        plan = self.session.plan
+        if self.given_plan is not None or plan is None:
+            return False
+        # Behind the first one, blocks have run by the plan that is in force.
+        key = self._kinds.called_otherwise(name, way, first=plan.blocks[0].name == name)
+        known = self._kinds.profile(key) if key is not None else None
+        if key is None or known is None:
+            return False
+
+        def planned() -> Plan:
+            place = (key, self._kinds.shapes, self._found(), self._accumulating)
+            plan = self._plans.get(place) or self._plan(*known, accumulating=self._accumulating)
+            self._plans.put(place, plan)
+            return plan
+
+        self._adopt(planned(), planned, model_device(self.model))
+        return True
 
     def _found(self) -> tuple[Any, ...]:
         """What reruns have shown so far: a plan made before one was found wrong is not used again."""
@@ -291,14 +310,16 @@ class Wrapped:
     ) -> tuple[tuple[Any, ...], Shapes]:
         leaves = leaves_of((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        key = (
+        base = (
             batch_signature(args, kwargs),
             self.model.training,
             AutocastState.current(device.type).signature(),
             tuple((p.dtype, p.requires_grad) for p in parameters),
             str(device),
         )
-        return key, shapes
+        # Which calls of blocks such a batch makes is looked at where it is not known.
+        may_look = self.given_plan is None and not forwards_meet(self.model)
+        return self._kinds.key(base, shapes, (args, kwargs), self._look if may_look else None), shapes
 
     def _prepare(
         self, key: tuple[Any, ...], shapes: Shapes, batch: Batch, device: torch.device, *, accumulating: bool

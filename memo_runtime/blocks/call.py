@@ -136,6 +136,14 @@ class BlockCall:
             leaves[index] = cut_off.clone() if index in fresh else cut_off
         return self.replaced(leaves)
 
+    def way(self) -> str:
+        """How the block is called: with which tensors, by type and rank, and where with None; sizes are left out.
+
+        What tells calls apart that go through other code of the block, or save other tensors: a mask, or none. Other
+        values do not count, for they may be others at every call.
+        """
+        return " ".join([_way_of(leaf) for leaf in self.leaves])
+
     def signature(self) -> str:
         """What distinguishes this call from one that may save other tensors; lengths are left out."""
         parts = []
@@ -147,6 +155,20 @@ class BlockCall:
             else:
                 parts.append(type(leaf).__name__)
         return f"{text_of(self.spec)}|{';'.join(parts)}"
+
+
+def _way_of(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        key = leaf.dtype, leaf.dim()
+        found = _WAYS.get(key)
+        if found is None:
+            found = _WAYS[key] = f"{str(leaf.dtype).removeprefix('torch.')}[{leaf.dim()}d]"
+        return found
+    return "None" if leaf is None else "_"
+
+
+#: Words for tensors, by type and rank.
+_WAYS: dict[tuple[torch.dtype, int], str] = {}
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:

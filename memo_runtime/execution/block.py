@@ -28,6 +28,7 @@ from memo_runtime.execution.counters import BlockCounters
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.ledger import Share
+from memo_runtime.execution.otherwise import plan_for_way
 from memo_runtime.execution.ranges import named
 from memo_runtime.execution.replay import Rerun
 from memo_runtime.execution.stash import Stash
@@ -103,14 +104,18 @@ class BlockForward:
         call = BlockCall.of(args, kwargs, self.block)
         session.note_squares(call)
         found, filled = call.caches()
-        profile, plan = session.decision(self.name)
-        executor = plan.executor if plan is not None else Executor.NATIVE
         if filled or (found and session.caches.wants(call)):
             session.note_native(self.name, HOLDS_TOKENS if filled else WANTED)
             return self._left_alone(forward, args, kwargs)
         if found:
             session.note_cache_off(self.block, call)
             call = call.with_own_caches()
+        profile, plan = session.decision(self.name)
+        if plan is not None and profile is not None and profile.way and not call.is_empty:
+            way = call.way()
+            if way != profile.way:
+                profile, plan = plan_for_way(session, self.name, way, profile, plan)
+        executor = plan.executor if plan is not None else Executor.NATIVE
         if call.is_empty:
             executor = Executor.NATIVE
             counters.reason = "its input is empty"
@@ -281,7 +286,8 @@ class BlockForward:
 
     def _witness(self, stash: Stash, profile: BlockProfile, rerun: Rerun) -> Witness:
         """A few values of everything that this call drops."""
-        axes = {saved.index: saved.axis for saved in profile.saved}
+        # What is saved in which place is another matter at every call of a dynamic block.
+        axes = {} if profile.dynamic else {saved.index: saved.axis for saved in profile.saved}
         witness = Witness(self.name, rerun.prefix, rerun.tokens)
         for index, tensor in enumerate(stash.pending):
             holder = stash.holder(index)

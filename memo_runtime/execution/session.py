@@ -88,6 +88,8 @@ class Session(Telling):
         self.demotions: dict[str, Demotion] = {}
         #: Blocks that were called and that the plan does not have; whoever plans next takes note of them.
         self.strangers: set[str] = set()
+        #: (block, way) to whether a plan for such calls is in force now; asked before the first block runs.
+        self.on_other_way: weakref.WeakMethod[Callable[[str, str], bool]] | None = None
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
         self._turn = Turn()
         self._here = threading.local()
@@ -108,7 +110,7 @@ class Session(Telling):
         self.departures = Departures()
         self._programs: ProgramCache | None = None
         self.tiled_profiles: dict[tuple[str, int], TiledProfile] = {}
-        self._witnessed: set[tuple[str, int, int]] = set()
+        self._witnessed: set[tuple[str, int, int, str]] = set()
         self._ready: deque[weakref.ref[Stash]] = deque()
         self._peak = PeakWatch()
 
@@ -160,6 +162,11 @@ class Session(Telling):
     def decision(self, name: str) -> tuple[BlockProfile | None, BlockPlan | None]:
         """Profile and plan of block ``name``; None before there is a plan."""
         return self._decisions.get(name, (None, None))
+
+    def adopts_other_way(self, name: str, way: str) -> bool:
+        """Block ``name`` is called in another ``way`` than it was planned for: a plan for that is adopted, or not."""
+        found = self.on_other_way() if self.on_other_way is not None else None
+        return found is not None and found(name, way)
 
     def below(self, name: str) -> str:
         """The block that is planned before ``name``; empty if there is none."""
@@ -376,7 +383,8 @@ class Session(Telling):
         """
         if self.tools.device.type == "cpu" or name in self.demotions:
             return True
-        key = (name, plan.tokens, plan.prefix)
+        profile, _ = self.decision(name)
+        key = (name, plan.tokens, plan.prefix, profile.way if profile is not None else "")
         first = key not in self._witnessed
         self._witnessed.add(key)
         return first

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.measured import Measured
 from memo_runtime.profiling.model import model_device
@@ -75,6 +76,32 @@ class _Calls(Walk):
         """Blocks that this batch does not call are not seen."""
 
 
+@dataclass(slots=True)
+class _Ways(Walk):
+    """Sees how the batch calls blocks, until nothing that is ``known`` is called so.
+
+    No block is run by what was measured in another way: its arguments would be cut along other tokens.
+    """
+
+    known: list[Measured] = field(kw_only=True)
+    ways: dict[str, str] = field(default_factory=dict)
+
+    def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
+        """What is known of the block when it is called so."""
+        way = self.ways.setdefault(block.name, call.way())
+        found = [(measured, measured.block(block.name)) for measured in self.known]
+        self.known = [measured for measured, profile in found if profile is None or profile.way == way]
+        so = (profile for _, profile in found if profile is not None and profile.way == way)
+        return next(so, None) or unprofiled(block, _NOT_CALLED)
+
+    def is_done(self) -> bool:
+        """Every block was called, or it is a kind of calls that is not known."""
+        return not self.known or len(self.ways) == len(self.blocks)
+
+    def finish(self) -> None:
+        """Blocks that this batch does not call are not seen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Later:
     """What it takes to look: the model, its blocks, and ``run``, which runs its forward on ``batch``."""
@@ -109,6 +136,21 @@ class Later:
         wanted = {name: law for name, law in measured.pairs.items() if not law.seen and law.stack in tokens}
         found = self._look(measured, wanted, measure)
         return replace(measured, pairs={name: found.get(id(law), law) for name, law in measured.pairs.items()})
+
+    def ways(self, known: Sequence[Measured]) -> dict[str, str] | None:
+        """How the batch calls blocks (``BlockCall.way``), by name, as far as that tells which ``known`` calls it makes.
+
+        None where the forward fails, which the step itself will show.
+        """
+        blocks = {block.name: block for block in self.blocks}
+        leaving = {name for measured in known for name in measured.leaving}
+        ways = _Ways(blocks, model_device(self.model), leaving=leaving, known=[*known])
+        try:
+            ways.over(self.model, self.batch, self.run)
+        except Exception as error:
+            pass_on(error)
+            return None
+        return ways.ways
 
     def call_blocks(self, measured: Measured) -> None:
         """Run the forward such that ``run`` sees a call of every block, and compute as little as that takes."""

@@ -86,7 +86,7 @@ class Observer(Walk):
             if not self._called:
                 self.in_front = leaves_in_front([tensor for _, tensor in call.tensors()])
             self._called.append(block.name)
-            self.profiles[block.name] = self._profile(block, forward, call)
+            self.profiles[block.name] = replace(self._profile(block, forward, call), way=call.way())
         return self.profiles[block.name]
 
     def is_done(self) -> bool:
@@ -154,6 +154,7 @@ class Observer(Walk):
                 found = like_one_of([example], Subject(block.module, forward, call, leaf, block.name, block.stack))
             if found is not None:
                 found = replace(found, tokens=example.profile.tokens, stateful=start.wrote, draws=start.drew)
+                found = replace(found, way=call.way())
                 known = self._as_known(block, _kind_of(block, example.profile))
                 self.profiles[block.name] = _with_times_of(known, found)
                 return

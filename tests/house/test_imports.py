@@ -48,7 +48,9 @@ ALLOWED = {
     "execution": NOUNS | {"blocks", "capture", "native", "reports"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
-    "wrapping": NOUNS | STAGES | {"arena", "blocks", "integrations", "recent"},
+    "wrapping": NOUNS | STAGES | {"arena", "blocks", "gate", "integrations", "kinds", "recent"},
+    "gate": {"errors"},
+    "kinds": {"profiling", "recent", "records"},
     "recent": set(),
     "lookup": NOUNS | {"execution", "wrapping"},
     "checking": NOUNS | {"arguments", "blocks", "lookup", "profiling", "reports", "wrapping", "api"},

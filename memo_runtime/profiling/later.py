@@ -143,8 +143,8 @@ class Later:
         None where the forward fails, which the step itself will show.
         """
         blocks = {block.name: block for block in self.blocks}
-        leaving = {name for measured in known for name in measured.leaving}
-        ways = _Ways(blocks, model_device(self.model), leaving=leaving, known=[*known])
+        each_time = {name for measured in known for name in measured.each_time}
+        ways = _Ways(blocks, model_device(self.model), each_time=each_time, known=[*known])
         try:
             ways.over(self.model, self.batch, self.run)
         except Exception as error:

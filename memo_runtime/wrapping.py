@@ -43,7 +43,7 @@ from memo_runtime.planning.compare import check_fingerprint
 from memo_runtime.planning.demotion import amended, plan_with
 from memo_runtime.planning.executors import tiles_are_worth_trying
 from memo_runtime.planning.sheet import Sheet, lengths_of
-from memo_runtime.profiling.fingerprint import batch_signature, make_fingerprint
+from memo_runtime.profiling.fingerprint import batch_signature, classes_of_libraries, make_fingerprint
 from memo_runtime.profiling.later import Later
 from memo_runtime.profiling.machine import device_memory
 from memo_runtime.profiling.measured import Measured, cautious
@@ -411,9 +411,8 @@ class Wrapped:
         assert self.given_plan is not None, "there is a plan to check"
         names = [block.name for block in self.given_plan.profile.blocks]
         name, _ = device_memory(device)
-        check_fingerprint(
-            self.given_plan, make_fingerprint(self.model, names, batch_signature(*batch), device.type, name)
-        )
+        made = make_fingerprint(self.model, names, batch_signature(*batch), device.type, name)
+        check_fingerprint(self.given_plan, made, classes_of_libraries({ref.name: ref.module for ref in self.refs}))
 
     def profile(self, batch: Batch, *, tiles: bool = False) -> Profile:
         """Measure the model on ``batch``; ``tiles``: also what its blocks take by tiles."""

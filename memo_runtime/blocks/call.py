@@ -137,10 +137,10 @@ class BlockCall:
         return self.replaced(leaves)
 
     def way(self) -> str:
-        """How the block is called: with which tensors, by type and rank, and where with None; sizes are left out.
+        """How the block is called: where with tensors, by type and rank; sizes are left out.
 
-        What tells calls apart that go through other code of the block, or save other tensors: a mask, or none. Other
-        values do not count, for they may be others at every call.
+        What tells calls apart that go through other code of the block, or save other tensors: a mask, or none. What is
+        no tensor does not count, for it may be another at every call; nor does a cache, which is empty or not managed.
         """
         return " ".join([_way_of(leaf) for leaf in self.leaves])
 
@@ -157,6 +157,10 @@ class BlockCall:
         return f"{text_of(self.spec)}|{';'.join(parts)}"
 
 
+#: In a way of calling a block, what is no tensor.
+NO_TENSOR = "_"
+
+
 def _way_of(leaf: Any) -> str:
     if isinstance(leaf, torch.Tensor):
         key = leaf.dtype, leaf.dim()
@@ -164,7 +168,7 @@ def _way_of(leaf: Any) -> str:
         if found is None:
             found = _WAYS[key] = f"{str(leaf.dtype).removeprefix('torch.')}[{leaf.dim()}d]"
         return found
-    return "None" if leaf is None else "_"
+    return NO_TENSOR
 
 
 #: Words for tensors, by type and rank.

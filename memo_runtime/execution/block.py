@@ -111,10 +111,9 @@ class BlockForward:
             session.note_cache_off(self.block, call)
             call = call.with_own_caches()
         profile, plan = session.decision(self.name)
-        if plan is not None and profile is not None and profile.way and not call.is_empty:
-            way = call.way()
-            if way != profile.way:
-                profile, plan = plan_for_way(session, self.name, way, profile, plan)
+        foreseen = call.is_empty or profile is None or profile.way in ("", call.way())
+        if not foreseen and profile is not None and plan is not None:
+            profile, plan = plan_for_way(session, self.name, call, profile, plan)
         executor = plan.executor if plan is not None else Executor.NATIVE
         if call.is_empty:
             executor = Executor.NATIVE

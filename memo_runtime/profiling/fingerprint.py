@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +57,26 @@ def _describe_parameters(model: nn.Module) -> str:
     dtypes = " and ".join(sorted({_short(p.dtype) for p in parameters})) or "no dtype"
     trained = f"{frozen} of them frozen" if frozen else "all trained"
     return f"{sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors of {dtypes}, {trained}"
+
+
+def classes_of_libraries(blocks: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Names of the class of each of ``blocks`` and of those that it derives from, where a library has that class.
+
+    Another class of a library is another model, whatever its parameters are called. One of the user's own may be the
+    same under another name.
+    """
+    found = {}
+    for name, block in blocks.items():
+        own = [base for base in type(block).__mro__ if not base.__name__.startswith("FSDP")]
+        if own and _is_of_a_library(own[0]):
+            found[name] = tuple(base.__name__ for base in own)
+    return found
+
+
+def _is_of_a_library(kind: type) -> bool:
+    top = sys.modules.get(kind.__module__.partition(".")[0])
+    places = Path(getattr(top, "__file__", None) or "").parts
+    return "site-packages" in places or "dist-packages" in places
 
 
 def make_fingerprint(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import memo_runtime as memo
@@ -142,6 +143,53 @@ def test_a_plan_of_another_model(made: Callable[[], tuple[nn.Module, nn.Module]]
     path.write_text(content)
     model, plain = made()
     assert "parameters" in assert_mismatch(model, path, "model", signal(), plain)
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 97,
+}  # fmt: skip
+
+
+def decoder(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES)
+    made: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
+    return made
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Granite"])
+def test_a_plan_of_a_library_s_other_model_with_the_same_parameters(name: str) -> None:
+    ids = torch.randint(3, 97, (2, 24))
+    batch = {"input_ids": ids, "labels": ids}
+    plan = memo.plan(memo.profile(decoder("Llama"), batch), **POLICIES["memo"])
+    model, same = decoder(name), decoder("Llama")
+    memo.wrap(model, plan=plan)
+    message = refused(PlanMismatchError, model, **batch)
+    assert "what differs: classes\n" in message
+    assert "LlamaDecoderLayer" in message
+    assert f"{name}DecoderLayer for 'model.layers.0' and 1 more" in message
+    memo.wrap(same, plan=plan)
+    same(**batch).loss.backward()
+    assert not {block.reason for block in memo.report(same).blocks} - {""}
+
+
+def test_a_class_of_the_user_s_own_may_have_another_name_or_derive_from_the_planned_one() -> None:
+    ids = torch.randint(3, 97, (2, 24))
+    batch = {"input_ids": ids, "labels": ids}
+    plan = memo.plan(memo.profile(decoder("Llama"), batch), **POLICIES["memo"])
+    model = decoder("Llama")
+    for layer in model.get_submodule("model.layers").children():
+        layer.__class__ = type("FSDPLlamaDecoderLayer", (type(layer),), {})
+    memo.wrap(model, plan=plan)
+    model(**batch).loss.backward()
+    assert not {block.reason for block in memo.report(model).blocks} - {""}
+    renamed = tower()
+    for layer in renamed.get_submodule("layers").children():
+        layer.__class__ = type("Renamed", (type(layer),), {})
+    memo.wrap(renamed, plan=planned())
+    step(renamed, signal())
+    acted(renamed)
 
 
 def test_a_plan_of_another_dtype(content: str, tmp_path: Path) -> None:

@@ -270,3 +270,14 @@ def test_a_given_plan_is_not_made_anew() -> None:
         assert any("was called with" in block.reason for block in memo.report(wrapped).blocks) is padded
         assert memo.report(wrapped).totals.bytes_to_host <= plan.forecast.host_bytes
     assert wrapped_in(wrapped).profiled == 0
+
+
+def test_a_cache_that_is_empty_or_not_there_is_the_same_way() -> None:
+    given = batch(padded=False)
+    wrapped = llama()
+    Way("recompute").wrap(wrapped)
+    for uses in (True, False, True):
+        wrapped.config.use_cache = uses
+        run_step(wrapped, given, model_loss)
+        as_planned(wrapped)
+    assert wrapped_in(wrapped).profiled == 1

@@ -63,7 +63,7 @@ class Kinds:
     def key(self, base: Key, shapes: Shapes, batch: Batch, look: Look | None) -> Key:
         """``base`` with the number of the calls that ``batch``, of ``shapes``, is expected to make."""
         self._base, self.shapes = base, shapes
-        sizes = tuple(tuple((size - 1).bit_length() for size in shape) for shape in shapes)
+        sizes = tuple(tuple(map(_doublings, shape)) for shape in shapes)
         self._place = base, sizes, tuple(self._marks(*batch))
         number = self._expected.get(self._place) if base not in self._unforeseen else None
         if number is None or not self._known.get((*base, number)):
@@ -129,6 +129,11 @@ class Kinds:
         for mask in given:
             if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.device.type != "meta":
                 yield bool(mask.all())
+
+
+def _doublings(size: int) -> int:
+    """Doublings up to ``size``; 0 for the lengths of a nested tensor, which are no number."""
+    return (size - 1).bit_length() if isinstance(size, int) else 0
 
 
 def _parameters(forward: Callable[..., Any]) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memo_runtime import persist
 from memo_runtime.errors import MemoError, OutputError, PlanFileError
-from memo_runtime.records import Growth
+from memo_runtime.records import SCHEMA_VERSION, Growth
 from tests.reporting.samples import PLAN, PROFILE
 
 
@@ -134,7 +134,7 @@ def test_another_schema_version_is_refused_before_anything_else(tmp_path):
         del content["policy"]
 
     message = refused(edited(written(tmp_path), change))
-    assert "field 'schema_version' is 99, and this release reads 13" in message
+    assert f"field 'schema_version' is 99, and this release reads {SCHEMA_VERSION}" in message
 
 
 @pytest.mark.parametrize(

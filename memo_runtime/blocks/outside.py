@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections import ChainMap, UserDict, UserList
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import islice
@@ -253,6 +254,10 @@ class Outside:
             self._see_class(value, names, depth)
         elif isinstance(value, CONTAINERS):
             self._see_members(label, value, names, depth)
+        elif isinstance(value, (UserDict, UserList)):
+            self._follow(label, value.data, names, depth)
+        elif isinstance(value, ChainMap):
+            self._follow(label, value.maps, names, depth)
         elif isinstance(value, tuple):
             for one in value[:MOST_MEMBERS]:
                 self._follow(label, one, names, depth - 1)

@@ -8,7 +8,7 @@ stand for each other.
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from itertools import chain
@@ -24,6 +24,10 @@ from memo_runtime.blocks.ambient import BufferState
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 #: Containers whose members are looked at, up to so many.
 CONTAINERS = (dict, list, set, deque)
+#: Their own methods put back what one held: a class derived from one may count, refuse or pass on what it is given.
+_FILLING: dict[type, Callable[[Any, Any], None]] = {
+    OrderedDict: OrderedDict.update, dict: dict.update, list: list.extend, set: set.update, deque: deque.extend,
+}  # fmt: skip
 MOST_MEMBERS = 256
 _MOST_ELEMENTS = 1 << 16
 
@@ -48,6 +52,14 @@ def _difference(now: Collection[Any], before: Collection[Any]) -> int | None:
         return None
     pairs = enumerate(zip(now, before, strict=True))
     return next((at for at, (one, other) in pairs if one is not other and not _alike(_held(one), other)), None)
+
+
+#: Where classes come from whose objects go on doing something: one that a run has started cannot be taken back.
+_RUNNING = ("threading", "io", "_io", "socket", "subprocess", "multiprocessing.process", "concurrent.futures._base")
+
+
+def _runs_on(value: Any) -> bool:
+    return any(base.__module__ in _RUNNING for base in type(value).__mro__)
 
 
 def is_small_array(value: Any) -> bool:
@@ -127,7 +139,7 @@ class Names:
         """See ``Place``."""
         for name, value in [*self._values.items(), *((name, _ABSENT) for name in self._new())]:
             now = self.holder.get(name, _ABSENT)
-            if value is _TENSOR or now is value or _alike(_held(now), value):
+            if value is _TENSOR or now is value or _alike(_held(now), value) or _runs_on(now):
                 continue
             if self._owner is not None:
                 delattr(self._owner, name) if value is _ABSENT else setattr(self._owner, name, value)
@@ -170,11 +182,13 @@ class Members:
         held, half = self.holder, len(self._values) // 2
         if not self.changed() or any(one is _TENSOR for one in self._values):
             return
-        held.clear()
-        if isinstance(held, dict):
-            held.update(zip(self._values[:half], self._values[half:], strict=True))
+        kind = next(one for one in _FILLING if isinstance(held, one))
+        kind.clear(held)  # type: ignore[attr-defined]
+        if issubclass(kind, dict):
+            for key, value in zip(self._values[:half], self._values[half:], strict=True):
+                kind.__setitem__(held, key, value)
         else:
-            (held.update if isinstance(held, set) else held.extend)(self._values)
+            _FILLING[kind](held, self._values)
 
 
 class Elements:
@@ -227,8 +241,8 @@ class Values:
         return "" if self.holder._version == self._version else self._label
 
     def put_back(self) -> None:
-        """See ``Place``."""
-        if self.changed():
+        """See ``Place``; what was written past autograd too (``.data``, an array of the same memory)."""
+        if self.changed() or self._values.changed():
             self._values.set()
 
 

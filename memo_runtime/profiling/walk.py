@@ -31,7 +31,7 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Run = Callable[[Callable[..., Any]], None]
 
 
-class _AllSeenError(Exception):
+class _AllSeen(BaseException):
     """Nothing is left to see."""
 
 
@@ -78,7 +78,7 @@ class Walk(ABC):
         # a block was looked at, and what hooks of its modules, which see stand-ins here, have collected.
         self._around = self._start.outside(model)
         with self._start.kept(), torch.enable_grad():
-            with contextlib.suppress(_AllSeenError), self._around:
+            with contextlib.suppress(_AllSeen), self._around:
                 run(self)
             self.finish()
         del self._start, self._around
@@ -99,7 +99,7 @@ class Walk(ABC):
             call = BlockCall.of(args, kwargs, block.module)
             profile = self.look(block, forward, call)
             if self.may_stop and self.is_done():
-                raise _AllSeenError
+                raise _AllSeen
             return self._result(block, forward, call, profile)
 
     def _result(self, block: NamedBlock, forward: Forward, call: BlockCall, profile: BlockProfile) -> Any:

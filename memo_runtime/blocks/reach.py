@@ -188,6 +188,9 @@ class _ModuleCell(DictCell):
 
 
 def _module_cells(label: str, module: nn.Module) -> list[Cell]:
+    if isinstance(module, torch.jit.ScriptModule):
+        # Its tables are not Python's: nothing but its tensors can be seen, and put back.
+        return [DictCell(label, {**dict(module.named_parameters()), **dict(module.named_buffers())})]
     children = module.__dict__.get("_modules")
     cells: list[Cell] = [DictCell(label, children)] if children else []
     if _is_engine(type(module)):  # type: ignore[arg-type]

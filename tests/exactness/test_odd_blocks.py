@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import memo_runtime as memo
 from tests.exactness.compare import Way, relative_error, take_gradients
-from tests.exactness.hand_written import WIDTH, Attention
+from tests.exactness.hand_written import WIDTH, Attention, sequence
 from tests.exactness.test_state import WAYS
 
 TOKENS, STEPS = 40, 5
@@ -201,4 +201,43 @@ def test_nested_hidden_states_are_left_alone(policy: str, caplog: pytest.LogCapt
             one(torch.nested.as_nested_tensor(parts, layout=torch.jagged)).values().square().sum().backward()
             gradients.append([parameter.grad for parameter in one.parameters()])
         assert all(map(torch.equal, *gradients))
+    assert f"cannot take policy '{policy}'" in caplog.text
+
+
+class Compiled(nn.Module):
+    """What torch.jit is given: it counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        self.count.add_(1)  # type: ignore[operator]
+        return torch.tanh(self.linear(x)) * self.count
+
+
+class HoldsCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.inner = nn.Linear(WIDTH, WIDTH), torch.jit.script(Compiled())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.linear(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("policy", ["swap", "recompute", "tiled", "auto"])
+def test_modules_of_torch_jit_inside_a_block_leave_it_alone(policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Their tables are not Python's, their operators not seen; what their buffers count is counted once."""
+    found = []
+    for wrapped in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[HoldsCompiled() for _ in range(3)], torch.jit.script(nn.Linear(WIDTH, WIDTH))).double()
+        if wrapped:
+            memo.wrap(model, policy=policy)
+        for _ in range(2):
+            model(sequence()).square().sum().backward()
+        found.append([*(one.grad for one in model.parameters()), *model.buffers()])
+    assert all(map(torch.equal, *found))
     assert f"cannot take policy '{policy}'" in caplog.text

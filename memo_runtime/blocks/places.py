@@ -25,9 +25,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 #: Containers whose members are looked at, up to so many.
 CONTAINERS = (dict, list, set, deque)
 #: Their own methods put back what one held: a class derived from one may count, refuse or pass on what it is given.
-_FILLING: dict[type, Callable[[Any, Any], None]] = {
-    OrderedDict: OrderedDict.update, dict: dict.update, list: list.extend, set: set.update, deque: deque.extend,
-}  # fmt: skip
+_BASES: tuple[Any, ...] = (OrderedDict, *CONTAINERS)
 MOST_MEMBERS = 256
 _MOST_ELEMENTS = 1 << 16
 
@@ -182,13 +180,13 @@ class Members:
         held, half = self.holder, len(self._values) // 2
         if not self.changed() or any(one is _TENSOR for one in self._values):
             return
-        kind = next(one for one in _FILLING if isinstance(held, one))
-        kind.clear(held)  # type: ignore[attr-defined]
-        if issubclass(kind, dict):
+        base = next(one for one in _BASES if isinstance(held, one))
+        base.clear(held)
+        if issubclass(base, dict):
             for key, value in zip(self._values[:half], self._values[half:], strict=True):
-                kind.__setitem__(held, key, value)
+                base.__setitem__(held, key, value)
         else:
-            _FILLING[kind](held, self._values)
+            (base.update if base is set else base.extend)(held, self._values)
 
 
 class Elements:
@@ -241,8 +239,11 @@ class Values:
         return "" if self.holder._version == self._version else self._label
 
     def put_back(self) -> None:
-        """See ``Place``; what was written past autograd too (``.data``, an array of the same memory)."""
-        if self.changed() or self._values.changed():
+        """See ``Place``; on the CPU what was written past autograd too (``.data``, an array of the same memory).
+
+        To see that on a device would wait for it, before every run of a profile.
+        """
+        if self.changed() or (self.holder.device.type == "cpu" and self._values.changed()):
             self._values.set()
 
 

@@ -115,7 +115,10 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Identity of the storage behind ``tensor`` while it is alive; of a sparse one that of its values."""
+    """Identity of the storage behind ``tensor`` while it is alive; of a sparse one that of its values.
+
+    Not its address: FSDP frees and refills a gathered parameter's storage, and that stays the same storage.
+    """
     if tensor.layout is not _DENSE and is_sparse(tensor):  # asked of every tensor at every call
         tensor = sparse_parts(tensor)[0]
     return int(tensor.untyped_storage()._cdata)

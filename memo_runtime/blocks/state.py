@@ -140,11 +140,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return not hasattr(tensor, "__tensor_flatten__") and not tensor.is_inference()
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    # Not its address: FSDP frees and refills a gathered parameter's storage, and that stays the same storage.
-    return storage_key(tensor)
-
-
 @dataclass(slots=True)
 class _Mark:
     """One tensor as a forward found it."""
@@ -161,13 +156,13 @@ class _Mark:
     @classmethod
     def of(cls, label: str, tensor: torch.Tensor) -> _Mark:
         exchanged = hasattr(tensor, "ds_id") or not tensor.numel()
-        return cls(label, tensor, tensor._version, _storage(tensor), tensor.shape, tensor.requires_grad, exchanged)
+        return cls(label, tensor, tensor._version, storage_key(tensor), tensor.shape, tensor.requires_grad, exchanged)
 
     def again(self) -> _Mark:
         """The same tensor as it is now."""
         label, tensor = self.label, self.tensor
         return _Mark(
-            label, tensor, tensor._version, _storage(tensor), tensor.shape, tensor.requires_grad, self.exchanged
+            label, tensor, tensor._version, storage_key(tensor), tensor.shape, tensor.requires_grad, self.exchanged
         )
 
     def check(self, block: str) -> None:
@@ -179,7 +174,7 @@ class _Mark:
                 f"modified by an inplace operation since its forward: it is at version {tensor._version}; expected "
                 f"version {self.version} instead. Step the optimizer after backward; {_ADVICE}"
             )
-        if not self.exchanged and tensor.shape == self.shape and _storage(tensor) != self.storage:
+        if not self.exchanged and tensor.shape == self.shape and storage_key(tensor) != self.storage:
             raise StateChangedError(
                 f"'{block}' has to be run again for its backward, and the elements of {self.label} "
                 f"{tuple(self.shape)} have been exchanged since its forward (an assignment to .data). Assign another "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,8 +34,15 @@ def is_cache(value: object) -> bool:
 
 def cache_layers_of(block: nn.Module) -> frozenset[int]:
     """Which layers of a cache ``block`` reads and fills; none where its modules do not say."""
-    found = (getattr(module, name, None) for module in block.modules() for name in _INDICES)
+    found = (_own(module, name) for module in block.modules() for name in _INDICES)
     return frozenset(index for index in found if isinstance(index, int))
+
+
+def _own(module: nn.Module, name: str) -> object:
+    """An attribute, or None: what a module does not have it is slow to say, and each call of a block asks."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    return getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 def cache_is_empty(value: object, layers: frozenset[int] = frozenset()) -> bool:
@@ -54,8 +61,10 @@ def cache_is_empty(value: object, layers: frozenset[int] = frozenset()) -> bool:
     parts = [part for name in _PARTS if is_cache(part := getattr(value, name, None))]
     if parts:
         return all(cache_is_empty(part, layers) for part in parts)
-    own = [one for index, one in enumerate(getattr(value, "layers", ())) if not layers or index in layers]
-    return not any(_is_state(item) for layer in own for item in _attributes(layer))
+    own = getattr(value, "layers", ())
+    if layers:
+        own = [one for index, one in enumerate(own) if index in layers]
+    return not any(_holds_state(layer) for layer in own)
 
 
 def refuse_caches(verb: str, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -78,27 +87,49 @@ def parts_of(cache: Any) -> list[Any]:
 
 def own_copy(value: Any, layers: frozenset[int] = frozenset()) -> Any:
     """A copy of a cache that is empty in ``layers`` (none: in all), to be filled there without a trace."""
-    if cache_is_empty(value):
-        return copy.deepcopy(value)
+    if not cache_is_empty(value):
+        return _copy_of_layers(value, layers)
+    # There are as many layers as blocks, and each block asks: what can be is made anew by hand.
+    made = {id(one): _anew(one) for part in parts_of(value) for one in getattr(part, "layers", ()) if _is_plain(one)}
+    marks = {id(one): one for part in parts_of(value) for one in vars(part).values() if isinstance(one, frozenset)}
+    return copy.deepcopy(value, made | marks)
+
+
+def _is_plain(layer: object) -> bool:
+    """All that it holds is replaced, and never changed, when it is filled."""
+    return not hasattr(layer, "__deepcopy__") and not any(
+        isinstance(item, (Tensor, Mapping, list, set, nn.Module)) for item in vars(layer).values()
+    )
+
+
+def _anew(layer: Any) -> Any:
+    made = object.__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    return made
+
+
+def _copy_of_layers(value: Any, layers: frozenset[int]) -> Any:
+    """A copy in which ``layers`` alone are new: others hold tensors with a graph, which are not written to."""
     made = copy.copy(value)
     for name in _PARTS:
         if is_cache(getattr(value, name, None)):
             setattr(made, name, own_copy(getattr(value, name), layers))
     if isinstance(getattr(value, "layers", None), list):
-        # Those of other blocks hold tensors with a graph, which cannot be copied and are not written to.
         made.layers = [copy.deepcopy(one) if index in layers else one for index, one in enumerate(value.layers)]
     if isinstance(getattr(value, "is_updated", None), dict):
         made.is_updated = dict(value.is_updated)
     return made
 
 
-def _attributes(layer: object) -> Iterator[object]:
-    """What a cache layer holds: keys and values, or states by number (linear attention)."""
+def _holds_state(layer: object) -> bool:
+    """Whether a cache layer holds keys and values, or states by number (linear attention)."""
     for item in vars(layer).values():
-        if isinstance(item, Mapping):
-            yield from item.values()
-        else:
-            yield item
+        if isinstance(item, Tensor):
+            if _is_state(item):
+                return True
+        elif isinstance(item, Mapping) and any(map(_is_state, item.values())):
+            return True
+    return False
 
 
 def _is_state(item: object) -> bool:

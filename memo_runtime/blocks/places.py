@@ -259,7 +259,13 @@ class Glance:
         self._found: list[tuple[Callable[[Any, Any], Any], Any]] = []
         self._values: list[Any] = []
         self._whole: list[Collection[Any]] = []
+        self._cells: list[CellType] = []
+        self._contents: list[Any] = []
         for place in places:
+            if isinstance(place, Closed) and place.value is not _TENSOR:
+                self._cells.append(place.holder)
+                self._contents.append(place.value)
+                continue
             values, alone = place.plainly() if isinstance(place, Names) else ({}, False)
             if not isinstance(place, Names) or any(one is _TENSOR for one in values.values()):
                 self._others.append(place)
@@ -272,8 +278,13 @@ class Glance:
 
     def same(self) -> bool:
         """False: something may be another."""
+        try:
+            contents = [cell.cell_contents for cell in self._cells]
+        except ValueError:  # nothing is in one
+            return False
         return (
-            all(map(is_, [get(name, _ABSENT) for get, name in self._found], self._values))
+            all(map(is_, contents, self._contents))
+            and all(map(is_, [get(name, _ABSENT) for get, name in self._found], self._values))
             and [*map(len, self._whole)] == self._sizes
             and all(map(is_, chain.from_iterable(self._whole), self._names))
             and not any(one.changed() for one in self._others)
@@ -284,7 +295,7 @@ class Closed:
     """A variable of a closure, which held ``value``."""
 
     def __init__(self, label: str, holder: CellType, value: Any) -> None:
-        self._label, self.holder, self._value = label, holder, value
+        self._label, self.holder, self.value = label, holder, value
 
     def now(self) -> list[Any]:
         """See ``Place``."""
@@ -295,13 +306,13 @@ class Closed:
 
     def renew(self) -> None:
         """See ``Place``."""
-        self._value = _held(self.now()[0])
+        self.value = _held(self.now()[0])
 
     def changed(self) -> str:
         """See ``Place``."""
-        return "" if _difference(self.now(), [self._value]) is None else self._label
+        return "" if _difference(self.now(), [self.value]) is None else self._label
 
     def put_back(self) -> None:
         """See ``Place``."""
-        if self.changed() and self._value is not _TENSOR:
-            self.holder.cell_contents = self._value
+        if self.changed() and self.value is not _TENSOR:
+            self.holder.cell_contents = self.value

@@ -109,7 +109,6 @@ class BlockForward:
             return self._left_alone(forward, args, kwargs)
         if found:
             session.note_cache_off(self.block, call)
-            call = call.with_own_caches()
         profile, plan = session.decision(self.name)
         foreseen = call.is_empty or profile is None or profile.way in ("", call.way())
         if not foreseen and profile is not None and plan is not None:
@@ -119,7 +118,10 @@ class BlockForward:
             executor = Executor.NATIVE
             counters.reason = "its input is empty"
         else:
-            args, kwargs = call.arguments()
+            if executor is not Executor.TILED:
+                # Tiles run no code of the block, which would fill it.
+                call = call.with_own_caches()
+                args, kwargs = call.arguments()
             counters.reason = plan.reason if plan is not None else session.no_plan_reason
             if plan is None:
                 session.strangers.add(self.name)
@@ -131,13 +133,13 @@ class BlockForward:
             session.note_length(self.name, tokens, plan.tokens)
         if executor is Executor.TILED and plan is not None and profile is not None:
             try:
-                given = BlockCall.of(args, kwargs, self.block) if found else call
-                output = self.tiles.run(given, profile, plan, counters)
+                output = self.tiles.run(call, profile, plan, counters)
                 session.leave(self)
                 return output
             except CaptureRefusedError as error:
                 give_up_tiles(session, self, error)
                 executor = Executor.NATIVE
+                args, kwargs = call.arguments()
         if executor in (Executor.KEEP, Executor.NATIVE) or plan is None or profile is None:
             kept = self._kept(profile, tokens) if profile is not None and executor is Executor.KEEP else 0
             output = self._untouched(forward, args, kwargs, kept)

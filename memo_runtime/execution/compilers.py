@@ -1,4 +1,4 @@
-"""How a traced program runs: operator by operator, or through ``torch.compile``."""
+"""How a traced program runs: operator by operator, or through the compiler of ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ Program = Callable[..., tuple[Any, ...]]
 Compiler = Callable[[fx.Graph], Program]
 
 
+class NotCompiledError(RuntimeError):
+    """TorchInductor could not compile a program; with its words."""
+
+
 def as_module(graph: fx.Graph) -> fx.GraphModule:
     """``graph`` as code, which is written here: it must be whole."""
     return fx.GraphModule(torch.nn.Module(), graph)
@@ -25,7 +29,7 @@ def run_eagerly(graph: fx.Graph) -> Program:
 
 
 def compiled(graph: fx.Graph) -> Program:
-    """A program through ``torch.compile``: norms, rotary embeddings and gates fuse."""
+    """A program through TorchInductor: norms, rotary embeddings and gates fuse."""
     return _Compiled(as_module(graph))
 
 
@@ -43,22 +47,48 @@ class _Eager:
 
 
 class _Compiled:
-    """A compiled program, which is tuned in its first call.
+    """A program that is compiled, and tuned, in its first call, for tensors laid out as those.
+
+    It is a graph already, and whoever calls it knows how its tensors are laid out (``ProgramCache``): ``torch.compile``
+    would trace it once more, and compare all of them at every call, which takes longer than what is compiled.
 
     The tuner tries every kernel a few times, and copies what a kernel writes to into pinned memory meanwhile, where it
     finds no room on the device. PyTorch would hold these copies for good, beside all that was planned for the host.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self._program: Program = torch.compile(module, fullgraph=True, dynamic=False)
-        self._tuned = False
+        self._module = module
+        self._program: Program | None = None
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        if self._program is not None:
+            return self._program(*tensors)
+        self._program = _compile(self._module, tensors)
         results = self._program(*tensors)
-        if not self._tuned:
-            self._tuned = True
-            _let_go_of_pinned_memory()
+        _let_go_of_pinned_memory()
         return results
+
+
+def _compile(module: fx.GraphModule, tensors: tuple[torch.Tensor, ...]) -> Program:
+    """``module`` as machine code, or as it is where compilation is switched off (``TORCH_COMPILE_DISABLE``).
+
+    Raises:
+        NotCompiledError: that failed.
+    """
+    # These take a second to import, which only a GPU needs.
+    from torch._dynamo import config
+    from torch._inductor import compile as through_inductor
+
+    if config.disable:
+        return module.forward
+
+    try:
+        with torch.no_grad():
+            return through_inductor(module, list(tensors))  # type: ignore[no-any-return]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise NotCompiledError(str(error)) from error
 
 
 def _let_go_of_pinned_memory() -> None:

@@ -163,6 +163,7 @@ class TiledBlock:
         return found
 
     def _captured_anew(self, call: BlockCall) -> Captured:
+        call = call.with_own_caches()
         with TRACING:
             found = capture(self.block, call, self.forward)
         if not found.traced.allows(found.tokens(call)):

@@ -58,7 +58,7 @@ class ProgramCache:
         self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
     ) -> Programs:
         """The programs of stage number ``stage`` for tiles like ``sources``, borrowed choices behind them."""
-        layout = tuple([(one.shape, one.stride(), one.dtype) for one in sources])
+        layout = tuple([(one.shape, one.stride(), one.dtype, one.device) for one in sources])
         key = (captured.signature, stage, tokens, autocast, layout)
         if key not in self._programs:
             self._programs[key] = make_programs(captured, stage, sources, tokens, autocast, compiler=self._compiler)

@@ -34,6 +34,7 @@ from memo_runtime.capture.rules import arguments_of, operator_name
 from memo_runtime.capture.split import Mixer
 from memo_runtime.config import longest_tile
 from memo_runtime.errors import CaptureRefusedError
+from memo_runtime.execution.compilers import NotCompiledError
 from memo_runtime.execution.mixers.attention import (
     Inputs,
     Kernel,
@@ -51,8 +52,6 @@ logger = logging.getLogger("memo_runtime")
 
 #: Tiles that are run: a step of as many is timed as it is.
 _TIMED_TILES = {"cuda": 4, "cpu": 2}
-#: By name: its module takes a second to import where nothing is compiled.
-_COMPILER_ERROR = "TorchDynamoException"
 #: Kernels are compared at this many tokens first, and those that take this much more than the fastest are left out.
 _COMPARED_TOKENS, _HOPELESS = 2**16, 1.5
 #: Queries of a chunk, and the share of the forward that chunks must save; less is no difference between two of them.
@@ -119,10 +118,8 @@ def time_tiles(tiles: TiledBlock, captured: Captured, call: BlockCall, tile: int
     except torch.OutOfMemoryError as error:
         logger.info("memo: tiles are not timed, there is no room for it: %s", error)
         return None
-    except RuntimeError as error:
-        if all(one.__name__ != _COMPILER_ERROR for one in type(error).__mro__):
-            raise
-        raise CaptureRefusedError("torch.compile", first_line(error)) from error
+    except NotCompiledError as error:
+        raise CaptureRefusedError("TorchInductor", first_line(error)) from error
     rest = [max(0.0, block[way] - sum(one[way] for one in short)) / length for way in (0, 1)]
     squared = [sum(one[way] for one in full) / longest**2 for way in (0, 1)]
     linear = [rest[way] + sum(one[way] for one in under_spans) / tokens for way in (0, 1)]

@@ -25,7 +25,7 @@ from memo_runtime.offline.work import Work, is_thin
 
 @dataclass(slots=True)
 class FusedWork:
-    """A program of ``torch.compile`` that is counted and not compiled: it runs as ``graph`` says."""
+    """A program of TorchInductor that is counted and not compiled: it runs as ``graph`` says."""
 
     graph: fx.Graph
     work: Work = field(init=False)

@@ -45,6 +45,8 @@ _LATE = (
     "memory is short: each block by tiles fetches what it needs when it goes backward, which nothing hides, and inputs "
     "are made again one after another"
 )
+#: Of the longest tile that is planned with, how many times as long tiles become where all else stays.
+_STRETCHED = (4, 2)
 #: Alpha moves by this part at most, and by whole tiles.
 _ALPHA_STEPS = 64
 
@@ -124,15 +126,27 @@ class ByTiles(Strategy):
         return None
 
     def _stretched(self, sheet: Sheet, budgets: Budgets, best: Choices) -> Choices:
-        """``best`` with tiles of twice the longest length, if that fits and as much is kept and sent as before."""
+        """``best`` with tiles several times the longest length, if that fits and as much is kept and sent as before.
+
+        Gradients of weights are summed over tiles: fewer tiles are fewer sums.
+        """
+        if self.tile is None:
+            for times in _STRETCHED:
+                longer = self._longer(sheet, best, times * longest_tile(sheet.profile.rows))
+                if longer is not None and fits(sheet, budgets, longer):
+                    return longer
+        return best
+
+    def _longer(self, sheet: Sheet, best: Choices, tile: int) -> Choices | None:
+        """``best`` with tiles of ``tile`` tokens in the place of the longest; None: less would be kept."""
         longest = longest_tile(sheet.profile.rows)
-        twice = tuple(
-            replace(one, tile=2 * longest) if one.tile == longest and tokens >= 2 * longest else one
+        found = tuple(
+            replace(one, tile=tile) if one.tile == longest and tokens >= tile else one
             for one, tokens in zip(best, sheet.lengths, strict=True)
         )
         whole = all(one.prefix == tokens or one.prefix % one.tile == 0
-                    for one, tokens in zip(twice, sheet.lengths, strict=True) if one.tile)  # fmt: skip
-        return twice if self.tile is None and whole and fits(sheet, budgets, twice) else best
+                    for one, tokens in zip(found, sheet.lengths, strict=True) if one.tile)  # fmt: skip
+        return found if whole else None
 
     def _with_inputs(self, sheet: Sheet, budgets: Budgets, best: Choices) -> Choices:
         """``best`` with what mixers are given on the device, of as many of the last blocks as fit.

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import memo_runtime as memo
+from memo_runtime.blocks import call
 from memo_runtime.blocks.cache import cache_is_empty, is_cache, own_copy
 from memo_runtime.records import Executor
 
@@ -71,6 +72,28 @@ def test_a_layer_is_empty_whatever_others_hold() -> None:
     made.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
     assert made.layers[0] is cache.layers[0]
     assert cache_is_empty(cache, frozenset({1}))
+
+
+def test_a_copy_of_an_empty_cache_has_layers_of_its_own() -> None:
+    cache = DynamicCache(config=AutoConfig.for_model("llama", num_hidden_layers=5))
+    made = own_copy(cache, frozenset({1}))
+    for layer in (1, 3):
+        made.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), layer)
+    assert cache_is_empty(cache)
+    assert not cache_is_empty(made, frozenset({3}))
+    assert not any(one is other for one, other in zip(made.layers, cache.layers, strict=True))
+
+
+def test_tiles_copy_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are as many layers as blocks, so that a copy for each block is what grows with their square."""
+    model, copies = llama(), []
+    memo.wrap(model, policy="tiled")
+    ids = torch.randint(0, 61, (2, 24))
+    model(input_ids=ids, labels=ids).loss.backward()
+    monkeypatch.setattr(call, "own_copy", lambda *given: copies.append(given) or own_copy(*given))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}
+    assert not copies
 
 
 def llama() -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ from torch import nn
 
 from memo_runtime.blocks.cache import cache_is_empty, cache_layers_of, is_cache, own_copy
 from memo_runtime.blocks.containers import flatten, leaves_of, mapped, text_of, unflatten
-from memo_runtime.blocks.region import packed
+from memo_runtime.blocks.region import as_made, copied_as_it_is
 from memo_runtime.records import ArgumentAxes
 
 
@@ -113,8 +113,9 @@ class BlockCall:
     def cut(self, axes: Iterable[ArgumentAxes], start: int, stop: int) -> BlockCall:
         """The call on tokens [start, stop).
 
-        Leaves that grow with tokens become views; those with one token dimension are packed, since a whole input
-        is too and operators may copy where memory has gaps. Masks with two stay views: they are large.
+        Leaves that grow with tokens become views. Those with one token dimension lie in memory as a call of as many
+        tokens would have them, since operators may copy where memory has gaps and save other tensors then. Masks with
+        two stay views: they are large.
         """
         leaves: dict[int, Any] = {}
         for axis in axes:
@@ -122,7 +123,10 @@ class BlockCall:
             for dim in axis.dims:
                 tensor = tensor.narrow(dim, start, stop - start)
             grad = tensor.requires_grad
-            leaves[axis.leaf] = packed(tensor.detach()).requires_grad_(grad) if len(axis.dims) == 1 else tensor
+            if len(axis.dims) == 1:
+                whole = self.leaves[axis.leaf]
+                tensor = as_made(tensor.detach(), whole.shape, whole.stride(), axis.dims[0]).requires_grad_(grad)
+            leaves[axis.leaf] = tensor
         return self.replaced(leaves)
 
     def detached(self, fresh: Sequence[int] = ()) -> BlockCall:
@@ -133,7 +137,7 @@ class BlockCall:
         leaves: dict[int, Any] = {}
         for index, tensor in self.tensors():
             cut_off = tensor.detach().requires_grad_(tensor.requires_grad)
-            leaves[index] = cut_off.clone() if index in fresh else cut_off
+            leaves[index] = copied_as_it_is(cut_off) if index in fresh else cut_off
         return self.replaced(leaves)
 
     def way(self) -> str:

@@ -45,9 +45,12 @@ class View:
         packed_view = self.of(flat)
         if self.spread is None:
             return packed_view
-        wide = torch.empty_strided(self.size, self.spread, dtype=flat.dtype, device=flat.device)
-        shrink(wide).copy_(_first_along(packed_view, self.spread))
-        return wide
+        return laid_out(packed_view, self.spread)
+
+    @property
+    def original_stride(self) -> tuple[int, ...]:
+        """The strides of the tensor that it stands for."""
+        return self.stride if self.spread is None else self.spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,10 @@ class Region:
             if dim != view.axis.dim and step >= block:
                 stride[dim] = step // block * new_block
         outer_steps, within = divmod(view.offset, block)
-        return View(tuple(size), tuple(stride), outer_steps * new_block + within, view.axis)
+        spread = view.spread
+        if spread is not None:
+            spread = resized(view.size, spread, view.axis.dim, size[view.axis.dim])
+        return View(tuple(size), tuple(stride), outer_steps * new_block + within, view.axis, spread)
 
 
 def take(tensor: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: int) -> torch.Tensor:
@@ -94,28 +100,95 @@ def take(tensor: torch.Tensor, axis: TokenAxis, tokens: int, start: int, stop: i
 
 
 def packed(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` without gaps in memory, its dimensions in the same memory order; itself where it has none.
+    """``tensor`` without gaps in memory, its dimensions in the same memory order; itself where it has none."""
+    return tensor if is_packed(tensor.shape, tensor.stride()) else tensor.clone(memory_format=torch.preserve_format)
 
-    An operator on a slice yields such a tensor, and whether a later reshape copies depends on it.
-    """
+
+def is_packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """A tensor of these has no gaps in memory, and one place for each of its elements."""
     expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size == 1:
             continue
         if stride != expected:
-            return tensor.clone(memory_format=torch.preserve_format)
+            return False
         expected *= size
-    return tensor
+    return True
+
+
+def resized(shape: Sequence[int], strides: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    """The strides that a tensor of these would have been made with if it had ``size`` along ``dim``.
+
+    Dimensions that are expanded stay so, and two between which memory has a gap, so that no view can join them, have
+    one still. What a forward saves, and in which order, depends on both (``linear`` copies an input that it cannot view
+    as a matrix, and saves its weight first then).
+    """
+    found = list(strides)
+    before = after = 1  # elements that the dimensions inside take
+    for stride, at in sorted((stride, at) for at, stride in enumerate(strides)):
+        if stride == 0 or (shape[at] == 1 and at != dim):
+            continue
+        times, gap = divmod(stride, before)
+        if not times:
+            return tuple(strides)  # overlapping windows
+        found[at] = times * after + gap
+        before, after = stride * shape[at], found[at] * (size if at == dim else shape[at])
+    return tuple(found)
+
+
+def laid_out(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """``tensor`` with these strides; itself where it has them."""
+    if has_strides(tensor, strides):
+        return tensor
+    wide = tensor.new_empty_strided(tensor.shape, tuple(strides))
+    shrink(wide).copy_(_first_along(tensor, strides))
+    return wide
+
+
+def has_strides(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """``tensor`` has these strides, wherever it has more than one element along them."""
+    own = tensor.stride()
+    return own == strides or all(a == b or n <= 1 for a, b, n in zip(own, strides, tensor.shape, strict=True))
+
+
+def as_made(part: torch.Tensor, shape: Sequence[int], strides: Sequence[int], dim: int) -> torch.Tensor:
+    """``part``, cut along ``dim`` out of a tensor of ``shape`` and ``strides``, in memory as if it were a whole one."""
+    if is_packed(shape, strides):
+        return packed(part)
+    return laid_out(part, resized(shape, strides, dim, part.shape[dim]))
+
+
+def copied_as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, no leaf of a graph, so that a block may write into it."""
+    if tensor.layout is not torch.strided or tensor.is_nested or hasattr(tensor, "__tensor_flatten__"):
+        return tensor.clone()
+    small = shrink(tensor.detach())
+    if is_packed(small.shape, small.stride()):
+        made = small.requires_grad_(tensor.requires_grad).clone()
+        return made if small.shape == tensor.shape else made.expand(tensor.shape)
+    flat = tensor.detach().new_empty(_last_element((tuple(tensor.shape), tensor.stride(), 0)) + 1)
+    shrink(flat.as_strided(tensor.shape, tensor.stride())).copy_(small)
+    return flat.requires_grad_(tensor.requires_grad).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def tail(
-    tensor: torch.Tensor, axis: TokenAxis | None, dims: tuple[int, ...], *, tokens: int, start: int
+    tensor: torch.Tensor,
+    axis: TokenAxis | None,
+    dims: tuple[int, ...],
+    *,
+    tokens: int,
+    start: int,
+    strides: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Tokens [start, tokens) of ``tensor`` along its axis, packed, or along both of its token dimensions."""
+    """Tokens [start, tokens) of ``tensor`` along its axis, as made, or along both of its token dimensions.
+
+    ``strides``: those that it was made with, where it has others now.
+    """
     if not start:
         return tensor
     if axis is not None:
-        return packed(take(tensor, axis, tokens, start, tokens))
+        part = take(tensor, axis, tokens, start, tokens)
+        return as_made(part, tensor.shape, tensor.stride() if strides is None else strides, axis.dim)
     for dim in dims:
         tensor = tensor.narrow(dim, start, tokens - start)
     return tensor

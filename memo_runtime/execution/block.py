@@ -25,6 +25,7 @@ from memo_runtime.blocks.undo import Surroundings
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.caches import WANTED
 from memo_runtime.execution.counters import BlockCounters
+from memo_runtime.execution.forms import Forms
 from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.layout import PlannedLayout, Sorted, StorageLayout
 from memo_runtime.execution.ledger import Share
@@ -200,6 +201,7 @@ class BlockForward:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), ambient=ambient)
                 rerun.random, rerun.buffers, rerun.inner_autograd = random, buffers, stash.walked
                 rerun.begin_from(state)
+                rerun.forms = Forms(self.name, stash.pending, prefix=rerun.prefix, tokens=rerun.tokens)
                 if session.asks_for_witness(self.name, plan):
                     rerun.witness = self._witness(stash, profile, rerun)
                 stash.rebuild = rerun

@@ -226,6 +226,16 @@ class Piece:
         view = self.region.views[position]
         return view.as_it_was(self._buffer) if self.exact else view.of(self._buffer)
 
+    def as_it_was(self, position: int) -> torch.Tensor:
+        """The same with the strides that it had when it was stored."""
+        assert self._buffer is not None and self.region is not None, "the piece was fetched"
+        return self.region.views[position].as_it_was(self._buffer)
+
+    def original_stride(self, position: int) -> tuple[int, ...]:
+        """The strides that view number ``position`` had when it was stored."""
+        assert self.region is not None, "the piece was stored"
+        return self.region.views[position].original_stride
+
     def write_tail(self, position: int, tail: torch.Tensor, tokens: int) -> None:
         """Write rebuilt rows [prefix, tokens) of view ``position`` behind the fetched ones; equal views once."""
         landed = self._landed() if self._landed is not None else None

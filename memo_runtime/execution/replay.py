@@ -16,10 +16,11 @@ from memo_runtime.blocks.ambient import AttentionState, AutocastState, BufferSta
 from memo_runtime.blocks.aside import Aside
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value
-from memo_runtime.blocks.region import packed, tail
+from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward, run_again, stops_early
 from memo_runtime.blocks.state import CallState
 from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.execution.forms import Forms
 from memo_runtime.execution.piece import Piece
 from memo_runtime.execution.stash import Stash
 from memo_runtime.execution.witness import Witness
@@ -37,15 +38,17 @@ class Source:
     dims: tuple[int, ...] = ()
 
     def rows(self, prefix: int, tokens: int) -> Value:
-        """The value on tokens [prefix, tokens), without gaps in memory."""
-        value: Value = self.kept
-        if self.piece is not None:
-            value = self.piece.view(self.position)
-            if self.piece.action == Action.TAIL:
-                return packed(value)
-        if isinstance(value, torch.Tensor):
-            return tail(value, self.axis, self.dims, tokens=tokens, start=prefix)
-        return value
+        """The value on tokens [prefix, tokens), in memory as the forward had it: what a rerun saves depends on that."""
+        if self.piece is None:
+            if isinstance(self.kept, torch.Tensor):
+                return tail(self.kept, self.axis, self.dims, tokens=tokens, start=prefix)
+            return self.kept
+        if self.piece.action == Action.TAIL:
+            return self.piece.as_it_was(self.position)
+        if prefix and self.axis is not None:
+            stride = self.piece.original_stride(self.position)
+            return tail(self.piece.view(self.position), self.axis, (), tokens=tokens, start=prefix, strides=stride)
+        return tail(self.piece.as_it_was(self.position), None, self.dims, tokens=tokens, start=prefix)
 
 
 def _nothing() -> None:
@@ -62,6 +65,7 @@ class Rerun:
         autocast, attention: what was in force around the forward.
         pins: what is replaced. random, buffers: state to start from, None where nothing is drawn or written.
         state: everything else that the forward started from.
+        forms, witness: what the tensors that it saves have to look like, and some of their values.
         inner_autograd: the forward went backward itself, and so will the rerun.
     """
 
@@ -82,6 +86,7 @@ class Rerun:
     random: RandomState | None = None
     buffers: BufferState | None = None
     state: CallState | None = None
+    forms: Forms | None = None
     witness: Witness | None = None
     inner_autograd: bool = False
 
@@ -116,6 +121,8 @@ class Rerun:
 
     def _run(self, stash: Stash) -> tuple[int, int]:
         """(tensors saved, FLOPs)."""
+        if self.forms is not None:
+            self.forms.begin(stash)
         call = self._call()
         values = {
             key: {output: source.rows(self.prefix, self.tokens) for output, source in outputs.items()}
@@ -150,10 +157,15 @@ class Rerun:
 
     def _put(self, stash: Stash, index: int, tensor: torch.Tensor) -> None:
         holder = stash.holder(index) if index < self.count else None
-        if holder is None or holder.piece is None:
+        if holder is None:
             return
-        # Writing a piece is no operator of the block: the mode that counts and replaces them must not see it.
+        # Looking at it and writing a piece are no operators of the block: the mode that counts and replaces these must
+        # not see them.
         with Aside():
+            if self.forms is not None:
+                self.forms.check(holder, tensor)
+            if holder.piece is None:
+                return
             if self.witness is not None:
                 self.witness.compare(index, tensor)
             if holder.piece.action == Action.PREFIX:

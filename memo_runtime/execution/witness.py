@@ -46,7 +46,7 @@ class Witness:
 
     def see(self, index: int, tensor: torch.Tensor, axis: TokenAxis | None) -> None:
         """Remember some of saved tensor ``index`` of the forward."""
-        if not tensor.numel() or (axis is None and not tensor.is_contiguous()):
+        if not tensor.numel():
             return
         if axis is not None:
             at = _spread(self.prefix, self.tokens, WITNESS_ROWS)
@@ -57,16 +57,14 @@ class Witness:
         self.samples[index] = _Sample(values, at, axis)
 
     def compare(self, index: int, rebuilt: torch.Tensor) -> None:
-        """Raise ReplayMismatchError if the rerun made something else of tensor ``index``."""
+        """Raise ReplayMismatchError if the rerun made something else of tensor ``index``, whose form is right."""
         sample = self.samples.get(index)
         if sample is None:
             return
         if sample.axis is not None:
             found = _rows(rebuilt, sample.axis, self.tokens - self.prefix, sample.at - self.prefix)
-        elif rebuilt.is_contiguous() and rebuilt.numel() > int(sample.at[-1]):
-            found = _elements(rebuilt, sample.at)
         else:
-            return
+            found = _elements(rebuilt, sample.at)
         if not _agree(found, sample.values):
             raise ReplayMismatchError(
                 f"'{self.name}' was run again and made something else of saved tensor {index} {tuple(rebuilt.shape)} "
@@ -82,7 +80,9 @@ def _rows(tensor: torch.Tensor, axis: TokenAxis, tokens: int, at: torch.Tensor) 
 
 
 def _elements(tensor: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1)[at.to(tensor.device)].cpu()
+    """Elements by their number in the order of dimensions, wherever they lie in memory."""
+    at = at.to(tensor.device)
+    return (tensor.view(-1)[at] if tensor.is_contiguous() else tensor[torch.unravel_index(at, tensor.shape)]).cpu()
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import pass_on
+from memo_runtime.blocks.region import as_made
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.calibrate import calibrate_again
 from memo_runtime.profiling.growth import line_through, times
@@ -239,7 +240,8 @@ def repeated(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     order = sorted(range(detached.dim()), key=detached.stride, reverse=True)
     index = torch.arange(rows, device=detached.device) % detached.shape[dim]
     made = detached.permute(order).index_select(order.index(dim), index)
-    return made.permute([order.index(d) for d in range(detached.dim())]).requires_grad_(needs_grad)
+    made = made.permute([order.index(d) for d in range(detached.dim())])
+    return as_made(made, detached.shape, detached.stride(), dim).requires_grad_(needs_grad)
 
 
 # ---- lines

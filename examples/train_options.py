@@ -10,6 +10,7 @@ from typing import Any
 
 import checkout  # noqa: F401
 
+from memo_runtime.arguments import check_budgets
 from memo_runtime.config import make_settings
 from memo_runtime.units import parse_bytes, parse_tokens
 
@@ -82,7 +83,9 @@ class Options:
                 "--plan reads a plan and --save-plan writes the one made here; give one of them"
             )
         try:
-            make_settings(**self.settings("cpu"))
+            settings = make_settings(**self.settings("cpu"))
+            if self.save_plan is None:
+                check_budgets(settings)
         except ValueError as error:
             raise OptionError(str(error)) from error
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from memo_runtime.allocator.library import planned_allocator
 from memo_runtime.arguments import (
+    check_budgets,
     check_model,
     check_optimizer,
     check_plan,
@@ -208,6 +209,8 @@ def _is_wrapped_so(model: nn.Module, wanted: Wrapped) -> bool:
 
 def _given_plan(plan: PlanLike | None, settings: Settings, refusal: OnRefusal) -> Plan | None:
     given = _load(plan)
+    if given is None:
+        check_budgets(settings)
     if given is not None and settings != make_settings():
         raise ArgumentError(
             "a plan fixes policy, alpha, budgets, keep_last, tile and strict: give the plan or those, not both"
@@ -349,7 +352,8 @@ def plan(
     """Decide what happens to each byte of a step of the profiled model; ``print`` it for a table.
 
     Args:
-        profile: from ``memo.profile``. seq_len: another length than the profiled one, such as ``"128K"``.
+        profile: from ``memo.profile``. seq_len: another length than the profiled one, such as ``"128K"``; of the
+            longest sequence where they differ (encoder and decoder), and the others are scaled as it is.
         policy, alpha, budget, host_budget, keep_last, strict, tile: as in ``wrap``.
 
     Raises:
@@ -363,14 +367,11 @@ def plan(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, strict=strict,
         tile=tile,
     )  # fmt: skip
-    tokens = None
-    if seq_len is not None:
-        try:
-            length = parse_tokens(seq_len)
-        except ValueError as error:
-            raise ArgumentError(f"seq_len={error}") from None
-        tokens = dict.fromkeys({block.stack for block in profile.blocks}, length)
-    return make_plan(profile, settings, tokens=tokens)
+    try:
+        longest = None if seq_len is None else parse_tokens(seq_len)
+    except ValueError as error:
+        raise ArgumentError(f"seq_len={error}") from None
+    return make_plan(profile, settings, longest=longest)
 
 
 def report(model: nn.Module) -> Report:

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from memo_runtime.errors import ArgumentTypeError, NotBuiltError, ProfileError
+from memo_runtime.config import Policy, Settings
+from memo_runtime.errors import ArgumentError, ArgumentTypeError, NotBuiltError, ProfileError
 from memo_runtime.records import Plan, Profile
-from memo_runtime.units import show_value
+from memo_runtime.units import format_bytes, show_value
 
 _SHOWN = 6
 
@@ -83,6 +84,22 @@ def check_optimizer(optimizer: object) -> None:
         f"optimizer={what} ({type(optimizer).__name__}) is not a torch.optim.Optimizer: give the one you train with, "
         "or leave it out to reserve memory for AdamW"
     )
+
+
+def check_budgets(settings: Settings) -> None:
+    """Refuse budgets that nothing would keep to: without a policy a model is neither measured nor planned.
+
+    Raises:
+        ArgumentError: names them.
+    """
+    sizes = {name: getattr(settings, name) for name in ("budget", "host_budget")}
+    given = {name: format_bytes(size) for name, size in sizes.items() if size is not None}
+    if settings.policy is Policy.NONE and given:
+        asked = " and ".join(f"{name}={size}" for name, size in given.items())
+        raise ArgumentError(
+            f"policy='none' runs the model as it is and measures nothing, so {asked} would not be kept to: leave "
+            f"{' and '.join(given)} out, or give policy='auto', which keeps everything where that fits"
+        )
 
 
 def check_plan(plan: object) -> None:

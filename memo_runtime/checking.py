@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memo_runtime.arguments import check_model, check_shapes, check_weights, describe_batch
+from memo_runtime.arguments import check_budgets, check_model, check_shapes, check_weights, describe_batch
 from memo_runtime.blocks.ambient import RandomState
 from memo_runtime.blocks.cache import refuse_caches
 from memo_runtime.blocks.containers import leaves_of, mapped
@@ -275,6 +275,7 @@ def check(
     settings = make_settings(
         policy=policy, alpha=alpha, budget=budget, host_budget=host_budget, keep_last=keep_last, tile=tile
     )
+    check_budgets(settings)
     existing = find_wrapped(model)
     own = existing.model if existing is not None else model
     check_shapes(own)

@@ -24,7 +24,7 @@ from memo_runtime.sizes import Growth as Growth
 from memo_runtime.sizes import LongEnd as LongEnd
 from memo_runtime.sizes import Storage as Storage
 
-SCHEMA_VERSION = 14
+SCHEMA_VERSION = 15
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4
@@ -428,10 +428,11 @@ class Plan:
     """What happens to each byte of a training step. ``print(plan)`` is a table.
 
     ``policy`` and ``alpha`` are what was asked; ``profile`` is what the plan was made from, so that execution
-    needs nothing else. ``accumulating``: for steps that start with gradients already there; False: they come as
-    backward walks down. ``norm_by_tiles``: so runs the norm behind the blocks at any length. ``seq_len``: tokens of
-    one whole sequence, of which each of ``gpus`` devices holds a part; all else is of one device. ``placement``: where
-    each request of the step lives, where that was planned too.
+    needs nothing else. ``strict``: what cannot be carried out of it in a step is an error. ``accumulating``: for steps
+    that start with gradients already there; False: they come as backward walks down. ``norm_by_tiles``: so runs the
+    norm behind the blocks at any length. ``seq_len``: tokens of one whole sequence, of which each of ``gpus`` devices
+    holds a part; all else is of one device. ``placement``: where each request of the step lives, where that was
+    planned too.
     """
 
     policy: str
@@ -441,6 +442,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     forecast: Forecast
     floor_bytes: int = 0
+    strict: bool = False
     accumulating: bool = False
     norm_by_tiles: bool = False
     seq_len: int = 0

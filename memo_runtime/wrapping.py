@@ -490,7 +490,8 @@ def make_wrapped(
     """A wrapped model, not installed yet."""
     policy = plan.policy if plan is not None else settings.policy.value
     named = [(ref.name, ref.module) for ref in refs]
-    session = Session(named, policy, strict=settings.strict, on_refusal=on_refusal)
+    session = Session(named, policy, strict=(plan or settings).strict, on_refusal=on_refusal)
+    session.has_given_plan = plan is not None
     session.idle = settings.policy == Policy.NONE and plan is None
     made = Wrapped(model, refs, settings, loss, optimizer, plan, session, on_refusal, layout)
     if layout is Layout.PLANNED:

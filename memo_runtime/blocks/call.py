@@ -179,6 +179,11 @@ def _way_of(leaf: Any) -> str:
 _WAYS: dict[tuple[torch.dtype, int], str] = {}
 
 
+def sequences_in(hidden: torch.Tensor, tokens: int) -> int:
+    """Sequences of ``tokens`` in an input hidden state, whose features come last."""
+    return max(1, hidden.numel() // hidden.shape[-1] // tokens)
+
+
 def first_tensor(output: Any) -> torch.Tensor | None:
     """The first floating-point tensor of what a block yields that has a gradient."""
     for leaf in leaves_of(output):

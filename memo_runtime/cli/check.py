@@ -84,12 +84,13 @@ def check(
 
 
 def _validate(policy: str | None, alpha: float | None, budget: str | None, host_memory: str | None) -> None:
+    from memo_runtime.arguments import check_budgets
     from memo_runtime.config import make_settings
 
     try:
-        make_settings(policy=policy or "memo", alpha=alpha, budget=budget, host_budget=host_memory)
+        check_budgets(make_settings(policy=policy or "memo", alpha=alpha, budget=budget, host_budget=host_memory))
     except ValueError as error:
-        said = str(error).replace("host_budget=", "--host-memory ")
+        said = str(error).replace("host_budget=", "--host-memory ").replace("host_budget", "--host-memory")
         raise typer.BadParameter(said) from error
 
 

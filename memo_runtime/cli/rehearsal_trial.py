@@ -75,9 +75,11 @@ class Stage:
         subject = trained_in_part(subject, lora=trial.lora, trainable=trial.trainable)
         self._device, self._batch = torch.device(trial.device), subject.batch
         self._model = materialised(subject.model, self._device)
+        # Policy none keeps to no limits: what memory there is shows what fits.
+        device, host = (None, None) if trial.policy == "none" else (trial.budget, trial.host_budget)
         wrap(
-            self._model, policy=trial.policy, alpha=trial.alpha, keep_last=trial.keep_last, budget=trial.budget,
-            host_budget=trial.host_budget, optimizer=_optimizer(trial.optimizer, self._model, self._device),
+            self._model, policy=trial.policy, alpha=trial.alpha, keep_last=trial.keep_last, budget=device,
+            host_budget=host, optimizer=_optimizer(trial.optimizer, self._model, self._device),
         )  # fmt: skip
 
     def serves(self, trial: Trial) -> bool:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memo_runtime.blocks.ambient import AttentionState, AutocastState, BufferState, RandomState
 from memo_runtime.blocks.cache import HOLDS_TOKENS
-from memo_runtime.blocks.call import BlockCall, first_tensor
+from memo_runtime.blocks.call import BlockCall, first_tensor, sequences_in
 from memo_runtime.blocks.operators import pin_kind
 from memo_runtime.blocks.pins import CaptureMode, PinKey
 from memo_runtime.blocks.rerun import Forward, parameter_storages
@@ -132,6 +132,8 @@ class BlockForward:
         tokens = _tokens_of(call, profile)
         if plan is not None and tokens != plan.tokens and executor is not Executor.NATIVE:
             session.note_length(self.name, tokens, plan.tokens)
+        if session.has_given_plan and profile is not None and tokens and not call.is_empty:
+            self._look_at_rows(call, profile, tokens)
         if executor is Executor.TILED and plan is not None and profile is not None:
             try:
                 output = self.tiles.run(call, profile, plan, counters)
@@ -149,6 +151,13 @@ class BlockForward:
             output = self._stashed(forward, call, profile, plan)
         session.leave(self)
         return output
+
+    def _look_at_rows(self, call: BlockCall, profile: BlockProfile, tokens: int) -> None:
+        """Where the plan's number of sequences was read: at its first block, before that runs."""
+        plan, hidden = self.session.plan, call.leaves[profile.input_leaf]
+        first = next((block.name for block in plan.profile.blocks if block.tokens), "") if plan is not None else ""
+        if plan is not None and first == self.name and profile.token_dim < hidden.dim() - 1:
+            self.session.note_rows(self.name, sequences_in(hidden, tokens), plan.profile.rows)
 
     def _left_alone(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = self._untouched(forward, args, kwargs, 0)

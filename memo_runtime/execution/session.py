@@ -96,6 +96,8 @@ class Session(Telling):
         self._preparing = False
         self.idle = False
         self.plan: Plan | None = None
+        #: The plan was not made for the batches of this run.
+        self.has_given_plan = False
         self.steps = 0
         self._decisions: dict[str, tuple[BlockProfile, BlockPlan]] = {}
         self._tools: Tools | None = None
@@ -258,6 +260,7 @@ class Session(Telling):
         if last is not None and (last.failed or last.in_backward):
             self._given_up = [one for one in (*self._given_up, *self._stored) if one() is not None]
         self._stored = []
+        self.other_batch = ""
         self._tell_of_idleness()
         self._step = StepCounters(Clock(self.tools.device))
         self.steps += 1

@@ -26,6 +26,9 @@ class Telling(ABC):
         self._notes: dict[str, None] = {}
         self._told_of_squares = False
         self._told_of_length = False
+        self._told_of_rows = False
+        #: What the batch of this step is, where its plan is for another number of sequences.
+        self.other_batch = ""
         #: Tiles have drawn dropout, under other masks than the blocks would have.
         self.draws_masks = False
 
@@ -112,9 +115,31 @@ class Telling(ABC):
             "that cuts its batch itself). Would work: a plan for the longest (plan=, or the longest batch first)"
         )
 
+    def note_rows(self, name: str, rows: int, planned: int) -> None:
+        """Block ``name`` is given ``rows`` sequences in this step, of which its plan has ``planned``.
+
+        Raises:
+            BlockFallbackError: ``strict``, and they differ.
+        """
+        self.other_batch = ""
+        if rows == planned:
+            return
+        self.other_batch = f"its batch has {rows:,} sequences where its plan is for {planned:,}"
+        text = (
+            f"'{name}' was given {rows:,} sequences where its plan is for {planned:,}, so plan, budget and forecast "
+            f"are those of another batch size. Would work: batches of {planned:,} (drop_last=True where only the last "
+            f"differs), a plan of a profile with {rows:,}, or no plan=, so that each batch size is planned for"
+        )
+        if self.strict:
+            raise BlockFallbackError(f"strict=True and {text}")
+        if not self._told_of_rows:
+            self._told_of_rows = True
+            self.note(text)
+
     def note_deviation(self, name: str) -> None:
         """A block saved something else than when it was profiled."""
         counters = self.step.block(name)
         counters.alpha = 1.0
-        counters.reason = "it saved other tensors than when it was profiled, and all of them are swapped whole"
+        why = self.other_batch or "it saved other tensors than when it was profiled"
+        counters.reason = f"{why}, and all that it saves is swapped whole"
         self.note(f"'{name}': {counters.reason}")

@@ -55,6 +55,17 @@ def notes_on(sheet: Sheet, choices: tuple[Choice, ...]) -> Iterator[str]:
         yield f"seconds at {longest:,} tokens are extrapolated from {min(timed):,}"
 
 
+def note_on_stacks(sheet: Sheet) -> Iterator[str]:
+    """What a profile does not say of other lengths: how what one stack is given of another grows."""
+    changed = max((one.tokens for one in sheet.blocks), default=0) != max(sheet.lengths, default=0)
+    if changed and len({one.stack for one in sheet.blocks if one.tokens}) > 1:
+        yield (
+            "stacks have lengths in proportion to the profiled ones, and what blocks are given of another stack "
+            "(cross-attention) counts at its profiled length: too much at shorter ones, too little at longer ones; a "
+            "profile of a batch of this length counts it"
+        )
+
+
 def note_on_accumulation(sheet: Sheet, settings: Settings) -> Iterator[str]:
     """Whether a step that starts with gradients, as an accumulation's second micro-batch does, would be refused."""
     if not sheet.around.gradual:

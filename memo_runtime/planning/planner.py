@@ -6,13 +6,14 @@ The error plans what would fit instead, and the plan says what it assumes, which
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from memo_runtime.config import Settings
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.limits import Budgets
-from memo_runtime.planning.notes import note_on_accumulation, notes_on
+from memo_runtime.planning.notes import note_on_accumulation, note_on_stacks, notes_on
 from memo_runtime.planning.policies import decide_somehow
-from memo_runtime.planning.sheet import Sheet, lengths_of
+from memo_runtime.planning.sheet import Sheet, in_proportion, lengths_of
 from memo_runtime.planning.strategy import Decision
 from memo_runtime.planning.tiles import floor
 from memo_runtime.planning.words import PYTHON, PythonWords
@@ -24,6 +25,7 @@ def make_plan(
     settings: Settings,
     *,
     tokens: Mapping[int, int] | None = None,
+    longest: int | None = None,
     accumulating: bool = False,
     words: PythonWords = PYTHON,
 ) -> Plan:
@@ -32,6 +34,7 @@ def make_plan(
     Args:
         profile: what was measured. settings: policy and budgets.
         tokens: length of a sequence by stack index; stacks that are not named keep their profiled length.
+        longest: of the longest sequence; the others are scaled as it is.
         accumulating: for steps that start with gradients already there.
         words: how a refusal puts what would fit.
 
@@ -40,11 +43,16 @@ def make_plan(
         BlockFallbackError: ``strict`` and a block cannot take the policy.
         PlanInfeasibleError: the step does not fit in device memory. HostLimitError: nor in host memory.
     """
-    sheet = Sheet(profile, lengths_of(profile, tokens), accumulating=accumulating)
+    lengths = lengths_of(profile, tokens)
+    if longest is not None:
+        lengths = in_proportion(lengths, longest)
+    sheet = Sheet(profile, lengths, accumulating=accumulating)
     sheet, decision = decide_somehow(sheet, settings)
     if decision is None:
         raise infeasible(sheet, settings, words)
-    return plan_of(sheet, settings, decision)
+    plan = plan_of(sheet, settings, decision)
+    # Lengths that a run has met come with a profile that knows them.
+    return plan if longest is None else replace(plan, notes=(*plan.notes, *note_on_stacks(sheet)))
 
 
 def plan_of(sheet: Sheet, settings: Settings, decision: Decision) -> Plan:
@@ -52,6 +60,7 @@ def plan_of(sheet: Sheet, settings: Settings, decision: Decision) -> Plan:
     return Plan(
         policy=settings.policy.value,
         alpha=settings.alpha,
+        strict=settings.strict,
         profile=sheet.profile,
         limits=Budgets.of(sheet, settings).record(sheet.profile),
         blocks=sheet.plans(decision.choices),

@@ -65,6 +65,12 @@ def lengths_of(profile: Profile, tokens: Mapping[int, int] | None) -> tuple[int,
     )
 
 
+def in_proportion(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
+    """``lengths`` where the longest of them is ``longest``, and the others are as much shorter as they were."""
+    most = max(lengths, default=0)
+    return tuple([max(1, length * longest // most) if length else 0 for length in lengths])
+
+
 @dataclass(slots=True)
 class Sheet:
     """Totals of ``profile`` where block i is given ``lengths[i]`` tokens.

@@ -12,7 +12,7 @@ from memo_runtime.planning.limits import Budgets
 from memo_runtime.planning.policies import decide_somehow, strategy_for, with_norm_by_tiles
 from memo_runtime.planning.rounding import granule
 from memo_runtime.planning.search import largest
-from memo_runtime.planning.sheet import Sheet
+from memo_runtime.planning.sheet import Sheet, in_proportion
 from memo_runtime.planning.strategy import Choices, Decision
 from memo_runtime.planning.words import PythonWords, size_at_least
 from memo_runtime.units import format_bytes, parse_bytes
@@ -98,12 +98,6 @@ def for_host(
     ]
 
 
-def scaled_lengths(sheet: Sheet, longest: int) -> tuple[int, ...]:
-    """The lengths of ``sheet`` in proportion, the longest of them ``longest``."""
-    asked = max(sheet.lengths)
-    return tuple(max(1, length * longest // asked) if length else 0 for length in sheet.lengths)
-
-
 def longest_that_fits(sheet: Sheet, settings: Settings) -> int:
     """Tokens of the longest sequence below the asked one for which a plan exists, in whole granules; or 0."""
     asked = max(sheet.lengths, default=0)
@@ -111,7 +105,7 @@ def longest_that_fits(sheet: Sheet, settings: Settings) -> int:
         return 0
     step = granule(asked)
     return step * largest(
-        lambda count: is_feasible(sheet.at(scaled_lengths(sheet, count * step)), settings),
+        lambda count: is_feasible(sheet.at(in_proportion(sheet.lengths, count * step)), settings),
         -(-asked // step),
     )
 
@@ -135,8 +129,10 @@ def _checked(sheet: Sheet, settings: Settings, text: str) -> Iterator[Suggestion
 def _lengths(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Suggestion]:
     longest = longest_that_fits(sheet, settings)
     if longest:
-        shorter = sheet.at(scaled_lengths(sheet, longest))
-        yield from _checked(shorter, settings, words.length(longest, max(sheet.lengths)))
+        shorter = sheet.at(in_proportion(sheet.lengths, longest))
+        text = words.length(longest, max(sheet.lengths))
+        several = len(set(sheet.lengths) - {0}) > 1
+        yield from _checked(shorter, settings, f"{text}, shorter sequences in proportion" if several else text)
 
 
 def _budgets(
@@ -201,4 +197,6 @@ def _knobs(sheet: Sheet, settings: Settings, words: PythonWords) -> Iterator[Sug
     for policy in (Policy.RECOMPUTE, Policy.AUTO):
         if settings.policy is not policy:
             other = replace(settings, policy=policy, alpha=None, tile=None)
-            yield from _checked(sheet, other, words.setting("policy", policy.value))
+            # Neither policy takes what was given of these: it has to go with the change.
+            given = [name for name in ("alpha", "tile") if getattr(settings, name) is not None]
+            yield from _checked(sheet, other, words.without(words.setting("policy", policy.value), *given))

@@ -30,6 +30,10 @@ class PythonWords:
         """Several settings at once."""
         return ", ".join(settings)
 
+    def without(self, setting: str, *names: str) -> str:
+        """``setting``, which does not go with those called ``names``."""
+        return f"{setting} without {' and '.join(names)}" if names else setting
+
 
 @dataclass(frozen=True, slots=True)
 class CommandWords(PythonWords):
@@ -48,7 +52,7 @@ class CommandWords(PythonWords):
     def setting(self, name: str, value: str | float) -> str:
         """One option."""
         text = value if isinstance(value, str) else f"{value:g}"
-        return f"--{name.replace('_', '-')} {text}"
+        return f"{_option(name)} {text}"
 
     def size(self, name: str, size_bytes: int) -> str:
         """A limit; host memory is divided by the GPUs."""
@@ -59,6 +63,14 @@ class CommandWords(PythonWords):
     def together(self, *settings: str) -> str:
         """Several options at once."""
         return " ".join(settings)
+
+    def without(self, setting: str, *names: str) -> str:
+        """One option, and those that it does not go with."""
+        return PythonWords.without(self, setting, *map(_option, names))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 PYTHON = PythonWords()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from memo_runtime.blocks.call import BlockCall
+from memo_runtime.blocks.call import BlockCall, sequences_in
 from memo_runtime.blocks.failures import BlockRefusedError, first_line, pass_on
 from memo_runtime.blocks.final_norm import final_norm
 from memo_runtime.blocks.ranks import has_sharded_parts, is_gathered
@@ -169,7 +169,7 @@ class Observer(Walk):
         self._note_shared(call, profile)
         if profile.tokens and not self.profiles:
             hidden = call.leaves[profile.input_leaf]
-            self.rows = max(1, hidden.numel() // hidden.shape[-1] // profile.tokens)
+            self.rows = sequences_in(hidden, profile.tokens)
             self.saved_in_front = is_saved_in_front(hidden)
             self.hidden = hidden.detach()
         # Blocks that save the same cost the same: one of each is timed, and seen at other numbers of sequences.

@@ -48,6 +48,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no number of bytes": ({"host_budget": float("nan")}, "host_budget=nan is not a number of bytes"),
     "nothing": ({"budget": 0}, "budget=0 leaves no memory for the model itself"),
     "nothing in words": ({"budget": "0GiB"}, "budget='0GiB' leaves no memory"),
+    "budgets without a policy": (
+        {"policy": "none", "budget": "1MiB", "host_budget": 0},
+        "budget=1.00 MiB and host_budget=0 B would not be kept to: leave budget and host_budget out, or give policy='a",
+    ),
     "a tile for another policy": ({"tile": 8192}, "tile=8192 goes with policy tiled; policy is 'auto'"),
     "a tile below one": ({"policy": "tiled", "tile": 0}, "tile=0 is not a number of tokens: give 1 or more"),
     "unknown loss": ({"loss": "fused"}, "loss='fused' is unknown; there are: auto, tiled, native"),
@@ -124,6 +128,14 @@ def test_numbers_of_any_kind_are_taken(how: dict[str, Any]) -> None:
     model = memo.wrap(tower(), **how)
     assert_trains_as(model, tower(), signal())
     acted(model)
+
+
+def test_without_a_policy_a_check_takes_no_budget_and_a_plan_keeps_to_it() -> None:
+    model = tower()
+    assert "leave budget out" in refused(ArgumentError, memo.check, model, signal(), policy="none", budget="1GiB")
+    plan = memo.plan(memo.profile(model, signal()), policy="none", budget="1GiB")
+    assert_trains_as(memo.wrap(model, plan=plan), tower(), signal())
+    assert memo.report(model).totals.forecast.peak_bytes <= plan.limits.device_bytes == 1 << 30
 
 
 def test_no_host_memory_is_a_budget_too() -> None:

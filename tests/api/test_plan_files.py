@@ -14,10 +14,10 @@ import transformers
 from torch import nn
 
 import memo_runtime as memo
-from memo_runtime.errors import ArgumentError, OutputError, PlanFileError, PlanMismatchError
+from memo_runtime.errors import ArgumentError, BlockFallbackError, OutputError, PlanFileError, PlanMismatchError
 from memo_runtime.persist import load_plan, save
 from memo_runtime.records import SCHEMA_VERSION, Plan
-from tests.api.subjects import acted, assert_trains_as, llama, refused, step
+from tests.api.subjects import acted, assert_close, assert_trains_as, llama, loss_of, refused, step
 from tests.api.towers import POLICIES, Tower, signal, tower
 
 
@@ -307,6 +307,60 @@ def test_a_plan_can_be_used_at_other_lengths_than_its_own() -> None:
         assert_trains_as(model, plain, signal(tokens=tokens))
         assert memo.report(model).totals.bytes_to_host > 0
     acted(model)
+
+
+def of_rows(model: nn.Module) -> list[str]:
+    return [note for note in memo.report(model).notes if "sequences where its plan is for" in note]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_another_batch_size_than_the_plans_is_said(policy: str) -> None:
+    profile = memo.profile(tower(), signal(rows=2))
+    model, plain = memo.wrap(tower(), plan=memo.plan(profile, **POLICIES[policy])), tower()
+    assert_trains_as(model, plain, signal(rows=2))
+    assert of_rows(model) == []
+    for rows in (3, 1):
+        assert_trains_as(model, plain, signal(rows=rows))
+        said = of_rows(model)
+        assert said[0].startswith("'layers.0' was given 3 sequences where its plan is for 2, so plan, budget and fore")
+        assert "Would work: batches of 2 (drop_last=True where only the last differs)" in said[0]
+        report = memo.report(model)
+        assert "other tensors than when it was profiled" not in " ".join([*said, *(b.reason for b in report.blocks)])
+        why = f"its batch has {rows} sequences where its plan is for 2, and all that it saves is swapped whole"
+        assert [block.reason for block in report.blocks] == [why] * 3
+    assert_trains_as(model, plain, signal(rows=2))
+    assert [block.reason for block in acted(model).blocks] == [""] * 3
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_a_strict_plan_refuses_another_batch_size_before_a_block_runs(through_a_file: bool, tmp_path: Path) -> None:
+    profile = memo.profile(tower(), signal(rows=2))
+    plan: Any = memo.plan(profile, strict=True, **POLICIES["memo"])
+    if through_a_file:
+        save(plan, tmp_path / "plan.json")
+        plan = tmp_path / "plan.json"
+    model, plain = memo.wrap(tower(), plan=plan), tower()
+    ran: list[nn.Module] = []
+    handle = next(model.layers[0].children()).register_forward_pre_hook(lambda module, _: ran.append(module))
+    message = refused(BlockFallbackError, step, model, signal(rows=3))
+    handle.remove()
+    assert message.startswith("strict=True and 'layers.0' was given 3 sequences where its plan is for 2")
+    assert ran == []
+    assert_trains_as(model, plain, signal(rows=2))
+    acted(model)
+
+
+def test_an_uneven_last_batch_of_a_run_without_a_given_plan_has_a_plan_of_its_own() -> None:
+    model, plain = memo.wrap(tower(), strict=True, **POLICIES["memo"]), tower()
+    for rows in (3, 3, 1, 3, 2):
+        for one in (model, plain):
+            loss_of(one, signal(rows=rows)).backward()
+        report = memo.report(model)
+        assert of_rows(model) == []
+        assert report.totals.peak_bytes == report.totals.forecast.peak_bytes
+        assert report.totals.host_bytes_in_use == 0
+    wanted = {name: one.grad for name, one in plain.named_parameters() if one.grad is not None}
+    assert_close({name: one.grad for name, one in model.named_parameters() if one.grad is not None}, wanted)
 
 
 # Output.

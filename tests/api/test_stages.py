@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 import memo_runtime as memo
-from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.errors import PlanInfeasibleError, ReplayMismatchError
 from memo_runtime.persist import load_plan, load_profile, save
 from memo_runtime.profiling import model as profiling_model
 from tests.api.main_ways import MAIN_POLICIES
-from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, step, totals
+from tests.api.subjects import acted, assert_nothing_held, assert_trains_as, llama, refused, step, totals
 from tests.api.towers import BOUND, POLICIES, signal, tower
+from tests.exactness.models import FAMILIES
 from tests.integrations.models import batch, make
 
 SUBJECTS: dict[str, Any] = {"tower": (tower, signal()), "llama": (llama, batch(tokens=24))}
@@ -101,6 +103,21 @@ def test_a_plan_for_another_length_runs_there() -> None:
     for _ in range(2):
         assert_trains_as(model, tower(), signal(tokens=40))
         assert acted(model).totals.peak_bytes == totals(model).forecast.peak_bytes
+
+
+def test_the_length_that_a_refusal_suggests_is_a_length_of_the_plan_where_stacks_differ() -> None:
+    model = FAMILIES["t5"].make()
+    ids = torch.randint(1, 40, (1, 256), generator=torch.Generator().manual_seed(0))
+    profile = memo.profile(model, {"input_ids": ids, "labels": ids[:, :128]})
+    asked: dict[str, Any] = {"policy": "recompute", "keep_last": 1}
+    whole = memo.plan(profile, **asked)
+    assert memo.plan(profile, seq_len=256, **asked) == whole
+    message = refused(PlanInfeasibleError, memo.plan, profile, budget=whole.forecast.peak_bytes - 1, **asked)
+    found = re.search(r"([\d,]+) tokens instead of 256, shorter sequences in proportion", message)
+    assert found, message
+    longest = int(found[1])
+    followed = memo.plan(profile, budget=whole.forecast.peak_bytes - 1, seq_len=longest, **asked)
+    assert {block.tokens for block in followed.blocks} == {longest, longest // 2}
 
 
 # Later shapes.

@@ -115,6 +115,7 @@ def test_an_inexact_model_exits_with_one(factory, monkeypatch):
         (("--alpha", "2", "--policy", "memo"), "not a fraction"),
         (("--budget", "lots"), "'lots' is not a size"),
         (("--host-memory", "70"), "--host-memory '70' would be 70 bytes"),
+        (("--policy", "none", "--host-memory", "1GiB"), "so --host-memory 1.00 GiB would not be kept to: leave --host"),
         (("--seq-len", "many"), "'many' is not a token count"),
         (("--dtype", "int8"), "'int8' is unknown"),
         (("--device", "abacus"), "'abacus' is no device"),

@@ -43,6 +43,10 @@ def test_a_trial_is_a_whole_step_of_a_real_model(trial):
     assert not found.notes
 
 
+def test_a_trial_without_a_policy_has_no_limits(trial):
+    assert run(replace(trial, policy="none", keep_last=None, host_budget=1024)).fits
+
+
 @pytest.mark.slow
 def test_a_trial_that_does_not_fit_is_told(trial):
     found = run(replace(trial, host_budget=40_000, lora=None, optimizer="sgd"))

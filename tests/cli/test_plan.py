@@ -161,6 +161,14 @@ def test_what_would_fit_is_put_as_options_that_fit(folder, asked, refusal):
         assert result.exit_code == 0, (options, result.output)
 
 
+def test_an_option_that_another_policy_does_not_take_is_said_with_it(folder):
+    asked = ["--model", "offlinemodel:make", "--seq-len", "64K", "--keep-last", "0", "--budget", "220MiB"]
+    refused = memo(*asked, "--policy", "memo", "--alpha", "1")
+    assert refused.exit_code == 3
+    assert "--policy recompute without --alpha (device" in refused.output
+    assert memo(*asked, "--policy", "recompute").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -33,6 +33,7 @@ def test_a_wrong_argument_is_named(capsys, arguments, message):
         (["--policy", "swap", "--alpha", "0.5"], "alpha=0.5 goes with policy"),
         (["--alpha", "1.5"], "alpha=1.5 is not a fraction"),
         (["--keep-last", "-1"], "not a number of blocks"),
+        (["--policy", "none", "--budget", "1GiB"], "leave budget out, or give policy='auto'"),
         (["--attention", "eager", "--sdpa-backend", "math"], "goes with --attention sdpa"),
         (["--plan", "a.json", "--host-budget", "1GiB"], "leave out --host-budget"),
         (["--plan", "a.json", "--save-plan", "b.json"], "give one of them"),

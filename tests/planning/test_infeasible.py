@@ -8,7 +8,7 @@ import pytest
 from memo_runtime.config import make_settings
 from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning.planner import make_plan
-from memo_runtime.planning.words import size_at_least
+from memo_runtime.planning.words import PYTHON, CommandWords, size_at_least
 from memo_runtime.records import Role
 from memo_runtime.units import GiB, parse_bytes
 from tests.planning.builders import group, llama_block, llama_profile, on_cpu, opaque, profile_of
@@ -34,17 +34,15 @@ def suggestions(text):
         numbers = {name: float(value) for name, value in re.findall(r"(alpha|keep_last)=([\d.]+)", words)}
         if "keep_last" in numbers:
             numbers["keep_last"] = int(numbers["keep_last"])
-        yield {**knobs, **numbers}, int(tokens[1].replace(",", "")) if tokens else None
+        left_out = dict.fromkeys(re.findall(r"(?:without|and) (alpha|tile)", words))
+        yield {**knobs, **numbers, **left_out}, int(tokens[1].replace(",", "")) if tokens else None
 
 
 def assert_suggestions_fit(text, profile=PROFILE, **settings):
     found = list(suggestions(text))
     assert found
     for change, tokens in found:
-        asked = {**settings, **change}
-        if "policy" in change and "alpha" not in change:
-            asked.pop("alpha", None)
-        make_plan(profile, make_settings(**asked), tokens={0: tokens} if tokens else None)
+        make_plan(profile, make_settings(**{**settings, **change}), tokens={0: tokens} if tokens else None)
 
 
 REQUESTS = [
@@ -200,8 +198,21 @@ def test_stacks_are_shortened_together():
     blocks = [llama_block(i, stack=i // 4, tokens=131072 // (1 + i // 4)) for i in range(8)]
     text = refused(profile_of(blocks), policy="swap", budget="25GiB")
     longest = next(tokens for _, tokens in suggestions(text) if tokens)
+    assert "tokens instead of 131,072, shorter sequences in proportion (device" in text
     tokens = {0: longest, 1: longest // 2}
-    make_plan(profile_of(blocks), make_settings(policy="swap", budget="25GiB"), tokens=tokens)
+    settings = make_settings(policy="swap", budget="25GiB")
+    found = make_plan(profile_of(blocks), settings, tokens=tokens)
+    followed = make_plan(profile_of(blocks), settings, longest=longest)
+    assert replace(followed, notes=found.notes) == found
+
+
+def test_what_does_not_go_with_another_policy_is_part_of_the_change():
+    settings = {"policy": "replay", "alpha": 1.0, "budget": "25GiB"}
+    assert "policy='auto' without alpha (device" in refused(**settings)
+    with pytest.raises(PlanInfeasibleError, match=r"--policy auto without --alpha \(device"):
+        make_plan(PROFILE, make_settings(**settings), words=CommandWords(1))
+    assert PYTHON.without("policy='auto'", "alpha", "tile") == "policy='auto' without alpha and tile"
+    assert "without" not in refused(policy="replay", budget="25GiB")
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 2**30 - 1, 2**30, 2**30 + 1, 123456789012, 10**14])

@@ -305,3 +305,17 @@ def test_a_plan_that_saves_nothing_says_so():
         assert any("nothing is saved on the device" in note for note in notes) == (policy == "swap")
         assert not any("nothing is saved" in note for note in plan(SHORT, policy=policy).notes)
     assert not any("nothing is saved" in note for note in plan(tiny, tokens={0: 1}, policy="none").notes)
+
+
+def test_a_length_is_that_of_the_longest_stack_and_the_others_keep_their_proportion():
+    blocks = [llama_block(i, stack=i // 2, tokens=(1024, 512, 0)[i // 2]) for i in range(6)]
+    profile = profile_of(blocks)
+    settings = make_settings(policy="swap")
+    assert make_plan(profile, settings, longest=1024) == make_plan(profile, settings)
+    shorter = make_plan(profile, settings, longest=896)
+    assert [block.tokens for block in shorter.blocks] == [896, 896, 448, 448, 0, 0]
+    assert shorter.seq_len == 896
+    (said,) = [note for note in shorter.notes if "in proportion to the profiled ones" in note]
+    assert "cross-attention" in said
+    alone = make_plan(profile_of(blocks[:2]), settings, longest=896)
+    assert not any("in proportion" in note for note in alone.notes)

@@ -125,8 +125,9 @@ class BufferState:
 
     @classmethod
     def current(cls, tensors: Iterable[torch.Tensor]) -> BufferState:
-        """The values at this point."""
-        return cls(tuple((tensor, shrink(tensor.detach()).clone()) for tensor in tensors))
+        """The values at this point; as in ``set``, a block may be running and is not to be charged with the copies."""
+        with Aside():
+            return cls(tuple((tensor, shrink(tensor.detach()).clone()) for tensor in tensors))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -146,7 +147,8 @@ class BufferState:
 
     def changed(self) -> bool:
         """The buffers have other values now."""
-        return any(not torch.equal(shrink(buffer), value) for buffer, value in self.values)
+        with Aside():
+            return any(not torch.equal(shrink(buffer), value) for buffer, value in self.values)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

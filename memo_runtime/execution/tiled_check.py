@@ -146,10 +146,20 @@ def _compare(
         if other.shape != reference.shape or other.dtype != reference.dtype:
             raise CaptureRefusedError("check", f"{name} has another shape or dtype by tiles than in the block")
         size = max(float(reference.double().norm()), _FLOOR * scale.get(name.split()[0], 0.0) * other.numel() ** 0.5)
+        nans = _where_nan(bool(other.isnan().any()), bool(reference.isnan().any()))
+        if nans:
+            raise CaptureRefusedError("check", f"{name} has NaN {nans}, so the two cannot be compared")
         error = float((other.double() - reference.double()).norm())
         if not error <= tolerance * size:
             share = error / size if size else float("inf")
             raise CaptureRefusedError("check", f"{name} differs by {share:.2g} (relative) between tiles and the block")
+
+
+def _where_nan(mine: bool, theirs: bool) -> str:
+    """Words for who has NaN; empty: nobody."""
+    if mine and theirs:
+        return "by tiles and in the block alike"
+    return "by tiles and not in the block" if mine else "in the block and not by tiles" if theirs else ""
 
 
 class _GivenSeeds:

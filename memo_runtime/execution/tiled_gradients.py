@@ -18,7 +18,7 @@ from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.split import Segment
 from memo_runtime.execution.tiled_programs import Factors, RowFactors, accumulate
-from memo_runtime.execution.tiled_rows import gapless_rows, same_memory
+from memo_runtime.execution.tiled_rows import gapless_like, gapless_place, gapless_rows, same_memory
 from memo_runtime.records import TokenAxis
 
 
@@ -159,6 +159,22 @@ class Gradients:
             self._sums[node] = wide.clone(memory_format=torch.contiguous_format)
             self._owned.add(node)
         return self._sums[node]
+
+
+def tangent(
+    layout: torch.Tensor, axis: TokenAxis | None, grad: torch.Tensor | None, *,
+    tokens: int, tile: tuple[int, int], device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """Rows of the gradient of an output, without gaps as when traced; zeros where nothing depends on it."""
+    assert axis is not None, "a segment yields values with tokens"
+    if grad is None:
+        return gapless_like(layout, device).zero_()
+    part = rows(grad, axis, tokens, *tile)
+    if axis.outer != 1 or axis.inner != 1:
+        part = part.flatten(axis.dim, axis.dim + 2)
+    if part.dtype == layout.dtype and (strides := gapless_place(part, layout)) is not None:
+        return part.as_strided(layout.shape, strides)
+    return gapless_like(layout, grad.device).copy_(part)
 
 
 def met_once(captured: Captured) -> frozenset[fx.Node]:

@@ -36,6 +36,7 @@ from memo_runtime.capture.split import Segment
 from memo_runtime.execution.compilers import Compiler, Program, run_eagerly
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
 from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
+from memo_runtime.execution.tiled_reach import reaching
 from memo_runtime.execution.tiled_rows import gapless_like
 
 aten = torch.ops.aten
@@ -95,7 +96,7 @@ class Programs:
     Args:
         casts: sources -> casts of weights; they come behind the sources of the other programs.
         choices: how many choices and seeds the forward programs yield before products.
-        places: where the gradient of each source is.
+        places: where the gradient of each source is. reached: by source, from which outputs' gradients one comes.
         layouts: sizes and strides of outputs (meta tensors); their gradients are given as ``gapless_like`` these.
         cost: what one run of each takes.
     """
@@ -108,6 +109,7 @@ class Programs:
     backward_kept: Program
     choices: int
     places: tuple[GradientPlace, ...]
+    reached: tuple[frozenset[int], ...]
     layouts: tuple[torch.Tensor, ...]
     cost: Cost
 
@@ -159,7 +161,7 @@ def make_programs(
     The graphs hold casts of autocast, so they run without it. ``fused``: costs are those of programs that are compiled.
     """
     segment = captured.segment(stage)
-    joint, layouts = _trace(captured, stage, sources, tokens, autocast)
+    joint, layouts, reached = _trace(captured, stage, sources, tokens, autocast)
     graph = joint.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
     results = list(output.args[0])
@@ -201,6 +203,7 @@ def make_programs(
         backward_kept=compiler(backward_kept),
         choices=len(choices),
         places=places,
+        reached=reached,
         layouts=layouts,
         cost=cost,
     )
@@ -208,12 +211,13 @@ def make_programs(
 
 def _trace(
     captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
-) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
-    """(the graph of outputs, choices, and a gradient or None of each source; what outputs look like)."""
+) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...], tuple[frozenset[int], ...]]:
+    """(the graph of outputs, choices, and a gradient or None of each source; what outputs look like; ``reaching``)."""
     segment, wanted = captured.segment(stage), captured.stages.differentiable
     needs = [node in wanted for node in segment.sources]
     tangents: list[torch.Tensor] = []
     layouts: list[torch.Tensor] = []
+    reached: list[frozenset[int]] = []
     mode = FakeTensorMode()
     mode.cache_enabled = False  # hardly anything in a tile is done twice
 
@@ -223,6 +227,7 @@ def _trace(
         # in a run: strides of dimensions of size one may be any, and operators order what they yield by them.
         tangents.extend(gapless_like(out, out.device) for out in outputs)
         layouts.extend(_on_meta(out) for out in outputs)
+        reached.extend(reaching(outputs, inputs[: len(needs)]))
         pairs = [(out, tangent) for out, tangent in zip(outputs, tangents, strict=True) if out.requires_grad]
         sought = [one for one, need in zip(inputs, needs, strict=False) if need]
         found: tuple[Any, ...] = (None,) * len(sought)
@@ -244,7 +249,7 @@ def _trace(
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
     _results_to_inputs(module.graph, len(tangents))
-    return module, tuple(layouts)
+    return module, tuple(layouts), tuple(reached)
 
 
 def _results_to_inputs(graph: fx.Graph, count: int) -> None:

@@ -23,7 +23,6 @@ from torch import fx
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import AutocastState, without_autocast
-from memo_runtime.capture.axes import rows
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixer_inputs, mixing_stages
@@ -31,14 +30,14 @@ from memo_runtime.execution.compilers import Compiler, run_eagerly
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
 from memo_runtime.execution.tiled_chain import Input, Yielded, result_stage
-from memo_runtime.execution.tiled_gradients import Gradients, Part, met_once
+from memo_runtime.execution.tiled_gradients import Gradients, Part, met_once, tangent
 from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
 from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_programs import Programs, make_programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
-from memo_runtime.execution.tiled_rows import gapless_like, gapless_place, gapless_rows, like, packed, write
+from memo_runtime.execution.tiled_rows import gapless_like, gapless_rows, like, packed, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
 
@@ -420,6 +419,7 @@ class Run:
 
     def _segment_backward(self, index: int, segment: Segment, values: Values, found: Gradients) -> None:
         upstream = [found.take(node) for node in segment.outputs]
+        absent = frozenset(number for number, grad in enumerate(upstream) if grad is None)
         casts: tuple[torch.Tensor, ...] = ()
         for number, start, stop in self._tiles(segment):
             if self.products is not None:
@@ -431,7 +431,7 @@ class Run:
                 casts = programs.casts(*sources)
             sources.extend(casts)
             tangents = [
-                self._tangent(layout, segment.axes[node], grad, start, stop)
+                tangent(layout, segment.axes[node], grad, tokens=self.tokens, tile=(start, stop), device=self.device)
                 for node, grad, layout in zip(segment.outputs, upstream, programs.layouts, strict=True)
             ]
             kept = self.kept.get((index, start), []) if self.retain else self.kept.pop((index, start), [])
@@ -442,25 +442,11 @@ class Run:
             results = backward(*sources, *tangents, *kept)
             for source in found.in_order(segment.sources):
                 node, place = segment.sources[source], programs.places[source]
-                if place is not None:
+                if place is not None and not programs.reached[source] <= absent:
                     found.add_tile(node, segment.axes[node], Part(place, results, start, stop), values[node])
             del sources, tangents, kept, results
             if self.products is not None:
                 self.products.over(index, start, retain=self.retain)
-
-    def _tangent(
-        self, layout: torch.Tensor, axis: TokenAxis | None, grad: torch.Tensor | None, start: int, stop: int
-    ) -> torch.Tensor:
-        """Rows of the gradient of an output, without gaps as when traced; zeros where nothing depends on it."""
-        assert axis is not None, "a segment yields values with tokens"
-        if grad is None:
-            return gapless_like(layout, self.device).zero_()
-        part = rows(grad, axis, self.tokens, start, stop)
-        if axis.outer != 1 or axis.inner != 1:
-            part = part.flatten(axis.dim, axis.dim + 2)
-        if part.dtype == layout.dtype and (strides := gapless_place(part, layout)) is not None:
-            return part.as_strided(layout.shape, strides)
-        return gapless_like(layout, grad.device).copy_(part)
 
     def _weights(self, values: Values) -> tuple[Values, Values]:
         """Values made from parameters, made again with a graph: (leaves, results)."""

@@ -20,7 +20,7 @@ from memo_runtime.profiling.compare import Lengths
 from memo_runtime.profiling.growth import fit_counts
 from memo_runtime.profiling.inventory import take_inventory
 from memo_runtime.profiling.likeness import Example, like_one_of, structure_of
-from memo_runtime.profiling.observe import observe
+from memo_runtime.profiling.observe import Observation, observe
 from memo_runtime.profiling.slicing import Slicing, full_values, tail_values
 from memo_runtime.profiling.start import Start
 from memo_runtime.profiling.storages import with_growth
@@ -35,7 +35,7 @@ from memo_runtime.profiling.trial import (
     shorter_runs,
     whole_flops,
 )
-from memo_runtime.profiling.unsliced import unsliced
+from memo_runtime.profiling.unsliced import SAVES_ELSE, same_saves, unsliced
 from memo_runtime.records import ArgumentAxes, BlockProfile
 
 
@@ -101,12 +101,15 @@ def _calibrated(subject: Subject) -> tuple[BlockProfile, Trial, str]:
         return _without_saves(subject, trial), trial, reason
     if not reason:
         try:
-            return _sliced(subject, trial), trial, ""
+            again = _at_full_length(subject, trial)
+            if same_saves(again, trial.whole):
+                return _sliced(subject, trial, again), trial, ""
+            reason = SAVES_ELSE
         except Exception as error:
             pass_on(error)
             # A scan in chunks may take slices of some lengths alone.
             reason = f"slices of other lengths do not run: {first_line(error)}"
-            trial.slicing = Slicing(reason=reason)
+        trial.slicing = Slicing(reason=reason)
     return unsliced(subject, trial, reason), trial, reason
 
 
@@ -130,7 +133,10 @@ def calibrate_again(
             return None if known.groups else _without_saves(subject, trial)
         if known.dynamic:
             return unsliced(subject, trial, known.reason)
-        return None if trial.slicing.reason else _sliced(subject, trial)
+        if trial.slicing.reason:
+            return None
+        again = _at_full_length(subject, trial)
+        return _sliced(subject, trial, again) if same_saves(again, trial.whole) else None
 
 
 def _without_saves(subject: Subject, trial: Trial) -> BlockProfile:
@@ -139,14 +145,19 @@ def _without_saves(subject: Subject, trial: Trial) -> BlockProfile:
     return replace(base_profile(subject, trial), sliceable=True, replayable=True, forward_flops=forward_flops)
 
 
-def _sliced(subject: Subject, trial: Trial) -> BlockProfile:
+def _at_full_length(subject: Subject, trial: Trial) -> Observation:
+    """A rerun of all tokens, with pins."""
+    values = full_values(trial.whole, trial.slicing.pins)
+    return observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
+
+
+def _sliced(subject: Subject, trial: Trial, again: Observation) -> BlockProfile:
     inventory = take_inventory(
         subject.block, trial.call, trial.whole, trial.slicing,
         input_leaf=subject.input_leaf, token_dim=trial.token_dim,
     )  # fmt: skip
     last = last_save(subject, trial.whole)
-    values = full_values(trial.whole, trial.slicing.pins)
-    points = [(trial.lengths.whole, observe(subject.forward, trial.call, values, last=last).flops)]
+    points = [(trial.lengths.whole, again.flops)]
     for length in shorter_lengths(trial):
         start = trial.lengths.whole - length
         lengths = replace(trial.lengths, start=start)

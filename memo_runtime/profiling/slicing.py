@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import dropwhile
 
 import torch
 
@@ -21,7 +22,7 @@ from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.blocks.operators import base_name, pin_kind
 from memo_runtime.blocks.pins import PinKey, Value, Values
 from memo_runtime.blocks.region import tail
-from memo_runtime.blocks.rerun import Forward
+from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.profiling.alone import Verdict, judge
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
 from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
@@ -184,6 +185,8 @@ def _find_faults(
         disagree.update(id(value) for value in record.outputs if isinstance(value, torch.Tensor))
         if known:
             continue
+        if reference is not None and _leads_to_scores(reference, record, part):
+            continue
         name = record.key[0]
         if base_name(name).startswith(_UNFILLED):
             return {}, f"{name} is filled by a kernel or in-place operator that mixes tokens"
@@ -191,6 +194,22 @@ def _find_faults(
             return {}, f"{name} depends on data or on the order of tokens"
         faults[record.key] = PinKind.MIXER if record.inputs else PinKind.POSITION
     return faults, ""
+
+
+def _leads_to_scores(reference: OperatorRecord, record: OperatorRecord, part: Observation) -> bool:
+    """``record`` is a view of what has two token dimensions (``mask[0]``), and something is written to that memory.
+
+    Replaced, it would be a view of other memory, and a rerun at full length would never write to its own mask. What is
+    written on a slice does not matter: such values are saved whole. What comes of the view otherwise is compared.
+    """
+    if record.mutable or _token_dims(reference, record)[0] < 2:
+        return False
+    views = {storage_key(value) for value in record.outputs if isinstance(value, torch.Tensor)}
+    views &= set(record.input_storages)
+    later = dropwhile(lambda one: one is not record, part.operators) if views else ()
+    written = {storage_key(value) for one in later if one.mutable for value in one.outputs
+               if isinstance(value, torch.Tensor)}  # fmt: skip
+    return bool(views & written)
 
 
 def _alone(

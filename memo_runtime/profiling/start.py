@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
-from memo_runtime.blocks.aside import is_aside
+from memo_runtime.blocks.aside import Aside, is_aside
 from memo_runtime.blocks.containers import flatten
 from memo_runtime.blocks.dispatch import OutsideCompiled
 from memo_runtime.blocks.operators import is_mutable, written_by
@@ -176,7 +176,8 @@ class _FromHere:
     start: Start
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.start.set()
+        with Aside():
+            self.start.set()
         given, how = flatten((args, kwargs))
         with _FirstWrites(self.start), self.start.first_run():
             output = self.forward(*args, **kwargs)

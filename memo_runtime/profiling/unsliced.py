@@ -21,6 +21,8 @@ from memo_runtime.profiling.trial import (
 )
 from memo_runtime.records import BlockProfile, Pin
 
+SAVES_ELSE = "run again at full length with its mixers replaced, it saves something else"
+
 
 def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile | None = None) -> BlockProfile:
     """The profile of a block that no slice serves, for ``reason``; ``like``: that of a block that may be like it."""
@@ -28,12 +30,12 @@ def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile 
     values = full_values(trial.whole, pins)
     again = observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
     early = bool(trial.whole.saved_early)
-    replayable = not (trial.whole.walked or early) and _same_saves(again, trial.whole)
+    replayable = not (trial.whole.walked or early) and same_saves(again, trial.whole)
     rerunnable = not early and (replayable or _rerunnable(subject, trial))
     if early:
         reason += ", where a rerun would take it as it is before: nothing of it is run again"
     elif not replayable and not trial.whole.walked:
-        reason += "; run again at full length with its mixers replaced, it saves something else"
+        reason += f"; {SAVES_ELSE}"
     if not rerunnable and not early:
         reason += "; nothing of it is run again, since a second run as a whole is not the first"
     sizes = like if like is not None and _alike(subject, trial, like) else _measured(subject, trial)
@@ -53,7 +55,8 @@ def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile 
     )
 
 
-def _same_saves(a: Observation, b: Observation) -> bool:
+def same_saves(a: Observation, b: Observation) -> bool:
+    """Two runs have saved the same tensors, as far as rounding lets that be told."""
     return len(a.saved) == len(b.saved) and all(close(x, y) for x, y in zip(a.saved, b.saved, strict=True))
 
 
@@ -63,7 +66,7 @@ def _rerunnable(subject: Subject, trial: Trial) -> bool:
     first = observe(subject.forward, trial.call)
     start.set()
     second = observe(subject.forward, trial.call)
-    return _same_saves(first, second) and all(parameter.grad is None for parameter in subject.block.parameters())
+    return same_saves(first, second) and all(parameter.grad is None for parameter in subject.block.parameters())
 
 
 def _alike(subject: Subject, trial: Trial, like: BlockProfile) -> bool:

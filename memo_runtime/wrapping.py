@@ -29,11 +29,12 @@ from memo_runtime.blocks.stack import BlockRef
 from memo_runtime.config import Layout, Loss, OnRefusal, Policy, Settings
 from memo_runtime.errors import PinningError, PlanInfeasibleError
 from memo_runtime.execution.block import BlockForward
-from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers, refuse_transforms
+from memo_runtime.execution.guard import refuse_active_hooks, refuse_other_optimisers
 from memo_runtime.execution.install import install_pre_hook, original_forward, place, remove_pre_hook, take_back
 from memo_runtime.execution.norm import install_norm, remove_norm, run_as_planned
 from memo_runtime.execution.session import Session
 from memo_runtime.execution.tiled_block import Tiling, try_tiles_again
+from memo_runtime.execution.transforms import refuse_transforms
 from memo_runtime.gate import Gate
 from memo_runtime.integrations import huggingface
 from memo_runtime.integrations.attention_masks import MaskInstallation, install_masks
@@ -130,7 +131,7 @@ class Wrapped:
                 self._masks = install_masks(self.model)
                 norm = final_norm(self.model, [ref.name for ref in self.refs])
                 self._norm = norm if norm is not None and install_norm(norm) else None
-            self.session.install()
+            self.session.install(self.model)
             self._handle = install_pre_hook(self.model, Gate(self.before_forward))
             place(self.model, ATTRIBUTE, self)
         except BaseException:
@@ -197,7 +198,7 @@ class Wrapped:
             return self._planned(key, shapes, (args, kwargs), device, accumulating=False)
 
     def _ready_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_transforms(type(self.model).__name__)
+        refuse_transforms(type(self.model).__name__, args, kwargs)
         modules = modules_of(self.model)
         refuse_other_optimisers(modules, {id(ref.module) for ref in self.refs})
         refuse_active_hooks()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memo_runtime.blocks.members import modules_of
-from memo_runtime.errors import MemoError, OffloaderActiveError
+from memo_runtime.errors import OffloaderActiveError
 
 _WRAPPERS = {
     "CheckpointWrapper": "torch's checkpoint_wrapper (apply_activation_checkpointing)",
@@ -92,23 +92,6 @@ def refuse_active_hooks() -> None:
     raise OffloaderActiveError(
         f"saved-tensor hooks of {module}.{name} are active around this step (torch.utils.checkpoint, save_on_cpu, or "
         f"an activation offloader such as TRL's): {_ADVICE}. Leave that context, or do not wrap"
-    )
-
-
-def refuse_transforms(model: str) -> None:
-    """Raise if a function transform of ``torch.func`` runs the model: no tensor in it is a real one.
-
-    Raises:
-        MemoError: names the transform.
-    """
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is None:
-        return
-    name = interpreter.key().name.lower()
-    raise MemoError(
-        f"torch.func runs {model} inside a transform ({name}): what its blocks save there can be neither copied nor "
-        "made again. Would work: memo.unwrap(model) before the transform, torch.no_grad() around it if no gradient is "
-        "taken, or torch.autograd.grad(model(x), ...) instead of torch.func.grad"
     )
 
 

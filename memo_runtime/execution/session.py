@@ -33,6 +33,7 @@ from memo_runtime.execution.counters import BlockCounters, Clock, StepCounters
 from memo_runtime.execution.guard import refuse_active_hooks, refuse_backward
 from memo_runtime.execution.install import install_forward, remove_forward
 from memo_runtime.execution.layout import Sorted
+from memo_runtime.execution.membership import Members
 from memo_runtime.execution.peak import PeakWatch, device_peak
 from memo_runtime.execution.ranges import named
 from memo_runtime.execution.stash import Stash, Tools
@@ -91,6 +92,7 @@ class Session(Telling):
         #: (block, way) to whether a plan for such calls is in force now; asked before the first block runs.
         self.on_other_way: weakref.WeakMethod[Callable[[str, str], bool]] | None = None
         self.blocks = [BlockForward(self, module, name, i) for i, (name, module) in enumerate(blocks)]
+        self._members: Members | None = None
         self._turn = Turn()
         self._here = threading.local()
         self._preparing = False
@@ -129,8 +131,9 @@ class Session(Telling):
 
     # ---- in place
 
-    def install(self) -> None:
-        """Replace the blocks' forwards."""
+    def install(self, model: nn.Module) -> None:
+        """Replace the forwards of the blocks, which are in ``model``."""
+        self._members = Members(model, [(block.name, block.block) for block in self.blocks])
         for block in self.blocks:
             install_forward(block.block, block)
 
@@ -252,6 +255,8 @@ class Session(Telling):
 
     def begin(self) -> None:
         """A new forward pass starts: nothing of an earlier one is in order before it."""
+        if self._members is not None:
+            self._members.look(self)
         if self._tools is not None and self._tools.process != os.getpid():
             device, self._tools = self._tools.device, None
             if self.plan is not None:

@@ -164,12 +164,15 @@ class CompiledEngine(CopyEngine):
     def _submit(self, out: bool, pairs: tuple[Pair, ...], name: str) -> Ticket:
         if self.closed:
             raise CopyUseError("the copy engine was closed")
+        self._check_process()
         mine, numbers = self.device, []
         for source, target in pairs:
             host, device = (target, source) if out else (source, target)
             if device.device != mine:
                 self._check_device(device)
             numbers.append(six_numbers(host, device))
+            if not numbers[-1][1] and device.numel():
+                raise CopyUseError("a tensor without memory (zeros of forward mode, a fake one) cannot be copied")
         number, stream = next(self._numbers), self._stream()
         ticket = Ticket(self, pairs, name, number=number, watched=out)
         # From here on the core is told when the ticket dies, by a function of C, while both ends are still there.
@@ -185,7 +188,16 @@ class CompiledEngine(CopyEngine):
             ticket.settled()
         return ticket
 
+    def _check_process(self) -> None:
+        """A forked child has neither the core's threads nor the driver's state: whoever waits there waits for ever."""
+        if os.getpid() != self._process:
+            raise CopyUseError(
+                "this process was forked in the middle of a step, and copies belong to the one that began it: fork "
+                "before a forward or behind its backward, or set MEMO_NATIVE=off on the CPU"
+            )
+
     def _wait(self, number: int) -> None:
+        self._check_process()
         status = self._library.wait(self._handle, number, self._stream())
         if status:
             raise self._library.error(status)

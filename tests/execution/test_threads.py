@@ -195,6 +195,34 @@ def test_a_transform_is_refused_by_name(transform, known):
     TRANSFORMS[transform](model, sequence())
 
 
+def forward_mode(model: nn.Module, x: Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+#: Ways of running a model in which what blocks save is no memory, and a word that the refusal has for each.
+UNREAL = {
+    "forward mode": (forward_mode, "forward mode"),
+    "export": (lambda model, x: torch.export.export(model, (x,)), "traced"),
+    "jit": (lambda model, x: torch.jit.trace(model, (x,)), "traced"),
+}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("policy", ["swap", "recompute", "tiled"])
+@pytest.mark.parametrize("way", UNREAL)
+def test_tracing_and_forward_mode_are_refused_by_name(way, policy, known):
+    plain, (run, word) = tower(Part), UNREAL[way]
+    model = wrapped(plain, policy, None)
+    if known:
+        gradients(model, sequence())
+    with pytest.raises(MemoError, match=rf"Tower .*{word}.*memo.unwrap"):
+        run(model, sequence())
+    with torch.no_grad():
+        run(model, sequence())
+    assert_close(gradients(model, sequence()), gradients(plain, sequence()))
+
+
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_everything_is_as_before(without):
     plain = tower(Part)

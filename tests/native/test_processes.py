@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from memo_runtime.errors import NativeUnavailableError, PinningError
+from memo_runtime.errors import CopyUseError, NativeUnavailableError, PinningError
 from memo_runtime.native.compiled import Card, CompiledEngine, CompiledSlab
 from tests.house.sources import ROOT
 from tests.native.building import core_library
@@ -40,6 +40,39 @@ def test_a_forked_child_gives_nothing_back_that_is_its_parents(rig):
     rig.engine.to_host(x, slab.memory).wait()
     rig.synchronize()
     assert slab.memory.min() == 5
+    slab.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_is_told_that_copies_are_not_its_own(rig):
+    """Threads are not forked: it would wait for ever, from the backward of a forward that its parent has made."""
+    slab, x = rig.slab(4096), rig.fake.tensor(4096)
+    ticket = rig.engine.to_host(x, slab.memory)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        refused = 0
+        try:
+            for use in (ticket.wait, lambda: rig.engine.to_host(x, slab.memory)):
+                try:
+                    use()
+                except CopyUseError as error:
+                    refused += "forked in the middle of a step" in str(error)
+        finally:
+            os._exit(2 - refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    ticket.wait()
+    slab.close()
+
+
+def test_a_tensor_without_memory_is_refused(core):
+    engine = CompiledEngine(core, torch.device("cpu"))
+    slab = CompiledSlab(core, 4096)
+    zeros = torch._efficientzerotensor(4096, dtype=torch.uint8)
+    with pytest.raises(CopyUseError, match="without memory"):
+        engine.to_host(zeros, slab.memory)
+    engine.close()
     slab.close()
 
 

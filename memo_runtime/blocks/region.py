@@ -123,6 +123,8 @@ def resized(shape: Sequence[int], strides: Sequence[int], dim: int, size: int) -
     one still. What a forward saves, and in which order, depends on both (``linear`` copies an input that it cannot view
     as a matrix, and saves its weight first then).
     """
+    if 0 in shape:
+        return tuple(strides)  # without elements any are as good
     found = list(strides)
     before = after = 1  # elements that the dimensions inside take
     for stride, at in sorted((stride, at) for at, stride in enumerate(strides)):

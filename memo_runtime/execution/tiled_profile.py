@@ -129,7 +129,8 @@ def tiled_profile(
         mixer_input_flops=_of_mixer_inputs(captured, costs),
         forward_with_inputs=with_inputs[0],
         backward_with_inputs=with_inputs[1],
-        result=result_moments(captured, needs, tokens),
+        # An input with gaps stays where it is: the stash has none that could be made again.
+        result=result_moments(captured, needs, tokens) if is_dense(call.leaves[captured.input_leaf]) else (),
         result_flops=_of_result(captured, costs),
     )
     return found if times is None else _timed(found, times, costs)

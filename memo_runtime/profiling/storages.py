@@ -14,7 +14,7 @@ import torch
 
 from memo_runtime.blocks.pins import PinKey
 from memo_runtime.blocks.rerun import storage_key
-from memo_runtime.profiling.growth import fit_counts, times
+from memo_runtime.profiling.growth import fit_counts, polynomial_bytes, times
 from memo_runtime.profiling.observe import Observation, OperatorRecord
 from memo_runtime.profiling.trial import Trial
 from memo_runtime.records import Growth, Pin, Role, SavedTensor, Storage, TensorGroup
@@ -100,7 +100,9 @@ def _seen(group: TensorGroup, tensors: Sequence[tuple[Trial, torch.Tensor]]) -> 
     more = y1 - each * x1
     padded = each > 0 and more >= 0 and (more / each).denominator == 1
     if not (padded and all(each * tokens + more == count for tokens, count in points)):
-        return group.size
+        # No dimension is the tokens' own, and it grows with them all the same.
+        alone = y1 > y0 and not group.size.linear and not group.size.quadratic
+        return polynomial_bytes(y1, x1, 1) if alone else group.size
     return Growth(constant=int(more), linear=int(each) if each.denominator == 1 else float(each))
 
 

@@ -39,3 +39,9 @@ def test_a_cut_has_the_strides_of_one_as_long(kind: str) -> None:
     assert copied.stride() == whole.stride()
     assert torch.equal(copied, whole)
     assert not copied.is_leaf
+
+
+def test_what_has_no_elements_is_cut_as_it_is() -> None:
+    whole = torch.empty(2, WHOLE, 3)[..., :0]
+    assert resized(whole.shape, whole.stride(), 1, PART) == whole.stride()
+    assert as_made(whole[:, :PART], whole.shape, whole.stride(), 1).shape == (2, PART, 0)

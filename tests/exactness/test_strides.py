@@ -57,6 +57,17 @@ class Attention(nn.Module):
         return x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class Tokenwise(nn.Module):
+    """A linear that meets its input as it is given, which no result of attention is stashed beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
 class Stack(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -122,6 +133,11 @@ def test_latents_that_all_sequences_share(count: int, way: Way) -> None:
 @pytest.mark.parametrize("way", MAIN_WAYS, ids=str)
 def test_blocks_that_are_given_a_slice(way: Way) -> None:
     assert_exact(BehindOthers(Attention).double(), batch(2, 30), way, loss_of=output_loss)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_token_wise_blocks_that_are_given_a_slice(way: Way) -> None:
+    assert_steps(BehindOthers(Tokenwise).double(), way, batch(2, 9), batch(2, 30))
 
 
 @pytest.mark.parametrize("way", [SWAP, RECOMPUTE, Way("memo", 0.3)], ids=str)

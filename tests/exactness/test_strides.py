@@ -9,9 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import memo_runtime as memo
 from memo_runtime.errors import ReplayMismatchError
 from memo_runtime.execution.witness import Witness
-from tests.exactness.compare import MAIN_WAYS, RECOMPUTE, SWAP, Way, assert_exact, assert_same, output_loss, run_step
+from memo_runtime.records import Executor
+from tests.exactness.compare import (
+    MAIN_WAYS,
+    RECOMPUTE,
+    SWAP,
+    Way,
+    assert_exact,
+    assert_gradients,
+    assert_same,
+    output_loss,
+    run_step,
+)
 
 WIDTH = 16
 WAYS = [*MAIN_WAYS, Way("replay", 0.4), Way("tiled")]
@@ -135,9 +147,14 @@ def test_blocks_that_are_given_a_slice(way: Way) -> None:
     assert_exact(BehindOthers(Attention).double(), batch(2, 30), way, loss_of=output_loss)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_token_wise_blocks_that_are_given_a_slice(way: Way) -> None:
-    assert_steps(BehindOthers(Tokenwise).double(), way, batch(2, 9), batch(2, 30))
+def test_token_wise_blocks_that_are_given_a_slice_run_by_tiles() -> None:
+    model = BehindOthers(Tokenwise).double()
+    plain, way = copy.deepcopy(model), Way("tiled")
+    way.wrap(model)
+    for given in (batch(2, 9), batch(2, 30)):
+        got, want = run_step(model, given, output_loss), run_step(plain, given, output_loss)
+        assert_gradients(got.gradients, want.gradients, way)
+    assert {block.executor for block in memo.report(model).blocks} == {Executor.TILED}
 
 
 @pytest.mark.parametrize("way", [SWAP, RECOMPUTE, Way("memo", 0.3)], ids=str)

@@ -9,6 +9,8 @@ from tests.house.test_figures import GIB, rows_of, run_of
 ROWS, RUN = "harness_step_h200.jsonl", "issue9-1b-d"
 #: The shorter lengths of it once more, on later code.
 LATER = "issue9-1b-e"
+#: The same on the latest code, beside torchtitan's policy and Liger's kernels.
+LATEST = "issue9-1b-f"
 #: Longest lengths, rehearsed.
 LONGEST = "issue9-1b-longest-d"
 FITS, BEYOND = (8192, 16384, 32768), (65536, 131072)
@@ -132,7 +134,8 @@ def test_what_is_said_of_whole_steps_on_later_code_is_made_of_rows():
     run, before = run_of(ROWS, LATER), run_of(ROWS, RUN)
     faster, more = compiled_beside(run)
     assert f"only compiled are {faster} faster than `memo-auto`, with {more} more memory" in docs
-    least, most = faster.partition(" to ")[0], compiled_beside(before)[0].partition(" to ")[2]
+    spans = [compiled_beside(one)[0].partition(" to ") for one in (run_of(ROWS, LATEST), before)]
+    least, most = spans[0][0], spans[1][2]
     assert f"(`torch.compile`) and nothing else is {least} to {most} faster" in readme
     auto, tiled, replay = (f"{short[0]:.1f} to {short[-1]:.1f} %" for short in shortness(run).values())
     assert f"are {auto} too short, those of `memo-replay` {replay}, those of `memo-tiled` {tiled};" in docs
@@ -142,6 +145,27 @@ def test_what_is_said_of_whole_steps_on_later_code_is_made_of_rows():
     memo = [row for (name, _), row in run.items() if name.startswith("memo")]
     assert f"peaks are within {100 * max(abs(off(row)['peak']) for row in memo):.1f} %, host bytes exact" in docs
     assert all(row["pinned_bytes"] - row["details"]["host_bytes"] < 16 for row in memo)
+
+
+def test_what_is_said_of_whole_steps_on_the_latest_code_is_made_of_rows():
+    docs, readme, run = text_of("docs/benchmarks.md"), text_of("README.md"), run_of(ROWS, LATEST)
+    faster, more = compiled_beside(run)
+    assert f"only compiled are {faster} faster than `memo-auto`, with {more} more memory" in docs
+    policy = "selective-mm+compile"
+    there = {length: row["peak_allocated"] for (name, length), row in run.items() if name == policy}
+    assert [*there] == [*FITS, 65536]
+    ratios = sorted(ahead(run, policy, length) for length in there)
+    memory = sorted(run["memo-auto", length]["peak_allocated"] / peak for length, peak in there.items())
+    times = f"{ratios[0]:.2f} to {ratios[-1]:.2f} times"
+    assert f"it is {times} as fast, in {memory[0]:.1f} to {memory[-1]:.1f} times its memory up to 65,536 tokens" in docs
+    assert f"torchtitan's policy, on later code, {times}, and that runs out of memory at 131,072" in readme
+    names = ("selective+compile", "megatron-full", "hf-offload+liger-kernels")
+    first, second, third = (f"{ahead(run, name, 131072):.2f}" for name in names)
+    assert f"`memo-auto` {first} times as fast as `selective+compile`, {second} times as megatron-full and" in docs
+    assert f"and {third} times as hf-offload+liger-kernels" in docs
+    (auto,) = (short for name, short in shortness(run).items() if name == "memo-auto")
+    assert f"Its step forecasts are {auto[0]:.1f} to {auto[-1]:.1f} % too short, peaks within 1.7 %" in docs
+    assert max(abs(off(row)["peak"]) for (name, _), row in run.items() if name == "memo-auto") < 0.0175
 
 
 def test_what_is_said_of_the_papers_model_is_made_of_its_row():
@@ -199,7 +223,7 @@ def test_what_is_said_of_longest_steps_is_made_of_rows():
 
 
 def test_real_steps_confirm_what_was_rehearsed():
-    """One of each at its longest, but for the two that docs name; the rehearsal's peak to 2,048 bytes."""
+    """One of each at its longest, but for the two that docs name; the peak of the rehearsal to 2,048 bytes."""
     rehearsed, real = longest_rows(LONGEST), run_of(ROWS, f"{LONGEST}-confirm")
     reached = ends(rehearsed)
     missing = {"memo-auto", "megatron-full"}
@@ -210,6 +234,21 @@ def test_real_steps_confirm_what_was_rehearsed():
         assert max(apart) <= 2048
         assert row["step_seconds"] < 480
     assert "all ten are those of the rehearsals within 2,048 bytes" in text_of("docs/benchmarks.md")
+
+
+def test_what_is_said_of_longest_steps_on_later_code_is_made_of_rows():
+    docs, readme = text_of("docs/benchmarks.md"), text_of("README.md")
+    rehearsed, (real,) = longest_rows("issue9-1b-longest-e"), run_of(ROWS, "issue9-1b-longest-e-confirm").values()
+    reached = ends(longest_rows(LONGEST))
+    assert (real["contender"], real["seq_len"]) == ("megatron-full", reached["megatron-full"][0])
+    assert tuple(tokens for name, tokens in rehearsed if name == "megatron-full") == reached["megatron-full"]
+    assert real["peak_allocated"] == rehearsed["megatron-full", real["seq_len"]]["peak_allocated"]
+    assert f"{real['step_seconds']:.1f} s, {100 * real['mfu']:.1f} % MFU, with the rehearsals' peak to the byte" in docs
+    assert rehearsed["selective-mm+compile", 184320]["status"] == "oom"
+    ((fits, beyond),) = ends(longest_rows("issue9-1b-longest-f")).values()
+    ratio = reached["memo-auto"][0] / beyond
+    assert f"is {ratio:.2f} times the {beyond:,} tokens that did not fit; the two were not in one run" in docs
+    assert f"that stack rehearses {fits:,} tokens and not {beyond:,}" in readme
 
 
 def test_the_line_of_peaks_says_what_did_not_fit():

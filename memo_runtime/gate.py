@@ -10,6 +10,11 @@ from torch import nn
 
 from memo_runtime.errors import MemoError
 
+_NOT_COMPILED = (
+    "memo_runtime plans in front of every step of a wrapped model, which is not traced: compile without fullgraph=True "
+    "or call memo.unwrap(model), to export it too"
+)
+
 
 class Gate:
     """Forward pre-hook that calls ``before_forward`` with the arguments of the model.
@@ -21,7 +26,7 @@ class Gate:
     def __init__(self, before_forward: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._before_forward = before_forward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to run."""
         if getattr(model, "_is_replica", False):

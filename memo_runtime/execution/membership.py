@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ class Members:
     """The containers of the managed blocks of ``model``, and what they held when it was wrapped."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+        self._model = weakref.ref(model)
         self._managed = {id(block): block for _, block in blocks}
-        owners = dict.fromkeys(name.rpartition(".")[0] for name, _ in blocks)
-        self._stacks = [(name, owner) for name in owners if (owner := _module(model, name)) is not None]
+        self._names = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in blocks))
         #: By address, all that were there: whoever is held keeps that.
-        self._known = {id(one): one for _, owner in self._stacks for one in owner._modules.values()}
-        self._there = [[*map(id, owner._modules.values())] for _, owner in self._stacks]
+        self._known = {id(one): one for _, one in self._members()}
+        self._there = [*map(id, self._known.values())]
 
     def look(self, session: Session) -> None:
         """Say, once for each change, which members are not managed, and which managed blocks have left.
@@ -32,27 +33,37 @@ class Members:
         Raises:
             BlockFallbackError: ``strict``.
         """
-        there = [[*map(id, owner._modules.values())] for _, owner in self._stacks]
+        members = self._members()
+        there = [id(one) for _, one in members]
         if there == self._there:
             return
-        text = self._text()
+        text = self._text(members)
         if text and session.strict:
             raise BlockFallbackError(f"strict=True, and {text}")
         self._there = there
         if text:
             session.note(text)
 
-    def _text(self) -> str:
+    def _members(self) -> list[tuple[str, nn.Module]]:
+        """What is where the blocks were found; the container itself may be another by now."""
+        model = self._model()
+        owners = [(name, _module(model, name)) for name in self._names] if model is not None else []
+        return [(f"{name}.{key}" if name else key, one)
+                for name, owner in owners if owner is not None
+                for key, one in owner._modules.items() if one is not None]  # fmt: skip
+
+    def _text(self, members: Sequence[tuple[str, nn.Module]]) -> str:
         kinds = {type(block) for block in self._managed.values()}
-        here = [(f"{name}.{key}" if name else key, module)
-                for name, owner in self._stacks for key, module in owner._modules.items()]  # fmt: skip
-        strangers = [name for name, module in here if type(module) in kinds and id(module) not in self._known]
-        held = {id(module) for _, module in here}
+        # One that somebody has put into another module since (torch.compile, adapters) is still there.
+        strangers = [name for name, one in members if type(one) in kinds and id(one) not in self._known
+                     and not any(id(inner) in self._managed for inner in one.modules())]  # fmt: skip
+        model = self._model()
+        held = {id(one) for one in model.modules()} if model is not None else set()
         gone = sum(address not in held for address in self._managed)
         if not strangers and not gone:
             return ""
         if not strangers:
-            return f"{gone} managed blocks have left their stacks since wrap, and plans count them. {_AGAIN}"
+            return f"{gone} of {len(self._managed)} managed blocks have left since wrap, and plans count them. {_AGAIN}"
         left = f", and {gone} of {len(self._managed)} managed ones have left" if gone else ""
         return f"blocks that came after wrap are not managed ({_some(strangers)}){left}. {_AGAIN}"
 

@@ -124,9 +124,10 @@ class Telling(ABC):
         self.other_batch = ""
         if rows == planned:
             return
-        self.other_batch = f"its batch has {rows:,} sequences where its plan is for {planned:,}"
+        given = f"{rows:,} sequence" if rows == 1 else f"{rows:,} sequences"
+        self.other_batch = f"its batch has {given} where its plan is for {planned:,}"
         text = (
-            f"'{name}' was given {rows:,} sequences where its plan is for {planned:,}, so plan, budget and forecast "
+            f"'{name}' was given {given} where its plan is for {planned:,}, so plan, budget and forecast "
             f"are those of another batch size. Would work: batches of {planned:,} (drop_last=True where only the last "
             f"differs), a plan of a profile with {rows:,}, or no plan=, so that each batch size is planned for"
         )

@@ -73,7 +73,41 @@ def test_blocks_that_are_taken_out_are_counted(model):
     del model.layers[1]
     step(model)
     (note,) = notes(model)
-    assert note.startswith("1 managed blocks have left their stacks")
+    assert note.startswith("1 of 3 managed blocks have left since wrap")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_list_that_is_another_is_looked_into(model, strict):
+    memo.wrap(model, policy="swap", strict=strict)
+    step(model)
+    model.layers = nn.ModuleList([*model.layers, copy.deepcopy(model.layers[0])])
+    if strict:
+        with pytest.raises(BlockFallbackError, match=r"not managed \(layers.3\)"):
+            step(model)
+    else:
+        step(model)
+        assert "not managed (layers.3)" in notes(model)[0]
+    model.layers = nn.ModuleList([*model.layers][:3])
+    step(model)
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_blocks_inside_something_else_are_there_still(model):
+    memo.wrap(model, policy="swap", strict=True, keep_last=0)
+    step(model)
+    for index in range(3):
+        model.layers[index] = Around(model.layers[index])
+    step(model)
+    assert not notes(model)
+    assert all(block.bytes_to_host for block in memo.report(model).blocks)
 
 
 def test_strict_stops_there(model):

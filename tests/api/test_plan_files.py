@@ -326,7 +326,8 @@ def test_another_batch_size_than_the_plans_is_said(policy: str) -> None:
         assert "Would work: batches of 2 (drop_last=True where only the last differs)" in said[0]
         report = memo.report(model)
         assert "other tensors than when it was profiled" not in " ".join([*said, *(b.reason for b in report.blocks)])
-        why = f"its batch has {rows} sequences where its plan is for 2, and all that it saves is swapped whole"
+        word = "sequence" if rows == 1 else "sequences"
+        why = f"its batch has {rows} {word} where its plan is for 2, and all that it saves is swapped whole"
         assert [block.reason for block in report.blocks] == [why] * 3
     assert_trains_as(model, plain, signal(rows=2))
     assert [block.reason for block in acted(model).blocks] == [""] * 3

@@ -50,7 +50,7 @@ class _Compiled:
     """A program that is compiled, and tuned, in its first call, for tensors laid out as those.
 
     It is a graph already, and whoever calls it knows how its tensors are laid out (``ProgramCache``): ``torch.compile``
-    would trace it once more, and compare all of them at every call, which takes longer than what is compiled.
+    would trace it once more, and compare all of them at every call: host time that short steps wait for.
 
     The tuner tries every kernel a few times, and copies what a kernel writes to into pinned memory meanwhile, where it
     finds no room on the device. PyTorch would hold these copies for good, beside all that was planned for the host.

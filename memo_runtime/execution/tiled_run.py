@@ -442,7 +442,7 @@ class Run:
             results = backward(*sources, *tangents, *kept)
             for source in found.in_order(segment.sources):
                 node, place = segment.sources[source], programs.places[source]
-                if place is not None and not programs.reached[source] <= absent:
+                if place is not None and not (absent and programs.reached[source] <= absent):
                     found.add_tile(node, segment.axes[node], Part(place, results, start, stop), values[node])
             del sources, tangents, kept, results
             if self.products is not None:

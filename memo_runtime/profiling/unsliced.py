@@ -34,7 +34,7 @@ def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile 
     rerunnable = not early and (replayable or _rerunnable(subject, trial))
     if early:
         reason += ", where a rerun would take it as it is before: nothing of it is run again"
-    elif not replayable and not trial.whole.walked:
+    elif not replayable and not trial.whole.walked and reason != SAVES_ELSE:
         reason += f"; {SAVES_ELSE}"
     if not rerunnable and not early:
         reason += "; nothing of it is run again, since a second run as a whole is not the first"

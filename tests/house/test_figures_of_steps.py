@@ -180,9 +180,9 @@ def test_what_is_said_of_the_papers_model_is_made_of_its_row():
     assert (row["config"]["memory"], row["host_budget"]) == (78 * GIB, 100 * GIB)
 
 
-def longest_rows(run):
+def longest_rows(run, rows=ROWS):
     """Rows of ``run``, what did not fit among them, by contender and length."""
-    return {(row["contender"], row["seq_len"]): row for row in rows_of(ROWS) if row["run"] == run}
+    return {(row["contender"], row["seq_len"]): row for row in rows_of(rows) if row["run"] == run}
 
 
 def ends(rows):
@@ -271,3 +271,15 @@ def test_what_is_said_of_blocks_at_262144_is_made_of_its_rows():
     assert f"`memo-auto`'s forecast is {-100 * apart['step']:.1f} % too short" in docs
     assert max(abs(apart["peak"]), abs(apart["host"])) < 0.001
     assert all(one["n"] == 1 for one in run.values())
+
+
+def test_what_is_said_of_longest_blocks_is_made_of_rows():
+    docs, (real,) = text_of("docs/benchmarks.md"), run_of("harness_8b_h200.jsonl", "issue9-8b-longest-confirm").values()
+    rows = longest_rows("issue9-8b-longest", "harness_8b_h200.jsonl")
+    reached = ends(rows)
+    fits, (name, (_, beyond)) = reached.pop("memo-auto")[0], max(reached.items(), key=lambda one: one[1][0])
+    assert f"is {fits / beyond:.2f} times the {beyond:,} tokens that did not fit {name}" in docs
+    assert f"its plan forecasts a step of {rows['memo-auto', fits]['details']['forecast']['step_seconds']:.0f} s" in docs
+    assert (real["contender"], real["seq_len"]) == (name, reached[name][0])
+    assert real["peak_allocated"] == rows[name, real["seq_len"]]["peak_allocated"]
+    assert f"{real['seq_len']:,} tokens in {real['step_seconds']:.1f} s, {100 * real['mfu']:.1f} % MFU" in docs

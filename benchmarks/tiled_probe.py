@@ -29,7 +29,7 @@ from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.install import install_forward, original_forward
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 
 _WARM = 2

@@ -25,7 +25,7 @@ from memo_runtime.blocks.declared import declared_in
 from memo_runtime.blocks.operators import registered_mixers
 from memo_runtime.blocks.reach import _is_engine, _may_hold_state, reach
 from memo_runtime.capture.key import hooks_of_all_modules
-from memo_runtime.execution import tiled, tiled_profile, tiled_run
+from memo_runtime.execution import tiled, tiled_cache, tiled_profile
 from memo_runtime.offline import kinds as looking
 from memo_runtime.offline import profile as studying
 from memo_runtime.profiling import model as profiling
@@ -265,7 +265,7 @@ def _tiles_of(ref: Any, call: Any, machine: Any) -> Any:
 
 _LOOK, _TILES_OF = looking._look, studying.tiles_of
 _CALIBRATE, _TIME_BLOCK = profiling.calibrate, profiling.time_block
-_CAPTURE, _MAKE_PROGRAMS = tiled.capture, tiled_run.make_programs
+_CAPTURE, _MAKE_PROGRAMS = tiled.capture, tiled_cache.make_programs
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +276,7 @@ def shared_work(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setattr(profiling, "calibrate", _calibrate)
             patch.setattr(profiling, "time_block", _time_block)
             patch.setattr(tiled, "capture", _capture)
-            for module in (tiled_run, tiled_profile):
+            for module in (tiled_cache, tiled_profile):
                 patch.setattr(module, "make_programs", _make_programs)
             patch.setattr(looking, "_look", _look)
             patch.setattr(studying, "tiles_of", _tiles_of)

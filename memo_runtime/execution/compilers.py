@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,35 +63,38 @@ class _Compiled:
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         if self._program is not None:
             return self._program(*tensors)
-        self._program = _compile(self._module, tensors)
+        self._program = self._module.forward if is_switched_off() else through_inductor(self._module, tensors)
         results = self._program(*tensors)
-        _let_go_of_pinned_memory()
+        let_go_of_pinned_memory()
         return results
 
 
-def _compile(module: fx.GraphModule, tensors: tuple[torch.Tensor, ...]) -> Program:
-    """``module`` as machine code, or as it is where compilation is switched off (``TORCH_COMPILE_DISABLE``).
+def is_switched_off() -> bool:
+    """Nothing shall be compiled in this process (``TORCH_COMPILE_DISABLE``)."""
+    # It takes a second to import, and the compiler as well, which only a GPU needs.
+    from torch._dynamo import config
+
+    return bool(config.disable)
+
+
+def through_inductor(module: fx.GraphModule, given: Sequence[Any]) -> Program:
+    """``module`` as machine code for tensors, and numbers, like ``given``.
 
     Raises:
         NotCompiledError: that failed.
     """
-    # These take a second to import, which only a GPU needs.
-    from torch._dynamo import config
-    from torch._inductor import compile as through_inductor
-
-    if config.disable:
-        return module.forward
+    from torch._inductor import compile as compile_one
 
     try:
         with torch.no_grad():
-            return through_inductor(module, list(tensors))  # type: ignore[no-any-return]
+            return compile_one(module, list(given))  # type: ignore[no-any-return]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise NotCompiledError(str(error)) from error
 
 
-def _let_go_of_pinned_memory() -> None:
+def let_go_of_pinned_memory() -> None:
     """Give back what PyTorch's allocator of pinned memory holds and nobody uses."""
     if torch.cuda.is_initialized():
         torch._C._host_emptyCache()

@@ -39,8 +39,8 @@ from memo_runtime.execution.ranges import named
 from memo_runtime.execution.stash import Stash, Tools
 from memo_runtime.execution.telling import Telling
 from memo_runtime.execution.tiled_block import new_programs
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_products import Departures
-from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import Entry
 from memo_runtime.execution.turn import Turn
 from memo_runtime.records import (

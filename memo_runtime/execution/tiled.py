@@ -29,6 +29,7 @@ from memo_runtime.capture.watch import StateWatch
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.ranges import named
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
@@ -37,7 +38,7 @@ from memo_runtime.execution.tiled_overwrite import holders, sole_holders
 from memo_runtime.execution.tiled_products import Products
 from memo_runtime.execution.tiled_random import new_seed
 from memo_runtime.execution.tiled_rows import is_dense
-from memo_runtime.execution.tiled_run import ProgramCache, Run, stash_of, states_and_arguments
+from memo_runtime.execution.tiled_run import Run, stash_of, states_and_arguments
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.execution.tiled_twice import differentiable_once, mark
 from memo_runtime.execution.witness import Witness

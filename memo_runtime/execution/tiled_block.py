@@ -21,10 +21,11 @@ from memo_runtime.execution.install import original_forward
 from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.ranges import named
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_chain import input_axis, origin_of, result_stage
 from memo_runtime.execution.tiled_overwrite import sole_holders
 from memo_runtime.execution.tiled_profile import tiled_profile
-from memo_runtime.execution.tiled_run import ProgramCache, Run
+from memo_runtime.execution.tiled_run import Run
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.execution.tiled_timing import time_tiles
 from memo_runtime.execution.witness import Witness

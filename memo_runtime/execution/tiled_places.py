@@ -20,7 +20,7 @@ from torch import fx
 
 from memo_runtime.execution.compilers import Compiler, Program
 from memo_runtime.execution.tiled_costs import node_flops
-from memo_runtime.execution.tiled_rows import is_dense, same_memory
+from memo_runtime.execution.tiled_rows import gapless_like, is_dense, same_memory
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ class Placed:
     flops: int
 
     def __call__(self, sources: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """Write to ``rows``, laid out as the results are when traced; the other results."""
+        """Write to ``rows``, laid out as the results are when traced, without gaps; the other results."""
         given = [*sources, *rows]
         yielded = self.program(*given)
         for one, product in zip(rows, self.products, strict=True):
@@ -99,7 +99,7 @@ def placed(graph: fx.Graph, count: int, compiler: Compiler) -> Placed:
     given = {node: at for at, node in enumerate(graph.nodes) if node.op == "placeholder"}
     for result, place in zip(results, places, strict=False):
         value = result.meta["val"]
-        place.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        place.meta["val"] = gapless_like(value, torch.device("meta"))
         last = _last_product(result) if results.count(result) == 1 else None
         source: fx.Node | None = result
         if last is not None:

@@ -26,49 +26,19 @@ from memo_runtime.blocks.ambient import AutocastState, without_autocast
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.choices import borrowed, count_kept
 from memo_runtime.capture.split import Mixer, Segment, mixed_values, mixer_inputs, mixing_stages
-from memo_runtime.execution.compilers import Compiler, run_eagerly
-from memo_runtime.execution.mixers.attention import Kernel
 from memo_runtime.execution.mixers.by_rows import MAX_SCORES
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_chain import Input, Yielded, result_stage
 from memo_runtime.execution.tiled_gradients import Gradients, Part, met_once, tangent
 from memo_runtime.execution.tiled_heads import Grouping, HeadPart, Heads, grouping, part_of
 from memo_runtime.execution.tiled_mixing import Mixing, Values
 from memo_runtime.execution.tiled_overwrite import overwritten
 from memo_runtime.execution.tiled_products import Products
-from memo_runtime.execution.tiled_programs import Programs, make_programs, run_node
+from memo_runtime.execution.tiled_programs import Programs, run_node
 from memo_runtime.execution.tiled_random import bernoulli, mixed_seed
 from memo_runtime.execution.tiled_rows import gapless_like, gapless_rows, like, packed, write
 from memo_runtime.execution.tiled_swap import Entry, TiledSwap
 from memo_runtime.records import TokenAxis
-
-
-class ProgramCache:
-    """Programs by segment and tile size; blocks with the same graph share one."""
-
-    def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
-        self._programs: dict[tuple[Any, ...], Programs] = {}
-        #: Signatures of captures that were compared with their modules.
-        self.checked: set[str] = set()
-        #: Kernels of attention that were fastest when timed, by signature and mixer.
-        self.kernels: dict[tuple[str, str], Kernel] = {}
-
-    def get(
-        self, captured: Captured, stage: int, sources: Sequence[torch.Tensor], tokens: int, autocast: AutocastState
-    ) -> Programs:
-        """The programs of stage number ``stage`` for tiles like ``sources``, borrowed choices behind them."""
-        layout = tuple([(one.shape, one.stride(), one.dtype, one.device) for one in sources])
-        key = (captured.signature, stage, tokens, autocast, layout)
-        if key not in self._programs:
-            self._programs[key] = make_programs(captured, stage, sources, tokens, autocast, compiler=self._compiler)
-        return self._programs[key]
-
-    def __len__(self) -> int:
-        return len(self._programs)
-
-    def eager(self) -> ProgramCache:
-        """This one if its programs are not compiled, which a check would wait minutes for; else an empty one."""
-        return self if self._compiler is run_eagerly else ProgramCache(run_eagerly)
 
 
 def rows_tile(captured: Captured, segment: Segment, tokens: int, tile: int) -> int:

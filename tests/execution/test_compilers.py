@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from memo_runtime.execution.compilers import NotCompiledError, compiled
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_cache import ProgramCache
 from tests.execution.tiles import assert_exact, call_of
 
 WIDTH = 16

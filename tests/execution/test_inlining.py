@@ -11,9 +11,9 @@ from memo_runtime.capture.split import Segment
 from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.inlining import inlined
 from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_costs import bytes_alive
 from memo_runtime.execution.tiled_profile import tile_programs
-from memo_runtime.execution.tiled_run import ProgramCache
 from tests.exactness.hand_written import merge_heads
 
 WIDTH, TOKENS, TILE = 64, 512, 256

@@ -13,7 +13,7 @@ from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution import tiled as tiled_module
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_cache import ProgramCache
 from tests.capture import blocks
 from tests.exactness import hand_written
 from tests.exactness.hand_written import HEADS, WIDTH

@@ -18,8 +18,8 @@ from memo_runtime.capture.experts import with_experts
 from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import as_module
 from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_profile import tiled_profile
-from memo_runtime.execution.tiled_run import ProgramCache
 from tests.exactness.hand_written import WIDTH, Attention
 from tests.exactness.models import FAMILIES
 from tests.execution.tiles import assert_exact, call_of, calls_of, run, worst

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_profile import tiled_profile
-from memo_runtime.execution.tiled_run import ProgramCache, Run
+from memo_runtime.execution.tiled_run import Run
 from tests.exactness.hand_written import merge_heads
 from tests.execution.alive import Alive
 

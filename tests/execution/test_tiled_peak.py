@@ -17,8 +17,8 @@ from memo_runtime.execution import tiled_trial
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_chain import origin_of
-from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.planning.actions import plan_block
 from memo_runtime.planning.footprint import footprint

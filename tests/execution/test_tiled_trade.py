@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memo_runtime.execution import compilers
 from memo_runtime.execution.compilers import compiled
 from memo_runtime.execution.tiled import TiledBlock
-from memo_runtime.execution.tiled_run import ProgramCache
+from memo_runtime.execution.tiled_cache import ProgramCache
 from tests.exactness import hand_written
 from tests.exactness.hand_written import WIDTH
 from tests.execution.tiles import assert_exact, call_of
@@ -98,8 +98,8 @@ def test_autocast_casts_weights_once_per_segment():
 def test_compiled_programs_are_exact_and_compiled_once(monkeypatch):
     programs = ProgramCache(compiled)
     made, seen = [], []
-    compile_one = compilers._compile
-    monkeypatch.setattr(compilers, "_compile", lambda *given: made.append(1) or compile_one(*given))
+    compile_one = compilers.through_inductor
+    monkeypatch.setattr(compilers, "through_inductor", lambda *given: made.append(1) or compile_one(*given))
     for _ in range(2):
         block = hand_written.Attention().double()
         x = torch.randn(2, 29, WIDTH, dtype=torch.float64, requires_grad=True)

@@ -7,8 +7,8 @@ from memo_runtime.blocks.call import BlockCall
 from memo_runtime.execution import tiled_trial
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.tiled import TiledBlock
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_profile import tiled_profile
-from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.records import Stretch
 from tests.execution.test_tiled_peak import HEADS, WIDTH, Layer
 

@@ -16,9 +16,9 @@ from memo_runtime.execution.compilers import compiled, run_eagerly
 from memo_runtime.execution.mixers.attention import Inputs, Settings, attention_backward, attention_forward
 from memo_runtime.execution.stash import Tools
 from memo_runtime.execution.tiled import TiledBlock, Way
+from memo_runtime.execution.tiled_cache import ProgramCache
 from memo_runtime.execution.tiled_gradients import Gradients
 from memo_runtime.execution.tiled_programs import accumulate
-from memo_runtime.execution.tiled_run import ProgramCache
 from memo_runtime.execution.tiled_swap import TiledSwap
 from memo_runtime.records import Executor
 from tests.exactness.hand_written import WIDTH, Attention

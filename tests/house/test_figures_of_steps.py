@@ -279,7 +279,8 @@ def test_what_is_said_of_longest_blocks_is_made_of_rows():
     reached = ends(rows)
     fits, (name, (_, beyond)) = reached.pop("memo-auto")[0], max(reached.items(), key=lambda one: one[1][0])
     assert f"is {fits / beyond:.2f} times the {beyond:,} tokens that did not fit {name}" in docs
-    assert f"its plan forecasts a step of {rows['memo-auto', fits]['details']['forecast']['step_seconds']:.0f} s" in docs
+    forecast = rows["memo-auto", fits]["details"]["forecast"]
+    assert f"its plan forecasts a step of {forecast['step_seconds']:.0f} s" in docs
     assert (real["contender"], real["seq_len"]) == (name, reached[name][0])
     assert real["peak_allocated"] == rows[name, real["seq_len"]]["peak_allocated"]
     assert f"{real['seq_len']:,} tokens in {real['step_seconds']:.1f} s, {100 * real['mfu']:.1f} % MFU" in docs

@@ -45,7 +45,7 @@ ALLOWED = {
     "arena": NOUNS | {"allocator", "planning", "recent", "recording", "traces"},
     "recording": NOUNS | {"traces", "profiling"},
     "capture": NOUNS | {"blocks"},
-    "execution": NOUNS | {"blocks", "capture", "native", "reports"},
+    "execution": NOUNS | {"recent", "blocks", "capture", "native", "reports"},
     "integrations": NOUNS | {"blocks", "losses", "execution"},
     # The front door: the only place where the three stages meet.
     "wrapping": NOUNS | STAGES | {"arena", "blocks", "gate", "integrations", "kinds", "recent"},

@@ -42,10 +42,11 @@ class Start:
         roots: (label, object) of everything that a forward may reach.
         device: whose random state is kept.
         clone: take the values of all tensors of moderate size now; False: of buffers, and of the others before
-            ``first_writes`` sees them written to.
+            ``FirstWrites`` sees them written to.
+        elements: nobody but what runs exchanges the elements of parameters (an assignment to ``.data``).
     """
 
-    def __init__(self, roots: Roots, device: torch.device, *, clone: bool = False) -> None:
+    def __init__(self, roots: Roots, device: torch.device, *, clone: bool = False, elements: bool = True) -> None:
         roots = list(roots)
         self._found = reach(roots)
         self._torch = RandomState.current(device)
@@ -58,7 +59,9 @@ class Start:
         self._values: list[BufferState] = []
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._unwritten: dict[int, list[torch.Tensor]] = {}
-        for _, tensor in self._found.tensors:
+        #: (label, parameter, its elements).
+        self._elements: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        for label, tensor in self._found.tensors:
             strided = tensor.layout is torch.strided  # sparse ones have no memory of their own to look at
             if hasattr(tensor, "__tensor_flatten__") or tensor.is_inference() or not strided:
                 continue
@@ -67,11 +70,15 @@ class Start:
                 self._take(tensor)
             else:
                 self._unwritten.setdefault(storage_key(tensor), []).append(tensor)
+            if elements and isinstance(tensor, nn.Parameter) and not hasattr(tensor, "ds_id"):  # ZeRO's come and go
+                self._elements.append((label, tensor, tensor.detach()))
         #: What the runs did since: wrote to tensors in place, drew from Python's or NumPy's generators, left something
         #: in Python state, where blocks behind may look for it.
         self.wrote = False
         self.drew = False
         self.left = False
+        #: A parameter whose elements a run has exchanged; "": none.
+        self.exchanged = ""
         #: Leaves of the arguments that every result so far was like; None: there was no run.
         self._like: set[int] | None = None
 
@@ -95,6 +102,7 @@ class Start:
         # First: they were looked at when this was, or later, in the middle of a forward that had written already.
         for outside in reversed(self._outside):
             outside.put_back()
+        self._put_elements_back()
         for values in self._values:
             self.wrote = self.wrote or (look and values.changed())
             values.set()
@@ -103,6 +111,12 @@ class Start:
         self._random.set()
         # A run may go backward, and not into the graphs of others.
         self._weights.mapped(without_graph).set()
+
+    def _put_elements_back(self) -> None:
+        for label, parameter, elements in self._elements:
+            if storage_key(parameter) != storage_key(elements):
+                self.exchanged = self.exchanged or label
+                parameter.data = elements
 
     def first_run(self) -> contextlib.AbstractContextManager[object]:
         """Around every run: the first one shows what runs may change outside of the block."""
@@ -179,7 +193,7 @@ class _FromHere:
         with Aside():
             self.start.set()
         given, how = flatten((args, kwargs))
-        with _FirstWrites(self.start), self.start.first_run():
+        with FirstWrites(self.start), self.start.first_run():
             output = self.forward(*args, **kwargs)
         # Containers are copies here, made for this run.
         there, as_it_is = flatten((args, kwargs))
@@ -189,7 +203,7 @@ class _FromHere:
         return output
 
 
-class _FirstWrites(OutsideCompiled):
+class FirstWrites(OutsideCompiled):
     """Tells a Start of every tensor that is about to be written to."""
 
     def __init__(self, start: Start) -> None:

@@ -23,7 +23,7 @@ from memo_runtime.blocks.outside import Outside
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.rerun import Forward
 from memo_runtime.profiling.passing import passed_on
-from memo_runtime.profiling.start import Start, cut_graphs, is_like, without_graph
+from memo_runtime.profiling.start import FirstWrites, Start, cut_graphs, is_like, without_graph
 from memo_runtime.records import BlockProfile
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -73,12 +73,13 @@ class Walk(ABC):
         # A root under FSDP reshards in a post-forward hook: it must run to its end.
         self.may_stop = not any(type(module).__name__.startswith("FSDP") for module in model.modules())
         roots = [(type(model).__name__, model), ("the batch", batch)]
-        self._start = Start(roots, self.device, clone=True)
+        self._start = Start(roots, self.device, clone=True, elements=self.may_stop)
         # The first of all that is looked at, so that it is put back last: what the model's own code has written before
         # a block was looked at, and what hooks of its modules, which see stand-ins here, have collected.
         self._around = self._start.outside(model)
         with self._start.kept(), torch.enable_grad():
-            with contextlib.suppress(_AllSeen), self._around:
+            # Between blocks the model's own code may write to parameters (a momentum encoder).
+            with contextlib.suppress(_AllSeen), self._around, FirstWrites(self._start):
                 run(self)
             self.finish()
         del self._start, self._around

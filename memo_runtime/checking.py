@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,13 @@ _ALWAYS_DRAWS = (
 )
 _NARROWER = "with the bound of {dtype}, in which blocks that run by tiles compute"
 
+_WOULD_WORK = (
+    "so there is nothing to compare. Would work: a batch with labels that count (two tokens at least for a language "
+    "model), and weights at which the loss is finite"
+)
+_NO_NUMBER = "the loss of the unwrapped model is {loss:g}, " + _WOULD_WORK
+_NO_GRADIENT = "all gradients of the unwrapped model are zero, " + _WOULD_WORK
+
 Gradients = dict[str, torch.Tensor]
 
 
@@ -61,7 +69,8 @@ class CheckResult:
     """Outcome of ``memo.check``. ``print(result)`` says it in words.
 
     Attributes:
-        ok: within the bounds. bit_identical: loss and all gradients are equal bit for bit.
+        ok: loss and gradients are within the bounds, and the same parameters have one.
+        bit_identical: loss and all gradients are equal bit for bit.
         loss_difference: relative difference of the losses.
         gradient_error: relative L2 difference of all gradients together; bound: what it may be.
         worst_parameter, worst_error: the parameter with the largest relative difference.
@@ -219,6 +228,11 @@ def _norm(gradients: Mapping[str, torch.Tensor]) -> float:
     return float(sum(torch.linalg.vector_norm(g.double()).item() ** 2 for g in gradients.values()) ** 0.5)
 
 
+def _is_near(found: float, wanted: float, part: float) -> bool:
+    """Losses differ by at most ``part`` of themselves, or of one where they are smaller: a mean of signs cancels."""
+    return abs(found - wanted) <= part * max(abs(wanted), 1.0)
+
+
 def _errors(found: Gradients, reference: Gradients) -> tuple[float, dict[str, float]]:
     """(relative L2 error over all parameters, the same for each)."""
     tiny = 1e-300
@@ -264,7 +278,8 @@ def check(
             tested.
 
     Raises:
-        ProfileError: the unwrapped model does not run on this batch, gives no loss, or cannot be copied.
+        ProfileError: the unwrapped model does not run on this batch, gives no loss or one that is no number, has no
+            gradient but zeros, or cannot be copied.
         MemoError: as ``wrap`` and the first step do.
     """
     from memo_runtime.api import as_batch
@@ -306,6 +321,10 @@ def _compared(own: nn.Module, batch: Batch, refs: Sequence[BlockRef], settings: 
     plain, managed = _copy(own), _copy(own)
     start = _Start.current(model_device(plain))
     loss, plain_gradients = _run_plain(plain, batch, start)
+    if not math.isfinite(loss):
+        raise ProfileError(_NO_NUMBER.format(loss=loss))
+    if not _norm(plain_gradients):
+        raise ProfileError(_NO_GRADIENT)
     copied = [replace(ref, module=managed.get_submodule(ref.name)) for ref in refs]
     wrapped = make_wrapped(managed, copied, settings, loss=Loss.AUTO)
     wrapped.install()
@@ -328,10 +347,11 @@ def _compared(own: nn.Module, batch: Batch, refs: Sequence[BlockRef], settings: 
             if narrowest != dtype:
                 bound, remarks = BOUNDS.get(narrowest), (_NARROWER.format(dtype=str(narrowest).removeprefix("torch.")),)
         if bound is not None:
-            ok = overall <= bound and gradients.keys() == plain_gradients.keys()
+            ok = overall <= bound and _is_near(managed_loss, loss, bound)
         else:
             overall, ok = _half_precision(plain, managed, batch, start)
             bound = _OVERALL_RATIO
+        ok = ok and gradients.keys() == plain_gradients.keys()
     finally:
         wrapped.remove()
     return CheckResult(
@@ -364,19 +384,25 @@ def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: _
     """(ratio of the wrapped model's error to the unwrapped one's, within bounds), median of five perturbed weights."""
     longest = max((max(t.shape) for t in leaves_of(batch) if isinstance(t, torch.Tensor)), default=0)
     wide = torch.float64 if longest <= _DOUBLE_TOKENS else torch.float32
-    overall, singles = [], []
+    rounding = max((torch.finfo(one.dtype).eps for one in plain.parameters() if one.is_floating_point()), default=0.0)
+    overall, singles, near = [], [], []
     for seed in range(_HALF_SEEDS):
         _perturb(plain, managed, seed)
         reference = copy.deepcopy(plain).to(wide)
-        _, exact = _run(reference, _cast(batch, wide), start)
-        error, single = _errors(_run(plain, batch, start)[1], exact)
-        managed_error, managed_single = _errors(_run(managed, batch, start)[1], exact)
+        exact_loss, exact = _run(reference, _cast(batch, wide), start)
+        plain_loss, gradients = _run(plain, batch, start)
+        error, single = _errors(gradients, exact)
+        loss, gradients = _run(managed, batch, start)
+        managed_error, managed_single = _errors(gradients, exact)
+        # As far from the exact loss as the unwrapped one, and a rounding of the result.
+        far = abs(plain_loss - exact_loss) / max(abs(exact_loss), 1.0)
+        near.append(_is_near(loss, exact_loss, _SINGLE_RATIO * far + rounding))
         overall.append(managed_error / max(error, 1e-300))
         singles.append({name: managed_single[name] / max(single[name], 1e-300) for name in single if single[name] > 0})
     ratio = statistics.median(overall)
     names = set.intersection(*(set(s) for s in singles)) if singles else set()
     worst = max((statistics.median(s[name] for s in singles) for name in names), default=0.0)
-    return ratio, ratio <= _OVERALL_RATIO and worst <= _SINGLE_RATIO
+    return ratio, ratio <= _OVERALL_RATIO and worst <= _SINGLE_RATIO and statistics.median(near) >= 1
 
 
 def _perturb(plain: nn.Module, managed: nn.Module, seed: int) -> None:

@@ -35,8 +35,8 @@ def refuse_other_optimisers(modules: Sequence[nn.Module], blocks: set[int]) -> N
         if _checkpoints(module):
             raise OffloaderActiveError(
                 f"gradient checkpointing is on in '{_name(model, module)}' ({type(module).__name__}): "
-                f"{_ADVICE}. Call model.gradient_checkpointing_disable(), and leave gradient_checkpointing=True out of "
-                "the trainer's arguments, or do not wrap"
+                f"{_ADVICE}. Call model.{_disabling(model)}(), and leave gradient_checkpointing=True "
+                "(activation_checkpointing=True) out of the trainer's arguments, or do not wrap"
             )
         kind = type(module).__name__
         if kind in _WRAPPERS and _touches(module, blocks):
@@ -59,6 +59,12 @@ def _checkpoints(module: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=4096)
+def _disabling(model: nn.Module) -> str:
+    """The method that turns it off: transformers has another name for it since 5.24."""
+    newer = "activation_checkpointing_disable"
+    return newer if hasattr(model, newer) else "gradient_checkpointing_disable"
+
+
 def _has_switch(kind: Any) -> bool:
     return hasattr(kind, _SWITCH)
 

@@ -114,3 +114,35 @@ def test_a_gradient_that_is_missing_is_no_traceback(monkeypatch):
     assert not result.ok
     assert not result.bit_identical
     assert result.worst_error == 1
+
+
+class Penalised(Tower):
+    """Its loss counts how often the class was called: another one in each run, with the same gradients."""
+
+    calls = 0
+
+    def __init__(self, each: float) -> None:
+        super().__init__()
+        self.each = each
+
+    def forward(self, x: Tensor) -> Tensor:
+        Penalised.calls += 1
+        return super().forward(x) + self.each * Penalised.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_that_differs_is_not_exact(dtype):
+    found = memo.check(Penalised(1000.0).to(dtype), torch.randn(1, 64, 16, dtype=dtype))
+    assert not found.ok
+    assert "NOT exact" in str(found)
+    assert memo.check(Penalised(0.0).to(dtype), torch.randn(1, 64, 16, dtype=dtype)).ok
+
+
+@pytest.mark.parametrize(("scale", "words"), [(float("nan"), "is nan"), (float("inf"), "is inf"), (0.0, "are zero")])
+def test_a_step_in_which_nothing_counts_is_not_compared(scale, words):
+    class Scaled(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            return scale * super().forward(x)
+
+    with pytest.raises(ProfileError, match=f"{words}.*labels that count"):
+        memo.check(Scaled().double(), torch.randn(1, 64, 16, dtype=torch.float64))

@@ -24,7 +24,8 @@ _NEVER = (Policy.SWAP, Policy.NONE)
 _NO_INPUT = "it was called without an input that has the dimension of its tokens, {dim}, as when it was profiled"
 _NEXT = (
     "Batches that call it so are profiled and planned for themselves as soon as that can be told before their step, "
-    "unless a plan was given (plan=) or parameters are sharded"
+    "unless a plan was given (plan=; make it from a profile of a batch that is called so, as long as those to come) or "
+    "parameters are sharded"
 )
 
 

@@ -17,6 +17,7 @@ from memo_runtime.errors import HostLimitError, PlanInfeasibleError
 from memo_runtime.planning import suggest
 from memo_runtime.planning.executors import chooses_executors
 from memo_runtime.planning.limits import Budgets
+from memo_runtime.planning.notes import note_on_pairs
 from memo_runtime.planning.policies import strategy_for
 from memo_runtime.planning.sheet import Sheet
 from memo_runtime.planning.strategy import Choices
@@ -66,6 +67,7 @@ def _device_error(
         *_replay_line(sheet, settings, words),
         *_accumulation_line(sheet, settings),
         *([_stepping_line(sheet)] if course.phase == _STEP else []),
+        *(f"  note       {note}" for note in note_on_pairs(sheet)),
         *_suggestions(suggest.for_device(sheet, settings, tried, words), _no_length(sheet)),
         *_footing_line(words),
     ]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from memo_runtime.config import Settings
 from memo_runtime.planning.infeasible import infeasible
 from memo_runtime.planning.limits import Budgets
-from memo_runtime.planning.notes import note_on_accumulation, note_on_stacks, notes_on
+from memo_runtime.planning.notes import note_on_accumulation, note_on_pairs, note_on_stacks, notes_on
 from memo_runtime.planning.policies import decide_somehow
 from memo_runtime.planning.sheet import Sheet, in_proportion, lengths_of
 from memo_runtime.planning.strategy import Decision
@@ -52,7 +52,9 @@ def make_plan(
         raise infeasible(sheet, settings, words)
     plan = plan_of(sheet, settings, decision)
     # Lengths that a run has met come with a profile that knows them.
-    return plan if longest is None else replace(plan, notes=(*plan.notes, *note_on_stacks(sheet)))
+    if longest is None:
+        return plan
+    return replace(plan, notes=(*plan.notes, *note_on_stacks(sheet), *note_on_pairs(sheet)))
 
 
 def plan_of(sheet: Sheet, settings: Settings, decision: Decision) -> Plan:

@@ -11,7 +11,7 @@ from memo_runtime.errors import BlockFallbackError, MemoError, PlanInfeasibleErr
 from memo_runtime.persist import load_plan, save
 from memo_runtime.planning.planner import make_plan
 from memo_runtime.planning.sheet import PlanRequestError
-from memo_runtime.records import Executor, Growth, ModelStates, Role
+from memo_runtime.records import ArgumentAxes, Executor, Growth, ModelStates, Role
 from memo_runtime.units import GiB, format_bytes
 from tests.planning.builders import (
     group,
@@ -319,3 +319,16 @@ def test_a_length_is_that_of_the_longest_stack_and_the_others_keep_their_proport
     assert "cross-attention" in said
     alone = make_plan(profile_of(blocks[:2]), settings, longest=896)
     assert not any("in proportion" in note for note in alone.notes)
+
+
+def test_a_mask_of_all_pairs_is_said_to_count_with_the_square_of_the_length():
+    pairs = (ArgumentAxes(leaf=0, dims=(1,)), ArgumentAxes(leaf=1, dims=(2, 3)))
+    for arguments, said in ((pairs, True), (pairs[:1], False)):
+        profile = profile_of([llama_block(i, tokens=1024, arguments=arguments) for i in range(4)])
+        settings = make_settings(policy="recompute")
+        for tokens in (512, 1024, 4096):
+            notes = make_plan(profile, settings, longest=tokens).notes
+            assert any("16.8 million pairs" in note for note in notes) == (said and tokens > 1024)
+        with pytest.raises(PlanInfeasibleError) as refused:
+            make_plan(profile, make_settings(policy="recompute", budget="1MiB"), longest=4096)
+        assert ("16.8 million pairs" in str(refused.value)) == said

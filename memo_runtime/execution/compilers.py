@@ -23,9 +23,9 @@ def as_module(graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def run_eagerly(graph: fx.Graph) -> Program:
+def run_eagerly(graph: fx.Graph) -> Eager:
     """A program as PyTorch runs it, operator by operator."""
-    return _Eager(graph)
+    return Eager(graph)
 
 
 def compiled(graph: fx.Graph) -> Program:
@@ -33,16 +33,17 @@ def compiled(graph: fx.Graph) -> Program:
     return _Compiled(as_module(graph))
 
 
-class _Eager:
+class Eager:
     """A program whose code is written when it first runs: of those that are traced for what they take none does."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self._graph = graph
+        self.graph = graph
         self._program: Program | None = None
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Run it."""
         if self._program is None:
-            self._program = as_module(self._graph).forward
+            self._program = as_module(self.graph).forward
         return self._program(*tensors)
 
 

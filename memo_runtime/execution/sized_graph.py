@@ -54,6 +54,11 @@ def read(graph: fx.Graph) -> Reading:
     )  # fmt: skip
 
 
+def operators_of(graph: fx.Graph) -> Reading:
+    """``read`` without what it is given."""
+    return tuple(one for one in read(graph) if one[0] != "placeholder")
+
+
 def _given(value: torch.Tensor) -> tuple[Any, ...]:
     return (tuple(value.shape), tuple(value.stride()), value.dtype)
 
@@ -67,16 +72,12 @@ class Sized:
     @classmethod
     def between(cls, first: tuple[int, Reading], second: tuple[int, Reading]) -> Sized | None:
         """What two graphs have in common, each with its number of tokens; None: they are no such graph."""
-        if first[0] == second[0]:
-            return None
-        try:
-            return cls(_common(first[1], second[1], first[0], second[0]))
-        except _DifferError:
-            return None
+        form = in_common(first, second)
+        return None if form is None else cls(form)
 
     def at(self, tokens: int) -> Reading:
         """The graph for a number of tokens."""
-        found: Reading = _put_in(self.form, tokens)
+        found: Reading = put_in(self.form, tokens)
         return found
 
     def lines(self) -> list[tuple[Any, ...]]:
@@ -86,20 +87,22 @@ class Sized:
     def fits(self, tokens: int, tensors: Sequence[torch.Tensor]) -> bool:
         """``tensors`` lie in memory as what it is given at ``tokens``; a stride of one element may be any."""
         for one, form in zip(tensors, self.lines(), strict=True):
-            shape, strides, dtype = _put_in(form, tokens)
+            shape, strides, dtype = put_in(form, tokens)
             pairs = zip(shape, one.stride(), strides, strict=False)
             if (tuple(one.shape), one.dtype) != (shape, dtype) or any(size > 1 and a != b for size, a, b in pairs):
                 return False
         return True
 
-    def graph(self) -> fx.Graph:
-        """As a graph, whose first input is the number of tokens."""
+    def graph(self, alone: int | None = None) -> fx.Graph:
+        """As a graph, whose first input is the number of tokens; or for the number ``alone``."""
         made = fx.Graph()
-        tokens = made.placeholder("tokens")
+        form = self.form if alone is None else self.at(alone)
+        tokens = made.placeholder("tokens") if alone is None else None
         nodes: list[Any] = []
         sizes: dict[Line, fx.Node] = {}
 
         def size(line: Line) -> fx.Node:
+            assert tokens is not None, "sizes of one number are numbers"
             if line not in sizes:
                 node = tokens
                 if line.slope != 1:
@@ -109,7 +112,7 @@ class Sized:
                 sizes[line] = node
             return sizes[line]
 
-        for index, (op, target, args, kwargs) in enumerate(self.form):
+        for index, (op, target, args, kwargs) in enumerate(form):
             if op == "placeholder":
                 nodes.append(made.placeholder(f"given_{index}"))
             elif op == "output":
@@ -121,6 +124,26 @@ class Sized:
 
 class _DifferError(Exception):
     """Two graphs differ in more than sizes."""
+
+
+def in_common(first: tuple[int, Any], second: tuple[int, Any]) -> Any:
+    """Two nested tuples, each with its tokens, as one with a ``Line`` for each number in which they differ.
+
+    None: they differ in more.
+    """
+    if first[0] == second[0]:
+        return None
+    try:
+        return _common(first[1], second[1], first[0], second[0])
+    except _DifferError:
+        return None
+
+
+def put_in(form: Any, tokens: int) -> Any:
+    """``form`` for a number of tokens."""
+    if isinstance(form, Line):
+        return form.at(tokens)
+    return tuple(put_in(one, tokens) for one in form) if isinstance(form, tuple) else form
 
 
 def _is_size(value: Any) -> bool:
@@ -144,12 +167,6 @@ def _line(one: int, other: int, tokens: int, others: int) -> int | Line:
     if rest or slope <= 0:
         raise _DifferError
     return Line(slope, one - slope * tokens)
-
-
-def _put_in(form: Any, tokens: int) -> Any:
-    if isinstance(form, Line):
-        return form.at(tokens)
-    return tuple(_put_in(one, tokens) for one in form) if isinstance(form, tuple) else form
 
 
 def _back(value: Any, nodes: list[Any], size: Callable[[Line], fx.Node]) -> Any:

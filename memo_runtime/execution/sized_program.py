@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memo_runtime.execution.compilers import as_module, let_go_of_pinned_memory, through_inductor
-from memo_runtime.execution.sized_graph import Line, Reading, Sized
+from memo_runtime.execution.sized_graph import Line, Sized
 
 #: PyTorch's symbols stand for numbers from here on.
 LEAST = 2
@@ -27,10 +27,10 @@ class SizedProgram:
         self._program, self._holds = _compile(sized, tokens, tensors)
         self._called = False
 
-    def serves(self, tokens: int, reading: Reading, tensors: Sequence[torch.Tensor]) -> bool:
-        """It does at ``tokens`` what the graph ``reading`` does, for tensors laid out like these."""
-        sized = self._sized
-        return self._holds(tokens) and sized.at(tokens) == reading and sized.fits(tokens, tensors)
+    def serves(self, tokens: int, sized: Sized) -> bool:
+        """It does at ``tokens`` what the graph ``sized`` does."""
+        mine = self._sized
+        return self._holds(tokens) and (mine is sized or mine.at(tokens) == sized.at(tokens))
 
     def __call__(self, tokens: int, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """The results for ``tokens`` tokens."""

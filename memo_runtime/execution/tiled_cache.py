@@ -45,8 +45,12 @@ class ProgramCache:
         found = known.get(layout)
         if found is None:
             lengths = self._lengths.get(segment)
-            compiler = self._compiler if lengths is None else lengths.compiler(tokens, layout)
-            found = make_programs(captured, stage, sources, tokens, autocast, compiler=compiler)
+            found = None if lengths is None else lengths.record(tokens, layout)
+            if found is None:
+                compiler = self._compiler if lengths is None else lengths.compiler(tokens, layout)
+                found = make_programs(captured, stage, sources, tokens, autocast, compiler=compiler)
+                if lengths is not None:
+                    lengths.note(layout, found, found.casts)
             known.put(layout, found)
         return found
 

@@ -33,7 +33,7 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.capture.captured import TRACING, Captured
 from memo_runtime.capture.choices import TOKEN_WISE, TOPK, borrowed, count_kept, owned, run_again
 from memo_runtime.capture.split import Segment
-from memo_runtime.execution.compilers import Compiler, Program, run_eagerly
+from memo_runtime.execution.compilers import Compiler, Eager, Program, run_eagerly
 from memo_runtime.execution.tiled_costs import DECLARED_BACKWARD, ProgramBytes, node_flops, tensor_bytes
 from memo_runtime.execution.tiled_places import Placed, placed, viewed_product
 from memo_runtime.execution.tiled_reach import reaching
@@ -101,7 +101,7 @@ class Programs:
         cost: what one run of each takes.
     """
 
-    casts: Program
+    casts: Eager
     forward: Placed
     forward_keep: Placed
     rebuild: Placed

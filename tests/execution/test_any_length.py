@@ -14,6 +14,7 @@ from memo_runtime.execution import any_length, compilers, sized_program, tiled_c
 from memo_runtime.execution.any_length import AnyLength
 from memo_runtime.execution.compilers import NotCompiledError, as_module, compiled, run_eagerly
 from memo_runtime.execution.sized_graph import Line, Sized, read
+from memo_runtime.execution.sized_records import plain
 from memo_runtime.execution.tiled import TiledBlock
 from memo_runtime.execution.tiled_cache import ProgramCache
 from tests.execution.tiles import assert_exact, call_of
@@ -153,6 +154,81 @@ def test_later_sizes_share_programs_that_are_compiled_once(made, alpha, sequence
     assert len(made) == before
 
 
+@pytest.fixture
+def traces(monkeypatch):
+    """Sizes that were traced."""
+    found, make = [], tiled_cache.make_programs
+
+    def trace(captured, stage, sources, tokens, autocast, *, compiler):
+        if compiler is not run_eagerly:  # of a check that a capture is right
+            found.append(tokens)
+        return make(captured, stage, sources, tokens, autocast, compiler=compiler)
+
+    monkeypatch.setattr(tiled_cache, "make_programs", trace)
+    return found
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_later_sizes_are_not_traced(made, traces, alpha):
+    programs = ProgramCache(compiled)
+    run(programs, alpha=alpha)
+    assert len(traces) == 2 * any_length._ALONE
+    assert len(programs) == 2 * len({16, *(tokens % 16 for tokens in LENGTHS)})
+    run(programs, (17,), alpha=alpha)
+    assert traces[2 * any_length._ALONE :] == [1, 1]
+
+
+def test_they_are_traced_where_the_first_sizes_are_not_of_one_form(made, traces, monkeypatch):
+    monkeypatch.setattr(any_length, "_form_of", lambda _: None)
+    run(ProgramCache(compiled))
+    assert len(traces) == 2 * len({16, *(tokens % 16 for tokens in LENGTHS)})
+    assert made.count("many") > 0
+
+
+def test_a_record_of_a_later_size_is_the_one_that_would_be_traced(made, monkeypatch):
+    seen, look = [], AnyLength.record
+
+    def note(self, tokens, layout):
+        found = look(self, tokens, layout)
+        seen.append((tokens, found))
+        return None
+
+    monkeypatch.setattr(AnyLength, "record", note)
+    make, pairs = tiled_cache.make_programs, []
+
+    def both(*given, compiler):
+        found = make(*given, compiler=compiler)
+        if compiler is not run_eagerly and seen[-1][1] is not None:
+            pairs.append([comparable(one) for one in (found, seen[-1][1])])
+        return found
+
+    monkeypatch.setattr(tiled_cache, "make_programs", both)
+    run(ProgramCache(compiled))
+    assert len(pairs) >= 10
+    for traced_one, found in pairs:
+        assert traced_one == found
+
+
+def comparable(record):
+    """A record without its programs."""
+    programs = [record.casts, record.backward, record.backward_kept]
+    programs += [one.program for one in (record.forward, record.forward_keep, record.rebuild)]
+    return plain(record, {id(program): 0 for program in programs})
+
+
+def test_a_form_needs_three_sizes_and_all_of_them(made, monkeypatch):
+    looked = []
+    find = any_length._form_of
+    monkeypatch.setattr(any_length, "_form_of", lambda sizes: looked.append(sizes) or find(sizes))
+    run(ProgramCache(compiled))
+    for sizes in looked:
+        assert find(sizes) is not None
+        assert find(sizes[:2]) is None
+        sizes[3].record = (*sizes[3].record[:-1], ("other",))
+        assert find(sizes) is None
+        sizes[3].record = None
+
+
 def test_what_is_taken_for_granted_of_the_number_holds(made, monkeypatch):
     compile_one, ranges = sized_program._compile, []
 
@@ -185,7 +261,7 @@ def test_what_cannot_be_compiled_for_many_is_compiled_by_itself(made, monkeypatc
 
 
 def test_graphs_that_are_no_lines_are_compiled_by_themselves(made, monkeypatch):
-    monkeypatch.setattr(Sized, "at", lambda *_: ())
+    monkeypatch.setattr(Sized, "between", lambda *_: None)
     run(ProgramCache(compiled), LENGTHS[:7])
     assert made.count("many") == 0
 
@@ -230,12 +306,13 @@ def test_the_compiler_takes_the_number_as_an_argument():
     program = sized_program.SizedProgram(sized, 6, tensors)
     for tokens in (6, 2, 300, 7):
         x, w = torch.randn(2, tokens, WIDTH), torch.randn(WIDTH, WIDTH)
-        if program.serves(tokens, read(traced(product, tokens)), [x, w]):
+        assert sized.at(tokens) == read(traced(product, tokens))
+        if program.serves(tokens, sized):
             for mine, theirs in zip(program(tokens, x, w), product(x, w), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
         else:
             assert tokens in (2, 300)
-    assert not program.serves(1, read(traced(product, 1)), [x[:, :1], w])
+    assert not program.serves(1, sized)
 
 
 def test_numbers_are_made_once():

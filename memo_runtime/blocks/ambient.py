@@ -152,8 +152,18 @@ class BufferState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Run from these values, then put back those from before, so that a rerun does not count twice."""
-        undo = Undo(BufferState.current(self.tensors).set)
+        """Run from these values, then put back those from before, so that a rerun does not count twice.
+
+        What the run itself writes is no write either: autograd has saved a buffer that its block reads behind its own
+        write, and would take the second one for somebody else's. Whatever was written before the run stays counted.
+        """
+        before, versions = BufferState.current(self.tensors), _unsafe_preserve_version_counter(tuple(self.tensors))
+
+        def put_back() -> None:
+            before.set()
+            versions.__exit__()
+
+        undo = Undo(put_back)
         try:
             self.set()
             yield

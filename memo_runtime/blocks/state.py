@@ -165,6 +165,10 @@ class _Mark:
             label, tensor, tensor._version, storage_key(tensor), tensor.shape, tensor.requires_grad, self.exchanged
         )
 
+    def moved(self) -> bool:
+        """Somebody has put other elements under the tensor."""
+        return not self.exchanged and self.tensor.shape == self.shape and storage_key(self.tensor) != self.storage
+
     def check(self, block: str) -> None:
         """Raise where the tensor is not what it was."""
         tensor = self.tensor
@@ -174,7 +178,7 @@ class _Mark:
                 f"modified by an inplace operation since its forward: it is at version {tensor._version}; expected "
                 f"version {self.version} instead. Step the optimizer after backward; {_ADVICE}"
             )
-        if not self.exchanged and tensor.shape == self.shape and storage_key(tensor) != self.storage:
+        if self.moved():
             raise StateChangedError(
                 f"'{block}' has to be run again for its backward, and the elements of {self.label} "
                 f"{tuple(self.shape)} have been exchanged since its forward (an assignment to .data). Assign another "
@@ -230,11 +234,12 @@ class CallState:
     def written(self, restored: Iterable[torch.Tensor]) -> str:
         """To be called when the forward is done: the first tensor that it wrote to in place, by name; "" if none.
 
-        ``restored`` are tensors whose values a rerun restores by itself.
+        ``restored`` are tensors whose values a rerun restores by itself, in the memory that they have.
         """
         known = {id(tensor) for tensor in restored}
+        moved = next((mark.label for mark in self._marks if mark.moved()), "")
         self._marks = [mark for mark in self._marks if id(mark.tensor) not in known]
-        return next((mark.label for mark in self._marks if mark.tensor._version != mark.version), "")
+        return moved or next((mark.label for mark in self._marks if mark.tensor._version != mark.version), "")
 
     def watch(self, label: str, tensor: torch.Tensor) -> None:
         """Refuse a rerun too if ``tensor``, which it reads, is written to from now on."""

@@ -19,6 +19,7 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import first_line
 from memo_runtime.blocks.operators import draws, operator_flops
+from memo_runtime.capture.assigned import Tables
 from memo_runtime.capture.copying import structural_copy
 from memo_runtime.capture.declared import TENSOR, Choices, Shape
 from memo_runtime.capture.key import changed, state_key
@@ -122,13 +123,16 @@ class _Watch(TorchDispatchMode):
 
 def look(name: str, subject: Subject, facts: Facts) -> Seen:
     """Run it at two lengths, as it is."""
-    before, versions = state_key(subject.module), _versions(subject.module)
+    before, versions, tables = state_key(subject.module), _versions(subject.module), Tables(subject.module)
     inputs = subject.random(facts.inputs, TOKENS, facts.device)
     given = [one._version for one in inputs]
     with _Watch() as watch:
         first, choices = _leaves(name, subject, inputs)
         if [one._version for one in inputs] != given:
             raise refused(name, "it writes to its argument")
+    assigned = tables.assigned()
+    if assigned:
+        raise refused(name, f"{assigned} changes when it runs, and each tile would change it")
     written = next((key for key, old in versions.items() if _versions(subject.module)[key] != old), None)
     if written is not None:
         raise refused(name, f"it writes to '{written}', and each tile would")

@@ -54,6 +54,7 @@ from memo_runtime.blocks.outside import Outside
 from memo_runtime.blocks.reach import reach
 from memo_runtime.blocks.state import argument_roots
 from memo_runtime.blocks.undo import Undo
+from memo_runtime.capture.assigned import Watched
 from memo_runtime.capture.at_length import same_operators
 from memo_runtime.capture.attention import STAND_INS, named_again
 from memo_runtime.capture.axes import TokenSymbol
@@ -283,13 +284,18 @@ class _Runner:
     """The copied block as a function of flat lists of tensors."""
 
     def __init__(self, block: nn.Module, states: Sequence[str], leaves: Sequence[int], call: BlockCall) -> None:
-        self._block = block
+        self._block = Watched(block)
         self._states = states
         self._leaves = leaves
         # A cache is empty, and what a call appends to it is thrown away: without one the block computes the same.
         caches = {index: None for index, leaf in enumerate(call.leaves) if is_cache(leaf)}
         self._call = call.replaced(caches)
         self.output: Any = None
+
+    @property
+    def assigned(self) -> str:
+        """The parameter, buffer or module that the last run put another in the place of, in words; "": none."""
+        return self._block.assigned
 
     def __call__(self, states: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[Any]:
         call = self._call.replaced(dict(zip(self._leaves, tensors, strict=True)))
@@ -305,7 +311,7 @@ class _Runner:
 
         undo = Undo(put_back)
         try:
-            out = torch.func.functional_call(self._block, named, args, kwargs)
+            out = self._block.over(named, args, kwargs)
             writes = bool(found.changed())
         finally:
             undo()
@@ -337,14 +343,17 @@ def _look(
         declared.put_into(copied, None)
         arguments = [_fake_leaf(call.leaves[index], where, mode, hint) for index, where in dims.items()]
         before, outside = state_key(copied), Outside(copied, kinds)
+        runner = _Runner(copied, states, tuple(dims), call)
         runs.append(outside)
         # Around what puts back too, which would have a Function keep the stand-in that it had while it was read.
         with flash_stands_in():
             try:
                 with mode, _NoTensorHooks(), torch.enable_grad():
                     with outside:
-                        outputs = _Runner(copied, states, tuple(dims), call)(fakes, arguments)
+                        outputs = runner(fakes, arguments)
                     written = outside.written()
+                if runner.assigned:
+                    raise CaptureRefusedError(runner.assigned, _CHANGES)
                 if before != (after := state_key(copied)):
                     raise CaptureRefusedError(changed(before, after), _CHANGES)
                 _refuse_functions(outputs)

@@ -112,6 +112,12 @@ class CountsTokens(nn.Module):
         return x * 2
 
 
+class CountsAnew(CountsTokens):
+    def forward(self, x):
+        self.seen = self.seen + x.shape[1]
+        return x
+
+
 class WritesArgument(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.detach().mul_(2.0)
@@ -350,6 +356,7 @@ REFUSED = {
     WrongBackward: r"mixes tokens: gradient of argument 0 of a part of the tokens differs by",
     KeepsLoss: r"attribute 'aux_loss' changes when it runs",
     CountsTokens: r"it writes to 'seen'",
+    CountsAnew: r"buffer 'seen' changes when it runs",
     WritesArgument: r"it writes to its argument",
     Summed: r"result 1 has no token dimensions",
     ByData: r"result 1 has a size of \d+ for 37 tokens",

@@ -38,11 +38,6 @@ from memo_runtime.profiling.trial import (
 from memo_runtime.profiling.unsliced import SAVES_ELSE, same_saves, unsliced
 from memo_runtime.records import ArgumentAxes, BlockProfile
 
-_EXCHANGES = (
-    "its forward exchanges the elements of {label} (an assignment to .data), which a rerun cannot put back: write to "
-    "them in place, or do so outside of the block"
-)
-
 
 def calibrate(
     block: nn.Module,
@@ -79,8 +74,6 @@ def calibrate(
         if profile is None:
             profile, trial, reason = _calibrated(subject)
             examples.append(Example.of(subject, profile, trial, reason))
-    if start.exchanged:
-        raise BlockRefusedError(_EXCHANGES.format(label=start.exchanged))
     return replace(profile, stateful=start.wrote, draws=start.drew)
 
 

@@ -59,9 +59,9 @@ class Start:
         self._values: list[BufferState] = []
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._unwritten: dict[int, list[torch.Tensor]] = {}
-        #: (label, parameter, its elements).
-        self._elements: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-        for label, tensor in self._found.tensors:
+        #: Parameters, and their elements.
+        self._elements: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _, tensor in self._found.tensors:
             strided = tensor.layout is torch.strided  # sparse ones have no memory of their own to look at
             if hasattr(tensor, "__tensor_flatten__") or tensor.is_inference() or not strided:
                 continue
@@ -71,14 +71,12 @@ class Start:
             else:
                 self._unwritten.setdefault(storage_key(tensor), []).append(tensor)
             if elements and isinstance(tensor, nn.Parameter) and not hasattr(tensor, "ds_id"):  # ZeRO's come and go
-                self._elements.append((label, tensor, tensor.detach()))
+                self._elements.append((tensor, tensor.detach()))
         #: What the runs did since: wrote to tensors in place, drew from Python's or NumPy's generators, left something
         #: in Python state, where blocks behind may look for it.
         self.wrote = False
         self.drew = False
         self.left = False
-        #: A parameter whose elements a run has exchanged; "": none.
-        self.exchanged = ""
         #: Leaves of the arguments that every result so far was like; None: there was no run.
         self._like: set[int] | None = None
 
@@ -113,9 +111,9 @@ class Start:
         self._weights.mapped(without_graph).set()
 
     def _put_elements_back(self) -> None:
-        for label, parameter, elements in self._elements:
+        for parameter, elements in self._elements:
             if storage_key(parameter) != storage_key(elements):
-                self.exchanged = self.exchanged or label
+                self.wrote = True
                 parameter.data = elements
 
     def first_run(self) -> contextlib.AbstractContextManager[object]:

@@ -227,6 +227,8 @@ def _written_views(
         shown = {storage_key(value) for value in view.outputs if isinstance(value, torch.Tensor)}
         maker = next((one for one in whole.operators if not one.mutable and not one.is_view
                       and any(isinstance(v, torch.Tensor) and storage_key(v) in shown for v in one.outputs)), None)
+        if maker is not None and base_name(maker.key[0]).startswith(_UNFILLED):
+            return known, f"{maker.key[0]} is filled by a kernel or in-place operator that mixes tokens"
         tensors = [value for value in maker.outputs if isinstance(value, torch.Tensor)] if maker is not None else []
         if maker is None or not all(any(same_view(saved, value) for saved in whole.saved) for value in tensors):
             return known, f"{key[0]} is a view of some of its tokens, and what it shows is written to afterwards"

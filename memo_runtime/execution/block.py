@@ -209,6 +209,7 @@ class BlockForward:
             if not sorted_.complete:
                 rerun = self._rerun(call, profile, plan, sorted_, count=len(stash.pending), ambient=ambient)
                 rerun.random, rerun.buffers, rerun.inner_autograd = random, buffers, stash.walked
+                rerun.written = frozenset(capture.written) if capture is not None else frozenset()
                 rerun.begin_from(state)
                 rerun.forms = Forms(self.name, stash.pending, prefix=rerun.prefix, tokens=rerun.tokens)
                 if session.asks_for_witness(self.name, plan):

@@ -63,7 +63,8 @@ class Rerun:
         call: its arguments, detached, without the input. input_source: where that comes from, None: it was kept.
         count: how many tensors the forward saved. prefix, tokens: rows to rebuild; 0 for all.
         autocast, attention: what was in force around the forward.
-        pins: what is replaced. random, buffers: state to start from, None where nothing is drawn or written.
+        pins: what is replaced. written: of these, what the block writes to afterwards.
+        random, buffers: state to start from, None where nothing is drawn or written.
         state: everything else that the forward started from.
         forms, witness: what the tensors that it saves have to look like, and some of their values.
         inner_autograd: the forward went backward itself, and so will the rerun.
@@ -83,6 +84,7 @@ class Rerun:
     tokens: int = 0
     prefix: int = 0
     pins: dict[PinKey, dict[int, Source]] = field(default_factory=dict)
+    written: frozenset[PinKey] = frozenset()
     random: RandomState | None = None
     buffers: BufferState | None = None
     state: CallState | None = None
@@ -128,7 +130,7 @@ class Rerun:
             key: {output: source.rows(self.prefix, self.tokens) for output, source in outputs.items()}
             for key, outputs in self.pins.items()
         }
-        mode = ReplayMode(values)
+        mode = ReplayMode(values, written=self.written)
         random = self.random.restored() if self.random is not None else contextlib.nullcontext()
         buffers = self.buffers.restored() if self.buffers is not None else contextlib.nullcontext()
         with self.autocast.restored(), self.attention.restored(), random, buffers:

@@ -65,11 +65,11 @@ def run_block(block: nn.Module, call: BlockCall, profile: BlockProfile, tokens: 
     heads = tuple(meter.heads)
     again = OperatorRecorder(existing)
     with fused_attention_on_meta(), PlainAnswers():
-        captured = _mixers(block, call)
+        mixers = _mixers(block, call)
         last = count - 1 if count and stops_early(block) else None
         with again, meter:
             again.begin(Phase.RERUN)
-            run_again(block.forward, call, _drop, mode=ReplayMode(captured), last=last)
+            run_again(block.forward, call, _drop, mode=ReplayMode(mixers.captured, written=mixers.written), last=last)
             again.end(Phase.RERUN)
             rerun = meter.take()
     return BlockRun(
@@ -118,13 +118,13 @@ def _forward_and_backward(
     return (forward, meter.take()), size, count
 
 
-def _mixers(block: nn.Module, call: BlockCall) -> Any:
+def _mixers(block: nn.Module, call: BlockCall) -> CaptureMode:
     """What its mixers give, by call."""
     capture = CaptureMode(lambda key: None if pin_kind(key[0]) == PinKind.MIXER else ())
     args, kwargs = call.arguments()
     with torch.enable_grad(), capture:
         block.forward(*args, **kwargs)
-    return capture.captured
+    return capture
 
 
 def peak_above_start(trace: Trace, phase: Phase, *, base: Phase | None = None) -> int:

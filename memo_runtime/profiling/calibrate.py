@@ -147,8 +147,9 @@ def _without_saves(subject: Subject, trial: Trial) -> BlockProfile:
 
 def _at_full_length(subject: Subject, trial: Trial) -> Observation:
     """A rerun of all tokens, with pins."""
-    values = full_values(trial.whole, trial.slicing.pins)
-    return observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
+    values = full_values(trial.whole, trial.slicing)
+    last = last_save(subject, trial.whole)
+    return observe(subject.forward, trial.call, values, last=last, unwritten=trial.slicing.final)
 
 
 def _sliced(subject: Subject, trial: Trial, again: Observation) -> BlockProfile:
@@ -180,4 +181,4 @@ def _sliced(subject: Subject, trial: Trial, again: Observation) -> BlockProfile:
 
 def _tail_flops(subject: Subject, trial: Trial, tail: BlockCall, lengths: Lengths, last: int | None) -> int:
     values = tail_values(trial.whole, trial.slicing, lengths)
-    return observe(subject.forward, tail, values, last=last).flops
+    return observe(subject.forward, tail, values, last=last, unwritten=trial.slicing.final).flops

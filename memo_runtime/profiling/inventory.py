@@ -15,7 +15,7 @@ from memo_runtime.blocks.rerun import parameter_storages, storage_key
 from memo_runtime.profiling.compare import Match
 from memo_runtime.profiling.growth import polynomial_bytes
 from memo_runtime.profiling.observe import Observation
-from memo_runtime.profiling.slicing import Slicing
+from memo_runtime.profiling.slicing import Slicing, same_view
 from memo_runtime.profiling.storages import with_storages
 from memo_runtime.records import Growth, Pin, PinKind, Role, SavedTensor, TensorGroup, TokenAxis
 
@@ -57,7 +57,7 @@ class _Roles:
         records = whole.by_key()
         self.pinned: dict[int, PinKind] = {}
         for key, kind in slicing.pins.items():
-            for value in records[key].pin_values().values():
+            for value in slicing.values_of(records[key]).values():
                 if isinstance(value, torch.Tensor) and value.numel():
                     self.pinned[storage_key(value)] = kind
 
@@ -75,16 +75,6 @@ class _Roles:
         if axis is not None:
             return Role.TOKEN
         return Role.WHOLE if grows else Role.FIXED
-
-
-def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        storage_key(a) == storage_key(b)
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.storage_offset() == b.storage_offset()
-        and a.dtype == b.dtype
-    )
 
 
 def take_inventory(
@@ -147,10 +137,11 @@ def _add_pins(inventory: Inventory, whole: Observation, slicing: Slicing, roles:
     records = whole.by_key()
     group_of = {saved.index: saved.group for saved in inventory.saved}
     for key, kind in slicing.pins.items():
-        for output, value in records[key].pin_values().items():
+        for output, value in slicing.values_of(records[key]).items():
             pin = _pin(key, output, kind, value, slicing)
             if isinstance(value, torch.Tensor) and value.numel():
-                saved = next((i for i, tensor in enumerate(whole.saved) if _same_view(tensor, value)), None)
+                # What was written to since is no view of a saved tensor, but a copy: another value is saved there.
+                saved = next((i for i, tensor in enumerate(whole.saved) if same_view(tensor, value)), None)
                 if saved is None:
                     inventory.groups.append(_captured_group(value, pin, roles, tokens))
                     group = len(inventory.groups) - 1

@@ -22,7 +22,8 @@ from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
 from memo_runtime.blocks.operators import is_mutable, pin_kind
-from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values
+from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values, written_storages
+from memo_runtime.blocks.region import copied_as_it_is
 from memo_runtime.blocks.rerun import Forward, is_sparse, parameter_storages, run_again, storage_key
 from memo_runtime.profiling.bounds import check_bounds
 
@@ -49,10 +50,42 @@ class OperatorRecord:
     input_storages: tuple[int, ...] = ()
     #: What a pin of this call holds, taken at once: the forward may scale the result in place.
     pinned: dict[int, Value] | None = None
+    #: Outputs as they were when it returned, of those that were written to since.
+    then: dict[int, torch.Tensor] = field(default_factory=dict)
+    #: Versions of its outputs when it returned.
+    versions: tuple[int, ...] = ()
 
     def pin_values(self) -> dict[int, Value]:
         """What a pin of this call holds."""
-        return self.pinned if self.pinned is not None else pin_values(self.key[0], self.outputs)
+        return self.pinned if self.pinned is not None else pin_values(self.key[0], self.as_returned())
+
+    def as_returned(self) -> tuple[Any, ...]:
+        """Its outputs with the values that it gave them; ``outputs`` may have been written to since."""
+        return tuple(self.then.get(index, value) for index, value in enumerate(self.outputs))
+
+    @property
+    def is_view(self) -> bool:
+        """It gives memory that it was given."""
+        own = (storage_key(value) for value in self.outputs if isinstance(value, torch.Tensor))
+        return not self.mutable and any(storage in self.input_storages for storage in own)
+
+    def preserve(self, index: int) -> None:
+        """Output ``index`` is about to be written to."""
+        value = self.outputs[index]
+        self.then[index] = copied_as_it_is(value.detach())
+        held = self.pinned.get(index) if self.pinned is not None else None
+        if self.pinned is not None and isinstance(held, torch.Tensor) and storage_key(held) == storage_key(value):
+            self.pinned[index] = self.then[index]
+
+    def is_written_unseen(self) -> bool:
+        """A result of its own was written to by no operator that PyTorch shows (a kernel that says so)."""
+        if self.mutable or self.replaced or self.is_view:
+            return False
+        pairs = enumerate(zip(self.outputs, self.versions, strict=False))
+        return any(
+            index not in self.then and isinstance(value, torch.Tensor) and value._version != version
+            for index, (value, version) in pairs
+        )
 
 
 @dataclass(slots=True)
@@ -122,11 +155,14 @@ def _tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 
 class ObservingMode(ReplayMode):
-    """Replaces pinned calls like a rerun and records every call."""
+    """Replaces pinned calls like a rerun, and records every call with what it gave."""
 
-    def __init__(self, values: Mapping[PinKey, Values]) -> None:
-        super().__init__(values)
+    def __init__(self, values: Mapping[PinKey, Values], unwritten: frozenset[PinKey]) -> None:
+        # By copies: whatever this run writes to, the values of the first one stay.
+        super().__init__(values, written=values.keys() - unwritten)
         self.operators: list[OperatorRecord] = []
+        #: Results that have the values that they were given, by storage.
+        self._unwritten: dict[int, list[tuple[OperatorRecord, int]]] = {}
 
     def handle(self, func: Any, key: PinKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run or replace the operator and record it."""
@@ -134,34 +170,48 @@ class ObservingMode(ReplayMode):
         storages = tuple(storage_key(tensor) for tensor in inputs)
         if not self.replaces(key):
             check_bounds(func, args, kwargs)
+        mutable = is_mutable(func)
+        for storage in written_storages(func, args, kwargs) if mutable else ():
+            for record, index in self._unwritten.pop(storage, ()):
+                record.preserve(index)
         out = super().handle(func, key, args, kwargs)
         values = outputs_of(func, args, kwargs, out)
-        self.operators.append(
-            OperatorRecord(
-                key=key,
-                inputs=inputs,
-                outputs=values,
-                mutable=is_mutable(func),
-                replaced=key in self.replaced,
-                lists=isinstance(out, list),
-                func=func,
-                args=args,
-                kwargs=kwargs,
-                input_storages=storages,
-                pinned=pin_values(key[0], values) if pin_kind(key[0]) is not None else None,
-            )
+        record = OperatorRecord(
+            key=key,
+            inputs=inputs,
+            outputs=values,
+            mutable=mutable,
+            replaced=key in self.replaced,
+            lists=isinstance(out, list),
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            input_storages=storages,
+            pinned=pin_values(key[0], values) if pin_kind(key[0]) is not None else None,
+            versions=tuple(value._version if isinstance(value, torch.Tensor) else 0 for value in values),
         )
+        self.operators.append(record)
+        for index, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                self._unwritten.setdefault(storage_key(value), []).append((record, index))
         return out
 
 
 def observe(
-    forward: Forward, call: BlockCall, values: Mapping[PinKey, Values] | None = None, *, last: int | None = None
+    forward: Forward,
+    call: BlockCall,
+    values: Mapping[PinKey, Values] | None = None,
+    *,
+    last: int | None = None,
+    unwritten: frozenset[PinKey] = frozenset(),
 ) -> Observation:
     """Run ``forward`` on ``call`` (detached), replacing the calls in ``values``, and record everything.
 
+    It fails where it writes to one of those values that are to stay ``unwritten``.
+
     Under autocast the cast of a parameter is seen in every run: what is made from parameters is told by it.
     """
-    mode = ObservingMode(values or {})
+    mode = ObservingMode(values or {}, unwritten)
     observation = Observation()
     saves: list[tuple[torch.Tensor, int, int]] = []
     device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")

@@ -11,7 +11,7 @@ agree; otherwise the block is not sliceable, and the reason names the operator.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile
 
@@ -20,7 +20,7 @@ import torch
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.failures import first_line, pass_on
 from memo_runtime.blocks.operators import base_name, pin_kind
-from memo_runtime.blocks.pins import PinKey, Value, Values
+from memo_runtime.blocks.pins import PinKey, Value, Values, pin_values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.profiling.alone import Verdict, judge
@@ -39,11 +39,19 @@ _HEADS = 1
 _UNFILLED = ("empty", "new_empty", "zeros", "new_zeros", "ones", "new_ones", "full", "new_full")
 
 
+#: Of these, those whose result holds anything at all.
+_RANDOM_MEMORY = ("empty", "new_empty")
+
+
 @dataclass(slots=True)
 class Slicing:
-    """What a rerun on a slice needs, or why there is none; ``verdicts`` are of the operators that were asked alone."""
+    """What a rerun on a slice needs, or why there is none; ``verdicts`` are of the operators that were asked alone.
+
+    ``final``: pins that hold what the forward has made of a result by writing to views of it, which are pinned as well.
+    """
 
     pins: dict[PinKey, PinKind] = field(default_factory=dict)
+    final: frozenset[PinKey] = frozenset()
     axes: dict[tuple[PinKey, int], TokenAxis | None] = field(default_factory=dict)
     squares: dict[tuple[PinKey, int], tuple[int, ...]] = field(default_factory=dict)
     saved: list[Match] = field(default_factory=list)
@@ -58,6 +66,10 @@ class Slicing:
         """
         return any(kind == PinKind.MIXER and not self._is_beside(key) for key, kind in self.pins.items())
 
+    def values_of(self, record: OperatorRecord) -> dict[int, Value]:
+        """What the pin of ``record`` holds."""
+        return pin_values(record.key[0], record.outputs) if record.key in self.final else record.pin_values()
+
     def _is_beside(self, key: PinKey) -> bool:
         axis = self.axes.get((key, 0))
         return _ATTENTION in key[0] and axis is not None and axis.dim < _HEADS
@@ -70,10 +82,10 @@ def named_pins(observation: Observation) -> dict[PinKey, PinKind]:
     return {key: kind for key, kind in found.items() if kind is not None}
 
 
-def full_values(observation: Observation, pins: Mapping[PinKey, PinKind]) -> dict[PinKey, dict[int, Value]]:
+def full_values(observation: Observation, slicing: Slicing) -> dict[PinKey, dict[int, Value]]:
     """The pins' values as the forward gave them, for a rerun at full length."""
     records = observation.by_key()
-    return {key: records[key].pin_values() for key in pins if key in records}
+    return {key: slicing.values_of(records[key]) for key in slicing.pins if key in records}
 
 
 def _axes_of(
@@ -105,7 +117,7 @@ def _find_axes(
     records = whole.by_key()
     for key in slicing.pins:
         known = shapes.get(key, ())
-        for index, value in records[key].pin_values().items():
+        for index, value in slicing.values_of(records[key]).items():
             shape = known[index] if index < len(known) else None
             slicing.axes[key, index], slicing.squares[key, index] = _axes_of(value, shape, lengths)
 
@@ -116,7 +128,7 @@ def tail_values(whole: Observation, slicing: Slicing, lengths: Lengths) -> dict[
     records = whole.by_key()
     for key in slicing.pins:
         parts: dict[int, Value] = {}
-        for index, value in records[key].pin_values().items():
+        for index, value in slicing.values_of(records[key]).items():
             if isinstance(value, torch.Tensor):
                 value = tail(
                     value, slicing.axes.get((key, index)), slicing.squares.get((key, index), ()),
@@ -172,17 +184,20 @@ def _find_faults(
     records = whole.by_key()
     counts, part_counts = whole.counts(), part.counts()
     disagree: set[int] = set()
+    spoiled: set[int] = set()  # storages into which something was written that does not agree
     faults: dict[PinKey, PinKind] = {}
     for record in part.operators:
         reference = records.get(record.key)
         if record.replaced:
             continue
-        known = any(id(tensor) in disagree for tensor in record.inputs)
+        known = any(id(tensor) in disagree for tensor in record.inputs) or not spoiled.isdisjoint(record.input_storages)
         if reference is not None and _agrees(reference, record, lengths):
             if _alone(reference, record, lengths, verdicts) == Verdict.TOKEN_WISE:
                 continue
             known = False  # by itself, whatever its inputs
         disagree.update(id(value) for value in record.outputs if isinstance(value, torch.Tensor))
+        if record.mutable:
+            spoiled.update(storage_key(value) for value in record.outputs if isinstance(value, torch.Tensor))
         if known:
             continue
         if reference is not None and _leads_to_scores(reference, record, part):
@@ -194,6 +209,42 @@ def _find_faults(
             return {}, f"{name} depends on data or on the order of tokens"
         faults[record.key] = PinKind.MIXER if record.inputs else PinKind.POSITION
     return faults, ""
+
+
+def _written_views(
+    whole: Observation, faults: Mapping[PinKey, PinKind], known: frozenset[PinKey]
+) -> tuple[frozenset[PinKey], str]:
+    """What is to be pinned as it is in the end since ``faults`` has views of it that are written to (``h[:, 0] = 0``).
+
+    Replaced, a view is other memory, and what is written to it misses what it was a view of. So that has to be pinned
+    too, with what was written, and nothing else may write to it. Or why that cannot be.
+    """
+    records, final = whole.by_key(), set(known)
+    for key in faults:
+        view = records[key]
+        if not (view.is_view and view.then):
+            continue
+        shown = {storage_key(value) for value in view.outputs if isinstance(value, torch.Tensor)}
+        maker = next((one for one in whole.operators if not one.mutable and not one.is_view
+                      and any(isinstance(v, torch.Tensor) and storage_key(v) in shown for v in one.outputs)), None)
+        if maker is not None and base_name(maker.key[0]).startswith(_UNFILLED):
+            return known, f"{maker.key[0]} is filled by a kernel or in-place operator that mixes tokens"
+        tensors = [value for value in maker.outputs if isinstance(value, torch.Tensor)] if maker is not None else []
+        if maker is None or not all(any(same_view(saved, value) for saved in whole.saved) for value in tensors):
+            return known, f"{key[0]} is a view of some of its tokens, and what it shows is written to afterwards"
+        final.add(maker.key)
+    return frozenset(final), ""
+
+
+def same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Both are the same elements of the same memory."""
+    return (
+        storage_key(a) == storage_key(b)
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+        and a.dtype == b.dtype
+    )
 
 
 def _leads_to_scores(reference: OperatorRecord, record: OperatorRecord, part: Observation) -> bool:
@@ -228,11 +279,13 @@ def _agrees(reference: OperatorRecord, record: OperatorRecord, lengths: Lengths)
         return True  # saved whole: what it holds on a slice does not matter
     if inputs > outputs and not record.mutable:
         return False
+    if base_name(record.key[0]).startswith(_RANDOM_MEMORY) and reference.then and record.then:
+        return True  # nobody has read it before an operator wrote there, which is judged by itself
     return all(
         not isinstance(value, torch.Tensor)
         or value.numel() == 0
         or (isinstance(other, torch.Tensor) and match(other, value, lengths).equal)
-        for other, value in zip(reference.outputs, record.outputs, strict=False)
+        for other, value in zip(reference.as_returned(), record.as_returned(), strict=False)
     )
 
 
@@ -262,6 +315,9 @@ def find_slicing(
             return slicing
         faults, slicing.reason = _find_faults(whole, part, lengths, slicing.verdicts)
         faults = {key: kind for key, kind in faults.items() if key not in slicing.pins}
+        if not slicing.reason:
+            slicing.final, slicing.reason = _written_views(whole, faults, slicing.final)
+            faults |= dict.fromkeys(slicing.final - slicing.pins.keys(), PinKind.MIXER)
         if slicing.reason:
             return slicing
         if not faults:
@@ -300,7 +356,7 @@ def slice_alike(
     slicing = replace(known, saved=[], verdicts=verdicts)
     values = tail_values(whole, slicing, lengths)
     tail_call = call.cut(arguments, lengths.start, lengths.whole)
-    part = observe(forward, tail_call, values, last=len(whole.saved) - 1)
+    part = observe(forward, tail_call, values, last=len(whole.saved) - 1, unwritten=slicing.final)
     faults, reason = _find_faults(whole, part, lengths, slicing.verdicts)
     if reason or faults.keys() - slicing.pins.keys():
         return None
@@ -308,7 +364,17 @@ def slice_alike(
     return None if slicing.reason else slicing
 
 
+def written_unseen(whole: Observation, pins: Iterable[PinKey]) -> str:
+    """Why one of ``pins`` is not what its operator gave, and cannot be had either; "": all are."""
+    records = whole.by_key()
+    names = (key[0] for key in pins if records[key].is_written_unseen())
+    return next((f"the result of {name} is written to by what PyTorch does not show" for name in names), "")
+
+
 def _check_saved(slicing: Slicing, whole: Observation, part: Observation, lengths: Lengths) -> Slicing:
+    slicing.reason = written_unseen(whole, slicing.pins)
+    if slicing.reason:
+        return slicing
     if len(whole.saved) != len(part.saved):
         slicing.reason = (
             f"it saves {len(whole.saved)} tensors on the whole sequence and {len(part.saved)} on a slice: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -84,7 +84,7 @@ class _Timer:
     profile: BlockProfile
     start: Start
     device: torch.device
-    captured: dict[int, Mapping[PinKey, Values]] = field(default_factory=dict)
+    captured: dict[int, tuple[Mapping[PinKey, Values], Collection[PinKey]]] = field(default_factory=dict)
     beside: Beside | None = None
 
     def crop(self, tokens: int) -> BlockCall:
@@ -201,13 +201,14 @@ class _Timer:
             ) from error
 
     def _again(self, call: BlockCall, tokens: int) -> Callable[[], None]:
-        captured = self._captured(call, tokens)
+        captured, written = self._captured(call, tokens)
         last = len(self.profile.saved) - 1 if self.profile.saved and stops_early(self.block) else None
         on_walk = _nothing if self.profile.inner_autograd else None
         values = {} if self.profile.inner_autograd else captured
 
         def again() -> None:
-            run_again(self.forward, call, lambda *_: None, mode=ReplayMode(values), last=last, on_walk=on_walk)
+            mode = ReplayMode(values, written=written)
+            run_again(self.forward, call, lambda *_: None, mode=mode, last=last, on_walk=on_walk)
 
         return again
 
@@ -241,8 +242,8 @@ class _Timer:
             logger.info("memo: '%s' is timed with its attention, at shorter lengths: %s", self.profile.name, error)
             return {}
 
-    def _captured(self, call: BlockCall, tokens: int) -> Mapping[PinKey, Values]:
-        """What pins hold at this length, from one run for all samples."""
+    def _captured(self, call: BlockCall, tokens: int) -> tuple[Mapping[PinKey, Values], Collection[PinKey]]:
+        """What pins hold at this length, and which are written to, from one run for all samples."""
         if tokens not in self.captured:
             args, kwargs = call.arguments()
             wanted = {(pin.op, pin.call) for pin in self.profile.pins}
@@ -251,7 +252,7 @@ class _Timer:
             # With grad: forwards may ask tensors for hooks, or autograd for gradients.
             with torch.enable_grad(), capture:
                 self.forward(*args, **kwargs)
-            self.captured = {tokens: capture.captured}
+            self.captured = {tokens: (capture.captured, capture.written)}
         return self.captured[tokens]
 
 

@@ -9,7 +9,7 @@ from memo_runtime.profiling.bundles import bundles, bundles_at, count_bundles
 from memo_runtime.profiling.compare import close
 from memo_runtime.profiling.growth import fit_counts
 from memo_runtime.profiling.observe import Observation, observe
-from memo_runtime.profiling.slicing import full_values, named_pins
+from memo_runtime.profiling.slicing import Slicing, full_values, named_pins, written_unseen
 from memo_runtime.profiling.trial import (
     Subject,
     Trial,
@@ -27,10 +27,11 @@ SAVES_ELSE = "run again at full length with its mixers replaced, it saves someth
 def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile | None = None) -> BlockProfile:
     """The profile of a block that no slice serves, for ``reason``; ``like``: that of a block that may be like it."""
     pins = named_pins(trial.whole)
-    values = full_values(trial.whole, pins)
+    values = full_values(trial.whole, Slicing(pins=pins))
     again = observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
     early = bool(trial.whole.saved_early)
-    replayable = not (trial.whole.walked or early) and same_saves(again, trial.whole)
+    replayable = not (trial.whole.walked or early or written_unseen(trial.whole, pins))
+    replayable = replayable and same_saves(again, trial.whole)
     rerunnable = not early and (replayable or _rerunnable(subject, trial))
     if early:
         reason += ", where a rerun would take it as it is before: nothing of it is run again"

@@ -123,13 +123,13 @@ FAMILIES: dict[str, Family] = {
         transformers.MixtralForCausalLM,
         transformers.MixtralConfig,
         _EXPERTS | {"num_local_experts": 4},
-        fallback="mixes tokens",
+        fallback="depends on data",
     ),
     "qwen3-moe": Family(
         transformers.Qwen3MoeForCausalLM,
         transformers.Qwen3MoeConfig,
         _EXPERTS | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, "output_router_logits": True},
-        fallback="mixes tokens",
+        fallback="depends on data",
     ),
     "bert": Family(
         transformers.BertForMaskedLM,

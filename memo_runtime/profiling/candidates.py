@@ -58,7 +58,10 @@ def argument_axes(call: BlockCall, input_leaf: int, token_dim: int) -> Iterator[
             continue
         same_rank = tensor.dim() == hidden.dim() and tensor.dim() < 4
         leaves.append(leaf)
-        choices.append(_by_kind(tensor, _options(tensor, tokens, token_dim, same_rank)))
+        options = _options(tensor, tokens, token_dim, same_rank)
+        if options == [(tensor.dim() - 1,)] and hidden.shape[-1] == tokens:
+            options.append(())  # features, of as many as there are tokens: what a block is conditioned on
+        choices.append(_by_kind(tensor, options))
     for combination in itertools.islice(itertools.product(*choices), _MAX_COMBINATIONS):
         axes = [ArgumentAxes(leaf=input_leaf, dims=(token_dim,))]
         axes += [ArgumentAxes(leaf=leaf, dims=dims) for leaf, dims in zip(leaves, combination, strict=True) if dims]

@@ -40,6 +40,13 @@ class ByPosition(Block):
         return x + torch.tanh(self.linear(x + weight).square())
 
 
+class Conditioned(Block):
+    """Scaled by what it is given for each sequence."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x) * weight[:, None])
+
+
 class Tower(nn.Module):
     def __init__(self, weight: str, make: type[nn.Module] = Block) -> None:
         super().__init__()
@@ -52,6 +59,8 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * 0.5 if self.kind == "made from a parameter" else self.weight
+        if self.kind == "for each sequence":
+            weight = torch.tanh(weight[: len(x)])
         for layer in self.layers:
             x = layer(x, weight)
         return x.square().sum()
@@ -83,4 +92,10 @@ def test_an_argument_of_as_many_rows_as_the_first_batch_has_tokens_costs_no_step
 def test_a_parameter_with_a_row_for_every_token_is_cut():
     torch.manual_seed(0)
     model = _assert_exact(Tower("parameter", ByPosition).double(), (WIDTH, WIDTH))
+    assert all(block.recomputed_flops > 0 and not block.reason for block in memo.report(model).blocks)
+
+
+def test_what_a_block_is_conditioned_on_has_no_tokens_where_there_are_as_many_as_features():
+    torch.manual_seed(0)
+    model = _assert_exact(Tower("for each sequence", Conditioned).double(), (WIDTH, WIDTH))
     assert all(block.recomputed_flops > 0 and not block.reason for block in memo.report(model).blocks)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from memo_runtime.blocks.ambient import BufferState, RandomState
 from memo_runtime.blocks.aside import Aside, is_aside
@@ -207,6 +208,18 @@ class FirstWrites(OutsideCompiled):
     def __init__(self, start: Start) -> None:
         super().__init__()
         self._start = start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without it, unless a mode was entered inside: what is timed must not go through Python for each operator."""
+        if _get_current_dispatch_mode() is not self:
+            yield
+            return
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

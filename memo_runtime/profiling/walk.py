@@ -59,6 +59,7 @@ class Walk(ABC):
     _outputs: dict[object, bool] = field(default_factory=dict)
     _start: Start = field(init=False)
     _around: Outside = field(init=False)
+    _writes: FirstWrites = field(init=False)
 
     @abstractmethod
     def look(self, block: NamedBlock, forward: Forward, call: BlockCall) -> BlockProfile:
@@ -79,10 +80,11 @@ class Walk(ABC):
         self._around = self._start.outside(model)
         with self._start.kept(), torch.enable_grad():
             # Between blocks the model's own code may write to parameters (a momentum encoder).
-            with contextlib.suppress(_AllSeen), self._around, FirstWrites(self._start):
+            self._writes = FirstWrites(self._start)
+            with contextlib.suppress(_AllSeen), self._around, self._writes:
                 run(self)
             self.finish()
-        del self._start, self._around
+        del self._start, self._around, self._writes
 
     @abstractmethod
     def finish(self) -> None:
@@ -93,7 +95,7 @@ class Walk(ABC):
         first: Callable[[], None] | None = None,
     ) -> Any:  # fmt: skip
         """Look at block ``name`` and give a result of the right shape; ``first``: what else looks at the call."""
-        with self._around.paused():
+        with self._around.paused(), self._writes.paused():
             if first is not None:
                 first()
             block = self.blocks[name]
@@ -121,7 +123,7 @@ class Walk(ABC):
         # its graph (of a block that could not be profiled that is not known).
         walks = profile.inner_autograd or not profile.tokens
         hooks = contextlib.nullcontext() if walks else saved_tensors_hooks(lambda _: None, _never)
-        with torch.enable_grad(), hooks, self._start.outside(block.module):
+        with torch.enable_grad(), hooks, FirstWrites(self._start), self._start.outside(block.module):
             output = forward(*args, **kwargs)
         self._outputs[key] = not cut_graphs(before, roots) and (
             isinstance(hidden, torch.Tensor) and is_like(output, hidden)

@@ -19,6 +19,7 @@ from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.errors import ArgumentError
 from memo_runtime.execution.guard import refuse_other_optimisers
 from memo_runtime.machines.machine import Machine
+from memo_runtime.offline.batches import batch_bytes
 from memo_runtime.offline.calls import Calls, block_calls
 from memo_runtime.offline.kinds import Kind, check_attention_is_fused, find_kinds
 from memo_runtime.offline.loops import note_on_launches
@@ -265,7 +266,8 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     behind = (*blocks[:-1], replace(blocks[-1], tokens=local))
     gathered_gradients = made.root_bytes if gpus > 1 else 0
     end = end_of(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss, held=gathered_gradients)
-    batch = 2 * 8 * rows
+    calls = [study.calls.of[name] for name in dict.fromkeys((blocks[0].name, blocks[-1].name))]
+    batch = batch_bytes(subject.batch, set(study._seen().values()), calls, width=hidden.shape[-1])
     return Profile(
         fingerprint=made.fingerprint,
         device_type="cuda",
@@ -282,7 +284,7 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         shared=_shared(blocks, call, seen),
         # The batch, and the embedding's result, which is the first block's input and is held by the stack's caller:
         # of a model that is known, until its forward is over.
-        outside_forward=Growth(linear=hidden_bytes / local + batch),
+        outside_forward=replace(batch, linear=hidden_bytes / local + batch.linear),
         entry=Growth(linear=hidden_bytes / local) if subject.tiled_loss else Growth(),
         **end,
         result=result_bytes(model, behind, rows, hidden_bytes / local, tiled_loss=subject.tiled_loss),

@@ -88,9 +88,9 @@ def test_what_is_off_and_what_is_too_far():
 
 
 def rehearsed():
-    """(file, run, contender) -> longest, of every committed rehearsed run of whole steps that was ended by memory."""
+    """(file, run, contender) -> longest, of every committed rehearsed run that was ended by memory."""
     files = [path for path in sorted(RESULTS.glob("*.jsonl")) if '"schema"' in path.read_text(encoding="utf-8")[:20]]
-    runs = [one for one in find_comparisons(files) if one.rehearsed and one.first["scope"] == "step"]
+    runs = [one for one in find_comparisons(files) if one.rehearsed]
     runs = [one for one in runs if any(row["status"] == "oom" for row in one.rows)]
     found = chain.from_iterable(
         (((one.source.rpartition("/")[2], one.first["run"], name), longest_of(one, name)) for name in one.contenders)

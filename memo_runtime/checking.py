@@ -59,6 +59,7 @@ _WOULD_WORK = (
     "model), and weights at which the loss is finite"
 )
 _NO_NUMBER = "the loss of the unwrapped model is {loss:g}, " + _WOULD_WORK
+_NO_NUMBERS = "the gradient of '{name}' in the unwrapped model has elements that are not finite, " + _WOULD_WORK
 _NO_GRADIENT = "all gradients of the unwrapped model are zero, " + _WOULD_WORK
 
 Gradients = dict[str, torch.Tensor]
@@ -228,9 +229,13 @@ def _norm(gradients: Mapping[str, torch.Tensor]) -> float:
     return float(sum(torch.linalg.vector_norm(g.double()).item() ** 2 for g in gradients.values()) ** 0.5)
 
 
-def _is_near(found: float, wanted: float, part: float) -> bool:
-    """Losses differ by at most ``part`` of themselves, or of one where they are smaller: a mean of signs cancels."""
-    return abs(found - wanted) <= part * max(abs(wanted), 1.0)
+def _size_of(loss: float, model: nn.Module, gradients: Gradients) -> float:
+    """What a difference of losses is a part of: ``loss``, and of one that cancels (a mean of signs) what goes into it.
+
+    To first order that is at most the product of the norms of parameters and gradients, and 1 at most is taken of it.
+    """
+    parameters = _norm({name: one.detach() for name, one in model.named_parameters() if name in gradients})
+    return max(abs(loss), min(1.0, parameters * _norm(gradients)))
 
 
 def _errors(found: Gradients, reference: Gradients) -> tuple[float, dict[str, float]]:
@@ -323,7 +328,11 @@ def _compared(own: nn.Module, batch: Batch, refs: Sequence[BlockRef], settings: 
     loss, plain_gradients = _run_plain(plain, batch, start)
     if not math.isfinite(loss):
         raise ProfileError(_NO_NUMBER.format(loss=loss))
-    if not _norm(plain_gradients):
+    length = _norm(plain_gradients)
+    if not math.isfinite(length):
+        wrong = next(name for name, one in plain_gradients.items() if not one.isfinite().all())
+        raise ProfileError(_NO_NUMBERS.format(name=wrong))
+    if not length:
         raise ProfileError(_NO_GRADIENT)
     copied = [replace(ref, module=managed.get_submodule(ref.name)) for ref in refs]
     wrapped = make_wrapped(managed, copied, settings, loss=Loss.AUTO)
@@ -347,7 +356,8 @@ def _compared(own: nn.Module, batch: Batch, refs: Sequence[BlockRef], settings: 
             if narrowest != dtype:
                 bound, remarks = BOUNDS.get(narrowest), (_NARROWER.format(dtype=str(narrowest).removeprefix("torch.")),)
         if bound is not None:
-            ok = overall <= bound and _is_near(managed_loss, loss, bound)
+            size = _size_of(loss, plain, plain_gradients)
+            ok = overall <= bound and abs(managed_loss - loss) <= bound * size
         else:
             overall, ok = _half_precision(plain, managed, batch, start)
             bound = _OVERALL_RATIO
@@ -395,8 +405,8 @@ def _half_precision(plain: nn.Module, managed: nn.Module, batch: Batch, start: _
         loss, gradients = _run(managed, batch, start)
         managed_error, managed_single = _errors(gradients, exact)
         # As far from the exact loss as the unwrapped one, and a rounding of the result.
-        far = abs(plain_loss - exact_loss) / max(abs(exact_loss), 1.0)
-        near.append(_is_near(loss, exact_loss, _SINGLE_RATIO * far + rounding))
+        size = _size_of(exact_loss, reference, exact)
+        near.append(abs(loss - exact_loss) <= _SINGLE_RATIO * abs(plain_loss - exact_loss) + rounding * size)
         overall.append(managed_error / max(error, 1e-300))
         singles.append({name: managed_single[name] / max(single[name], 1e-300) for name in single if single[name] > 0})
     ratio = statistics.median(overall)

@@ -119,36 +119,42 @@ class AttentionState:
 
 @dataclass(frozen=True, slots=True)
 class BufferState:
-    """Values of buffers and other tensors that a block holds and writes to (running statistics, power iterations)."""
+    """Values of buffers and other tensors that a block holds and writes to (running statistics, power iterations).
 
-    values: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    Attributes:
+        values: tensors, each as it lay in memory, and with what was in it.
+    """
+
+    values: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
 
     @classmethod
     def current(cls, tensors: Iterable[torch.Tensor]) -> BufferState:
         """The values at this point; as in ``set``, a block may be running and is not to be charged with the copies."""
         with Aside():
-            return cls(tuple((tensor, shrink(tensor.detach()).clone()) for tensor in tensors))
+            lying = [(tensor, tensor.detach()) for tensor in tensors]
+            return cls(tuple((tensor, lies, shrink(lies).clone()) for tensor, lies in lying))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What is restored."""
-        return [tensor for tensor, _ in self.values]
+        return [tensor for tensor, _, _ in self.values]
 
     def set(self) -> None:
         """Make them the current values; no dispatch mode sees that."""
         with torch.no_grad(), Aside():
-            for buffer, value in self.values:
-                # Expanded dimensions cannot be written to: one element stands for all.
-                memory = shrink(buffer.detach())
-                if memory.shape == value.shape:
-                    # Every value set here is undone after the rerun: to autograd the buffer was not written to.
-                    with _unsafe_preserve_version_counter(buffer):
-                        memory.copy_(value)
+            for buffer, lies, value in self.values:
+                # Resized, or of another size by an assignment to .data.
+                if buffer.shape != lies.shape:
+                    buffer.data = lies
+                # Every value set here is undone after the rerun: to autograd the buffer was not written to. Expanded
+                # dimensions cannot be written to: one element stands for all.
+                with _unsafe_preserve_version_counter(buffer):
+                    shrink(buffer.detach()).copy_(value)
 
     def changed(self) -> bool:
         """The buffers have other values now."""
         with Aside():
-            return any(not torch.equal(shrink(buffer), value) for buffer, value in self.values)
+            return any(not torch.equal(shrink(buffer), value) for buffer, _, value in self.values)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -155,7 +155,7 @@ class _Mark:
 
     @classmethod
     def of(cls, label: str, tensor: torch.Tensor) -> _Mark:
-        exchanged = hasattr(tensor, "ds_id") or not tensor.numel()
+        exchanged = hasattr(tensor, "ds_id") or (isinstance(tensor, nn.Parameter) and not tensor.numel())
         return cls(label, tensor, tensor._version, storage_key(tensor), tensor.shape, tensor.requires_grad, exchanged)
 
     def again(self) -> _Mark:
@@ -166,8 +166,12 @@ class _Mark:
         )
 
     def moved(self) -> bool:
-        """Somebody has put other elements under the tensor."""
-        return not self.exchanged and self.tensor.shape == self.shape and storage_key(self.tensor) != self.storage
+        """Somebody has put other elements under the tensor, or given it another size."""
+        if self.exchanged:
+            return False
+        if self.tensor.shape != self.shape:  # engines gather parameters
+            return not isinstance(self.tensor, nn.Parameter)
+        return storage_key(self.tensor) != self.storage
 
     def check(self, block: str) -> None:
         """Raise where the tensor is not what it was."""

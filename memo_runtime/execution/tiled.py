@@ -30,7 +30,7 @@ from memo_runtime.errors import CaptureRefusedError
 from memo_runtime.execution.compilers import run_eagerly
 from memo_runtime.execution.ranges import named
 from memo_runtime.execution.tiled_cache import ProgramCache
-from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage
+from memo_runtime.execution.tiled_chain import Input, Yielded, hand_over, linked, result_stage, stored_of
 from memo_runtime.execution.tiled_check import check
 from memo_runtime.execution.tiled_costs import tensor_bytes
 from memo_runtime.execution.tiled_moments import one_of_each
@@ -317,7 +317,7 @@ def _values(ctx: Any) -> dict[fx.Node, Any]:
         if ctx.entry is not None:
             ctx.entry.started()
         made = ctx.input.made()
-    stored: list[Any] = list(ctx.saved_tensors[:-1])
+    stored = stored_of(ctx)[:-1]
     if ctx.entry is not None:
         for place, tensor in ctx.entry.take().items():
             stored[place] = tensor

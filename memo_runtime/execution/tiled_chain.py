@@ -18,6 +18,7 @@ change in place gives it another origin or version. What it is made again is com
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 
 from memo_runtime.capture.captured import Captured
 from memo_runtime.capture.split import Segment
-from memo_runtime.errors import ReplayMismatchError
+from memo_runtime.errors import ReplayMismatchError, StateChangedError
 from memo_runtime.execution.ledger import Share
 from memo_runtime.execution.witness import Witness
 from memo_runtime.records import TokenAxis
@@ -161,12 +162,31 @@ class Input:
             self.node = None
 
 
+def stored_of(node: Any) -> list[Any]:
+    """What the call ``node`` stashed on the device.
+
+    Raises:
+        StateChangedError: some of it was written to since, a parameter that autograd alone would not read for one.
+    """
+    try:
+        return list(node.saved_tensors)
+    except RuntimeError as error:
+        found = re.search(r"modified by an inplace operation: \[\S* (\[.*?\])\]", str(error))
+        if found is None:
+            raise
+        raise StateChangedError(
+            f"'{node.run.owner}' is computed again by tiles for its backward, and a tensor of shape {found[1]} that it "
+            "reads (a parameter, buffer or argument) has been modified by an inplace operation since its forward. Do "
+            "so after backward; policy='swap' computes nothing again"
+        ) from error
+
+
 def values_of(node: Any) -> dict[Any, Any]:
     """Arguments and stash of the call ``node``, on the device. Its input is made again where that is not stashed.
 
     Nothing that they hold is held by anything else but ``node``, its entry and its input.
     """
-    stored: list[Any] = list(node.saved_tensors)
+    stored = stored_of(node)
     if node.entry is not None:
         for place, tensor in node.entry.landed().items():
             stored[place] = tensor

@@ -21,7 +21,7 @@ from torch.utils import _pytree
 from memo_runtime.blocks.ambient import AutocastState
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.blocks.containers import leaves_of
-from memo_runtime.blocks.operators import is_mutable, pin_kind
+from memo_runtime.blocks.operators import is_mutable, pin_kind, written_by
 from memo_runtime.blocks.pins import PinKey, ReplayMode, Value, Values, outputs_of, pin_values, written_storages
 from memo_runtime.blocks.region import copied_as_it_is
 from memo_runtime.blocks.rerun import Forward, is_sparse, parameter_storages, run_again, storage_key
@@ -97,7 +97,7 @@ class Observation:
     flops: int = 0
     flops_to_last_save: int = 0  # where a rerun may end
     walked: bool = False  # the forward went backward itself
-    saved_early: str = ""  # an operator that wrote to a tensor after autograd had saved it, its noise for one
+    never_again: str = ""  # what it does that no rerun would repeat
     returned: str = ""  # what it returned, if that shows no tensor or is run later (a generator)
 
     def walk(self) -> None:
@@ -161,6 +161,8 @@ class ObservingMode(ReplayMode):
         # By copies: whatever this run writes to, the values of the first one stay.
         super().__init__(values, written=values.keys() - unwritten)
         self.operators: list[OperatorRecord] = []
+        #: Words for an operator whose gradient PyTorch loses under this mode; "": none.
+        self.loses = ""
         #: Results that have the values that they were given, by storage.
         self._unwritten: dict[int, list[tuple[OperatorRecord, int]]] = {}
 
@@ -171,6 +173,8 @@ class ObservingMode(ReplayMode):
         if not self.replaces(key):
             check_bounds(func, args, kwargs)
         mutable = is_mutable(func)
+        if mutable and not self.loses:
+            self.loses = _loses(func, key[0], args, kwargs)
         for storage in written_storages(func, args, kwargs) if mutable else ():
             for record, index in self._unwritten.pop(storage, ()):
                 record.preserve(index)
@@ -233,7 +237,7 @@ def observe(
             watched, call, see, mode=mode, last=last, on_walk=observation.walk,
         )  # fmt: skip
     observation.operators = mode.operators
-    observation.saved_early = _saved_early(saves, mode.operators)
+    observation.never_again = _saved_early(saves, mode.operators) or mode.loses
     observation.flops = mode.flops
     return observation
 
@@ -268,7 +272,7 @@ def _go_on() -> None:
 
 
 def _saved_early(saves: Sequence[tuple[torch.Tensor, int, int]], operators: Sequence[OperatorRecord]) -> str:
-    """The first operator that wrote to a tensor behind autograd's back after it was saved; "": none did.
+    """Words for the first operator that wrote to a tensor behind autograd's back after it was saved; "": none did.
 
     ``saves``: every saved tensor with its version then, and how many operators had run. A write that autograd counts
     is the block's own doing, and an error of its backward.
@@ -278,5 +282,14 @@ def _saved_early(saves: Sequence[tuple[torch.Tensor, int, int]], operators: Sequ
         for number, record in writers:
             written = {storage_key(value) for value in record.outputs if isinstance(value, torch.Tensor)}
             if number >= count and tensor._version == version and storage_key(tensor) in written:
-                return record.key[0]
+                late = "writes to a tensor after autograd has saved it, where a rerun would take it as it is before"
+                return f"{record.key[0]} {late}"
     return ""
+
+
+def _loses(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Words for an operator that writes to views in a list; "": it does not."""
+    lists = (written for written in written_by(func, args, kwargs) if isinstance(written, (list, tuple)))
+    if not any(isinstance(one, torch.Tensor) and one._is_view() for written in lists for one in written):
+        return ""
+    return f"{name} writes to views, and PyTorch loses its gradient under a dispatch mode, such as a rerun's"

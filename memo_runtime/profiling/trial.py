@@ -96,11 +96,10 @@ def run_trial(
 ) -> Trial:
     """The block on a crop and on a slice of that. ``unsliced``: why no slice is tried; "": one is."""
     trial = run_whole(subject, token_dim, arguments)
-    early = trial.whole.saved_early
     if trial.whole.walked or unsliced:
         trial.slicing = Slicing(reason=unsliced or _INNER_AUTOGRAD)
-    elif early:
-        trial.slicing = Slicing(reason=f"{early} writes to a tensor after autograd has saved it")
+    elif trial.whole.never_again:
+        trial.slicing = Slicing(reason=trial.whole.never_again)
     else:
         trial.slicing = find_slicing(subject.forward, trial.call, trial.whole, arguments, trial.lengths)
     return trial

@@ -29,15 +29,15 @@ def unsliced(subject: Subject, trial: Trial, reason: str, *, like: BlockProfile 
     pins = named_pins(trial.whole)
     values = full_values(trial.whole, Slicing(pins=pins))
     again = observe(subject.forward, trial.call, values, last=last_save(subject, trial.whole))
-    early = bool(trial.whole.saved_early)
-    replayable = not (trial.whole.walked or early or written_unseen(trial.whole, pins))
+    never = bool(trial.whole.never_again)
+    replayable = not (trial.whole.walked or never or written_unseen(trial.whole, pins))
     replayable = replayable and same_saves(again, trial.whole)
-    rerunnable = not early and (replayable or _rerunnable(subject, trial))
-    if early:
-        reason += ", where a rerun would take it as it is before: nothing of it is run again"
+    rerunnable = not never and (replayable or _rerunnable(subject, trial))
+    if never:
+        reason += ": nothing of it is run again"
     elif not replayable and not trial.whole.walked and reason != SAVES_ELSE:
         reason += f"; {SAVES_ELSE}"
-    if not rerunnable and not early:
+    if not rerunnable and not never:
         reason += "; nothing of it is run again, since a second run as a whole is not the first"
     sizes = like if like is not None and _alike(subject, trial, like) else _measured(subject, trial)
     return replace(

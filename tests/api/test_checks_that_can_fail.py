@@ -146,3 +146,25 @@ def test_a_step_in_which_nothing_counts_is_not_compared(scale, words):
 
     with pytest.raises(ProfileError, match=f"{words}.*labels that count"):
         memo.check(Scaled().double(), torch.randn(1, 64, 16, dtype=torch.float64))
+
+
+def test_a_gradient_that_is_no_number_is_named():
+    class Rooted(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.sqrt(0 * next(self.parameters()).sum())
+
+    with pytest.raises(ProfileError, match=r"gradient of 'layers.0.*' in the unwrapped model .* not finite.*finite"):
+        memo.check(Rooted().double(), torch.randn(1, 64, 16, dtype=torch.float64))
+
+
+def test_a_small_loss_that_differs_is_not_exact():
+    class Small(Penalised):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e-9 * super().forward(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 16)
+    assert memo.check(Small(0.0), x).ok
+    found = memo.check(Small(1000.0), x)
+    assert found.gradient_error < 1e-6
+    assert not found.ok

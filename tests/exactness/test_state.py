@@ -331,6 +331,18 @@ def test_a_parameter_that_was_written_to_is_an_error_that_names_it(policy, alpha
             loss.backward()
 
 
+def test_a_parameter_that_was_written_to_is_an_error_by_tiles_too():
+    """Of a bias autograd alone would read nothing."""
+    _, model = pair(Mlp, "tiled", None)
+    for _ in range(2):
+        loss = model(sequence())
+        with torch.no_grad():
+            model.layers[2].up.bias.mul_(1.5)
+        with pytest.raises(StateChangedError, match=r"layers\.2'.* shape \[32\].*inplace operation.*policy='swap'"):
+            loss.backward()
+    assert {block.executor for block in memo.report(model).blocks} == {"tiled"}
+
+
 @pytest.mark.parametrize(("policy", "alpha"), RERUNS)
 def test_elements_that_were_exchanged_are_an_error_that_names_them(policy, alpha):
     _, model = pair(Mlp, policy, alpha)

@@ -293,3 +293,6 @@ def test_what_is_said_of_longest_blocks_is_made_of_rows():
     fits = reached.pop("memo-auto")[0]
     name, (_, beyond) = max(reached.items(), key=lambda one: one[1][0])
     assert f"is {fits / beyond:.2f} times the {beyond:,} tokens that did not fit {name}" in docs
+    ran, readme = real[auto], text_of("README.md")
+    assert f"reach {fits:,} tokens (a real step: {ran['step_seconds']:.1f} s, {100 * ran['mfu']:.1f} % MFU)" in readme
+    assert f"{fits / beyond:.2f} times what did not fit the next" in readme

@@ -94,6 +94,12 @@ def _splits(size: int, part_size: int, lengths: Lengths) -> Iterator[tuple[int, 
         yield outer, factor // outer
 
 
+def splits(whole: torch.Size, part: torch.Size, dim: int, lengths: Lengths) -> Iterator[TokenAxis]:
+    """Where tokens may be in dimension ``dim``, by its size with all of them and on the slice; the likeliest first."""
+    for outer, inner in _splits(whole[dim], part[dim], lengths):
+        yield TokenAxis(dim=dim, outer=outer, inner=inner)
+
+
 def match(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> Match:
     """Relate ``whole`` and ``part``; of several token axes the first with equal values is taken."""
     dims = growing_dims(whole.shape, part.shape)
@@ -105,13 +111,27 @@ def match(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> Match:
         return Match(dims, None, equal=_equal_corner(whole, part, dims, lengths))
     dim = dims[0]
     first: TokenAxis | None = None
-    for outer, inner in _splits(whole.shape[dim], part.shape[dim], lengths):
-        axis = TokenAxis(dim=dim, outer=outer, inner=inner)
+    for axis in splits(whole.shape, part.shape, dim, lengths):
         first = first or axis
         if close(part, take(whole, axis, lengths.whole, lengths.start, lengths.whole)):
             return Match(dims, axis, equal=True)
     padded = _padding(whole.shape[dim], part.shape[dim], lengths) if first is None else None
     return Match(dims, first, equal=False, comparable=first is not None, padded=padded)
+
+
+def tokens_hidden(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> bool:
+    """One dimension holds tokens and heads, or the like, and values are as equal one way as the other (zeros).
+
+    Sequences times tokens alone are in the order of the input.
+    """
+    dims = growing_dims(whole.shape, part.shape) or ()
+    if len(dims) != 1 or whole.shape[dims[0]] in (lengths.whole, lengths.batch * lengths.whole):
+        return False
+    if not whole.numel() or not whole.stride(dims[0]):
+        return False
+    axes = splits(whole.shape, part.shape, dims[0], lengths)
+    tails = (take(whole, axis, lengths.whole, lengths.start, lengths.whole) for axis in axes)
+    return sum(close(part, one) for one in tails) > 1
 
 
 def _padding(size: int, part_size: int, lengths: Lengths) -> int | None:

@@ -24,7 +24,7 @@ from memo_runtime.blocks.pins import PinKey, Value, Values, pin_values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.profiling.alone import Verdict, judge
-from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
+from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match, tokens_hidden
 from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
 from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
 
@@ -387,6 +387,9 @@ def _check_saved(slicing: Slicing, whole: Observation, part: Observation, length
         split = len(found.dims) <= 1
         if split and not found.equal and full.numel() and found.comparable:
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} differs on a slice of its tokens"
+            return slicing
+        if found.equal and tokens_hidden(full, cut, lengths):
+            slicing.reason = f"saved tensor {index} {tuple(full.shape)} does not show where its tokens are"
             return slicing
         if not found.comparable and found.padded is None:
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} has a size that depends on data"

@@ -42,13 +42,14 @@ class Verdict(Enum):
     UNKNOWN = "gives other bits on a slice, and does not run in a precision that would tell why"
 
 
-def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict:
+def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict | None:
     """Run the operator of ``whole`` on inputs and on their tails, which have the shapes of ``part``'s.
 
     PyTorch's own are asked on made-up numbers (profiling/made_up.py), since the first batch may hide what they do.
     Those of others may take numbers of some kind only, and are asked on their own first. What these were may have been
-    written to since: whether an operator is token-wise does not depend on values. One that cannot be asked, such as a
-    collective, is taken for token-wise, as its result agreed so far.
+    written to since: whether an operator is token-wise does not depend on values. One that is not asked, such as a
+    collective, is taken for token-wise, as its result agreed so far. None: nor can it be on inputs of these shapes, and
+    it may have others once more is pinned.
     """
     if not _can_be_asked(whole, part):
         return Verdict.TOKEN_WISE
@@ -58,9 +59,9 @@ def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verd
             verdict = _on_made_up(whole, part, lengths)
             if verdict is None and not _is_view(whole):
                 verdict = _on_its_own(whole, part, lengths)
-            return verdict or Verdict.TOKEN_WISE
-        verdict = _on_its_own(whole, part, lengths) or Verdict.TOKEN_WISE
-        if verdict == Verdict.TOKEN_WISE:
+            return verdict
+        verdict = _on_its_own(whole, part, lengths)
+        if verdict in (Verdict.TOKEN_WISE, None):
             verdict = _on_made_up(whole, part, lengths, tokens_only=True) or verdict
         return verdict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,16 +19,31 @@ _COARSE = 3e-2
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A run on tokens [0, whole) against one on tokens [start, whole). ``batch`` is what precedes the tokens."""
+    """A run on tokens [0, whole) against one on tokens [start, whole).
+
+    ``before`` and ``after`` are the input's other dimensions, in front of its tokens and behind them.
+    """
 
     whole: int
     start: int
-    batch: int = 1
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        """What precedes the tokens, in one number."""
+        return math.prod(self.before)
 
     @property
     def part(self) -> int:
         """Tokens of the slice."""
         return self.whole - self.start
+
+    def is_own(self, axis: TokenAxis) -> bool:
+        """Tokens along ``axis`` lie as the input's do: between dimensions next to them there, some or none of each."""
+        outers = {math.prod(self.before[first:]) for first in range(len(self.before) + 1)}
+        inners = {math.prod(self.after[:count]) for count in range(len(self.after) + 1)}
+        return axis.outer in outers and axis.inner in inners
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +135,15 @@ def match(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> Match:
     return Match(dims, first, equal=False, comparable=first is not None, padded=padded)
 
 
-def tokens_hidden(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> bool:
-    """One dimension holds tokens and heads, or the like, and values are as equal one way as the other (zeros).
+def tokens_hidden(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths, axis: TokenAxis | None) -> bool:
+    """One dimension holds tokens and heads, or the like, and values are as equal another way as by ``axis`` (zeros).
 
-    Sequences times tokens alone are in the order of the input.
+    What lies in the order of the input, such as sequences times tokens, is what it seems.
     """
-    dims = growing_dims(whole.shape, part.shape) or ()
-    if len(dims) != 1 or whole.shape[dims[0]] in (lengths.whole, lengths.batch * lengths.whole):
+    if axis is None or lengths.is_own(axis) or not whole.numel() or not whole.stride(axis.dim):
         return False
-    if not whole.numel() or not whole.stride(dims[0]):
-        return False
-    axes = splits(whole.shape, part.shape, dims[0], lengths)
-    tails = (take(whole, axis, lengths.whole, lengths.start, lengths.whole) for axis in axes)
+    axes = splits(whole.shape, part.shape, axis.dim, lengths)
+    tails = (take(whole, one, lengths.whole, lengths.start, lengths.whole) for one in axes)
     return sum(close(part, one) for one in tails) > 1
 
 

@@ -266,11 +266,16 @@ def _leads_to_scores(reference: OperatorRecord, record: OperatorRecord, part: Ob
 def _alone(
     reference: OperatorRecord, record: OperatorRecord, lengths: Lengths, verdicts: dict[PinKey, Verdict]
 ) -> Verdict:
-    if record.key not in verdicts:
-        verdict = verdicts[record.key] = judge(reference, record, lengths)
-        if verdict == Verdict.UNKNOWN:
-            logger.info("memo: %s is taken for a mixer: it %s", record.key[0], verdict.value)
-    return verdicts[record.key]
+    known = verdicts.get(record.key)
+    if known is not None:
+        return known
+    verdict = judge(reference, record, lengths)
+    if verdict is None:
+        return Verdict.TOKEN_WISE  # so far
+    if verdict == Verdict.UNKNOWN:
+        logger.info("memo: %s is taken for a mixer: it %s", record.key[0], verdict.value)
+    verdicts[record.key] = verdict
+    return verdict
 
 
 def _agrees(reference: OperatorRecord, record: OperatorRecord, lengths: Lengths) -> bool:
@@ -388,7 +393,7 @@ def _check_saved(slicing: Slicing, whole: Observation, part: Observation, length
         if split and not found.equal and full.numel() and found.comparable:
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} differs on a slice of its tokens"
             return slicing
-        if found.equal and tokens_hidden(full, cut, lengths):
+        if found.equal and tokens_hidden(full, cut, lengths, found.axis):
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} does not show where its tokens are"
             return slicing
         if not found.comparable and found.padded is None:

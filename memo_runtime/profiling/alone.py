@@ -9,6 +9,7 @@ to 1e-9.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from enum import Enum
 from typing import Any
 
@@ -21,7 +22,7 @@ from memo_runtime.blocks.region import tail, take
 from memo_runtime.blocks.rerun import storage_key
 from memo_runtime.profiling.bounds import check_bounds
 from memo_runtime.profiling.compare import Lengths, growing_dims, match, splits
-from memo_runtime.profiling.made_up import ways_to_ask
+from memo_runtime.profiling.made_up import form, ways_to_ask
 from memo_runtime.profiling.observe import OperatorRecord
 
 #: Products of matrices: rows do not meet, and a contraction over tokens loses the token dimension, which shows.
@@ -34,12 +35,19 @@ _UNFILLED = ("empty", "new_empty", "resize")
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 
+#: Forms of operators that are remembered: those of some hundred models.
+_MOST_VERDICTS = 2**14
+
+
 class Verdict(Enum):
     """What an operator is, by itself."""
 
     TOKEN_WISE = "token-wise"
     MIXES = "mixes tokens"
     UNKNOWN = "gives other bits on a slice, and does not run in a precision that would tell why"
+
+
+_verdicts: dict[Hashable, Verdict] = {}
 
 
 def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict | None:
@@ -56,7 +64,7 @@ def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verd
     device = next(tensor.device.type for tensor in whole.inputs)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         if whole.key[0].startswith("aten."):
-            verdict = _on_made_up(whole, part, lengths)
+            verdict = _known(whole, part, lengths)
             if verdict is None and not _is_view(whole):
                 verdict = _on_its_own(whole, part, lengths)
             return verdict
@@ -64,6 +72,22 @@ def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verd
         if verdict in (Verdict.TOKEN_WISE, None):
             verdict = _on_made_up(whole, part, lengths, tokens_only=True) or verdict
         return verdict
+
+
+def _known(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict | None:
+    """As ``_on_made_up``, once for all operators of a name and form: a model has the same ones in every block."""
+    full, spec = _pytree.tree_flatten((whole.args, whole.kwargs))
+    others, other_spec = _pytree.tree_flatten((part.args, part.kwargs))
+    made_of = form(full, others, lengths)
+    key = (whole.key[0], spec, other_spec, made_of)
+    verdict = _verdicts.get(key) if made_of is not None else None
+    if verdict is None:
+        verdict = _on_made_up(whole, part, lengths)
+        if verdict is not None and made_of is not None:
+            if len(_verdicts) >= _MOST_VERDICTS:
+                _verdicts.clear()
+            _verdicts[key] = verdict
+    return verdict
 
 
 def _on_its_own(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict | None:

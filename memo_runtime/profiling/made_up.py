@@ -6,7 +6,7 @@ anew then gives what it was given, and nothing shows that it mixes. On numbers o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -47,6 +47,27 @@ def made_up(tensor: torch.Tensor, number: int) -> torch.Tensor:
         numbers = torch.complex(numbers, numbers.flip(0))
     numbers = numbers.to(tensor.device, tensor.dtype)
     return numbers.repeat(-(-count // _COUNT)).as_strided(shape, strides)
+
+
+def form(full: Sequence[Any], others: Sequence[Any], lengths: Lengths) -> Hashable:
+    """What made-up arguments depend on; None: on values that are kept as well.
+
+    An operator of PyTorch's gives the same answer for the same form, in any block of any model.
+    """
+    if not all(_is_replaced(leaf) for leaf in (*full, *others) if isinstance(leaf, torch.Tensor)):
+        return None
+    found = (lengths.whole, lengths.start, lengths.batch, *(_form_of(leaf) for leaf in (*full, *others)))
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return found
+
+
+def _form_of(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), leaf
 
 
 def _is_replaced(tensor: torch.Tensor) -> bool:

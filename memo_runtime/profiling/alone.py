@@ -124,7 +124,7 @@ def _compared(
     """By the results on ``leaves``, arguments of the whole and of the slice; None: it does not run on them."""
     full, cut = leaves
     try:
-        results = _run(whole, full), _run(part, cut)
+        results = run_alone(whole, full), run_alone(part, cut)
     except Exception as error:
         pass_on(error)
         return None
@@ -132,7 +132,7 @@ def _compared(
         return Verdict.TOKEN_WISE
     for wide in (torch.float64, torch.float32):
         try:
-            results = _run(whole, _widened(full, wide)), _run(part, _widened(cut, wide))
+            results = run_alone(whole, widened(full, wide)), run_alone(part, widened(cut, wide))
         except Exception as error:
             pass_on(error)
             continue
@@ -186,7 +186,7 @@ def _cut(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> list[
     return cut
 
 
-def _run(record: OperatorRecord, leaves: list[Any]) -> list[torch.Tensor]:
+def run_alone(record: OperatorRecord, leaves: list[Any]) -> list[torch.Tensor]:
     """Results of the operator of ``record``, or what it wrote, which is a copy."""
     if record.mutable:
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -199,7 +199,9 @@ def _run(record: OperatorRecord, leaves: list[Any]) -> list[torch.Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
 
 
-def _widened(leaves: list[Any], wide: torch.dtype) -> list[Any]:
+def widened(leaves: list[Any], wide: torch.dtype) -> list[Any]:
+    """``leaves`` in the precision ``wide``, where they are real or complex numbers or their dtype."""
+
     def widen(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             if leaf.is_complex():

@@ -22,6 +22,8 @@ _COUNT = 8191
 _STEP = 1237
 #: Inside of what logarithms, roots, inverse sines and probabilities take.
 _LOWEST, _HIGHEST = 0.1, 0.9
+#: Elements of a tensor that are made anew: memory for a copy of more may not be there.
+_MOST_ELEMENTS = 2**26
 #: Ways to split one dimension into sequences, tokens and heads that are tried.
 _MOST_WAYS = 6
 
@@ -73,7 +75,7 @@ def _form_of(leaf: Any) -> Any:
 def _is_replaced(tensor: torch.Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return False
-    return tensor.layout == torch.strided and tensor.numel() > 0
+    return tensor.layout == torch.strided and 0 < tensor.numel() <= _MOST_ELEMENTS
 
 
 def ways_to_ask(

@@ -26,6 +26,7 @@ from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.profiling.alone import Verdict, judge
 from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match, tokens_hidden
 from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
+from memo_runtime.profiling.origins import Origins
 from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
 
 logger = logging.getLogger("memo_runtime")
@@ -386,6 +387,7 @@ def _check_saved(slicing: Slicing, whole: Observation, part: Observation, length
             "what it saves depends on data"
         )
         return slicing
+    origins: Origins | None = None
     for index, (full, cut) in enumerate(zip(whole.saved, part.saved, strict=True)):
         found = match(full, cut, lengths)
         slicing.saved.append(found)
@@ -394,8 +396,13 @@ def _check_saved(slicing: Slicing, whole: Observation, part: Observation, length
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} differs on a slice of its tokens"
             return slicing
         if found.equal and tokens_hidden(full, cut, lengths, found.axis):
-            slicing.reason = f"saved tensor {index} {tuple(full.shape)} does not show where its tokens are"
-            return slicing
+            with torch.no_grad():
+                origins = origins or Origins(whole, part, lengths)
+                axis = origins.axis(full, cut)
+            if axis is None:
+                slicing.reason = f"saved tensor {index} {tuple(full.shape)} does not show where its tokens are"
+                return slicing
+            slicing.saved[-1] = replace(found, axis=axis)
         if not found.comparable and found.padded is None:
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} has a size that depends on data"
             return slicing

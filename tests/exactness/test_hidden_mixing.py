@@ -65,6 +65,7 @@ MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "flip": lambda x: x.flip(1),
     "cat": lambda x: torch.cat([x[:, :1], x[:, :-1]], 1),
     "pad": lambda x: functional.pad(x, (0, 0, 1, 0))[:, :-1],
+    "every second": lambda x: x[:, ::2].repeat_interleave(2, 1)[:, : x.shape[1]],
     "pad and cut": lambda x: functional.pad(x, (0, 0, 1, 0))[:, : x.shape[1]],
     "normed heads": _normed_heads,
 }
@@ -92,6 +93,35 @@ class Causal(Block):
 
     def mixed(self, x: Tensor) -> Tensor:
         return self.convolution(x.mT)[..., : x.shape[1]].mT
+
+
+class ByHead(Block):
+    """Token-wise, by a part for heads that begins at zero, on rows of tokens times heads or of heads times tokens."""
+
+    def __init__(self, *, heads_first: bool, seen: bool = True) -> None:
+        super().__init__("")
+        self.up, self.down, self.seen = nn.Linear(WIDTH // HEADS, 8), nn.Linear(8, WIDTH // HEADS), seen
+        self.heads_first = heads_first
+
+    def mixed(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(2, (HEADS, -1))
+        if self.heads_first:
+            heads = heads.transpose(1, 2)
+        rows = heads.flatten(0, 2) if self.seen else as_rows(heads)
+        heads = self.down(functional.gelu(self.up(rows))).view(heads.shape)
+        return (heads.transpose(1, 2) if self.heads_first else heads).flatten(2)
+
+
+@torch.library.custom_op("memo_hidden::as_rows", mutates_args=())
+def as_rows(x: Tensor) -> Tensor:
+    """No view: what this does nobody asks."""
+    return x.flatten(0, 2).clone()
+
+
+as_rows.register_autograd(
+    lambda ctx, gradient: gradient.view(ctx.shape),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "shape", inputs[0].shape),
+)
 
 
 class Tower(nn.Module):
@@ -164,3 +194,29 @@ def test_a_causal_convolution_is_exact_when_its_weights_have_grown(beginning):
         nn.init.zeros_(layer.convolution.bias)
     model = _train(plain, same_at_first=beginning == "same tokens")
     assert all(block.recomputed_flops > 0 for block in memo.report(model).blocks)
+
+
+def _zero(model: nn.Module) -> nn.Module:
+    for layer in model.layers:
+        nn.init.zeros_(layer.up.weight)
+        nn.init.zeros_(layer.up.bias)
+    return model
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_rows_of_heads_that_begin_at_zero_are_sliced(heads_first, beginning):
+    torch.manual_seed(0)
+    plain = _zero(Tower(lambda: ByHead(heads_first=heads_first))).double()
+    model = _train(plain, same_at_first=beginning == "same tokens")
+    assert [(block.alpha > 0, block.reason) for block in memo.report(model).blocks] == [(True, "")] * 2
+
+
+def test_rows_of_heads_that_nothing_tells_are_not_sliced():
+    torch.manual_seed(0)
+    plain = _zero(Tower(lambda: ByHead(heads_first=True, seen=False))).double()
+    for layer in plain.layers:
+        nn.init.zeros_(layer.linear.weight)
+        nn.init.zeros_(layer.linear.bias)
+    model = _train(plain, same_at_first=False)
+    assert all("does not show where its tokens are" in block.reason for block in memo.report(model).blocks)

@@ -21,6 +21,8 @@ from memo_runtime.profiling.made_up import made_up
 from memo_runtime.profiling.observe import Observation, OperatorRecord
 from memo_runtime.records import TokenAxis
 
+#: Operators of one way back: a loop over tokens has thousands, and Python's calls end before.
+_MOST_STEPS = 100
 #: Elements of a tensor as a view of its storage.
 _Elements = tuple[int, int | torch.SymInt, torch.Size, tuple[int, ...]]
 
@@ -45,6 +47,8 @@ class Origins:
     def __init__(self, whole: Observation, part: Observation, lengths: Lengths) -> None:
         self._lengths = lengths
         self._parts = part.by_key()
+        self._steps = 0  # on the way back now
+        self._known: dict[_Elements, TokenAxis | None] = {}
         self._makers: dict[_Elements, tuple[OperatorRecord, int]] = {}
         for record in whole.operators:
             for index, value in enumerate(() if record.mutable else record.outputs):
@@ -61,27 +65,33 @@ class Origins:
         axes = list(splits(whole.shape, part.shape, dims[0], self._lengths))
         if len(axes) > 1:
             axes = self._fitting(whole, part, axes)
-        if len(axes) > 1:
-            axes = self._asked(whole, axes)
+        elements = _elements(whole) if len(axes) > 1 else None
+        if elements is not None:
+            if elements not in self._known:
+                self._known[elements] = None  # on the way back already
+                self._known[elements] = self._asked(whole, self._makers.get(elements), axes)
+            return self._known[elements]
         return axes[0] if len(axes) == 1 else None
 
     def _fitting(self, whole: torch.Tensor, part: torch.Tensor, axes: list[TokenAxis]) -> list[TokenAxis]:
         lengths = self._lengths
         return [axis for axis in axes if close(part, take(whole, axis, lengths.whole, lengths.start, lengths.whole))]
 
-    def _asked(self, tensor: torch.Tensor, axes: list[TokenAxis]) -> list[TokenAxis]:
-        """Those of ``axes`` by which the operator that made ``tensor`` gives on a tail the tail of what it gives."""
-        elements = _elements(tensor)
-        made = self._makers.get(elements) if elements is not None else None
-        if made is None:
-            return []
+    def _asked(
+        self, tensor: torch.Tensor, made: tuple[OperatorRecord, int] | None, axes: list[TokenAxis]
+    ) -> TokenAxis | None:
+        """The one of ``axes`` by which the operator that ``made`` it gives on a tail the tail of what it gives."""
+        if made is None or self._steps >= _MOST_STEPS:
+            return None
         record, index = made
         other = self._parts.get(record.key)
         if other is None or not _can_be_asked(record, index) or not _can_be_asked(other, index):
-            return []
+            return None
+        self._steps += 1
         arguments = self._arguments(record, other)
+        self._steps -= 1
         if arguments is None:
-            return []
+            return None
         with torch.autocast(tensor.device.type, enabled=False):
             for wide in (torch.float64, tensor.dtype):
                 try:
@@ -90,8 +100,9 @@ class Origins:
                 except Exception as error:
                     pass_on(error)
                     continue
-                return self._fitting(first, second, axes)
-        return []
+                fitting = self._fitting(first, second, axes)
+                return fitting[0] if len(fitting) == 1 else None
+        return None
 
     def _arguments(self, record: OperatorRecord, other: OperatorRecord) -> tuple[list[Any], list[Any]] | None:
         """Made-up arguments of ``record``, and their tails in the shapes of ``other``'s; None: nothing tells where."""

@@ -24,7 +24,7 @@ from memo_runtime.sizes import Growth as Growth
 from memo_runtime.sizes import LongEnd as LongEnd
 from memo_runtime.sizes import Storage as Storage
 
-SCHEMA_VERSION = 16
+SCHEMA_VERSION = 17
 
 #: The fetch of the block below waits until one part in so many is left of a block in backward, if it is no larger.
 FETCH_PARTS = 4

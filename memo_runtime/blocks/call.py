@@ -129,6 +129,19 @@ class BlockCall:
             leaves[axis.leaf] = tensor
         return self.replaced(leaves)
 
+    def with_tokens(self, axes: Iterable[ArgumentAxes], tokens: int) -> tuple[ArgumentAxes, ...]:
+        """Those of ``axes`` along which this call has so many tokens.
+
+        An argument may have had as many rows as the profiled batch had tokens by chance, and keeps them at others.
+        """
+        found = []
+        for axis in axes:
+            shape = getattr(self.leaves[axis.leaf], "shape", ())
+            dims = tuple([dim for dim in axis.dims if dim < len(shape) and shape[dim] == tokens])
+            if dims:
+                found.append(axis if dims == axis.dims else replace(axis, dims=dims))
+        return tuple(found)
+
     def detached(self, fresh: Sequence[int] = ()) -> BlockCall:
         """The call with every tensor detached, requiring grad where it did.
 

@@ -275,6 +275,7 @@ class BlockForward:
     ) -> Rerun:
         """How to run this call again; ``count`` is how many tensors it saved, ``ambient`` what was in force."""
         needs_grad = False
+        arguments = call.with_tokens(profile.arguments, plan.tokens)
         if profile.tokens:
             needs_grad = call.leaves[profile.input_leaf].requires_grad
             # The input comes from its piece; the call must not keep the live one.
@@ -290,7 +291,7 @@ class BlockForward:
             count=count,
             autocast=ambient[0],
             attention=ambient[1],
-            arguments=profile.arguments,
+            arguments=arguments,
             tokens=plan.tokens,
             prefix=0 if profile.dynamic or plan.executor == Executor.RECOMPUTE else plan.prefix,
             pins=sorted_.pins,

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from memo_runtime.blocks.call import BlockCall
 from memo_runtime.records import ArgumentAxes
@@ -41,6 +42,11 @@ def _options(tensor: torch.Tensor, tokens: int, token_dim: int, like_input: bool
     return list(dict.fromkeys(options))
 
 
+def _by_kind(tensor: torch.Tensor, options: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """A weight has no tokens, whatever its size, unless a block only runs where it is cut (learned positions)."""
+    return list(dict.fromkeys([(), *options])) if isinstance(tensor, nn.Parameter) else options
+
+
 def argument_axes(call: BlockCall, input_leaf: int, token_dim: int) -> Iterator[tuple[ArgumentAxes, ...]]:
     """Assignments of token dimensions to all tensor arguments, given the input's."""
     hidden = call.leaves[input_leaf]
@@ -52,7 +58,10 @@ def argument_axes(call: BlockCall, input_leaf: int, token_dim: int) -> Iterator[
             continue
         same_rank = tensor.dim() == hidden.dim() and tensor.dim() < 4
         leaves.append(leaf)
-        choices.append(_options(tensor, tokens, token_dim, same_rank))
+        options = _options(tensor, tokens, token_dim, same_rank)
+        if options == [(tensor.dim() - 1,)] and hidden.shape[-1] == tokens:
+            options.append(())  # features, of as many as there are tokens: what a block is conditioned on
+        choices.append(_by_kind(tensor, options))
     for combination in itertools.islice(itertools.product(*choices), _MAX_COMBINATIONS):
         axes = [ArgumentAxes(leaf=input_leaf, dims=(token_dim,))]
         axes += [ArgumentAxes(leaf=leaf, dims=dims) for leaf, dims in zip(leaves, combination, strict=True) if dims]

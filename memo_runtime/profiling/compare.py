@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,16 +19,31 @@ _COARSE = 3e-2
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A run on tokens [0, whole) against one on tokens [start, whole). ``batch`` is what precedes the tokens."""
+    """A run on tokens [0, whole) against one on tokens [start, whole).
+
+    ``before`` and ``after`` are the input's other dimensions, in front of its tokens and behind them.
+    """
 
     whole: int
     start: int
-    batch: int = 1
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        """What precedes the tokens, in one number."""
+        return math.prod(self.before)
 
     @property
     def part(self) -> int:
         """Tokens of the slice."""
         return self.whole - self.start
+
+    def is_own(self, axis: TokenAxis) -> bool:
+        """Tokens along ``axis`` lie as the input's do: between dimensions next to them there, some or none of each."""
+        outers = {math.prod(self.before[first:]) for first in range(len(self.before) + 1)}
+        inners = {math.prod(self.after[:count]) for count in range(len(self.after) + 1)}
+        return axis.outer in outers and axis.inner in inners
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,12 @@ def _splits(size: int, part_size: int, lengths: Lengths) -> Iterator[tuple[int, 
         yield outer, factor // outer
 
 
+def splits(whole: torch.Size, part: torch.Size, dim: int, lengths: Lengths) -> Iterator[TokenAxis]:
+    """Where tokens may be in dimension ``dim``, by its size with all of them and on the slice; the likeliest first."""
+    for outer, inner in _splits(whole[dim], part[dim], lengths):
+        yield TokenAxis(dim=dim, outer=outer, inner=inner)
+
+
 def match(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> Match:
     """Relate ``whole`` and ``part``; of several token axes the first with equal values is taken."""
     dims = growing_dims(whole.shape, part.shape)
@@ -105,13 +127,24 @@ def match(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths) -> Match:
         return Match(dims, None, equal=_equal_corner(whole, part, dims, lengths))
     dim = dims[0]
     first: TokenAxis | None = None
-    for outer, inner in _splits(whole.shape[dim], part.shape[dim], lengths):
-        axis = TokenAxis(dim=dim, outer=outer, inner=inner)
+    for axis in splits(whole.shape, part.shape, dim, lengths):
         first = first or axis
         if close(part, take(whole, axis, lengths.whole, lengths.start, lengths.whole)):
             return Match(dims, axis, equal=True)
     padded = _padding(whole.shape[dim], part.shape[dim], lengths) if first is None else None
     return Match(dims, first, equal=False, comparable=first is not None, padded=padded)
+
+
+def tokens_hidden(whole: torch.Tensor, part: torch.Tensor, lengths: Lengths, axis: TokenAxis | None) -> bool:
+    """One dimension holds tokens and heads, or the like, and values are as equal another way as by ``axis`` (zeros).
+
+    What lies in the order of the input, such as sequences times tokens, is what it seems.
+    """
+    if axis is None or lengths.is_own(axis) or not whole.numel() or not whole.stride(axis.dim):
+        return False
+    axes = splits(whole.shape, part.shape, axis.dim, lengths)
+    tails = (take(whole, one, lengths.whole, lengths.start, lengths.whole) for one in axes)
+    return sum(close(part, one) for one in tails) > 1
 
 
 def _padding(size: int, part_size: int, lengths: Lengths) -> int | None:

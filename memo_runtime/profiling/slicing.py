@@ -24,8 +24,9 @@ from memo_runtime.blocks.pins import PinKey, Value, Values, pin_values
 from memo_runtime.blocks.region import tail
 from memo_runtime.blocks.rerun import Forward, storage_key
 from memo_runtime.profiling.alone import Verdict, judge
-from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match
+from memo_runtime.profiling.compare import Lengths, Match, growing_dims, match, tokens_hidden
 from memo_runtime.profiling.observe import Observation, OperatorRecord, observe
+from memo_runtime.profiling.origins import Origins
 from memo_runtime.records import ArgumentAxes, PinKind, TokenAxis
 
 logger = logging.getLogger("memo_runtime")
@@ -266,11 +267,16 @@ def _leads_to_scores(reference: OperatorRecord, record: OperatorRecord, part: Ob
 def _alone(
     reference: OperatorRecord, record: OperatorRecord, lengths: Lengths, verdicts: dict[PinKey, Verdict]
 ) -> Verdict:
-    if record.key not in verdicts:
-        verdict = verdicts[record.key] = judge(reference, record, lengths)
-        if verdict == Verdict.UNKNOWN:
-            logger.info("memo: %s is taken for a mixer: it %s", record.key[0], verdict.value)
-    return verdicts[record.key]
+    known = verdicts.get(record.key)
+    if known is not None:
+        return known
+    verdict = judge(reference, record, lengths)
+    if verdict is None:
+        return Verdict.TOKEN_WISE  # so far
+    if verdict == Verdict.UNKNOWN:
+        logger.info("memo: %s is taken for a mixer: it %s", record.key[0], verdict.value)
+    verdicts[record.key] = verdict
+    return verdict
 
 
 def _agrees(reference: OperatorRecord, record: OperatorRecord, lengths: Lengths) -> bool:
@@ -381,6 +387,7 @@ def _check_saved(slicing: Slicing, whole: Observation, part: Observation, length
             "what it saves depends on data"
         )
         return slicing
+    origins: Origins | None = None
     for index, (full, cut) in enumerate(zip(whole.saved, part.saved, strict=True)):
         found = match(full, cut, lengths)
         slicing.saved.append(found)
@@ -388,6 +395,14 @@ def _check_saved(slicing: Slicing, whole: Observation, part: Observation, length
         if split and not found.equal and full.numel() and found.comparable:
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} differs on a slice of its tokens"
             return slicing
+        if found.equal and tokens_hidden(full, cut, lengths, found.axis):
+            with torch.no_grad():
+                origins = origins or Origins(whole, part, lengths)
+                axis = origins.axis(full, cut)
+            if axis is None:
+                slicing.reason = f"saved tensor {index} {tuple(full.shape)} does not show where its tokens are"
+                return slicing
+            slicing.saved[-1] = replace(found, axis=axis)
         if not found.comparable and found.padded is None:
             slicing.reason = f"saved tensor {index} {tuple(full.shape)} has a size that depends on data"
             return slicing

@@ -71,10 +71,6 @@ def crop_tokens(device_type: str) -> int:
     return CROP_TOKENS.get(device_type, CROP_TOKENS["cpu"])
 
 
-def _batch_before(hidden: torch.Tensor, token_dim: int) -> int:
-    return int(torch.tensor(hidden.shape[:token_dim]).prod().item()) if token_dim else 1
-
-
 def _slice_start(tokens: int) -> int:
     """First token of the slice: about two fifths in, such that the slice's length is odd."""
     start = max(1, tokens * 2 // 5)
@@ -86,7 +82,8 @@ def run_whole(subject: Subject, token_dim: int, arguments: tuple[ArgumentAxes, .
     hidden = subject.hidden
     tokens = min(hidden.shape[token_dim], subject.limit)
     start = _slice_start(tokens) if tokens >= MIN_TOKENS else 0
-    lengths = Lengths(whole=tokens, start=start, batch=_batch_before(hidden, token_dim))
+    before, after = tuple(hidden.shape[:token_dim]), tuple(hidden.shape[token_dim + 1 :])
+    lengths = Lengths(whole=tokens, start=start, before=before, after=after)
     call = subject.crop(arguments, tokens)
     return Trial(token_dim, arguments, lengths, call, observe(subject.forward, call), Slicing())
 

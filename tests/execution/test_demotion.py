@@ -17,18 +17,21 @@ from memo_runtime.persist import load_plan, save
 from memo_runtime.records import Executor
 
 WIDTH = 16
-LONG = 1500
+LONG, SHIFT = 1500, 700
 
 
 class LongShift(nn.Module):
-    """Reads a token that lies farther back than the profiled crop is long."""
+    """Reads a token that lies farther back than the profiled crop is long.
+
+    Python asks whether there are such tokens: a crop runs none of the operators that would show it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        far = functional.pad(x, (0, 0, 700, 0))[:, : x.shape[1]]
+        far = functional.pad(x[:, :-SHIFT], (0, 0, SHIFT, 0)) if x.shape[1] > SHIFT else torch.zeros_like(x)
         return x + functional.gelu(self.linear(torch.cat([x, far], -1)))
 
 

@@ -62,6 +62,16 @@ def leak_(x: Tensor, weight: float) -> None:
     x.copy_(_shift(x, weight))
 
 
+@torch.library.custom_op("memo_alone::turn", mutates_args=())
+def turn(x: Tensor, weight: float) -> Tensor:
+    """Tokens in the other direction."""
+    return x.flip(1) * weight
+
+
+turn.register_autograd(
+    lambda ctx, gradient: (gradient.flip(1) * ctx.weight, None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "weight", inputs[1]),
+)
 for _operator in (leak, half_leak):
     _operator.register_autograd(
         lambda ctx, gradient: (_unshift(gradient, ctx.weight), None),
@@ -173,3 +183,33 @@ def test_an_operator_that_begins_as_the_identity_in_one_block_is_asked_again_in_
     model.layers = nn.ModuleList([Learned(0.0), Learned(0.005), Learned(0.0)]).bfloat16()
     found = [block.pins for block in memo.profile(model, (sequence(),)).blocks]
     assert [len(pins) for pins in found] == [0, 1, 0]
+
+
+class Domains(Block):
+    """Token-wise by operators that take numbers of some kind only, on what is the same for all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).square() + 1.5
+        hidden = hidden.log() + hidden.sqrt() + hidden.acosh() + (1 / hidden).atanh() + (1 / hidden).acos()
+        hidden = hidden + hidden.pow(0.3) + torch.special.logit(hidden / 50, eps=1e-3) + hidden.rsqrt().erfinv()
+        return x + self.second(hidden.clamp(0.1, 3.0).cumsum(-1).floor() + hidden.sort(-1).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_operators_of_some_numbers_are_token_wise_where_all_tokens_are_the_same(dtype):
+    torch.manual_seed(0)
+    model = tower("leak")
+    model.layers = nn.ModuleList(Domains() for _ in range(2))
+    memo.wrap(model.to(dtype), policy="memo", alpha=0.37, keep_last=0)
+    model(torch.full((2, 300, WIDTH), 0.5, dtype=dtype)).backward()
+    assert {name for name in pinned(model) if "cumsum" not in name} == set()
+    assert all(block.recomputed_flops > 0 for block in memo.report(model).blocks)
+
+
+def test_an_operator_of_a_library_is_asked_on_other_tokens_where_all_are_the_same():
+    model = memo.wrap(tower("turn").double(), policy="memo", alpha=0.37, keep_last=0)
+    model(torch.zeros(2, 300, WIDTH, dtype=torch.float64)).backward()
+    assert pinned(model) == {"memo_alone.turn.default": PinKind.MIXER}

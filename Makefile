@@ -42,7 +42,13 @@ bench-smoke: $(VENV)/.installed
 	  --contenders kernels,unwrapped,selective,memo-auto,checkpoint,save_on_cpu
 	OMP_NUM_THREADS=1 $(BIN)/memo bench run --run smoke-longest --out out/bench_smoke.jsonl --device cpu \
 	  --geometry tiny --blocks 2 --lengths 256,512 --rehearse --contenders checkpoint,memo-auto
-	$(BIN)/memo bench table out/bench_smoke.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/memo bench run --run smoke-real --out out/bench_smoke.jsonl --device cpu \
+	  --geometry tiny --blocks 2 --confirm smoke-longest --contenders checkpoint,memo-auto
+	OMP_NUM_THREADS=1 $(BIN)/memo bench run --run smoke-step --out out/bench_smoke.jsonl --device cpu --scope step \
+	  --geometry tiny --lengths 256 --steps 1 --contenders unwrapped,memo-auto
+	$(BIN)/memo bench table out/bench_smoke.jsonl --run smoke
+	$(BIN)/memo bench table out/bench_smoke.jsonl --run smoke-longest --confirmed smoke-real
+	$(BIN)/memo bench table out/bench_smoke.jsonl --run smoke-step
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -19,8 +19,8 @@ MEMO_WAYS: dict[str, tuple[str, float | None]] = {
 OTHERS = (
     "axolotl", "hf-offload", "trl-offload", "trl-offload-all", "liger", "liger-kernels", "hf-offload+liger",
     "hf-offload+liger-kernels", "deepspeed", "deepspeed-zero-offload", "megatron-full", "megatron-selective",
-    "megatron-mlp-chunks", "unwrapped+compile", "selective+compile", "selective-mm+compile", "memory-budget",
-    "trainstream",
+    "megatron-mlp-chunks", "unwrapped+compile", "checkpoint+compile", "selective+compile", "selective-mm+compile",
+    "memory-budget", "trainstream",
 )  # fmt: skip
 NAMES = (
     "kernels", "unwrapped", "selective", "selective-mm", "checkpoint", "save_on_cpu", *OTHERS,

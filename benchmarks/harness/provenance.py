@@ -56,6 +56,10 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+#: Where a file that nobody has committed yet may be imported from.
+_CODE = ("memo_runtime/", "solver/", "benchmarks/", "examples/", "csrc/", "setup.py", "pyproject.toml")
+
+
 def now() -> str:
     """UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -69,9 +73,16 @@ def commit() -> str | None:
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    # Rows are written into the tree while the run goes on: they are no change of what runs.
-    lines = [line for line in changed.splitlines() if not line[3:].startswith("benchmarks/results/")]
-    return f"{head}-changed" if lines else head
+    return f"{head}-changed" if any(map(_runs, changed.splitlines())) else head
+
+
+def _runs(line: str) -> bool:
+    """A line of ``git status`` is of something that a run is made of.
+
+    Rows are written into the tree while it goes on, and new files may lie anywhere: rows, traces, notes.
+    """
+    what, path = line[:2], line[3:]
+    return not path.startswith("benchmarks/results/") and (what != "??" or path.startswith(_CODE))
 
 
 def machine(*, cuda: bool) -> dict[str, Any]:

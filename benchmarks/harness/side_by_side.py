@@ -36,6 +36,7 @@ ATTENTION_AGAIN = {
     "megatron-selective": False,
     "megatron-mlp-chunks": True,
     "unwrapped+compile": False,
+    "checkpoint+compile": True,
     "selective+compile": False,
     "selective-mm+compile": False,
     "memory-budget": False,

@@ -82,6 +82,8 @@ def _record(case: Case, target: Path, device: str, commit: str) -> None:
     cuda = device == "cuda"
     if cuda and torch.cuda._is_in_bad_fork():
         sys.exit(_SPOILED)
+    if not cuda:
+        torch.set_num_threads(1)  # the others of a pool that was there before the fork are not here
     facts = gpu_facts() if cuda else {}
     words = {**facts, "commit": commit, "date": now(), **versions(("transformers",))}
     trace = record(case if cuda else shrunk(case), torch.device(device), words)

@@ -19,7 +19,7 @@ from memo_runtime.blocks.stack import BlockRef, find_blocks
 from memo_runtime.errors import ArgumentError
 from memo_runtime.execution.guard import refuse_other_optimisers
 from memo_runtime.machines.machine import Machine
-from memo_runtime.offline.batches import batch_bytes
+from memo_runtime.offline.batches import Sequences, batch_bytes, note_on_features
 from memo_runtime.offline.calls import Calls, block_calls
 from memo_runtime.offline.kinds import Kind, check_attention_is_fused, find_kinds
 from memo_runtime.offline.loops import note_on_launches
@@ -267,7 +267,8 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
     gathered_gradients = made.root_bytes if gpus > 1 else 0
     end = end_of(model, behind, rows, hidden_bytes, tiled_loss=subject.tiled_loss, held=gathered_gradients)
     calls = [study.calls.of[name] for name in dict.fromkeys((blocks[0].name, blocks[-1].name))]
-    batch = batch_bytes(subject.batch, set(study._seen().values()), calls, width=hidden.shape[-1])
+    sequences = Sequences(rows=rows, lengths=set(study._seen().values()), width=hidden.shape[-1])
+    batch = batch_bytes(subject.batch, sequences, calls)
     return Profile(
         fingerprint=made.fingerprint,
         device_type="cuda",
@@ -290,7 +291,10 @@ def _assemble(study: Study, *, local: int, blocks: tuple[BlockProfile, ...]) -> 
         result=result_bytes(model, behind, rows, hidden_bytes / local, tiled_loss=subject.tiled_loss),
         outside_seconds=_outside_seconds(made, machine, rows, study.moved // gpus),
         norm_behind=made.norm_behind,
-        notes=(*subject.notes, *_notes(machine, ranks), *_note_on_precision(made.wide, machine)),
+        notes=(
+            *subject.notes, *_notes(machine, ranks), *_note_on_precision(made.wide, machine),
+            *note_on_features(subject.batch, sequences),
+        ),
     )
 
 

@@ -66,12 +66,11 @@ def subject_named(
         return Subject(name=name, model=model, batch=((_ids(),), {}), tiled_loss=True)
     fields = dict(CONFIGS[name]) if name in CONFIGS else _config_file(name)
     model = _causal_model(name, fields, max_positions, dtype)
-    ids = _ids()
     positions = _positions(model)
     return Subject(
         name=name,
         model=model,
-        batch=((), {"input_ids": ids, "labels": ids, "use_cache": False}),
+        batch=((), {"input_ids": _ids(), "labels": _ids(), "use_cache": False}),
         tiled_loss=True,
         positions=positions,
         learned_positions=positions is not None and _has_table(model, positions),

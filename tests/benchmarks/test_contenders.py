@@ -15,7 +15,9 @@ from benchmarks.harness.contenders.selective_mm import PRODUCTS, EverySecond
 from benchmarks.harness.geometry import Scope
 
 #: The compiler takes half a minute for each on the CPU.
-COMPILED = ("memory-budget", "unwrapped+compile", "selective+compile", "selective-mm+compile")
+COMPILED = (
+    "memory-budget", "unwrapped+compile", "checkpoint+compile", "selective+compile", "selective-mm+compile"
+)  # fmt: skip
 SLOW = set(COMPILED)
 #: Norms are in float32 whatever the model is. Compiled ones round otherwise, and Megatron's are not: relative L2.
 ROUNDING = dict.fromkeys((*COMPILED, *WAYS), 1e-6)

@@ -8,7 +8,12 @@ from functools import partial
 from benchmarks.harness.contenders.axolotl import Axolotl
 from benchmarks.harness.contenders.base import Contender
 from benchmarks.harness.contenders.checkpoint import Checkpoint
-from benchmarks.harness.contenders.compiled import CompiledBlocks, CompiledSelective, CompiledSelectiveMm
+from benchmarks.harness.contenders.compiled import (
+    CompiledBlocks,
+    CompiledCheckpoint,
+    CompiledSelective,
+    CompiledSelectiveMm,
+)
 from benchmarks.harness.contenders.deepspeed import DeepSpeed
 from benchmarks.harness.contenders.deepspeed_zero import DeepSpeedZeroOffload
 from benchmarks.harness.contenders.hf_offload import HfOffload
@@ -45,6 +50,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "deepspeed-zero-offload": DeepSpeedZeroOffload,
     **{name: partial(Megatron, name) for name in WAYS},
     "unwrapped+compile": CompiledBlocks,
+    "checkpoint+compile": CompiledCheckpoint,
     "selective+compile": CompiledSelective,
     "selective-mm+compile": CompiledSelectiveMm,
     "memory-budget": MemoryBudget,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.harness.contenders.base import Training
+from benchmarks.harness.contenders.checkpoint import Checkpoint
 from benchmarks.harness.contenders.selective import Selective
 from benchmarks.harness.contenders.selective_mm import SelectiveMm
 
@@ -20,6 +21,15 @@ class CompiledBlocks(Training):
 
     def install(self) -> None:
         """Every block compiled, for each length of its own."""
+        super().install()
+        compile_blocks(self)
+
+
+class CompiledCheckpoint(Checkpoint):
+    """All runs again, attention too, in a backward that the compiler makes."""
+
+    def install(self) -> None:
+        """Every block compiled with its checkpoint."""
         super().install()
         compile_blocks(self)
 

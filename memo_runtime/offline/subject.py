@@ -115,6 +115,10 @@ def subject_of(
         ArgumentError: ``max_positions`` for a table that the factory made.
     """
     moved = _pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, batch)
+    labels = moved[1].get("labels")
+    if isinstance(labels, torch.Tensor):
+        # Ids that are their own labels here are two tensors in training: those who make batches copy them.
+        moved[1]["labels"] = labels.clone()
     model = model.to("meta").train()
     positions = _positions(model)
     learned = positions is not None and _has_table(model, positions)

@@ -3,6 +3,7 @@
 import json
 
 from benchmarks.harness.forecast import off
+from benchmarks.harness.names import NAMES
 from tests.house.sources import ROOT
 from tests.house.test_figures import GIB, rows_of, run_of
 
@@ -286,6 +287,14 @@ def test_what_compiled_checkpoints_would_take_is_made_of_rows():
     assert all(row["contender"] != "checkpoint+compile" for row in rows_of(ROWS))
     ((fits, beyond),) = ends(longest_rows("issue9-1b-longest-f")).values()
     assert f"at a bracket of {100 * (beyond / fits - 1):.1f} %" in docs
+
+
+def test_contenders_without_rows_are_named():
+    files = [path.name for path in (ROOT / "benchmarks" / "results").glob("harness_*.jsonl")]
+    measured = {row["contender"].partition("@")[0] for name in files for row in rows_of(name)}
+    missing = [f"`{name}`" for name in NAMES if name not in measured and not name.startswith("memo-")]
+    *others, last = missing
+    assert f"No rows are committed of {', '.join(others)} and {last}:" in text_of("docs/benchmarks.md")
 
 
 def test_what_is_said_of_longest_blocks_is_made_of_rows():

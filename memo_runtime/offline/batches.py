@@ -87,9 +87,15 @@ def note_on_features(batch: Any, sequences: Sequences) -> Iterator[str]:
 def _storages(leaves: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor]]:
     """(storage, tensor without expanded dimensions) of all tensors among ``leaves``."""
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and not leaf.is_nested:
-            for part in sparse_parts(leaf) if is_sparse(leaf) else (leaf,):
-                yield part.untyped_storage()._cdata, shrink(part.detach())
+        for part in _parts(leaf) if isinstance(leaf, torch.Tensor) else ():
+            yield part.untyped_storage()._cdata, shrink(part.detach())
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Dense tensors that hold what ``tensor`` has; strided nested tensors are not on meta, and so in no batch."""
+    if tensor.is_nested:
+        return (tensor.values(),) if tensor.layout is torch.jagged else ()
+    return sparse_parts(tensor) if is_sparse(tensor) else (tensor,)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

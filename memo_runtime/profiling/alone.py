@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
@@ -50,6 +50,21 @@ class Verdict(Enum):
 _verdicts: dict[Hashable, Verdict] = {}
 
 
+class Given(NamedTuple):
+    """The arguments of one operator on the whole and on a slice, leaf by leaf."""
+
+    whole: list[Any]
+    part: list[Any]
+    spec: _pytree.TreeSpec
+
+
+def arguments_of(whole: OperatorRecord, part: OperatorRecord) -> Given | None:
+    """What both were called with; None: they were called in different ways."""
+    full, spec = _pytree.tree_flatten((whole.args, whole.kwargs))
+    others, other_spec = _pytree.tree_flatten((part.args, part.kwargs))
+    return Given(full, others, spec) if spec == other_spec else None
+
+
 def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict | None:
     """Run the operator of ``whole`` on inputs and on their tails, which have the shapes of ``part``'s.
 
@@ -69,20 +84,22 @@ def judge(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verd
                 verdict = _on_its_own(whole, part, lengths)
             return verdict
         verdict = _on_its_own(whole, part, lengths)
-        if verdict in (Verdict.TOKEN_WISE, None):
-            verdict = _on_made_up(whole, part, lengths, tokens_only=True) or verdict
+        given = arguments_of(whole, part)
+        if verdict in (Verdict.TOKEN_WISE, None) and given is not None:
+            verdict = _on_made_up(whole, part, lengths, given, tokens_only=True) or verdict
         return verdict
 
 
 def _known(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> Verdict | None:
     """As ``_on_made_up``, once for all operators of a name and form: a model has the same ones in every block."""
-    full, spec = _pytree.tree_flatten((whole.args, whole.kwargs))
-    others, other_spec = _pytree.tree_flatten((part.args, part.kwargs))
-    made_of = form(full, others, lengths)
-    key = (whole.key[0], spec, other_spec, made_of)
+    given = arguments_of(whole, part)
+    if given is None:
+        return None
+    made_of = form(given.whole, given.part, lengths)
+    key = (whole.key[0], given.spec, made_of)
     verdict = _verdicts.get(key) if made_of is not None else None
     if verdict is None:
-        verdict = _on_made_up(whole, part, lengths)
+        verdict = _on_made_up(whole, part, lengths, given)
         if verdict is not None and made_of is not None:
             if len(_verdicts) >= _MOST_VERDICTS:
                 _verdicts.clear()
@@ -98,16 +115,12 @@ def _on_its_own(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -
 
 
 def _on_made_up(
-    whole: OperatorRecord, part: OperatorRecord, lengths: Lengths, *, tokens_only: bool = False
+    whole: OperatorRecord, part: OperatorRecord, lengths: Lengths, given: Given, *, tokens_only: bool = False
 ) -> Verdict | None:
     """Token-wise if it is in one of the ways in which its inputs can be cut; None: it takes no such numbers."""
-    full, spec = _pytree.tree_flatten((whole.args, whole.kwargs))
-    others, other_spec = _pytree.tree_flatten((part.args, part.kwargs))
-    if spec != other_spec:
-        return None
     first: Verdict | None = None
     try:
-        for leaves in ways_to_ask(full, others, lengths, tokens_only=tokens_only):
+        for leaves in ways_to_ask(given.whole, given.part, lengths, tokens_only=tokens_only):
             verdict = _compared(whole, part, lengths, leaves)
             if verdict == Verdict.TOKEN_WISE:
                 return verdict
@@ -167,12 +180,11 @@ def _is_view(record: OperatorRecord) -> bool:
 
 def _cut(whole: OperatorRecord, part: OperatorRecord, lengths: Lengths) -> list[Any] | None:
     """The arguments of ``part``, its tensors replaced by the tails of those of ``whole``; None: they do not match."""
-    full, spec = _pytree.tree_flatten((whole.args, whole.kwargs))
-    others, other_spec = _pytree.tree_flatten((part.args, part.kwargs))
-    if spec != other_spec:
+    given = arguments_of(whole, part)
+    if given is None:
         return None
     cut: list[Any] = []
-    for leaf, other in zip(full, others, strict=True):
+    for leaf, other in zip(given.whole, given.part, strict=True):
         if not isinstance(leaf, torch.Tensor) or not isinstance(other, torch.Tensor):
             cut.append(other)
             continue

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 
 from memo_runtime.blocks.failures import pass_on
 from memo_runtime.blocks.operators import draws
 from memo_runtime.blocks.region import tail, take
 from memo_runtime.blocks.rerun import storage_key
-from memo_runtime.profiling.alone import run_alone, widened
+from memo_runtime.profiling.alone import arguments_of, run_alone, widened
 from memo_runtime.profiling.compare import Lengths, close, growing_dims, splits
 from memo_runtime.profiling.made_up import made_up
 from memo_runtime.profiling.observe import Observation, OperatorRecord
@@ -106,13 +105,12 @@ class Origins:
 
     def _arguments(self, record: OperatorRecord, other: OperatorRecord) -> tuple[list[Any], list[Any]] | None:
         """Made-up arguments of ``record``, and their tails in the shapes of ``other``'s; None: nothing tells where."""
-        full, spec = _pytree.tree_flatten((record.args, record.kwargs))
-        others, other_spec = _pytree.tree_flatten((other.args, other.kwargs))
-        if spec != other_spec:
+        given = arguments_of(record, other)
+        if given is None:
             return None
         made: list[Any] = []
         cut: list[Any] = []
-        for number, (leaf, piece) in enumerate(zip(full, others, strict=True)):
+        for number, (leaf, piece) in enumerate(zip(given.whole, given.part, strict=True)):
             made.append(leaf)
             cut.append(piece)
             if not (isinstance(leaf, torch.Tensor) and isinstance(piece, torch.Tensor)):

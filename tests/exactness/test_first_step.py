@@ -355,3 +355,36 @@ def test_a_block_that_yields_less_than_those_like_it_is_run(images: bool, frozen
     report = memo.report(model)
     assert not any("could not be profiled" in note or "was given" in note for note in report.notes)
     assert len(report.blocks) == 4
+
+
+class Counts(Mlp):
+    """Raises behind its own count, where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails = False
+        self.register_buffer("count", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        if self.fails:
+            raise ValueError("by the user's own code")
+        return super().forward(x) * (1 + 0.1 * self.count)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_first_step_that_raises_leaves_nothing(way):
+    model = Model()
+    model.layers = nn.ModuleList(Counts() for _ in range(3))
+    model = model.double()
+    plain = copy.deepcopy(model)
+    way.wrap(model)
+    model.layers[1].fails = True
+    with pytest.raises(ValueError, match="by the user's own code"):
+        model(sequence())
+    assert all(layer.count.sum() == 0 for layer in model.layers)
+    model.layers[1].fails = False
+    model(sequence()).square().mean().backward()
+    plain(sequence()).square().mean().backward()
+    assert_gradients(take_gradients(model), take_gradients(plain), Way("recompute"))
+    assert all(layer.count[0] == 1 for layer in model.layers)

@@ -102,7 +102,8 @@ def test_sparse_and_nested_tensors():
     indices, values = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(5)
     assert grows([torch.sparse_coo_tensor(indices, values, (TOKENS, TOKENS))]) == Growth(constant=2 * 5 * 8 + 5 * 4)
     assert grows([torch.zeros(8, TOKENS).to_sparse_csr()]) == Growth(constant=9 * 8)
-    assert grows([torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)])]) == Growth()
+    ragged = [torch.zeros(3, WIDTH), torch.zeros(4, WIDTH)]
+    assert grows([torch.nested.nested_tensor(ragged, layout=torch.jagged)]) == Growth(constant=7 * WIDTH * 4)
 
 
 def test_arguments_that_blocks_are_handed_on_are_theirs():
